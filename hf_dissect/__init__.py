@@ -1,0 +1,37 @@
+"""Online sample selection for CLIP-like dual encoders on the Hugging Face Trainer."""
+
+import importlib
+
+from hf_dissect.version import __version__
+
+# Imported on first use: `hf-dissect recipes` and `--help` need neither torch nor transformers.
+_HOMES = {
+    "CandidateScores": "hf_dissect.selection",
+    "ContrastiveLoss": "hf_dissect.losses",
+    "DissectTrainer": "hf_dissect.trainer",
+    "DissectTrainingArguments": "hf_dissect.training_args",
+    "PairDataset": "hf_dissect.data",
+    "Recipe": "hf_dissect.recipe",
+    "SampleLedger": "hf_dissect.selection",
+    "Selection": "hf_dissect.selection",
+    "SelectionCollator": "hf_dissect.data_collator",
+    "SelectionStrategy": "hf_dissect.selection",
+    "load_model_and_processor": "hf_dissect.models",
+    "load_splits": "hf_dissect.data",
+    "make_scenes": "hf_dissect.data",
+    "make_strategy": "hf_dissect.selection",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,24 @@
+"""Image-text data: where rows come from, and how captions are mismatched on purpose."""
+
+from hf_dissect.data.loading import load_splits
+from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
+from hf_dissect.data.pairs import PairColumns, PairDataset, PairStream, as_pairs
+from hf_dissect.data.scene_grammar import SCENE_CLASSES, SCENE_TEMPLATES
+from hf_dissect.data.scenes import make_scene_classes, make_scenes, scenes_features, scenes_generator
+
+__all__ = [
+    "SCENE_CLASSES",
+    "SCENE_TEMPLATES",
+    "PairColumns",
+    "PairDataset",
+    "PairStream",
+    "apply_caption_order",
+    "as_pairs",
+    "load_caption_order",
+    "load_splits",
+    "make_scene_classes",
+    "make_scenes",
+    "scenes_features",
+    "scenes_generator",
+    "shuffle_captions",
+]

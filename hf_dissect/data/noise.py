@@ -1,0 +1,230 @@
+"""Mismatched captions on purpose, with the truth recorded, so that a selection rule can be judged against it."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset, LargeList, List, Value
+
+from hf_dissect.data.arrow_columns import read_column, replace_column
+from hf_dissect.data.pairs import CAPTION_COLUMNS, CLEAN_COLUMNS
+
+_REPAIR_ROUNDS = 200
+
+
+def shuffle_captions(
+    dataset: Dataset,
+    *,
+    rate: float,
+    seed: int = 0,
+    caption_column: str | None = None,
+    clean_column: str | None = None,
+) -> Dataset:
+    """Gives a share of the pairs a caption of another row and records which.
+
+    Exactly `round(rate * num_pairs)` pairs are mismatched. They exchange captions among each other, so that no caption
+    is lost or repeated. Pairs are numbered row by row, and within a row in the order of its captions.
+
+    Args:
+        dataset: Rows with a caption (string) or a list of captions.
+        rate: Share of the pairs to mismatch, in [0, 1].
+        seed: The same seed gives the same noise.
+        caption_column: `None` recognises `caption`, `text` and `captions`.
+        clean_column: Column for the truth, `clean` if `None`. A truth that is already there is kept for captions
+            that stay in their row.
+
+    Returns:
+        The dataset with the captions exchanged and the truth as bool, or as list of bool parallel to the captions:
+        True where the caption belongs to the image. Other columns, images included, are shared with the input.
+
+    Raises:
+        ValueError: If the rate is impossible on this dataset, or there is no caption column.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate (noise_rate) must be a number between 0 and 1, got {rate!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed (noise_seed) must be an integer of at least 0, got {seed!r}.")
+    column = find_caption_column(dataset, caption_column)
+    row_of_pair = _row_of_pair(read_column(dataset, column))
+    order = _exchange_between_rows(row_of_pair, round(rate * len(row_of_pair)), np.random.default_rng(seed))
+    return apply_caption_order(dataset, order, caption_column=column, clean_column=clean_column)
+
+
+def apply_caption_order(
+    dataset: Dataset,
+    order: np.ndarray,
+    *,
+    caption_column: str | None = None,
+    clean_column: str | None = None,
+) -> Dataset:
+    """Gives pair i the caption of pair `order[i]` and records which pairs are mismatched by it.
+
+    Args:
+        dataset: Rows with a caption (string) or a list of captions.
+        order: Integer array `(num_pairs,)`, a permutation of the pair numbers, which run row by row.
+        caption_column: `None` recognises `caption`, `text` and `captions`.
+        clean_column: Column for the truth, `clean` if `None`; see `shuffle_captions`.
+
+    Returns:
+        The dataset with reordered captions; the truth is True where `order[i]` is a pair of the same row as i.
+
+    Raises:
+        ValueError: If `order` is not a permutation of this dataset's pairs, or there is no caption column.
+    """
+    column = find_caption_column(dataset, caption_column)
+    usual = next((name for name in CLEAN_COLUMNS if name in dataset.column_names), CLEAN_COLUMNS[0])
+    truth_column = clean_column or usual
+    captions = read_column(dataset, column)
+    row_of_pair = _row_of_pair(captions)
+    order = _checked_order(order, len(row_of_pair))
+    truth = pa.array(row_of_pair[order] == row_of_pair)
+    if truth_column in dataset.column_names:
+        truth = pc.and_kleene(truth, _known_truth(dataset, truth_column, row_of_pair).take(pa.array(order)))
+    flat = captions.flatten() if _is_list(captions.type) else captions
+    replaced = replace_column(dataset, column, _like(captions, flat.take(pa.array(order))), dataset.features[column])
+    truth_feature = List(Value("bool")) if _is_list(captions.type) else Value("bool")
+    return replace_column(replaced, truth_column, _like(captions, truth), truth_feature)
+
+
+def load_caption_order(path: str | Path) -> np.ndarray:
+    """Reads a permutation of captions from a `.npy` file.
+
+    Returns:
+        int64 array `(num_pairs,)`; `apply_caption_order` checks it against the dataset.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a one-dimensional integer array in NumPy's format.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"noise_permutation: no file at {str(path)!r}. It must name a .npy file with one integer per pair "
+            "(numpy.save); leave it out for no permutation."
+        )
+    try:
+        order = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"noise_permutation: {str(path)!r} is not a readable .npy file of numbers ({error}). Write it with "
+            "numpy.save."
+        ) from error
+    if not isinstance(order, np.ndarray) or order.ndim != 1 or not np.issubdtype(order.dtype, np.integer):
+        found = f"{order.dtype} {order.shape}" if isinstance(order, np.ndarray) else f"an archive of {list(order)}"
+        raise ValueError(
+            f"noise_permutation: {str(path)!r} must hold one integer array of shape (num_pairs,), found {found}."
+        )
+    return order.astype(np.int64)
+
+
+def find_caption_column(dataset: Dataset, caption_column: str | None = None) -> str:
+    """Returns the caption column's name: the given one, else the first of `caption`, `text`, `captions` that exists.
+
+    Raises:
+        ValueError: If there is none, or the dataset is streaming, where captions cannot be exchanged.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "dataset is streaming: captions can only be exchanged when all rows are at hand. Load it with "
+            "streaming=False, or store the mismatched captions in the data."
+        )
+    candidates = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+    found = next((name for name in candidates if name in dataset.column_names), None)
+    if found is None:
+        raise ValueError(
+            f"caption_column: {caption_column!r} names no column of the dataset, which has {dataset.column_names}. "
+            f"Name the column that holds the captions, or call it one of {list(CAPTION_COLUMNS)}."
+        )
+    kind = dataset.features[found]
+    if isinstance(kind, List | LargeList):
+        kind = kind.feature
+    if not isinstance(kind, Value) or kind.dtype not in ("string", "large_string"):
+        raise ValueError(
+            f"caption_column: {found!r} holds {dataset.features[found]}; captions are strings or lists of strings."
+        )
+    return found
+
+
+def _exchange_between_rows(row_of_pair: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Permutation `(num_pairs,)` that moves exactly `count` captions, each to another row."""
+    order = np.arange(len(row_of_pair))
+    if count == 0:
+        return order
+    chosen = rng.choice(len(row_of_pair), size=count, replace=False)
+    source = rng.permutation(chosen)
+    for _ in range(_REPAIR_ROUNDS):
+        stuck = np.flatnonzero(row_of_pair[chosen] == row_of_pair[source])
+        if not len(stuck):
+            break
+        for position, other in zip(stuck, rng.integers(count, size=len(stuck)), strict=True):
+            source[[position, other]] = source[[other, position]]
+    else:
+        # Few rows, many pairs each: random swaps may not get there; a rotation by the largest row does if any does.
+        chosen = chosen[np.argsort(row_of_pair[chosen], kind="stable")]
+        largest = np.bincount(row_of_pair[chosen]).max()
+        if 2 * largest > count:
+            raise ValueError(
+                f"rate (noise_rate): {count} of {len(row_of_pair)} pairs cannot all receive the caption of "
+                "another row: "
+                f"{largest} of them belong to one row. Use rate 0, a higher rate, or a dataset with more rows."
+            )
+        source = np.roll(chosen, -largest)
+    order[chosen] = source
+    return order
+
+
+def _checked_order(order: np.ndarray, num_pairs: int) -> np.ndarray:
+    order = np.asarray(order)
+    if order.shape != (num_pairs,) or not (np.issubdtype(order.dtype, np.integer) or num_pairs == 0):
+        raise ValueError(
+            f"order (noise_permutation) is {order.dtype} of shape {order.shape}, but the dataset has {num_pairs} "
+            f"pairs: it must be an integer array of shape ({num_pairs},), made for the whole train split."
+        )
+    order = order.astype(np.int64)
+    outside = np.flatnonzero((order < 0) | (order >= num_pairs))
+    if len(outside):
+        raise ValueError(
+            f"order (noise_permutation) names pair {order[outside[0]]} at position {outside[0]}; pairs are numbered 0 "
+            f"to {num_pairs - 1}."
+        )
+    repeated = np.flatnonzero(np.bincount(order, minlength=num_pairs) > 1)
+    if len(repeated):
+        raise ValueError(
+            f"order (noise_permutation) is not a permutation: pair {repeated[0]} occurs more than once. Each pair "
+            "number must occur exactly once."
+        )
+    return order
+
+
+def _known_truth(dataset: Dataset, column: str, row_of_pair: np.ndarray) -> pa.Array:
+    truth = read_column(dataset, column)
+    if not np.array_equal(_row_of_pair(truth), row_of_pair):
+        raise ValueError(
+            f"clean_column: {column!r} must hold one bool per caption, in the same layout as the captions "
+            f"(a list where those are lists); it holds {dataset.features[column]}."
+        )
+    flat = truth.flatten() if _is_list(truth.type) else truth
+    if not (pa.types.is_boolean(flat.type) or pa.types.is_integer(flat.type)):
+        raise ValueError(f"clean_column: {column!r} must hold bools, it holds {dataset.features[column]}.")
+    return flat.cast(pa.bool_())
+
+
+def _row_of_pair(captions: pa.Array) -> np.ndarray:
+    """Row number of each pair, int64 `(num_pairs,)`."""
+    rows = np.arange(len(captions))
+    if not _is_list(captions.type):
+        return rows
+    return np.repeat(rows, pc.fill_null(pc.list_value_length(captions), 0).to_numpy())
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _like(captions: pa.Array, flat: pa.Array) -> pa.Array:
+    """The values of all pairs in the layout of the caption column."""
+    if not _is_list(captions.type):
+        return flat
+    lengths = pc.fill_null(pc.list_value_length(captions), 0).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)

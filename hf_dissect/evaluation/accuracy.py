@@ -1,0 +1,78 @@
+"""Turns image and class embeddings into zero-shot accuracies, for the metric module and the classifier alike."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_dissect.evaluation.embeddings import (
+    TIE_TOLERANCE,
+    as_embeddings,
+    check_positive_integer,
+    check_same_dim,
+    unit_rows,
+)
+
+
+def zero_shot_metrics(
+    image_embeds: Tensor | np.ndarray,
+    class_embeds: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | list[int],
+    top_k: Sequence[int] = (1, 5),
+    *,
+    block_size: int = 1024,
+) -> dict[str, float]:
+    """Accuracy of naming the class whose embedding is nearest by cosine (CLIP, arXiv 2103.00020, section 3.1).
+
+    Args:
+        image_embeds: `(num_images, dim)`, any scale.
+        class_embeds: `(num_classes, dim)`, any scale.
+        labels: `(num_images,)` integers, rows of `class_embeds`.
+        top_k: The k for which the right class must be among the k nearest; a k above `num_classes` is left out.
+        block_size: Number of images compared with all classes at a time.
+
+    Returns:
+        `accuracy@k` for each k and `mean_per_class_accuracy` (top-1, over the classes that occur in `labels`), each
+        from 0 to 1. A class that ties with the right one counts as nearer.
+
+    Raises:
+        ValueError: On empty, NaN or misshapen embeddings, or labels that do not fit them.
+    """
+    check_positive_integer("block_size", block_size)
+    for k in top_k:
+        check_positive_integer("A k of top_k", k)
+    images = as_embeddings("image_embeds", image_embeds)
+    classes = as_embeddings("class_embeds", class_embeds, device=images.device)
+    check_same_dim("image_embeds", images, "class_embeds", classes)
+    truth = _checked_labels(labels, len(images), len(classes)).to(images.device)
+
+    class_unit = unit_rows(classes)
+    ranks = []
+    for block, label in zip(images.split(block_size), truth.split(block_size), strict=True):
+        cosines = unit_rows(block) @ class_unit.T
+        # The right class ties with itself and so counts its own place.
+        ranks.append((cosines >= cosines.gather(1, label[:, None]) - TIE_TOLERANCE).sum(dim=1))
+    rank = torch.cat(ranks)
+
+    metrics = {f"accuracy@{k}": (rank <= k).double().mean().item() for k in top_k if k <= len(classes)}
+    images_of_class = torch.bincount(truth, minlength=len(classes))
+    hits_of_class = torch.bincount(truth[rank == 1], minlength=len(classes))
+    occurs = images_of_class > 0
+    metrics["mean_per_class_accuracy"] = (hits_of_class[occurs] / images_of_class[occurs].double()).mean().item()
+    return metrics
+
+
+def _checked_labels(labels: Tensor | np.ndarray | list[int], num_images: int, num_classes: int) -> Tensor:
+    truth = torch.as_tensor(labels)
+    if truth.shape != (num_images,):
+        raise ValueError(f"labels has shape {tuple(truth.shape)}, but must be ({num_images},): one for each image.")
+    if truth.dtype.is_floating_point or truth.dtype.is_complex or truth.dtype == torch.bool:
+        raise ValueError(f"labels has dtype {truth.dtype}, but must hold integers: rows of class_embeds.")
+    outside = ((truth < 0) | (truth >= num_classes)).nonzero().flatten()
+    if len(outside):
+        raise ValueError(
+            f"labels[{int(outside[0])}] is {int(truth[outside[0]])}, but there are {num_classes} classes, "
+            f"0 to {num_classes - 1}."
+        )
+    return truth.long()

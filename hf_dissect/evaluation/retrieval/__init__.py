@@ -1,0 +1,1 @@
+"""Holds the `evaluate` module `retrieval`; a package only so that it is installed."""

@@ -1,0 +1,70 @@
+"""Offers `hf_dissect.evaluation.retrieval_from_pairs` to users of `evaluate`, who may add batch by batch."""
+
+import datasets
+import evaluate
+
+from hf_dissect.evaluation.modules import check_columns
+from hf_dissect.evaluation.recall import retrieval_from_pairs
+
+_DESCRIPTION = """\
+Cross-modal retrieval by cosine: which share of the images finds one of its own captions among the first 1, 5 and 10,
+and which share of the captions finds its image; the median ranks; and the sum of the six recalls. Images with several
+captions follow the usual protocol of Flickr and MS-COCO: the best-ranked own caption counts. Ranks are exact, ties
+count against the model, and memory does not grow with the number of similarities.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    image_embeds: embedding of the image of each (image, caption) pair, (num_pairs, dim), any scale.
+    text_embeds: embedding of its caption, (num_pairs, dim), any scale.
+    image_ids: integer or string of each pair, equal where pairs share an image; (num_pairs,). An image is kept once.
+    block_size: similarities are computed in blocks of block_size x block_size (1024).
+Returns:
+    image_to_text_R@1, image_to_text_R@5, image_to_text_R@10: in per cent.
+    text_to_image_R@1, text_to_image_R@5, text_to_image_R@10: in per cent.
+    image_to_text_median_rank, text_to_image_median_rank: counted from 1.
+    recall_sum: sum of the six recalls, at most 600.
+Examples:
+    >>> from hf_dissect.evaluation import load
+    >>> retrieval = load("retrieval")
+    >>> results = retrieval.compute(
+    ...     image_embeds=[[1.0, 0.0], [0.0, 1.0]], text_embeds=[[0.9, 0.1], [0.2, 0.8]], image_ids=[0, 1])
+    >>> print(results["image_to_text_R@1"])
+    100.0
+"""
+
+_CITATION = """\
+@inproceedings{karpathy2015deep,
+  title     = {Deep Visual-Semantic Alignments for Generating Image Descriptions},
+  author    = {Karpathy, Andrej and Fei-Fei, Li},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2015}
+}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class Retrieval(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        embeds = {
+            "image_embeds": datasets.List(datasets.Value("float32")),
+            "text_embeds": datasets.List(datasets.Value("float32")),
+        }
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=[
+                datasets.Features({**embeds, "image_ids": datasets.Value("string")}),
+                datasets.Features({**embeds, "image_ids": datasets.Value("int64")}),
+            ],
+            reference_urls=["https://arxiv.org/abs/1412.2306"],
+        )
+
+    def add_batch(self, **columns) -> None:
+        """Adds a batch of pairs."""
+        check_columns(columns, self._feature_names())
+        super().add_batch(**columns)
+
+    def _compute(self, image_embeds, text_embeds, image_ids, block_size: int = 1024) -> dict[str, float]:
+        return retrieval_from_pairs(image_embeds, text_embeds, image_ids, block_size=block_size)

@@ -1,0 +1,97 @@
+"""A vision tower whose output was computed once and stored, so that only the rest of the model is trained."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+class PrecomputedFeaturesConfig(PreTrainedConfig):
+    """Settings of `PrecomputedFeaturesModel`.
+
+    Args:
+        hidden_size: dimension D of a stored feature vector.
+        dropout: share of the feature coordinates set to zero in training, in [0, 1).
+        normalize: bring every vector to length `sqrt(D)`, that is, a coordinate to about unit size, which is what the
+            initialisation of the projection behind it expects whatever the scale of the stored features.
+
+    Raises:
+        ValueError: if `hidden_size` is below 1 or `dropout` outside [0, 1).
+    """
+
+    model_type = "precomputed_features"
+
+    hidden_size: int = 512
+    dropout: float | int = 0.0
+    normalize: bool = True
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.hidden_size < 1:
+            raise ValueError(
+                f"hidden_size must be the dimension of the stored features, at least 1, got {self.hidden_size}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        super().__post_init__(**kwargs)
+
+
+class PrecomputedFeaturesModel(PreTrainedModel):
+    """Hands stored image features on in the place of a vision tower; it has no parameters.
+
+    As `vision_model` of a `VisionTextDualEncoderModel` it makes locked-image tuning ("LiT", arXiv 2111.07991) cost no
+    image encoder at all: the projection behind it and the text tower learn.
+    """
+
+    config: PrecomputedFeaturesConfig
+    config_class = PrecomputedFeaturesConfig
+    base_model_prefix = "precomputed_features"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # There is no attention here, so whatever implementation the text tower asks for is fine.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PrecomputedFeaturesConfig):
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, torch.Tensor]:
+        """Returns the features in the form of a vision tower's output.
+
+        Args:
+            pixel_values: stored features `(B, hidden_size)`, any floating type; the name is that of the vision towers.
+            return_dict: False returns the tuple `(last_hidden_state, pooler_output)`.
+            kwargs: what other towers take (`output_attentions`, ...); there is nothing here it could apply to.
+
+        Returns:
+            `pooler_output` `(B, hidden_size)` and `last_hidden_state` `(B, 1, hidden_size)`, the same numbers.
+
+        Raises:
+            ValueError: if `pixel_values` is not of the shape `(B, hidden_size)`.
+        """
+        size = self.config.hidden_size
+        if pixel_values.ndim != 2 or pixel_values.shape[1] != size:
+            raise ValueError(
+                f"pixel_values must be stored features of shape (B, {size}), got {tuple(pixel_values.shape)}; "
+                "set vision_config.hidden_size to the dimension of the stored features"
+            )
+        features = pixel_values
+        if self.config.normalize:
+            features = nn.functional.normalize(features, dim=-1) * math.sqrt(size)
+        features = self.dropout(features)
+        sequence = features.unsqueeze(1)
+        if return_dict is False:
+            return sequence, features
+        return BaseModelOutputWithPooling(last_hidden_state=sequence, pooler_output=features)
+
+
+# `exist_ok`, because a module may be imported again (a reloading notebook, a spawned worker's second path).
+AutoConfig.register(PrecomputedFeaturesConfig.model_type, PrecomputedFeaturesConfig, exist_ok=True)
+AutoModel.register(PrecomputedFeaturesConfig, PrecomputedFeaturesModel, exist_ok=True)

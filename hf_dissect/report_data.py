@@ -1,0 +1,169 @@
+"""What a report needs to know of a finished run, kept as one JSON file so that it can be redrawn without the model."""
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from hf_dissect.version import __version__
+
+THUMBNAIL_SIZE = 160
+"""Longest side of a stored picture, in pixels."""
+MAX_SAMPLES = 12
+FORMAT_VERSION = 1
+
+
+@dataclass
+class PairSample:
+    """One image-text pair for the sample sheet.
+
+    `correlation` is the score max(100 * cosine, 0) at the last visit and `differential` the historical minus the
+    current score (DISSect, arXiv 2507.12998), None without a history. `is_clean` is None where the truth is unknown,
+    `image` is None where there is no picture to show.
+    """
+
+    sample_id: int
+    caption: str
+    correlation: float
+    differential: float | None = None
+    is_clean: bool | None = None
+    image: Image.Image | None = None
+
+
+@dataclass
+class RunSummary:
+    """One run of a report.
+
+    Args:
+        name: `dissect`, or `dissect, seed 0` for one of several seeds; runs that differ in the seed alone share a
+            colour.
+        metrics: the content of the run's `metrics.json`.
+        log_history: `trainer.state.log_history`.
+        score_histogram: correlation of the last epoch's candidates: `edges` (n + 1), counts `kept` and `dropped` (n).
+        best_kept: kept pairs, best first; the first 12 are saved and shown.
+        worst_dropped: dropped pairs, worst first; the first 12 are saved and shown.
+    """
+
+    name: str
+    metrics: dict
+    log_history: list[dict] = field(default_factory=list)
+    score_histogram: dict | None = None
+    best_kept: list[PairSample] = field(default_factory=list)
+    worst_dropped: list[PairSample] = field(default_factory=list)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the run to one JSON file, pictures as JPEG of at most 160 px; NaN and infinities become null."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "metrics": self.metrics,
+            "log_history": self.log_history,
+            "score_histogram": self.score_histogram,
+            "best_kept": [_sample_to_json(sample) for sample in (self.best_kept or [])[:MAX_SAMPLES]],
+            "worst_dropped": [_sample_to_json(sample) for sample in (self.worst_dropped or [])[:MAX_SAMPLES]],
+        }
+        return replace_file(path, json.dumps(_plain(content), allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "RunSummary":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no JSON, lacks a part, or is of another format version.
+        """
+        try:
+            content = json.loads(Path(path).read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"path={str(path)!r} must be report data in JSON ({error}). Pass the file that RunSummary.save wrote."
+            ) from error
+        version = content.get("format_version") if isinstance(content, Mapping) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"path={str(path)!r} has format_version={version!r}, but hf_dissect {__version__} reads "
+                f"{FORMAT_VERSION}. Pass a file that RunSummary.save of this version wrote."
+            )
+        names = ("name", "metrics", "log_history", "score_histogram", "best_kept", "worst_dropped")
+        missing = [name for name in names if name not in content]
+        if missing:
+            raise ValueError(f"path={str(path)!r} lacks {missing}. Pass the file that RunSummary.save wrote.")
+        parts = {name: content[name] for name in names}
+        for name in ("best_kept", "worst_dropped"):
+            parts[name] = [_sample_from_json(sample) for sample in parts[name]]
+        return cls(**parts)
+
+
+def thumbnail(image: Image.Image | None) -> str | None:
+    """`image` as base64 JPEG of at most 160 px without metadata, or None where it is absent or cannot be decoded."""
+    if image is None:
+        return None
+    try:
+        jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
+        if jpeg and max(image.size) <= THUMBNAIL_SIZE:
+            options = {"quality": "keep"}  # a stored thumbnail: a second loss would show
+        else:
+            image = _on_white(image)
+            image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+            # Pictures of a few pixels are magnified by the page, and so are their JPEG artefacts.
+            options = {"quality": 92, "subsampling": 0} if max(image.size) <= 64 else {"quality": 80}
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", comment=b"", **options)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        return None
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def replace_file(path: str | os.PathLike, text: str) -> Path:
+    """Write `text` as UTF-8 under a temporary name and move it to `path`, so that no reader meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # A caption may hold lone surrogates, which UTF-8 cannot express.
+        temporary.write_bytes(text.encode("utf-8", "replace"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _sample_to_json(sample: PairSample) -> dict:
+    content = {name: getattr(sample, name) for name in PairSample.__dataclass_fields__ if name != "image"}
+    return {**content, "image": thumbnail(sample.image)}
+
+
+def _sample_from_json(content: dict) -> PairSample:
+    sample = PairSample(**content)
+    if sample.correlation is None:
+        sample.correlation = math.nan
+    if sample.image is not None:
+        sample.image = Image.open(io.BytesIO(base64.b64decode(content["image"])))
+        sample.image.load()
+    return sample
+
+
+def _plain(value: object) -> object:
+    """`value` in the types that strict JSON has; scalars of NumPy and torch by their `item`, the unknown as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

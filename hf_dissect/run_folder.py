@@ -1,0 +1,171 @@
+"""What a finished run leaves behind: the model, the ledger, the figures and the report, all in one folder."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_dissect.data.pairs import PairDataset
+from hf_dissect.evaluation import noise_detection_metrics
+from hf_dissect.model_card import write_model_card
+from hf_dissect.report import PairSample, RunSummary, write_report
+from hf_dissect.selection.monitor import ObservedPair
+from hf_dissect.training_args import DissectTrainingArguments
+
+if TYPE_CHECKING:
+    from hf_dissect.trainer import DissectTrainer
+
+_PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
+_PRIVATE_SETTINGS = {"output_dir", "logging_dir", "hub_token", "hub_model_id", "run_name", "resume_from_checkpoint"}
+
+
+def write_run_folder(
+    trainer: "DissectTrainer",
+    *,
+    name: str | None = None,
+    test_dataset: Any = None,
+    more_figures: dict[str, float] | None = None,
+    noise_detection: bool = True,
+) -> dict[str, Any]:
+    """Evaluate the trained model and write the run folder; called on all ranks, written by the first.
+
+    The folder gets the model and processor, `ledger.safetensors`, `recipe.yaml` when the run has one, `metrics.json`,
+    `report.html`, `report_data.json` (what the report is made of) and a model card, `README.md`.
+
+    Args:
+        trainer: after `train`.
+        name: of the run in report and figures; the strategy's by default.
+        test_dataset: for the final retrieval figures; the trainer's `eval_dataset` by default.
+        more_figures: further final figures, such as zero-shot accuracies.
+        noise_detection: score all training pairs with the final model where the truth is known.
+
+    Returns:
+        The content of `metrics.json`.
+    """
+    final = dict(more_figures or {})
+    dataset = test_dataset if test_dataset is not None else trainer.eval_dataset
+    if dataset is not None:
+        figures = trainer.evaluate(dataset, metric_key_prefix="final")
+        final.update({key.removeprefix("final_"): value for key, value in figures.items() if _is_result(key)})
+    if noise_detection and getattr(trainer.train_dataset, "knows_truth", False):
+        with trainer.times.measure("evaluation"):
+            scored = trainer.score_pairs(trainer.train_dataset)
+        found = noise_detection_metrics(scored["correlation"], scored["is_clean"])
+        final.update({f"noise_detection_{key}": value for key, value in found.items()})
+    trainer.save_model()
+    metrics = run_metrics(trainer, name or trainer.strategy.name, final)
+    if trainer.args.should_save:
+        _write_files(trainer, metrics)
+    return metrics
+
+
+def run_metrics(trainer: "DissectTrainer", name: str, final: dict[str, Any]) -> dict[str, Any]:
+    """The content of `metrics.json`: final figures, selection, times, bad rows, settings and versions."""
+    seconds = {f"{part}_s": trainer.times[part] for part in ("data", "scoring", "training", "evaluation")}
+    selection = dict(trainer.monitor.run.figures())
+    last = trainer.monitor.last_epoch.sums.figures()
+    selection.update({f"{key}_last_epoch": value for key, value in last.items()})
+    if (ranking := trainer.monitor.ranking_truth()) is not None:
+        selection["ranking_auroc_last_epoch"] = noise_detection_metrics(*ranking)["auroc"]
+    return _finite(
+        {
+            "name": name,
+            "strategy": trainer.strategy.name,
+            "seed": trainer.args.seed,
+            "steps": trainer.state.global_step,
+            "num_pairs": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+            "final": final,
+            "selection": selection,
+            "times": {"total_s": sum(seconds.values()), **seconds},
+            "bad_rows": trainer.bad_rows.summary(),
+            "settings": changed_settings(trainer.args),
+            "versions": {"python": platform.python_version(), **_versions()},
+        }
+    )
+
+
+def changed_settings(args: DissectTrainingArguments) -> dict[str, Any]:
+    """The training arguments that differ from their defaults, without paths and tokens."""
+    default = DissectTrainingArguments(args.output_dir)
+    changed = {"selection_strategy": args.selection_strategy, "selection_ratio": args.selection_ratio}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        plain = isinstance(value, bool | int | float | str | dict | list) or value is None
+        if field.init and plain and value != getattr(default, field.name) and field.name not in _PRIVATE_SETTINGS:
+            changed[field.name] = value
+    return changed
+
+
+def _write_files(trainer: "DissectTrainer", metrics: dict[str, Any]) -> None:
+    folder = Path(trainer.args.output_dir)
+    write_json(folder / "metrics.json", metrics)
+    last = trainer.monitor.last_epoch
+    summary = RunSummary(
+        name=metrics["name"],
+        metrics=metrics,
+        log_history=trainer.state.log_history,
+        score_histogram=trainer.monitor.score_histogram(),
+        best_kept=[_sample(trainer, pair) for pair in last.best_kept],
+        worst_dropped=[_sample(trainer, pair) for pair in last.worst_dropped],
+    )
+    summary.save(folder / "report_data.json")
+    write_report(folder / "report.html", [summary], title=_title(trainer, metrics["name"]))
+    write_model_card(folder / "README.md", metrics=metrics, base_model=_base_model(trainer), recipe_name=None)
+
+
+def _title(trainer: "DissectTrainer", name: str) -> str:
+    return name if trainer.recipe is None else f"{trainer.recipe.name}: {name}"
+
+
+def _base_model(trainer: "DissectTrainer") -> str | None:
+    return None if trainer.recipe is None else trainer.recipe.model.name_or_path
+
+
+def _sample(trainer: "DissectTrainer", pair: ObservedPair) -> PairSample:
+    dataset, caption, picture = trainer.train_dataset, "", None
+    if isinstance(dataset, PairDataset):
+        index = dataset.find(pair.sample_id)
+        caption, picture = dataset[index]["caption"], dataset.picture(index)
+    ranked_by_differential = trainer.strategy.name == "dissect"
+    return PairSample(
+        sample_id=pair.sample_id,
+        caption=caption,
+        correlation=pair.correlation,
+        differential=pair.priority if ranked_by_differential else None,
+        is_clean=pair.is_clean,
+        image=picture,
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name first, so that a half-written file is never found."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _is_result(key: str) -> bool:
+    return not key.endswith(("_runtime", "_per_second", "_preparation_time", "epoch"))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: what could not be computed is null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

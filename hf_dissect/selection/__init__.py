@@ -1,0 +1,38 @@
+"""Which candidates are worth a gradient: the ledger, the scores and the rules."""
+
+from hf_dissect.selection.clipscore import ClipScore
+from hf_dissect.selection.dissect import Dissect
+from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
+from hf_dissect.selection.scoring import CandidateScores, score
+from hf_dissect.selection.strategy import Selection, SelectionStrategy
+from hf_dissect.selection.uniform import KeepAll, Random
+
+STRATEGIES: dict[str, type[SelectionStrategy]] = {
+    strategy.name: strategy for strategy in (Dissect, Random, SmallLoss, BigLoss, ClipScore, KeepAll)
+}
+
+
+def make_strategy(name: str, **options) -> SelectionStrategy:
+    """Build a strategy by the name recipes use, e.g. `make_strategy("dissect", variant="momentum")`.
+
+    Raises:
+        ValueError: the name is unknown, or the strategy does not take one of the options.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"selection_strategy={name!r}: choose one of {', '.join(STRATEGIES)}.")
+    try:
+        return STRATEGIES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"selection_options={options!r}: {error}.") from error
+
+
+__all__ = [
+    "STRATEGIES",
+    "CandidateScores",
+    "SampleLedger",
+    "Selection",
+    "SelectionStrategy",
+    "make_strategy",
+    "score",
+]

@@ -1,0 +1,82 @@
+"""DISSect: the pairs whose correlation fell most against what it once was."""
+
+import torch
+
+from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.scoring import CandidateScores
+from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+
+VARIANTS = ("warmup", "momentum")
+WARMUP_ON = ("subset", "all")
+
+
+class Dissect(SelectionStrategy):
+    """Differential-informed sample selection (ICCV 2025, arXiv 2507.12998).
+
+    Keeps the candidates with the largest differential `historical - current` correlation. Clean pairs are learnt early
+    and fall back later; mismatched ones start low and rise as they are memorised.
+
+    A pair without history takes the median differential of its batch, and a batch without any history is selected
+    at random: never having been seen says nothing about a pair.
+
+    Args:
+        variant: "warmup": the score of the last warm-up epoch, frozen, is the history. "momentum": a moving average of
+            the scores at each visit, starting at the first one.
+        warmup_epochs: epochs before the selection proper begins ("warmup" variant only), at least 1.
+        warmup_on: what trains during warm-up, a random "subset" of the selection ratio or "all" candidates.
+        momentum: share of the old value in the moving average ("momentum" variant only), in [0, 1).
+
+    Raises:
+        ValueError: an argument is outside of what is listed.
+    """
+
+    name = "dissect"
+    columns = ("history",)
+
+    def __init__(
+        self, variant: str = "warmup", warmup_epochs: int = 1, warmup_on: str = "subset", momentum: float = 0.9
+    ):
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r}: dissect has the variants {', '.join(VARIANTS)}.")
+        if warmup_on not in WARMUP_ON:
+            raise ValueError(f"warmup_on={warmup_on!r}: choose one of {', '.join(WARMUP_ON)}.")
+        if variant == "warmup" and warmup_epochs < 1:
+            raise ValueError(f"warmup_epochs={warmup_epochs}: the warm-up variant needs at least 1 to have a history.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum}: must be at least 0 and below 1.")
+        self.variant = variant
+        self.warmup_epochs = warmup_epochs if variant == "warmup" else 0
+        self.warmup_on = warmup_on
+        self.momentum = momentum
+        self._epoch = 0
+
+    @property
+    def in_warmup(self) -> bool:
+        return self._epoch < self.warmup_epochs
+
+    def needs_scores(self, epoch: int) -> bool:
+        # Each warm-up epoch overwrites the scores of the one before: only the last is worth its forward passes.
+        return epoch >= self.warmup_epochs - 1
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        if self.in_warmup:
+            if self.warmup_on == "all":
+                return Selection(indices=torch.arange(scores.num_candidates))
+            return keep_random(scores.num_candidates, k, self.generator)
+        differential = ledger.read("history", scores.sample_id) - scores.correlation
+        known = ~differential.isnan()
+        if not known.any():
+            return keep_random(scores.num_candidates, k, self.generator)
+        return keep_largest(torch.where(known, differential, differential[known].median()), k)
+
+    def record(self, sample_id: torch.Tensor, correlation: torch.Tensor, ledger: SampleLedger) -> None:
+        if self.variant == "momentum":
+            history = ledger.read("history", sample_id)
+            average = self.momentum * history + (1 - self.momentum) * correlation
+            ledger.write("history", sample_id, torch.where(history.isnan(), correlation, average))
+        elif self.in_warmup:
+            ledger.write("history", sample_id, correlation)

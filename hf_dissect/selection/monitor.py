@@ -1,0 +1,163 @@
+"""What the selection did: running figures for the logs, distributions and extreme pairs for the report."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+NUM_EXTREMES = 12
+HISTOGRAM_EDGES = np.linspace(0, 100, 51)
+
+
+@dataclass
+class ObservedPair:
+    """One candidate as it was seen when it was selected or dropped."""
+
+    sample_id: int
+    priority: float
+    correlation: float
+    is_clean: bool | None
+
+
+@dataclass
+class _Sums:
+    """Counts and sums over some steps."""
+
+    candidates: int = 0
+    kept: int = 0
+    correlation_kept: float = 0.0
+    correlation_dropped: float = 0.0
+    scored_kept: int = 0
+    scored_dropped: int = 0
+    noise_candidates: int = 0
+    noise_kept: int = 0
+    truth_known: bool = False
+
+    def add(self, kept: np.ndarray, correlation: np.ndarray | None, is_clean: np.ndarray | None) -> None:
+        self.candidates += len(kept)
+        self.kept += int(kept.sum())
+        if correlation is not None:
+            self.correlation_kept += float(correlation[kept].sum())
+            self.correlation_dropped += float(correlation[~kept].sum())
+            self.scored_kept += int(kept.sum())
+            self.scored_dropped += int((~kept).sum())
+        if is_clean is not None:
+            self.truth_known = True
+            self.noise_candidates += int((~is_clean).sum())
+            self.noise_kept += int((~is_clean & kept).sum())
+
+    def figures(self) -> dict[str, float]:
+        figures = {}
+        if self.candidates:
+            figures["kept_share"] = self.kept / self.candidates
+        if self.scored_kept:
+            figures["correlation_kept"] = self.correlation_kept / self.scored_kept
+        if self.scored_dropped:
+            figures["correlation_dropped"] = self.correlation_dropped / self.scored_dropped
+        if self.truth_known and self.kept:
+            figures["noise_kept"] = self.noise_kept / self.kept
+            figures["noise_candidates"] = self.noise_candidates / self.candidates
+        return figures
+
+
+@dataclass
+class _LastEpoch:
+    """What is kept of the current epoch only, for the report."""
+
+    epoch: int = -1
+    sums: _Sums = field(default_factory=_Sums)
+    kept_counts: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64))
+    dropped_counts: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64))
+    best_kept: list[ObservedPair] = field(default_factory=list)
+    worst_dropped: list[ObservedPair] = field(default_factory=list)
+    priorities: list[np.ndarray] = field(default_factory=list)
+    truths: list[np.ndarray] = field(default_factory=list)
+
+
+class SelectionMonitor:
+    """Observes each selection of this rank; holds figures since the last log, of the last epoch, and of the run."""
+
+    def __init__(self):
+        self.run = _Sums()
+        self.last_epoch = _LastEpoch()
+        self._since_log = _Sums()
+
+    def observe(
+        self,
+        epoch: int,
+        sample_id: torch.Tensor,
+        kept: torch.Tensor,
+        correlation: torch.Tensor | None = None,
+        priority: torch.Tensor | None = None,
+        is_clean: torch.Tensor | None = None,
+    ) -> None:
+        """Take in one selection of `B` candidates; all arguments but `epoch` are `(B,)` on the CPU.
+
+        Args:
+            epoch: counted from 0.
+            sample_id: int64.
+            kept: bool.
+            correlation: float32, None when the strategy asked for no scores.
+            priority: float32 the strategy ranked by; None when it ranked by nothing.
+            is_clean: bool, where the truth is known.
+        """
+        if epoch != self.last_epoch.epoch:
+            self.last_epoch = _LastEpoch(epoch)
+        kept = kept.numpy()
+        correlation = None if correlation is None else correlation.numpy()
+        is_clean = None if is_clean is None else is_clean.numpy()
+        for sums in (self.run, self.last_epoch.sums, self._since_log):
+            sums.add(kept, correlation, is_clean)
+        if correlation is None:
+            return
+        ranking = correlation if priority is None else priority.numpy()
+        self._histogram(correlation, kept)
+        self._extremes(sample_id.numpy(), ranking, correlation, kept, is_clean)
+        if is_clean is not None and priority is not None:
+            self.last_epoch.priorities.append(ranking)
+            self.last_epoch.truths.append(is_clean)
+
+    def pop_logs(self) -> dict[str, float]:
+        """Figures since the last call, as `selection_*`."""
+        figures, self._since_log = self._since_log.figures(), _Sums()
+        return {f"selection_{name}": value for name, value in figures.items()}
+
+    def ranking_truth(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Priorities float32 `(n,)` and truths bool `(n,)` of the last epoch, None when either is unknown."""
+        if not self.last_epoch.priorities:
+            return None
+        return np.concatenate(self.last_epoch.priorities), np.concatenate(self.last_epoch.truths)
+
+    def score_histogram(self) -> dict[str, list[float]] | None:
+        """Correlations of the last epoch's candidates: `edges` (n + 1), `kept` and `dropped` counts (n)."""
+        last = self.last_epoch
+        if not last.kept_counts.sum() + last.dropped_counts.sum():
+            return None
+        return {
+            "edges": HISTOGRAM_EDGES.tolist(),
+            "kept": last.kept_counts.tolist(),
+            "dropped": last.dropped_counts.tolist(),
+        }
+
+    def _histogram(self, correlation: np.ndarray, kept: np.ndarray) -> None:
+        self.last_epoch.kept_counts += np.histogram(correlation[kept], HISTOGRAM_EDGES)[0]
+        self.last_epoch.dropped_counts += np.histogram(correlation[~kept], HISTOGRAM_EDGES)[0]
+
+    def _extremes(self, sample_id, ranking, correlation, kept, is_clean) -> None:
+        def pairs(positions: np.ndarray) -> list[ObservedPair]:
+            return [
+                ObservedPair(
+                    int(sample_id[i]),
+                    float(ranking[i]),
+                    float(correlation[i]),
+                    None if is_clean is None else bool(is_clean[i]),
+                )
+                for i in positions
+            ]
+
+        order = np.argsort(ranking, kind="stable")
+        last = self.last_epoch
+        best = last.best_kept + pairs(order[kept[order]][::-1][:NUM_EXTREMES])
+        worst = last.worst_dropped + pairs(order[~kept[order]][:NUM_EXTREMES])
+        last.best_kept = sorted(best, key=lambda pair: -pair.priority)[:NUM_EXTREMES]
+        last.worst_dropped = sorted(worst, key=lambda pair: pair.priority)[:NUM_EXTREMES]

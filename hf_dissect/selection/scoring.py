@@ -1,0 +1,116 @@
+"""One forward pass without gradient that tells how well each candidate's image and caption agree."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from hf_dissect.losses.contrastive import per_pair_loss
+from hf_dissect.models import logit_scale_and_bias
+
+
+@dataclass
+class CandidateScores:
+    """What a strategy may know of `B` candidates.
+
+    Attributes:
+        sample_id: int64 `(B,)`, on the CPU.
+        image_embeds, text_embeds: float32 `(B, D)`, unit length; None when the strategy asked for no scores.
+        logit_scale: factor of the similarities in the model's logits (already exponentiated).
+        logit_bias: added to the logits, for sigmoid losses.
+        kind: "softmax" or "sigmoid", the loss the model trains with.
+    """
+
+    sample_id: torch.Tensor
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    logit_scale: torch.Tensor | float = 1.0
+    logit_bias: torch.Tensor | float = 0.0
+    kind: str = "softmax"
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.sample_id)
+
+    @cached_property
+    def correlation(self) -> torch.Tensor:
+        """`max(100 cos(image, text), 0)` of each pair, float32 `(B,)`, on the CPU (DISSect, predicted correlation)."""
+        return ((self.image_embeds * self.text_embeds).sum(-1) * 100).clamp_min(0).cpu()
+
+    @cached_property
+    def loss(self) -> torch.Tensor:
+        """Contrastive loss of each pair among the candidates of this rank, float32 `(B,)`, on the CPU."""
+        logits = self.text_embeds @ self.image_embeds.T * self.logit_scale + self.logit_bias
+        return per_pair_loss(logits.detach(), kind=self.kind).cpu()
+
+    def subset(self, indices: torch.Tensor) -> "CandidateScores":
+        """The scores of some candidates, `indices` int64 `(n,)`."""
+        if self.image_embeds is None:
+            return CandidateScores(self.sample_id[indices])
+        on_device = indices.to(self.image_embeds.device)
+        return CandidateScores(
+            self.sample_id[indices],
+            self.image_embeds[on_device],
+            self.text_embeds[on_device],
+            self.logit_scale,
+            self.logit_bias,
+            self.kind,
+        )
+
+
+@torch.no_grad()
+def score(
+    model: torch.nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    sample_id: torch.Tensor,
+    *,
+    kind: str = "softmax",
+    chunk_size: int | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> CandidateScores:
+    """Score candidates with the current weights, leaving no trace in the model or in the random state.
+
+    The model is called as a whole, so that DDP, FSDP, autocast and PEFT hooks hold, in evaluation mode, so that
+    neither dropout nor batch-norm statistics move.
+
+    Args:
+        model: any CLIP-like model (or wrapper) whose forward returns `image_embeds` and `text_embeds` `(B, D)` and
+            `logits_per_text` `(B, B)`.
+        inputs: keyword arguments of the model, each with leading dimension `B`, on the model's device.
+        sample_id: int64 `(B,)`.
+        kind: "softmax" or "sigmoid", the loss the model trains with.
+        chunk_size: candidates per forward pass; None for all at once.
+        autocast: gives the context of mixed precision.
+    """
+    size = len(sample_id)
+    step = chunk_size or size
+    image_embeds, text_embeds = [], []
+    with evaluation_mode(model), _untouched_random_state(inputs), autocast():
+        for start in range(0, size, step):
+            outputs = model(**{name: value[start : start + step] for name, value in inputs.items()})
+            image_embeds.append(F.normalize(outputs["image_embeds"].float(), dim=-1))
+            text_embeds.append(F.normalize(outputs["text_embeds"].float(), dim=-1))
+    scale, bias = logit_scale_and_bias(model)
+    return CandidateScores(sample_id.cpu(), torch.cat(image_embeds), torch.cat(text_embeds), scale, bias, kind)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module):
+    """Evaluation mode inside, every module's own mode afterwards (frozen parts may be in evaluation mode already)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _untouched_random_state(inputs: Mapping[str, torch.Tensor]) -> AbstractContextManager:
+    device = next(iter(inputs.values())).device
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)

@@ -1,0 +1,77 @@
+"""The contract of a selection rule: scores and history in, the candidates worth a gradient out."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.scoring import CandidateScores
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which candidates train.
+
+    Attributes:
+        indices: int64 `(k,)`, positions in the candidate batch, ascending.
+        weights: float32 `(k,)` of the per-pair losses, or None for equal weights.
+        priority: float32 `(B,)`, the value the rule ranked by, larger is better; None when it ranked by nothing.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor | None = None
+    priority: torch.Tensor | None = None
+
+
+class SelectionStrategy:
+    """Base class of the rules. A rule sees scores and the ledger, never the model or the trainer.
+
+    A new rule is one file with one subclass and one line in `hf_dissect.selection.STRATEGIES`.
+
+    Attributes:
+        name: what recipes and arguments call it.
+        columns: ledger columns it keeps, beside the `correlation` that is always recorded.
+        keeps_all: whether every candidate trains (the selection ratio is then without effect).
+        generator: source of its random choices, seeded anew from the run's seed and the step before each call of
+            `select`, so that a resumed run chooses as the uninterrupted one and the training's random stream is
+            untouched.
+    """
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]] = ()
+    keeps_all: ClassVar[bool] = False
+
+    def __init__(self):
+        self.generator = torch.Generator()
+
+    def needs_scores(self, epoch: int) -> bool:
+        """Whether candidates of this epoch (counted from 0) must be scored by a forward pass before selecting."""
+        return True
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Told at the start of each epoch (counted from 0), and at a resume."""
+
+    def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Choose `k` of the `B` candidates.
+
+        Args:
+            scores: of the candidates; only `sample_id` is set when `needs_scores` said no.
+            ledger: what earlier visits left; not to be written here.
+            k: how many to keep, `1 <= k <= B`.
+        """
+        raise NotImplementedError
+
+    def record(self, sample_id: torch.Tensor, correlation: torch.Tensor, ledger: SampleLedger) -> None:
+        """Update the own ledger columns after a selection, with the candidates' ids and correlations of all ranks."""
+
+
+def keep_largest(priority: torch.Tensor, k: int) -> Selection:
+    """Keep the `k` largest values of `priority` `(B,)`; of equal values the earlier candidate goes first."""
+    order = torch.argsort(priority, descending=True, stable=True)
+    return Selection(indices=order[:k].sort().values, priority=priority)
+
+
+def keep_random(num_candidates: int, k: int, generator: torch.Generator) -> Selection:
+    """Keep `k` candidates chosen uniformly without replacement."""
+    return Selection(indices=torch.randperm(num_candidates, generator=generator)[:k].sort().values)

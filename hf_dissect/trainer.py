@@ -1,0 +1,430 @@
+"""The Hugging Face Trainer with one thing added: of each candidate batch, only the pairs worth a gradient train."""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dissect.data.bad_rows import BadRows
+from hf_dissect.data.pairs import PAIR_KEYS, as_pairs, key_hash
+from hf_dissect.data_collator import SelectionCollator
+from hf_dissect.evaluation import retrieval_from_pairs
+from hf_dissect.losses import ContrastiveLoss, per_pair_loss
+from hf_dissect.models import (
+    check_dual_encoder,
+    clamp_logit_scale_,
+    contrastive_kind,
+    logit_scale_and_bias,
+    max_text_length,
+    same_architecture,
+    text_padding,
+)
+from hf_dissect.run_folder import write_run_folder
+from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
+from hf_dissect.selection.monitor import SelectionMonitor
+from hf_dissect.selection.recorder import SelectionRecorder
+from hf_dissect.time_spent import TimeSpent
+from hf_dissect.training_args import DissectTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+LEDGER_FILE = "ledger.safetensors"
+ROW_KEYS = ["image", "caption", "sample_id", "task_id", "is_clean"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a score became NaN or infinite; the weights were not stepped with it."""
+
+
+class DissectTrainer(Trainer):
+    """Trains a CLIP-like dual encoder on the pairs that its selection strategy keeps.
+
+    Args:
+        model: any model with `get_image_features` and `get_text_features`.
+        args: `DissectTrainingArguments`.
+        data_collator: by default a `SelectionCollator` for the model and processor.
+        train_dataset, eval_dataset: a `datasets.Dataset` or `IterableDataset` with an image and a caption column (see
+            `DissectTrainingArguments`), or a torch data set of dicts with `image`, `caption` and `sample_id`.
+        processing_class: the model's processor; saved with the model.
+        strategy: a `SelectionStrategy` of your own, instead of the one `args` names.
+        recipe: the `Recipe` of the run, saved with it.
+        trainer_arguments: anything else `transformers.Trainer` takes.
+
+    Attributes:
+        ledger: `SampleLedger` with the last correlation of each pair and the columns of the strategy.
+        strategy: the `SelectionStrategy` in use.
+
+    Raises:
+        TypeError: `args` are no `DissectTrainingArguments`.
+        ValueError: no processor, no data, fewer pairs than one batch, missing columns, bad ids, or a model that is no
+            dual encoder.
+    """
+
+    # The loss is the mean over a micro-batch, to be divided by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model=None,
+        args: DissectTrainingArguments | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        strategy: SelectionStrategy | None = None,
+        recipe=None,
+        **trainer_arguments,
+    ):
+        args = DissectTrainingArguments("runs/dissect") if args is None else args
+        if not isinstance(args, DissectTrainingArguments):
+            raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
+        if processing_class is None and data_collator is None:
+            raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
+        train_dataset = _as_pairs("train_dataset", train_dataset, args)
+        eval_dataset = _as_pairs("eval_dataset", eval_dataset, args)
+        if train_dataset is not None:
+            _check_one_batch(train_dataset, args)
+        if model is not None:
+            check_dual_encoder(model)
+        trainer_arguments.setdefault("compute_metrics", retrieval_of_predictions)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **trainer_arguments,
+        )
+        check_dual_encoder(self.model)
+        if data_collator is None:
+            self.data_collator = SelectionCollator(
+                processing_class,
+                text_padding=text_padding(self.model),
+                max_caption_length=args.max_caption_length or max_text_length(self.model, processing_class),
+            )
+        self.recipe = recipe
+        self.kind = contrastive_kind(self.model)
+        self.contrastive_loss = ContrastiveLoss(self.kind, args.mask_false_negatives)
+        self.strategy = args.make_strategy() if strategy is None else strategy
+        num_samples = getattr(train_dataset, "num_samples", None)
+        self.ledger = SampleLedger(num_samples, columns=("correlation", *self.strategy.columns))
+        self.bad_rows = BadRows(args.max_bad_fraction, _length(train_dataset))
+        self.monitor = SelectionMonitor()
+        self.recorder = SelectionRecorder(args.output_dir) if self._records() else None
+        self.times = TimeSpent()
+        self._epoch = 0
+        self.add_callback(_SelectionCallback(self))
+
+    # ---- the way of a pair: collated -> scored -> selected -> loss ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        """Pull the candidate batches of one update and keep of each what its strategy selects."""
+        with self.times.measure("data"):
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return [self._select(batch, micro_step) for micro_step, batch in enumerate(batches)], num_items
+
+    def _select(self, batch: Mapping[str, torch.Tensor], micro_step: int) -> dict[str, torch.Tensor]:
+        sample_id = batch["sample_id"].cpu()
+        good = self.bad_rows.add(sample_id, batch["bad_reason"].cpu())
+        batch = self._prepare_inputs(batch)
+        scores = self._score(batch, sample_id, good)
+        num_good = self._smallest_over_ranks(len(good))
+        if num_good == 0:
+            return {name: value[:0] for name, value in batch.items()}
+        candidates = scores if len(good) == len(sample_id) else scores.subset(good)
+        step = self.state.global_step
+        self.strategy.generator.manual_seed(
+            key_hash(f"{self.args.seed}/{step}/{micro_step}/{self.args.process_index}")
+        )
+        selection = self.strategy.select(candidates, self.ledger, self._num_selected(num_good))
+        indices = selection.indices[:num_good] if self.strategy.keeps_all else selection.indices
+        self._observe(batch, candidates, good, indices, selection.priority)
+        if scores.image_embeds is not None:
+            correlation = torch.full(sample_id.shape, torch.nan).index_copy(0, good, candidates.correlation)
+            self._record(sample_id, correlation)
+        if len(indices) == len(sample_id) and selection.weights is None:
+            return batch
+        kept = good[indices].to(self.args.device)
+        batch = {name: value[kept] for name, value in batch.items()}
+        if selection.weights is not None:
+            batch["pair_weight"] = selection.weights.to(self.args.device)
+        return batch
+
+    def _score(self, batch: Mapping[str, torch.Tensor], sample_id: torch.Tensor, good: torch.Tensor):
+        if not (self.strategy.needs_scores(self._epoch) or self.args.record_selection):
+            return CandidateScores(sample_id)
+        with self.times.measure("scoring"):
+            scores = score(
+                self.model_wrapped,
+                model_inputs(batch),
+                sample_id,
+                kind=self.kind,
+                chunk_size=self.args.scoring_batch_size,
+                autocast=self.accelerator.autocast,
+            )
+            finite = scores.correlation[good].isfinite()
+        if not finite.all():
+            self._stop_non_finite("the correlation", sample_id[good[~finite]])
+        return scores
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The contrastive loss over the kept pairs of all ranks, weighted as the strategy asks."""
+        outputs = model(**model_inputs(inputs))
+        scale, bias = logit_scale_and_bias(model)
+        loss = self.contrastive_loss(
+            outputs,
+            scale=scale,
+            bias=bias,
+            weights=inputs.get("pair_weight"),
+            image_key=inputs.get("image_key"),
+            caption_key=inputs.get("caption_key"),
+        )
+        if model.training and not (self.strategy.needs_scores(self._epoch) or self.args.record_selection):
+            # Pairs that train unscored are recorded from the training forward: their history costs nothing.
+            cosine = (outputs["image_embeds"] * outputs["text_embeds"]).sum(-1).detach().float()
+            self._record(inputs["sample_id"], (cosine * 100).clamp_min(0))
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The Trainer's step; stops before the weights are touched when the loss is not finite."""
+        if len(inputs["sample_id"]) == 0:
+            return torch.zeros((), device=self.args.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop_non_finite("the loss", inputs["sample_id"])
+        return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of the batch's good pairs, the embeddings `(B, D)` of both sides, and what identifies the pairs."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**model_inputs(inputs))
+        good = inputs["bad_reason"] == 0
+        loss = per_pair_loss(outputs["logits_per_text"][good][:, good], kind=self.kind).mean().detach()
+        if prediction_loss_only:
+            return loss, None, None
+        embeds = (outputs["image_embeds"].detach().float(), outputs["text_embeds"].detach().float())
+        return loss, embeds, (inputs["image_key"], inputs["bad_reason"])
+
+    # ---- what the selection leaves behind ----
+
+    def _record(self, sample_id: torch.Tensor, correlation: torch.Tensor) -> None:
+        sample_id, correlation = self._gather(sample_id), self._gather(correlation)
+        scored = ~correlation.isnan()
+        sample_id, correlation = sample_id[scored], correlation[scored]
+        self.ledger.write("correlation", sample_id, correlation)
+        self.strategy.record(sample_id, correlation, self.ledger)
+
+    def _observe(self, batch, candidates: CandidateScores, good, indices, priority) -> None:
+        kept = torch.zeros(candidates.num_candidates, dtype=torch.bool)
+        kept[indices] = True
+        correlation = None if candidates.image_embeds is None else candidates.correlation
+        is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
+        self.monitor.observe(self._epoch, candidates.sample_id, kept, correlation, priority, is_clean)
+        if not self.args.record_selection:
+            return
+        columns = [self._gather_ragged(part) for part in (candidates.sample_id, correlation, kept)]
+        if self.recorder is not None:
+            self.recorder.add(self._epoch, self.state.global_step, *columns)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures of the selection to the training logs."""
+        if "loss" in logs:
+            logs.update(self.monitor.pop_logs())
+            if (elapsed := sum(self.times.seconds.values())) and self.times["scoring"]:
+                logs["selection_scoring_time_share"] = self.times["scoring"] / elapsed
+        super().log(logs, start_time)
+
+    # ---- training, evaluation, checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments):
+        """Train as the Trainer does; then, with `save_run_folder`, leave a complete run folder."""
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"No checkpoint to resume from in {self.args.output_dir}.")
+        if resume_from_checkpoint:
+            same_architecture(self.model, resume_from_checkpoint)
+        elif self.recorder is not None:
+            self.recorder.restart(step=0)
+        self._warn_if_nothing_is_selected()
+        with self.times.measure("training"):
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+        if self.recorder is not None:
+            self.recorder.close()
+        if self.args.save_run_folder:
+            write_run_folder(self)
+        return output
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss and retrieval (recall at 1, 5, 10 and median rank in both directions) on `eval_dataset`."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = _as_pairs("eval_dataset", eval_dataset, self.args)
+        with self.times.measure("evaluation"):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def score_pairs(self, dataset) -> dict[str, torch.Tensor]:
+        """Correlation of every readable pair under the current weights.
+
+        Returns:
+            `sample_id` int64, `correlation` float32 and, where the truth is known, `is_clean` bool, each `(pairs,)`
+            on the CPU and the same on all ranks.
+        """
+        parts = []
+        for batch in self.get_eval_dataloader(_as_pairs("dataset", dataset, self.args)):
+            batch = self._prepare_inputs(batch)
+            scores = score(
+                self.model, model_inputs(batch), batch["sample_id"], kind=self.kind, autocast=self.accelerator.autocast
+            )
+            part = {name: batch[name] for name in ("sample_id", "bad_reason", "is_clean") if name in batch}
+            part["correlation"] = scores.correlation.to(self.args.device)
+            parts.append(self.accelerator.gather_for_metrics(part))
+        scored = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        good = scored.pop("bad_reason") == 0
+        return {name: values[good] for name, values in scored.items()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and processor, and beside them the ledger and the recipe."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.ledger.save(folder / LEDGER_FILE, {"epoch": self._epoch, "strategy": self.strategy.name})
+            if self.recipe is not None:
+                self.recipe.save(folder / "recipe.yaml")
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial):
+        if self.recorder is not None:
+            self.recorder.flush()
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.recorder is not None:
+            self.recorder.restart(self.state.global_step)
+        path = Path(checkpoint) / LEDGER_FILE
+        if path.is_file():
+            self._epoch = self.ledger.load(path)["epoch"]
+        else:
+            logger.warning("%s has no %s: the history of the pairs starts anew.", checkpoint, LEDGER_FILE)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys(self._signature_columns + ROW_KEYS))
+
+    # ---- small matters ----
+
+    def _begin_epoch(self) -> None:
+        if _length(self.train_dataset) is not None:
+            self._epoch = int(self.state.epoch + 1e-6)
+        elif self.state.global_step > 0:
+            # Of a stream the Trainer's epoch is a share of max_steps: passes are counted here instead.
+            self._epoch += 1
+        self.strategy.on_epoch_begin(self._epoch)
+
+    def _num_selected(self, num_candidates: int) -> int:
+        if self.strategy.keeps_all:
+            return num_candidates
+        return min(num_candidates, max(2, self.args.num_selected(num_candidates)))
+
+    def _smallest_over_ranks(self, number: int) -> int:
+        if self.args.world_size == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).min())
+
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size > 1:
+            values = self.accelerator.gather(values.to(self.args.device))
+        return values.cpu()
+
+    def _gather_ragged(self, values: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size == 1:
+            return values
+        sizes = self._gather(torch.tensor([len(values)])).tolist()
+        padded = torch.zeros(max(sizes), dtype=values.dtype)
+        padded[: len(values)] = values
+        rows = self._gather(padded).split(max(sizes))
+        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
+    def _records(self) -> bool:
+        return self.args.record_selection and self.is_world_process_zero()
+
+    def _warn_if_nothing_is_selected(self) -> None:
+        pairs, warmup = _length(self.train_dataset), getattr(self.strategy, "warmup_epochs", 0)
+        if self.args.max_steps > 0 and pairs and warmup:
+            per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            epochs = self.args.max_steps / math.ceil(pairs / per_step)
+            if epochs <= warmup:
+                logger.warning(
+                    "max_steps=%d ends after %.1f epochs, before the warm-up of %d epochs does: every step trains on "
+                    "a random subset. Train longer, warm up shorter, or use the momentum variant.",
+                    *(self.args.max_steps, epochs, warmup),
+                )
+
+    def _stop_non_finite(self, what: str, sample_id: torch.Tensor) -> None:
+        checkpoint = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        raise NonFiniteLossError(
+            f"At step {self.state.global_step} {what} is not finite (sample ids {sample_id.tolist()[:8]} ...); the "
+            f"weights were not changed by it. Last checkpoint: {checkpoint or 'none yet'}. Try a smaller learning "
+            "rate, a longer learning-rate warm-up, max_grad_norm, or bf16 instead of fp16."
+        )
+
+
+class _SelectionCallback(TrainerCallback):
+    def __init__(self, trainer: DissectTrainer):
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._trainer._begin_epoch()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        clamp_logit_scale_(self._trainer.model)
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the model's forward among the keys of a batch."""
+    return {name: value for name, value in batch.items() if name not in PAIR_KEYS and name != "pair_weight"}
+
+
+def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
+    """Retrieval metrics of the embeddings that `DissectTrainer.prediction_step` returns."""
+    image_embeds, text_embeds = predictions.predictions
+    image_key, bad_reason = predictions.label_ids
+    good = bad_reason == 0
+    return retrieval_from_pairs(image_embeds[good], text_embeds[good], image_key[good])
+
+
+def _as_pairs(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
+        return {name: _as_pairs(argument, part, args) for name, part in dataset.items()}
+    try:
+        return as_pairs(dataset, **args.column_names())
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
+def _check_one_batch(dataset: Any, args: DissectTrainingArguments) -> None:
+    pairs, batch = _length(dataset), args.train_batch_size * args.world_size
+    if pairs is not None and pairs < batch:
+        raise ValueError(
+            f"train_dataset has {pairs} pairs, fewer than one batch of {batch} candidates "
+            f"(per_device_train_batch_size {args.per_device_train_batch_size} x {args.world_size} processes); lower "
+            "per_device_train_batch_size."
+        )
+
+
+def _length(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None

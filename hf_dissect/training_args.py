@@ -1,0 +1,144 @@
+"""The Trainer's arguments plus what online selection adds to them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_dissect.selection import STRATEGIES, SelectionStrategy, make_strategy
+
+
+@dataclass
+class DissectTrainingArguments(TrainingArguments):
+    """Arguments of `DissectTrainer`: all of `transformers.TrainingArguments`, and the following.
+
+    `per_device_train_batch_size` is the number of candidates `B` a step and rank; `k = round(selection_ratio * B)` of
+    them train. Steps, epochs and schedules count candidate batches, as in the Trainer.
+
+    > Selection
+
+    Args:
+        selection_strategy: "dissect", "random", "small_loss", "big_loss", "clipscore" or "none" (all candidates).
+        selection_ratio: share of the candidates that train, in (0, 1].
+        selection_warmup_epochs: epochs before `dissect`'s warm-up variant begins to select by differential.
+        selection_options: further keywords of the strategy, e.g. `{"variant": "momentum", "momentum": 0.9}`.
+        scoring_batch_size: candidates per scoring forward; None for all `B` at once.
+        record_selection: write `selection.parquet`, one row per candidate and step. Every candidate is then scored,
+            also for strategies that would not need it.
+
+    > Objective
+
+    Args:
+        mask_false_negatives: pairs that share an image or a caption are not each other's negatives.
+
+    > Data
+
+    Args:
+        image_column, caption_column, id_column, task_column, clean_column: names of the columns; None for the usual
+            ones (`image`; `caption`, `text` or the list `captions`; numbered rows; no tasks; `clean`).
+        max_caption_length: tokens a caption is cut to; None for the model's limit.
+        max_bad_fraction: training stops when more than this share of the pairs cannot be read.
+
+    > Run folder
+
+    Args:
+        save_run_folder: after training, write model, processor, ledger, `metrics.json` and `report.html` to the root
+            of `output_dir`.
+
+    Raises:
+        ValueError: a value is impossible; the message names the argument, the value and what is allowed.
+    """
+
+    selection_strategy: str = field(
+        default="dissect", metadata={"help": f"Which candidates train: {', '.join(STRATEGIES)}."}
+    )
+    selection_ratio: float = field(default=0.5, metadata={"help": "Share of the candidates that train, in (0, 1]."})
+    selection_warmup_epochs: int = field(
+        default=1, metadata={"help": "Epochs before the warm-up variant of dissect selects by differential."}
+    )
+    selection_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Further keywords of the strategy as JSON, e.g. {"variant": "momentum"}.'}
+    )
+    scoring_batch_size: int | None = field(
+        default=None, metadata={"help": "Candidates per scoring forward; all at once by default."}
+    )
+    record_selection: bool = field(
+        default=False, metadata={"help": "Write selection.parquet, one row per candidate and step."}
+    )
+    mask_false_negatives: bool = field(
+        default=False, metadata={"help": "Pairs that share an image or a caption are not each other's negatives."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions (default: caption, text or the list captions)."}
+    )
+    id_column: str | None = field(default=None, metadata={"help": "Column of unique ids (default: row numbers)."})
+    task_column: str | None = field(default=None, metadata={"help": "Column of the task or domain (default: none)."})
+    clean_column: str | None = field(
+        default=None, metadata={"help": "Column that is true where the caption belongs to the image (default: clean)."}
+    )
+    max_caption_length: int | None = field(
+        default=None, metadata={"help": "Tokens a caption is cut to (default: the model's limit)."}
+    )
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "Training stops when more than this share of the pairs cannot be read."}
+    )
+    save_run_folder: bool = field(
+        default=True, metadata={"help": "Write model, ledger, metrics.json and report.html when training ends."}
+    )
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["selection_options"]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.selection_options = dict(self.selection_options or {})
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it each epoch
+        _check_share("selection_ratio", self.selection_ratio, zero_allowed=False)
+        _check_share("max_bad_fraction", self.max_bad_fraction, zero_allowed=True)
+        if self.scoring_batch_size is not None and self.scoring_batch_size < 1:
+            raise ValueError(f"scoring_batch_size={self.scoring_batch_size}: must be at least 1, or None.")
+        if self.max_caption_length is not None and self.max_caption_length < 3:
+            raise ValueError(f"max_caption_length={self.max_caption_length}: must be at least 3 tokens, or None.")
+        strategy = self.make_strategy()
+        k = self.num_selected(self.per_device_train_batch_size)
+        if not strategy.keeps_all and k < 2:
+            raise ValueError(
+                f"selection_ratio={self.selection_ratio} of per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} keeps {k} pair{'' if k == 1 else 's'}; a contrastive loss "
+                "needs at least 2. Raise one of the two."
+            )
+        if self.max_steps <= 0 and getattr(strategy, "warmup_epochs", 0) >= math.ceil(self.num_train_epochs):
+            raise ValueError(
+                f"selection_warmup_epochs={self.selection_warmup_epochs} leaves nothing to select in "
+                f"num_train_epochs={self.num_train_epochs}; train longer, warm up shorter, or use the momentum "
+                "variant."
+            )
+
+    def num_selected(self, num_candidates: int) -> int:
+        """`k = round(selection_ratio * B)` for `B` candidates."""
+        return round(self.selection_ratio * num_candidates)
+
+    def make_strategy(self) -> SelectionStrategy:
+        """Build the strategy that the arguments describe."""
+        options = dict(self.selection_options)
+        if self.selection_strategy == "dissect":
+            options.setdefault("warmup_epochs", self.selection_warmup_epochs)
+        return make_strategy(self.selection_strategy, **options)
+
+    def column_names(self) -> dict[str, str | None]:
+        """Column names as keywords of `hf_dissect.data.as_pairs`."""
+        return {
+            "image": self.image_column,
+            "caption": self.caption_column,
+            "sample_id": self.id_column,
+            "task": self.task_column,
+            "clean": self.clean_column,
+        }
+
+
+def _check_share(name: str, value: float, *, zero_allowed: bool) -> None:
+    lowest_fine = value >= 0 if zero_allowed else value > 0
+    if not (isinstance(value, int | float) and lowest_fine and value <= 1):
+        raise ValueError(f"{name}={value!r}: must be {'at least' if zero_allowed else 'above'} 0 and at most 1.")
