@@ -1,15 +1,18 @@
 """Rows to candidate batches: decoded and tokenised in the data loader's workers, bad rows marked, not fatal."""
 
+from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers import PreTrainedTokenizerBase
 
 from hf_dissect.data.images import UnusableImage, decode_image, image_content, is_feature_vector
-from hf_dissect.data.pairs import key_hash
+from hf_dissect.data.pairs import ROW_KEYS, key_hash
 
 
 class BadReason(IntEnum):
@@ -44,6 +47,9 @@ class SelectionCollator:
             precomputed feature vectors.
         text_padding: "longest" in the batch, or "max_length" for models that pool the last position (SigLIP).
         max_caption_length: tokens a caption is cut to; None for the tokenizer's own limit.
+
+    Raises:
+        ValueError: the processor has no tokenizer, or its tokenizer cannot pad.
     """
 
     def __init__(self, processor: Any, *, text_padding: str = "longest", max_caption_length: int | None = None):
@@ -51,6 +57,17 @@ class SelectionCollator:
         self.image_processor = getattr(processor, "image_processor", None)
         self.text_padding = text_padding
         self.max_caption_length = max_caption_length
+        self._feature_dim: int | None = None
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"processing_class is a {type(processor).__name__} without a tokenizer; pass the model's whole "
+                "processor (AutoProcessor), or its tokenizer when the images are precomputed feature vectors."
+            )
+        if self.tokenizer.pad_token is None:
+            raise ValueError(
+                f"processing_class: its {type(self.tokenizer).__name__} has no pad_token, so captions of different "
+                "lengths make no batch; set tokenizer.pad_token."
+            )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate `B` dicts with `image`, `caption`, `sample_id` and optionally `task_id`, `is_clean`.
@@ -61,23 +78,24 @@ class SelectionCollator:
             where the rows have them.
 
         Raises:
-            ValueError: a row has no sample id, or pictures came without an image processor.
+            ValueError: rows are no pairs with integer ids, or pictures came without an image processor.
         """
-        if any("sample_id" not in row for row in rows):
-            raise ValueError(
-                "A row has no sample_id; wrap the data with hf_dissect.data.as_pairs, which numbers pairs."
-            )
+        for key in ROW_KEYS:
+            if any(key not in row for row in rows):
+                raise ValueError(
+                    f"A row has no {key}; wrap the data with hf_dissect.data.as_pairs, which makes numbered pairs."
+                )
         reasons = [_caption_reason(row["caption"]) for row in rows]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
         batch = {**self._images(rows, reasons), **self._texts(captions)}
-        batch["sample_id"] = torch.tensor([row["sample_id"] for row in rows])
+        batch["sample_id"] = _integers(rows, "sample_id")
         batch["image_key"] = torch.tensor([key_hash(image_content(row["image"]) or b"") for row in rows])
         batch["caption_key"] = torch.tensor([key_hash(caption) for caption in captions])
         batch["bad_reason"] = torch.tensor(reasons, dtype=torch.int8)
         if "task_id" in rows[0]:
-            batch["task_id"] = torch.tensor([row["task_id"] for row in rows])
+            batch["task_id"] = _integers(rows, "task_id")
         if "is_clean" in rows[0]:
-            batch["is_clean"] = torch.tensor([row["is_clean"] for row in rows])
+            batch["is_clean"] = torch.tensor([bool(row["is_clean"]) for row in rows])
         return batch
 
     def _texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -91,18 +109,21 @@ class SelectionCollator:
         return dict(encoded)
 
     def _images(self, rows: Sequence[dict[str, Any]], reasons: list[int]) -> dict[str, torch.Tensor]:
-        if any(is_feature_vector(row["image"]) for row in rows):
-            return {"pixel_values": _stack_features(rows, reasons)}
+        dims = Counter(len(row["image"]) for row in rows if is_feature_vector(row["image"]))
+        if self._feature_dim is None and dims:
+            self._feature_dim = dims.most_common(1)[0][0]
+        if self._feature_dim is not None:
+            return {"pixel_values": _stack_features(rows, reasons, self._feature_dim)}
         if self.image_processor is None:
             raise ValueError(
-                "The rows hold pictures, but the processor has no image_processor; pass the model's whole processor, "
-                "or use precomputed feature vectors as the image column."
+                "The rows hold no feature vectors, and the processor has no image_processor for pictures; pass the "
+                "model's whole processor, or use precomputed feature vectors as the image column."
             )
         images = []
         for position, row in enumerate(rows):
             try:
                 # A row without a caption is lost already: its image need not be decoded.
-                images.append(_PLACEHOLDER if reasons[position] else _large_enough(decode_image(row["image"])))
+                images.append(_PLACEHOLDER if reasons[position] else _usable_shape(decode_image(row["image"])))
             except UnusableImage:
                 reasons[position] = BadReason.IMAGE
                 images.append(_PLACEHOLDER)
@@ -110,13 +131,19 @@ class SelectionCollator:
 
 
 _PLACEHOLDER = Image.new("RGB", (32, 32))
+_MOST_ELONGATED = 50
 
 
-def _large_enough(image: Image.Image) -> Image.Image:
-    # An image one to four pixels high or wide looks like a channel dimension to the image processors.
-    if min(image.size) > 4:
-        return image
-    return image.resize((max(image.width, 8), max(image.height, 8)), Image.Resampling.NEAREST)
+def _usable_shape(image: Image.Image) -> Image.Image:
+    if min(image.size) <= 4:
+        # An image one to four pixels high or wide looks like a channel dimension to the image processors.
+        size = (max(image.width, 8), max(image.height, 8))
+        image = image.resize(size, Image.Resampling.NEAREST)
+    longest = _MOST_ELONGATED * min(image.size)
+    if max(image.size) > longest:
+        # Scaled to its shorter side by the image processor, a line of pixels would fill the memory.
+        image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))
+    return image
 
 
 def _caption_reason(caption: Any) -> int:
@@ -127,13 +154,25 @@ def _caption_reason(caption: Any) -> int:
     return BadReason.GOOD if caption.strip() else BadReason.CAPTION_MISSING
 
 
-def _stack_features(rows: Sequence[dict[str, Any]], reasons: list[int]) -> torch.Tensor:
-    dim = next(len(row["image"]) for row in rows if is_feature_vector(row["image"]))
+def _integers(rows: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
+    values = [row[key] for row in rows]
+    wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, Integral)), None)
+    if wrong is not None or None in values:
+        raise ValueError(
+            f"{key}={wrong!r}: must be an integer; hf_dissect.data.as_pairs numbers pairs and hashes keys."
+        )
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _stack_features(rows: Sequence[dict[str, Any]], reasons: list[int], dim: int) -> torch.Tensor:
     features = np.zeros((len(rows), dim), dtype=np.float32)
+    usable = np.zeros(len(rows), dtype=bool)
     for position, row in enumerate(rows):
-        value = row["image"]
-        if is_feature_vector(value) and len(value) == dim and np.isfinite(value).all():
-            features[position] = value
-        else:
-            reasons[position] = BadReason.IMAGE
+        if is_feature_vector(row["image"]) and len(row["image"]) == dim:
+            features[position] = row["image"]
+            usable[position] = True
+    usable &= np.isfinite(features).all(axis=1)
+    features[~usable] = 0
+    for position in np.flatnonzero(~usable):
+        reasons[position] = reasons[position] or BadReason.IMAGE
     return torch.from_numpy(features)

@@ -1,7 +1,6 @@
 """The Hugging Face Trainer with one thing added: of each candidate batch, only the pairs worth a gradient train."""
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dissect.data.bad_rows import BadRows
-from hf_dissect.data.pairs import PAIR_KEYS, as_pairs, key_hash
+from hf_dissect.data.pairs import PAIR_KEYS, key_hash
 from hf_dissect.data_collator import SelectionCollator
 from hf_dissect.evaluation import retrieval_from_pairs
 from hf_dissect.losses import ContrastiveLoss, per_pair_loss
@@ -25,12 +24,14 @@ from hf_dissect.models import (
     same_architecture,
     text_padding,
 )
+from hf_dissect.ranks import Ranks
 from hf_dissect.run_folder import write_run_folder
 from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
 from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.recorder import SelectionRecorder
 from hf_dissect.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
+from hf_dissect.training_data import check_one_batch, num_pairs, pairs_for, warn_if_never_selected
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +87,10 @@ class DissectTrainer(Trainer):
             raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
-        train_dataset = _as_pairs("train_dataset", train_dataset, args)
-        eval_dataset = _as_pairs("eval_dataset", eval_dataset, args)
+        train_dataset = pairs_for("train_dataset", train_dataset, args)
+        eval_dataset = pairs_for("eval_dataset", eval_dataset, args)
         if train_dataset is not None:
-            _check_one_batch(train_dataset, args)
+            check_one_batch(train_dataset, args)
         if model is not None:
             check_dual_encoder(model)
         trainer_arguments.setdefault("compute_metrics", retrieval_of_predictions)
@@ -115,10 +116,11 @@ class DissectTrainer(Trainer):
         self.strategy = args.make_strategy() if strategy is None else strategy
         num_samples = getattr(train_dataset, "num_samples", None)
         self.ledger = SampleLedger(num_samples, columns=("correlation", *self.strategy.columns))
-        self.bad_rows = BadRows(args.max_bad_fraction, _length(train_dataset))
+        self.bad_rows = BadRows(args.max_bad_fraction, num_pairs(train_dataset))
         self.monitor = SelectionMonitor()
         self.recorder = SelectionRecorder(args.output_dir) if self._records() else None
         self.times = TimeSpent()
+        self.ranks = Ranks(self.accelerator)
         self._epoch = 0
         self.add_callback(_SelectionCallback(self))
 
@@ -135,7 +137,7 @@ class DissectTrainer(Trainer):
         good = self.bad_rows.add(sample_id, batch["bad_reason"].cpu())
         batch = self._prepare_inputs(batch)
         scores = self._score(batch, sample_id, good)
-        num_good = self._smallest_over_ranks(len(good))
+        num_good = self.ranks.smallest(len(good))
         if num_good == 0:
             return {name: value[:0] for name, value in batch.items()}
         candidates = scores if len(good) == len(sample_id) else scores.subset(good)
@@ -216,7 +218,7 @@ class DissectTrainer(Trainer):
     # ---- what the selection leaves behind ----
 
     def _record(self, sample_id: torch.Tensor, correlation: torch.Tensor) -> None:
-        sample_id, correlation = self._gather(sample_id), self._gather(correlation)
+        sample_id, correlation = self.ranks.gather(sample_id), self.ranks.gather(correlation)
         scored = ~correlation.isnan()
         sample_id, correlation = sample_id[scored], correlation[scored]
         self.ledger.write("correlation", sample_id, correlation)
@@ -230,7 +232,7 @@ class DissectTrainer(Trainer):
         self.monitor.observe(self._epoch, candidates.sample_id, kept, correlation, priority, is_clean)
         if not self.args.record_selection:
             return
-        columns = [self._gather_ragged(part) for part in (candidates.sample_id, correlation, kept)]
+        columns = [self.ranks.gather_ragged(part) for part in (candidates.sample_id, correlation, kept)]
         if self.recorder is not None:
             self.recorder.add(self._epoch, self.state.global_step, *columns)
 
@@ -256,7 +258,7 @@ class DissectTrainer(Trainer):
             same_architecture(self.model, resume_from_checkpoint)
         elif self.recorder is not None:
             self.recorder.restart(step=0)
-        self._warn_if_nothing_is_selected()
+        warn_if_never_selected(self.train_dataset, getattr(self.strategy, "warmup_epochs", 0), self.args)
         with self.times.measure("training"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
         if self.recorder is not None:
@@ -268,9 +270,17 @@ class DissectTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss and retrieval (recall at 1, 5, 10 and median rank in both directions) on `eval_dataset`."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = _as_pairs("eval_dataset", eval_dataset, self.args)
+            eval_dataset = pairs_for("eval_dataset", eval_dataset, self.args)
         with self.times.measure("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The Trainer's, but never without the last rows: `dataloader_drop_last` is meant for training batches."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def score_pairs(self, dataset) -> dict[str, torch.Tensor]:
         """Correlation of every readable pair under the current weights.
@@ -280,7 +290,7 @@ class DissectTrainer(Trainer):
             on the CPU and the same on all ranks.
         """
         parts = []
-        for batch in self.get_eval_dataloader(_as_pairs("dataset", dataset, self.args)):
+        for batch in self.get_eval_dataloader(pairs_for("dataset", dataset, self.args)):
             batch = self._prepare_inputs(batch)
             scores = score(
                 self.model, model_inputs(batch), batch["sample_id"], kind=self.kind, autocast=self.accelerator.autocast
@@ -326,7 +336,7 @@ class DissectTrainer(Trainer):
     # ---- small matters ----
 
     def _begin_epoch(self) -> None:
-        if _length(self.train_dataset) is not None:
+        if num_pairs(self.train_dataset) is not None:
             self._epoch = int(self.state.epoch + 1e-6)
         elif self.state.global_step > 0:
             # Of a stream the Trainer's epoch is a share of max_steps: passes are counted here instead.
@@ -338,39 +348,8 @@ class DissectTrainer(Trainer):
             return num_candidates
         return min(num_candidates, max(2, self.args.num_selected(num_candidates)))
 
-    def _smallest_over_ranks(self, number: int) -> int:
-        if self.args.world_size == 1:
-            return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).min())
-
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
-        if self.args.world_size > 1:
-            values = self.accelerator.gather(values.to(self.args.device))
-        return values.cpu()
-
-    def _gather_ragged(self, values: torch.Tensor) -> torch.Tensor:
-        if self.args.world_size == 1:
-            return values
-        sizes = self._gather(torch.tensor([len(values)])).tolist()
-        padded = torch.zeros(max(sizes), dtype=values.dtype)
-        padded[: len(values)] = values
-        rows = self._gather(padded).split(max(sizes))
-        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
-
     def _records(self) -> bool:
         return self.args.record_selection and self.is_world_process_zero()
-
-    def _warn_if_nothing_is_selected(self) -> None:
-        pairs, warmup = _length(self.train_dataset), getattr(self.strategy, "warmup_epochs", 0)
-        if self.args.max_steps > 0 and pairs and warmup:
-            per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-            epochs = self.args.max_steps / math.ceil(pairs / per_step)
-            if epochs <= warmup:
-                logger.warning(
-                    "max_steps=%d ends after %.1f epochs, before the warm-up of %d epochs does: every step trains on "
-                    "a random subset. Train longer, warm up shorter, or use the momentum variant.",
-                    *(self.args.max_steps, epochs, warmup),
-                )
 
     def _stop_non_finite(self, what: str, sample_id: torch.Tensor) -> None:
         checkpoint = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
@@ -403,28 +382,3 @@ def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
     image_key, bad_reason = predictions.label_ids
     good = bad_reason == 0
     return retrieval_from_pairs(image_embeds[good], text_embeds[good], image_key[good])
-
-
-def _as_pairs(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
-        return {name: _as_pairs(argument, part, args) for name, part in dataset.items()}
-    try:
-        return as_pairs(dataset, **args.column_names())
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from error
-
-
-def _check_one_batch(dataset: Any, args: DissectTrainingArguments) -> None:
-    pairs, batch = _length(dataset), args.train_batch_size * args.world_size
-    if pairs is not None and pairs < batch:
-        raise ValueError(
-            f"train_dataset has {pairs} pairs, fewer than one batch of {batch} candidates "
-            f"(per_device_train_batch_size {args.per_device_train_batch_size} x {args.world_size} processes); lower "
-            "per_device_train_batch_size."
-        )
-
-
-def _length(dataset: Any) -> int | None:
-    return len(dataset) if hasattr(dataset, "__len__") else None

@@ -1,5 +1,6 @@
 """The Trainer's arguments plus what online selection adds to them."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,29 +92,32 @@ class DissectTrainingArguments(TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["selection_options"]
 
     def __post_init__(self):
+        self.selection_options = _options(self.selection_options)
         super().__post_init__()
-        self.selection_options = dict(self.selection_options or {})
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it each epoch
         _check_share("selection_ratio", self.selection_ratio, zero_allowed=False)
         _check_share("max_bad_fraction", self.max_bad_fraction, zero_allowed=True)
-        if self.scoring_batch_size is not None and self.scoring_batch_size < 1:
-            raise ValueError(f"scoring_batch_size={self.scoring_batch_size}: must be at least 1, or None.")
-        if self.max_caption_length is not None and self.max_caption_length < 3:
-            raise ValueError(f"max_caption_length={self.max_caption_length}: must be at least 3 tokens, or None.")
+        _check_count("selection_warmup_epochs", self.selection_warmup_epochs, least=0)
+        _check_count("scoring_batch_size", self.scoring_batch_size, least=1, none_allowed=True)
+        _check_count("max_caption_length", self.max_caption_length, least=3, none_allowed=True)
         strategy = self.make_strategy()
-        k = self.num_selected(self.per_device_train_batch_size)
-        if not strategy.keeps_all and k < 2:
-            raise ValueError(
-                f"selection_ratio={self.selection_ratio} of per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} keeps {k} pair{'' if k == 1 else 's'}; a contrastive loss "
-                "needs at least 2. Raise one of the two."
-            )
+        self._check_enough_pairs(strategy)
         if self.max_steps <= 0 and getattr(strategy, "warmup_epochs", 0) >= math.ceil(self.num_train_epochs):
             raise ValueError(
                 f"selection_warmup_epochs={self.selection_warmup_epochs} leaves nothing to select in "
                 f"num_train_epochs={self.num_train_epochs}; train longer, warm up shorter, or use the momentum "
                 "variant."
+            )
+
+    def _check_enough_pairs(self, strategy: SelectionStrategy) -> None:
+        candidates = self.per_device_train_batch_size
+        ratio = 1 if strategy.keeps_all else self.selection_ratio
+        if ratio * candidates < 2 - 1e-9:
+            kept = f"{ratio * candidates:g} pair{'' if ratio * candidates == 1 else 's'}"
+            raise ValueError(
+                f"selection_ratio={self.selection_ratio} of per_device_train_batch_size={candidates} keeps {kept}; a "
+                "contrastive loss needs at least 2. Raise one of the two."
             )
 
     def num_selected(self, num_candidates: int) -> int:
@@ -138,7 +142,29 @@ class DissectTrainingArguments(TrainingArguments):
         }
 
 
-def _check_share(name: str, value: float, *, zero_allowed: bool) -> None:
-    lowest_fine = value >= 0 if zero_allowed else value > 0
-    if not (isinstance(value, int | float) and lowest_fine and value <= 1):
+def _options(given: Any) -> dict[str, Any]:
+    options = given or {}
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except json.JSONDecodeError:
+            pass
+    if not isinstance(options, dict):
+        raise ValueError(
+            f'selection_options={given!r}: must be a dict, or JSON of one, such as {{"variant": "momentum"}}.'
+        )
+    return dict(options)
+
+
+def _check_share(name: str, value: Any, *, zero_allowed: bool) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 <= value <= 1 and (value or zero_allowed)):
         raise ValueError(f"{name}={value!r}: must be {'at least' if zero_allowed else 'above'} 0 and at most 1.")
+
+
+def _check_count(name: str, value: Any, *, least: int, none_allowed: bool = False) -> None:
+    if value is None and none_allowed:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        allowed = f"an integer of at least {least}" + (", or None" if none_allowed else "")
+        raise ValueError(f"{name}={value!r}: must be {allowed}.")

@@ -1,5 +1,6 @@
 """Counts the rows that cannot train, and stops the run when they are no longer a few."""
 
+import logging
 from collections import Counter
 
 import torch
@@ -7,6 +8,9 @@ import torch
 from hf_dissect.data_collator import BadReason
 
 MIN_ROWS_TO_JUDGE = 1000
+MIN_ROWS_IF_MOST_ARE_BAD = 100
+
+logger = logging.getLogger(__name__)
 
 
 class TooManyBadRows(RuntimeError):
@@ -19,7 +23,7 @@ class BadRows:
     Args:
         max_fraction: largest share of the pairs that may be bad.
         num_pairs: pairs in the data set, None for a stream, which is judged by what it has shown once that is
-            1,000 rows.
+            1,000 rows, or 100 when most of them are bad.
     """
 
     def __init__(self, max_fraction: float, num_pairs: int | None = None):
@@ -27,6 +31,7 @@ class BadRows:
         self.num_pairs = num_pairs
         self.reasons: dict[int, BadReason] = {}
         self._rows_seen = 0
+        self._bad_seen = 0
 
     def __len__(self) -> int:
         return len(self.reasons)
@@ -47,8 +52,11 @@ class BadRows:
         self._rows_seen += len(sample_id)
         bad = bad_reason.nonzero().flatten()
         if len(bad):
+            if not self.reasons:
+                logger.warning("Skipping a pair that cannot be read (id %d); all are counted.", sample_id[bad[0]])
             for place in bad.tolist():
                 self.reasons[int(sample_id[place])] = BadReason(int(bad_reason[place]))
+            self._bad_seen += len(bad)
             self._check()
         return (bad_reason == 0).nonzero().flatten()
 
@@ -58,14 +66,17 @@ class BadRows:
         return {"count": len(self), "reasons": dict(counts), "ids": sorted(self.reasons)[:max_ids]}
 
     def _check(self) -> None:
-        judged = self.num_pairs or self._rows_seen
-        if self.num_pairs is None and self._rows_seen < MIN_ROWS_TO_JUDGE:
-            return
-        if len(self) > self.max_fraction * judged:
+        # A stream does not tell how long it is: there, rows count as often as they are seen, good and bad alike.
+        bad, judged = (self._bad_seen, self._rows_seen) if self.num_pairs is None else (len(self), self.num_pairs)
+        if self.num_pairs is None:
+            enough = MIN_ROWS_IF_MOST_ARE_BAD if 2 * bad > judged else MIN_ROWS_TO_JUDGE
+            if judged < enough:
+                return
+        if bad > self.max_fraction * judged:
             summary = self.summary(max_ids=10)
             reasons = ", ".join(f"{count} x {reason}" for reason, count in summary["reasons"].items())
             raise TooManyBadRows(
-                f"{len(self)} of {judged} pairs cannot be read ({reasons}), more than max_bad_fraction="
+                f"{bad} of {judged} pairs cannot be read ({reasons}), more than max_bad_fraction="
                 f"{self.max_fraction:g} allows. First sample ids: {', '.join(map(str, summary['ids']))}. "
                 "Mend the data, check the column names, or raise max_bad_fraction."
             )

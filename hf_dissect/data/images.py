@@ -13,11 +13,12 @@ class UnusableImage(ValueError):
 
 
 def decode_image(value: Any) -> Image.Image:
-    """Decode to RGB: the first frame of an animation, palettes and CMYK converted, transparency put on white.
+    """Decode to RGB: the first frame of an animation, palettes and CMYK converted, transparency put on white, 16 bits
+    scaled to 8, and the orientation tag of cameras obeyed.
 
     Args:
         value: `{"bytes", "path"}` of `datasets.Image(decode=False)`, bytes, a path, a PIL image or an array
-            `(height, width[, 3])` of uint8.
+            `(height, width[, 3])` of integers from 0 to 255.
 
     Raises:
         UnusableImage: nothing there, not an image, truncated, or larger than Pillow's decompression-bomb limit.
@@ -25,9 +26,8 @@ def decode_image(value: Any) -> Image.Image:
     try:
         image = _open(value)
         image.seek(0)
-        # Photographs keep their orientation in a tag that the pixels do not show.
-        image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        image.load()
+        return _to_rgb(_upright(image))
     except UnusableImage:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
@@ -41,15 +41,20 @@ def image_content(value: Any) -> bytes | None:
     if value is None or isinstance(value, bytes):
         return value or None
     if isinstance(value, str | os.PathLike):
-        return os.fspath(value).encode()
+        return os.fspath(value).encode() or None
     if isinstance(value, Image.Image):
         return value.tobytes() + repr((value.size, value.mode)).encode()
-    return np.ascontiguousarray(value).tobytes()
+    try:
+        return np.ascontiguousarray(value).tobytes()
+    except ValueError:  # lists of unequal lengths: not an image, but two of them are still told apart
+        return repr(value).encode()
 
 
 def is_feature_vector(value: Any) -> bool:
     """Whether the "image" is a precomputed feature vector `(dim,)` rather than a picture."""
-    return isinstance(value, list | np.ndarray) and np.ndim(value) == 1 and len(value) > 0
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.size > 0 and value.dtype.kind in "fiu"
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(number, int | float) for number in value)
 
 
 def _open(value: Any) -> Image.Image:
@@ -65,20 +70,38 @@ def _open(value: Any) -> Image.Image:
         if not os.path.isfile(value):
             raise UnusableImage(f"no such file: {value}")
         return Image.open(value)
-    return Image.fromarray(np.asarray(value, dtype=np.uint8))
+    pixels = np.asarray(value)
+    if pixels.dtype.kind not in "iu" or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
+        raise UnusableImage(f"array of {pixels.dtype}, not of integers from 0 to 255")
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Photographs keep their orientation in a tag that the pixels do not show.
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # damaged tags raise nearly anything; the pixels are there all the same
+        pass
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith(("I", "F")):
-        # 16-bit and float greyscale: convert() would clip everything above 255.
-        pixels = np.asarray(image, dtype=np.float64)
-        low, high = float(pixels.min()), float(pixels.max())
-        image = Image.fromarray(((pixels - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
+    if image.mode.startswith("I;16"):
+        # convert() would clip everything above 255.
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = _stretched(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _stretched(image: Image.Image) -> Image.Image:
+    # 32-bit integers and floats have no agreed scale: the darkest pixel becomes black, the lightest white.
+    pixels = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(pixels).all():
+        raise UnusableImage("pixels that are not finite")
+    low, high = float(pixels.min()), float(pixels.max())
+    return Image.fromarray(((pixels - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))

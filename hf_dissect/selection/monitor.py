@@ -140,6 +140,7 @@ class SelectionMonitor:
         }
 
     def _histogram(self, correlation: np.ndarray, kept: np.ndarray) -> None:
+        correlation = correlation.clip(0, 100)  # rounding may lead a little beyond
         self.last_epoch.kept_counts += np.histogram(correlation[kept], HISTOGRAM_EDGES)[0]
         self.last_epoch.dropped_counts += np.histogram(correlation[~kept], HISTOGRAM_EDGES)[0]
 

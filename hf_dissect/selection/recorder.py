@@ -1,10 +1,12 @@
 """The full record of a run's choices as Parquet, one row per candidate and step."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -17,7 +19,7 @@ SCHEMA = pa.schema(
         ("kept", pa.bool_()),
     ]
 )
-_ROWS_PER_PART = 1_000_000
+ROWS_PER_PART = 1_000_000
 
 
 class SelectionRecorder:
@@ -45,46 +47,59 @@ class SelectionRecorder:
             {
                 "epoch": np.full(size, epoch, dtype=np.int32),
                 "step": np.full(size, step, dtype=np.int64),
-                "sample_id": sample_id.numpy(),
-                "correlation": correlation.numpy(),
-                "kept": kept.numpy(),
+                # Copies: a tensor from a data loader's worker holds a file descriptor as long as it lives.
+                "sample_id": np.array(sample_id, dtype=np.int64),
+                "correlation": np.array(correlation, dtype=np.float32),
+                "kept": np.array(kept, dtype=bool),
             }
         )
         self._num_rows += size
-        if self._num_rows >= _ROWS_PER_PART:
+        if self._num_rows >= ROWS_PER_PART:
             self.flush()
 
     def flush(self) -> None:
         """Write what is held in memory as a part named after its first step."""
         if not self._rows:
             return
-        self._parts.mkdir(parents=True, exist_ok=True)
         columns = {name: np.concatenate([rows[name] for rows in self._rows]) for name in SCHEMA.names}
-        first_step = int(columns["step"][0])
-        # Parts of one step (gradient accumulation) must not overwrite each other.
-        place = self._parts / f"{first_step:012d}-{len(list(self._parts.glob('*.parquet'))):06d}.parquet"
-        pq.write_table(pa.table(columns, schema=SCHEMA), place.with_suffix(".tmp"))
-        os.replace(place.with_suffix(".tmp"), place)
+        self._write_part(pa.table(columns, schema=SCHEMA))
         self._rows, self._num_rows = [], 0
 
     def restart(self, step: int) -> None:
-        """Forget what was recorded from optimiser step `step` on; called when a run begins (0) or resumes."""
+        """Forget what was recorded from optimiser step `step` on; called when a run begins (0) or resumes.
+
+        A run that was over already and is resumed from one of its checkpoints goes on with its `selection.parquet`.
+        """
         self._rows, self._num_rows = [], 0
-        for part in self._parts.glob("*.parquet"):
+        for part in self._parts_in_order():
             if int(part.name.split("-")[0]) >= step:
                 part.unlink()
+        if step > 0 and self.path.is_file() and not self._parts_in_order():
+            with pq.ParquetFile(self.path) as recorded:
+                for group in range(recorded.num_row_groups):
+                    rows = recorded.read_row_group(group)
+                    rows = rows.filter(pc.less(rows["step"], step))
+                    if len(rows):
+                        self._write_part(rows)
 
     def close(self) -> Path:
         """Join the parts in order to `selection.parquet` and remove them."""
         self.flush()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        parts = sorted(self._parts.glob("*.parquet"))
         with pq.ParquetWriter(temporary, SCHEMA) as writer:
-            for part in parts:
+            for part in self._parts_in_order():
                 writer.write_table(pq.read_table(part))
         os.replace(temporary, self.path)
-        for part in parts:
-            part.unlink()
-        if self._parts.is_dir():
-            self._parts.rmdir()
+        shutil.rmtree(self._parts, ignore_errors=True)
         return self.path
+
+    def _parts_in_order(self) -> list[Path]:
+        return sorted(self._parts.glob("*.parquet"))
+
+    def _write_part(self, rows: pa.Table) -> None:
+        self._parts.mkdir(parents=True, exist_ok=True)
+        # The number tells parts of one step apart (gradient accumulation).
+        name = f"{rows['step'][0].as_py():012d}-{len(self._parts_in_order()):06d}.parquet"
+        pq.write_table(rows, self._parts / f"{name}.tmp")
+        os.replace(self._parts / f"{name}.tmp", self._parts / name)

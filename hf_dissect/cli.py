@@ -1,0 +1,248 @@
+"""The `hf-dissect` command: train, evaluate and compare from recipes."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_dissect.recipe import Recipe, RecipeError, read_description, shipped_recipes
+from hf_dissect.version import __version__
+
+EPILOGS = {
+    "train": """examples:
+  hf-dissect train recipes/quickstart.yaml
+  hf-dissect train quickstart selection.ratio=0.3 training.num_train_epochs=20
+  hf-dissect train flickr8k-local data.path=/data/flickr8k
+  hf-dissect train runs/quickstart/recipe.yaml       repeat a run from its own folder
+  hf-dissect train quickstart --resume               continue from the last checkpoint
+  accelerate launch -m hf_dissect.cli train cc3m     several GPUs""",
+    "evaluate": """examples:
+  hf-dissect evaluate runs/quickstart                the data of the run's own recipe
+  hf-dissect evaluate runs/x --data /data/flickr8k --split test
+  hf-dissect evaluate openai/clip-vit-base-patch32 --data /data/pets --classes cat,dog --label-column species""",
+    "compare": """examples:
+  hf-dissect compare recipes/quickstart.yaml
+  hf-dissect compare quickstart --strategies random,dissect,dissect:momentum --seeds 0,1,2
+  hf-dissect compare flickr8k-features data.path=/data/flickr8k --output-dir runs/flickr8k""",
+    "recipes": """examples:
+  hf-dissect recipes
+  hf-dissect recipes quickstart > mine.yaml          a copy to change""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 2 for settings or data that cannot work."""
+    options = _parse(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("Interrupted. Checkpoints written so far are complete; continue with --resume.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug or not _is_for_the_user(error):
+            raise
+        print(f"hf-dissect: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; settings may stand before or behind options, which argparse by itself does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [part for part in rest if part.startswith("-") or "=" not in part or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether an error names what to change; anything else is a fault of the program and keeps its traceback."""
+    if isinstance(error, RecipeError | FileNotFoundError | ValueError):
+        return True
+    # Not imported at the top: the recipe commands must not wait for torch.
+    from hf_dissect.data.bad_rows import TooManyBadRows
+    from hf_dissect.trainer import NonFiniteLossError
+
+    return isinstance(error, TooManyBadRows | NonFiniteLossError | OSError)
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = _with_output_dir(Recipe.load(options.recipe, options.overrides), options.output_dir)
+    _quiet_libraries()
+    from hf_dissect.run_recipe import free_output_dir, run_recipe
+
+    recipe = recipe if options.resume else free_output_dir(recipe)
+    metrics = run_recipe(recipe, resume=options.resume)
+    if _is_first_process():
+        print(f"\n{_retrieval_table(metrics['final'])}\n")
+        _print_selection(metrics)
+        print(f"model   {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from hf_dissect.evaluate_checkpoint import DEFAULT_TEMPLATES, evaluate_checkpoint
+
+    figures = evaluate_checkpoint(
+        options.checkpoint,
+        data=options.data,
+        split=options.split,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        label_column=options.label_column,
+        classes=_names(options.classes),
+        templates=options.template or DEFAULT_TEMPLATES,
+        image_features=options.image_features,
+        max_rows=options.max_rows,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+    )
+    print(_retrieval_table(figures))
+    if options.output:
+        Path(options.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    recipe = _with_output_dir(Recipe.load(options.recipe, options.overrides), options.output_dir)
+    strategies = options.strategies.split(",") if options.strategies else recipe.compare.strategies
+    seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else recipe.compare.seeds
+    _quiet_libraries()
+    from hf_dissect.compare import TABLE_COLUMNS, TABLE_DECIMALS, TABLE_LEGEND, compare
+    from hf_dissect.evaluation import format_results_table
+
+    comparison = compare(recipe, strategies, seeds, announce=lambda text: print(f"\n{text}", flush=True))
+    known = {
+        key: name for key, name in TABLE_COLUMNS.items() if any(_has(row.get(key)) for row in comparison["table"])
+    }
+    print(f"\n{format_results_table(comparison['table'], known, TABLE_DECIMALS)}\n\n{TABLE_LEGEND}\n")
+    print(f"report  {Path(recipe.output_dir) / 'report.html'}\nfigures {Path(recipe.output_dir) / 'metrics.json'}")
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    shipped = shipped_recipes()
+    if options.name is not None:
+        if options.name not in shipped:
+            raise RecipeError(options.name, [f"no such recipe; shipped are {', '.join(shipped)}"])
+        print(shipped[options.name].read_text(encoding="utf-8"), end="")
+        return
+    width = max(map(len, shipped))
+    for name, path in shipped.items():
+        print(f"{name:{width}}  {read_description(path)}")
+
+
+def _with_output_dir(recipe: Recipe, output_dir: str | None) -> Recipe:
+    return recipe if output_dir is None else recipe.with_overrides([f"training.output_dir={output_dir}"])
+
+
+def _retrieval_table(figures: dict) -> str:
+    from hf_dissect.evaluation import format_results_table
+
+    rows = []
+    for name, direction in (("image to text", "image_to_text"), ("text to image", "text_to_image")):
+        keys = {f"R@{k}": f"{direction}_R@{k}" for k in (1, 5, 10)} | {"median rank": f"{direction}_median_rank"}
+        if f"{direction}_R@1" in figures:
+            rows.append({"retrieval": name, **{heading: figures[key] for heading, key in keys.items()}})
+    parts = [format_results_table(rows, list(rows[0]), decimals=1)] if rows else []
+    for key, value in figures.items():
+        if key.startswith(("zero_shot_", "noise_detection_", "recall_sum")) and value is not None:
+            parts.append(f"{key:38} {value:.4g}")
+    return "\n".join(parts) or "Nothing was evaluated: there is no validation or test split."
+
+
+def _print_selection(metrics: dict) -> None:
+    times, selection = metrics["times"], metrics["selection"]
+    print(
+        f"{metrics['strategy']}: {metrics['steps']} steps, {selection['kept_share']:.0%} of the candidates trained; "
+        f"{times['data_s']:.0f} s data, {times['scoring_s']:.0f} s scoring, {times['training_s']:.0f} s training"
+    )
+    if metrics["bad_rows"]["count"]:
+        print(
+            f"{metrics['bad_rows']['count']} rows could not be read and were skipped; see metrics.json for their ids"
+        )
+
+
+def _has(value: object) -> bool:
+    return value is not None and not (isinstance(value, dict) and value.get("mean") is None)
+
+
+def _names(text: str | None) -> list[str] | None:
+    """Class names from a comma-separated list or a file with one a line."""
+    if text is None:
+        return None
+    if Path(text).is_file():
+        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _quiet_libraries() -> None:
+    """One progress bar a run is enough: the libraries' own bars for a file or two say nothing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-dissect", description="Train CLIP-like models on the image-text pairs that are worth a gradient."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-dissect {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run, summary: str) -> argparse.ArgumentParser:
+        part = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=EPILOGS[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        part.set_defaults(run=run)
+        part.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return part
+
+    train = command("train", _train, "Train a model as a recipe says.")
+    compare = command("compare", _compare, "Run a recipe with several strategies and seeds and print a table.")
+    for part in (train, compare):
+        part.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+        part.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+        part.add_argument("--output-dir", help="run folder (default: runs/<name of the recipe>)")
+    train.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
+    compare.add_argument("--strategies", help="comma-separated, as name or name:variant (default: the recipe's)")
+    compare.add_argument("--seeds", help="comma-separated integers (default: the recipe's)")
+
+    evaluate = command("evaluate", _evaluate, "Retrieval and zero-shot figures of a saved model.")
+    evaluate.add_argument("checkpoint", help="run folder, checkpoint folder or Hub id")
+    evaluate.add_argument("--data", help="folder, file, .tar shards, Hub data set id or scenes (default: the run's)")
+    evaluate.add_argument("--split", default="test", help="split of the data (default: test)")
+    evaluate.add_argument("--image-column", help="column of the images")
+    evaluate.add_argument("--caption-column", help="column of the captions")
+    evaluate.add_argument("--label-column", default="label", help="column of the labels (default: label)")
+    evaluate.add_argument("--classes", help="class names: comma-separated, or a file with one a line")
+    evaluate.add_argument("--template", action="append", help="caption of a class, {} is its name; may be repeated")
+    evaluate.add_argument("--image-features", help=".npz of stored features, for models that read those")
+    evaluate.add_argument("--max-rows", type=int, help="evaluate the first rows only")
+    evaluate.add_argument("--batch-size", type=int, default=64, help="pairs a forward pass (default: 64)")
+    evaluate.add_argument("--num-workers", type=int, default=0, help="processes that decode (default: 0)")
+    evaluate.add_argument("--output", help="also write the figures to this JSON file")
+
+    recipes = command("recipes", _recipes, "List the shipped recipes, or print one.")
+    recipes.add_argument("name", nargs="?", help="print this recipe instead of the list")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

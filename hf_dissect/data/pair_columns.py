@@ -1,0 +1,199 @@
+"""Which columns of a table make an (image, caption) pair, and what their values must be before training starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path")
+CAPTION_COLUMNS = ("caption", "text", "captions")
+CLEAN_COLUMNS = ("clean", "is_clean")
+LARGEST_ID = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Names of the columns a pair is made of; None where the table has no such column."""
+
+    image: str
+    caption: str
+    sample_id: str | None = None
+    task: str | None = None
+    clean: str | None = None
+
+    @classmethod
+    def recognise(
+        cls,
+        available: Sequence[str],
+        *,
+        image: str | None = None,
+        caption: str | None = None,
+        sample_id: str | None = None,
+        task: str | None = None,
+        clean: str | None = None,
+    ) -> "PairColumns":
+        """Take the given names, else the usual ones.
+
+        Raises:
+            ValueError: a named column is not there, or no usual name is; the message lists what is.
+        """
+        given = {
+            "image_column": image,
+            "caption_column": caption,
+            "id_column": sample_id,
+            "task_column": task,
+            "clean_column": clean,
+        }
+        for argument, name in given.items():
+            if name is not None and name not in available:
+                raise ValueError(f"{argument}={name!r}: no such column; the data has {', '.join(available)}.")
+        return cls(
+            image=image or _first(IMAGE_COLUMNS, available, "image_column"),
+            caption=caption or _first(CAPTION_COLUMNS, available, "caption_column"),
+            sample_id=sample_id,
+            task=task,
+            clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are there, each once."""
+        names = (self.image, self.caption, self.sample_id, self.task, self.clean)
+        return list(dict.fromkeys(name for name in names if name))
+
+
+def _first(names: Sequence[str], available: Sequence[str], argument: str) -> str:
+    for name in names:
+        if name in available:
+            return name
+    raise ValueError(
+        f"No column named {' or '.join(names)}; the data has {', '.join(available) or 'no columns'}. "
+        f"Name yours with {argument}=..."
+    )
+
+
+def key_hash(value: bytes | str) -> int:
+    """Hash of a key, a caption or an image: 63 bits, so that it is a non-negative int64."""
+    return xxhash.xxh3_64_intdigest(value.encode() if isinstance(value, str) else value) >> 1
+
+
+def undecoded(rows: Any, columns: PairColumns) -> Any:
+    """A table or stream with the columns of a pair only, and the image as it lies in the file."""
+    if getattr(rows, "format", {}).get("type") != "custom":
+        rows = rows.with_format(None)
+    rows = rows.select_columns(columns.names)
+    features = rows.features
+    if features is not None and isinstance(features.get(columns.image), datasets.Image):
+        rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+    return rows
+
+
+def column_values(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """All values of a column, in the order of the rows."""
+    return rows.select_columns([name]).with_format("arrow")[:][name]
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def list_lengths(values: pa.ChunkedArray) -> np.ndarray:
+    """Length of each list, int64 `(rows,)`; a missing one has length 0."""
+    return pc.fill_null(pc.list_value_length(values), 0).to_numpy().astype(np.int64)
+
+
+def pair_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.ndarray | None) -> np.ndarray:
+    """Ids of pairs from an id column.
+
+    Args:
+        name: of the column.
+        values: of the column, one a row.
+        row: of each pair, int `(pairs,)`.
+        place: of each pair's caption among those of its row, int `(pairs,)`; None where a row has one caption.
+
+    Returns:
+        int64 `(pairs,)`: integers as they are, strings by hash; of several captions, `id * most captions + place` or
+        the hash of `"id#place"`.
+
+    Raises:
+        ValueError: ids are missing, negative, too large, repeated, or neither integers nor strings.
+    """
+    if values.null_count:
+        raise ValueError(f"id_column={name!r}: {values.null_count} rows have no id; every row needs its own.")
+    if pa.types.is_integer(values.type):
+        ids = _integer_ids(name, values, row, place)
+    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        keys = values.to_pylist()
+        suffix = [""] * len(row) if place is None else [f"#{position}" for position in place.tolist()]
+        hashes = (key_hash(keys[index] + end) for index, end in zip(row.tolist(), suffix, strict=True))
+        ids = np.fromiter(hashes, dtype=np.int64, count=len(row))
+    else:
+        raise ValueError(f"id_column={name!r} holds {values.type}; ids are integers or strings.")
+    unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    if len(unique) < len(ids):
+        repeated = counts > 1
+        example = values[int(row[first[repeated][0]])].as_py()
+        raise ValueError(
+            f"id_column={name!r}: {repeated.sum()} ids are not unique, first {example!r}; give each row an id of its "
+            "own, or leave id_column out to number the rows."
+        )
+    return ids
+
+
+def _integer_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.ndarray | None) -> np.ndarray:
+    lowest, highest = (pc.min_max(values)[end].as_py() for end in ("min", "max"))
+    if lowest < 0:
+        raise ValueError(f"id_column={name!r}: id {lowest} is negative; ids are integers from 0 upwards.")
+    most = 1 if place is None else int(place.max()) + 1
+    if (highest + 1) * most - 1 > LARGEST_ID:
+        raise ValueError(
+            f"id_column={name!r}: id {highest} is too large; with {most} captions a row, ids go up to "
+            f"{(LARGEST_ID + 1) // most - 1}. Store them as strings, which are hashed."
+        )
+    ids = values.to_numpy().astype(np.int64)[row]
+    return ids if place is None else ids * most + place
+
+
+def task_numbers(name: str, values: pa.ChunkedArray) -> np.ndarray:
+    """Tasks of the rows as int64 `(rows,)`: integers as they are, names by their alphabetical rank.
+
+    Raises:
+        ValueError: rows without a task.
+    """
+    if values.null_count:
+        raise ValueError(f"task_column={name!r}: {values.null_count} rows have no task; name one each.")
+    if pa.types.is_integer(values.type):
+        return values.to_numpy().astype(np.int64)
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise ValueError(f"task_column={name!r} holds {values.type}; tasks are integers or names.")
+    return np.unique(values.to_numpy(), return_inverse=True)[1].astype(np.int64)
+
+
+def check_truth(name: str, truth: pa.ChunkedArray, captions: pa.ChunkedArray) -> None:
+    """Make sure that the truth of every pair is known and is a yes or no.
+
+    Raises:
+        ValueError: of another type, missing, or not parallel to the captions.
+    """
+    way_out = "Mend the column, or rename it if it means something else."
+    if is_list(truth.type):
+        if not is_list(captions.type):
+            raise ValueError(f"clean_column={name!r} holds lists, but a row has one caption. {way_out}")
+        wanted, given = list_lengths(captions), list_lengths(truth)
+        # A row without captions is one bad pair, whatever its truth.
+        wrong = np.flatnonzero((wanted != given) & (wanted > 0))
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"clean_column={name!r}: row {row} has {given[row]} values for {wanted[row]} captions. {way_out}"
+            )
+        truth = pc.list_flatten(truth)
+    if not (pa.types.is_boolean(truth.type) or pa.types.is_integer(truth.type)):
+        raise ValueError(f"clean_column={name!r} holds {truth.type}, not true or false. {way_out}")
+    if truth.null_count:
+        raise ValueError(f"clean_column={name!r}: the truth of {truth.null_count} pairs is missing. {way_out}")

@@ -1,0 +1,99 @@
+"""Rows of a streamed image-text table as (image, caption) pairs, one row in memory at a time."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from hf_dissect.data.images import image_content, is_feature_vector
+from hf_dissect.data.pair_columns import PairColumns, key_hash, undecoded
+
+
+class PairStream(torch.utils.data.IterableDataset):
+    """Pairs of a streamed table, as `PairDataset` gives them; one row is read at a time.
+
+    Ids must not depend on the order of reading: they are those of the id column (of several captions, the hash of
+    `"id#j"`) or, without one, the hash of the image's content and the caption.
+
+    Args:
+        rows: the stream.
+        columns: which of its columns make a pair.
+    """
+
+    num_samples = None
+
+    def __init__(self, rows: datasets.IterableDataset, columns: PairColumns):
+        self.columns = columns
+        self.rows = undecoded(rows, columns)
+
+    @classmethod
+    def from_dataset(cls, dataset: datasets.IterableDataset, **names: str | None) -> "PairStream":
+        """Recognise the columns (see `PairColumns.recognise`), reading the first row if the names are unknown."""
+        available = dataset.column_names
+        if available is None:
+            first = next(iter(dataset), None)
+            if first is None:
+                raise ValueError("The stream has no rows; check the path, the split and any filter.")
+            available = list(first)
+        return cls(dataset, PairColumns.recognise(available, **names))
+
+    @property
+    def knows_truth(self) -> bool:
+        return self.columns.clean is not None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the stream shuffle anew."""
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            yield from self._pairs(row)
+
+    def _pairs(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        image, captions = row[self.columns.image], row[self.columns.caption]
+        if is_feature_vector(image):
+            image = np.asarray(image, dtype=np.float32)
+        several = isinstance(captions, list)
+        for place, caption in enumerate((captions or [None]) if several else [captions]):
+            pair = {"image": image, "caption": caption}
+            pair["sample_id"] = self._id(row, caption, place if several else None)
+            if self.columns.task:
+                pair["task_id"] = self._task(row[self.columns.task])
+            if self.columns.clean:
+                pair["is_clean"] = self._truth(row[self.columns.clean], caption, place)
+            yield pair
+
+    def _id(self, row: Mapping[str, Any], caption: Any, place: int | None) -> int:
+        name = self.columns.sample_id
+        if name is None:
+            return key_hash((image_content(row[self.columns.image]) or b"") + str(caption).encode())
+        key = row[name]
+        if isinstance(key, bool) or not isinstance(key, int | str):
+            raise ValueError(f"id_column={name!r} holds {key!r}; ids are integers or strings, and every row has one.")
+        if isinstance(key, int) and key < 0:
+            raise ValueError(f"id_column={name!r}: id {key} is negative; ids are integers from 0 upwards.")
+        if place is not None:
+            return key_hash(f"{key}#{place}")
+        return key if isinstance(key, int) else key_hash(key)
+
+    def _task(self, value: Any) -> int:
+        if isinstance(value, int):
+            return value
+        raise ValueError(
+            f"task_column={self.columns.task!r} holds {value!r}; in a stream tasks must be integers, since their "
+            "number is not known beforehand."
+        )
+
+    def _truth(self, truth: Any, caption: Any, place: int) -> bool:
+        if isinstance(truth, list):
+            truth = truth[place] if place < len(truth) else None
+        if caption is None and truth is None:
+            return False  # a pair that will be skipped
+        if not isinstance(truth, bool | int):
+            raise ValueError(
+                f"clean_column={self.columns.clean!r} holds {truth!r} for the caption {str(caption)[:60]!r}; the truth "
+                "of every pair is true or false. Mend the column, or rename it if it means something else."
+            )
+        return bool(truth)

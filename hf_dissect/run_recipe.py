@@ -1,0 +1,149 @@
+"""Carries out a recipe: data, model and trainer are built from its sections, trained, evaluated and saved."""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.trainer_callback import ProgressCallback
+
+from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
+from hf_dissect.evaluation import evaluate_zero_shot
+from hf_dissect.models import load_model_and_processor
+from hf_dissect.progress import RunProgress
+from hf_dissect.recipe import DataSection, Recipe, ZeroShotSection
+from hf_dissect.run_folder import write_run_folder
+from hf_dissect.trainer import DissectTrainer
+from hf_dissect.training_args import DissectTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+CAPTIONS_FOR_TOKENIZER = 200_000
+SHUFFLE_BUFFER = 10_000
+
+
+def load_data(recipe: Recipe) -> dict[str, Any]:
+    """The splits that the recipe's data section describes, as tables: "train" and, where there are any, the others."""
+    splits = load_splits(**dataclasses.asdict(recipe.data))
+    if recipe.data.streaming:
+        seed = recipe.training.get("seed", 42)
+        splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    return splits
+
+
+def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> DissectTrainer:
+    """The trainer of a recipe, ready to train.
+
+    Args:
+        recipe: what to build.
+        splits: of `load_data`, when they are at hand already.
+
+    Raises:
+        ValueError: settings and data do not fit, see `DissectTrainer`, `load_splits` and `load_model_and_processor`.
+    """
+    arguments = DissectTrainingArguments(**recipe.training_arguments())
+    splits = load_data(recipe) if splits is None else splits
+    pairs = {split: as_pairs(rows, **arguments.column_names()) for split, rows in splits.items()}
+    # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
+    transformers.set_seed(arguments.seed)
+    model, processor = load_model_and_processor(**dataclasses.asdict(recipe.model), captions=_captions(pairs["train"]))
+    trainer = DissectTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=pairs["train"],
+        eval_dataset=pairs.get("validation"),
+        processing_class=processor,
+        recipe=recipe,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RunProgress())
+    return trainer
+
+
+def run_recipe(
+    recipe: Recipe,
+    splits: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train and evaluate as a recipe says and leave a complete run folder.
+
+    Args:
+        recipe: what to run; its `output_dir` is the run folder.
+        splits: of `load_data`, when they are at hand already.
+        name: of the run in its report; the strategy's by default.
+        resume: continue from the folder's last checkpoint.
+
+    Returns:
+        The content of `metrics.json`.
+    """
+    splits = load_data(recipe) if splits is None else splits
+    trainer = build_trainer(recipe, splits)
+    trainer.args.save_run_folder = False  # written below, with the figures of the recipe's evaluation section
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    zero_shot = recipe.evaluation.zero_shot
+    with trainer.times.measure("evaluation"):
+        figures = (
+            {} if zero_shot is None else zero_shot_figures(trainer.model, trainer.processing_class, zero_shot, recipe)
+        )
+    return write_run_folder(
+        trainer,
+        name=name,
+        test_dataset=splits.get("test") if recipe.evaluation.retrieval else None,
+        more_figures=figures,
+        noise_detection=recipe.evaluation.noise_detection,
+    )
+
+
+def zero_shot_figures(model: Any, processor: Any, section: ZeroShotSection, recipe: Recipe) -> dict[str, float]:
+    """Zero-shot accuracies `zero_shot_*` as the recipe's section asks for."""
+    if section.path is None:
+        rows = make_scene_classes(
+            recipe.data.scenes_test, seed=recipe.data.scenes_seed, image_size=recipe.data.scenes_image_size
+        )
+    else:
+        rows = load_split(DataSection(source=section.source, path=section.path), section.split)
+    figures = evaluate_zero_shot(
+        model, processor, rows, section.classes, section.templates, section.image_column, section.label_column
+    )
+    return {f"zero_shot_{key}": value for key, value in figures.items()}
+
+
+def load_split(section: DataSection, split: str) -> Any:
+    """One split of some data; data that know no splits are taken whole.
+
+    Raises:
+        ValueError: the data have splits, but not this one.
+    """
+    splits = load_splits(**dataclasses.asdict(section))
+    if split in splits:
+        return splits[split]
+    if list(splits) == ["train"]:
+        return splits["train"]
+    raise ValueError(f"split {split!r}: the data have {', '.join(splits)}; name one of these with --split.")
+
+
+def free_output_dir(recipe: Recipe) -> Recipe:
+    """The recipe, moved to `<output_dir>-2`, `-3`, ... when its folder already holds a run: none is overwritten."""
+    folder = Path(recipe.output_dir)
+    if not holds_a_run(folder):
+        return recipe
+    free = next(path for n in itertools.count(2) if not holds_a_run(path := Path(f"{folder}-{n}")))
+    logger.warning("%s already holds a run; this one goes to %s.", folder, free)
+    return recipe.with_overrides([f"training.output_dir={free}"])
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a folder has a finished run or a checkpoint in it."""
+    return (folder / "metrics.json").exists() or any(folder.glob("checkpoint-*"))
+
+
+def _captions(pairs: Any):
+    if isinstance(pairs, PairDataset):
+        return pairs.captions()
+    captions = (pair["caption"] for pair in pairs)
+    return itertools.islice((text for text in captions if isinstance(text, str)), CAPTIONS_FOR_TOKENIZER)

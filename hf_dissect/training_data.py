@@ -1,0 +1,58 @@
+"""Checks that data and arguments fit each other before a training run starts."""
+
+import logging
+import math
+from typing import Any
+
+from hf_dissect.data.pairs import as_pairs
+from hf_dissect.training_args import DissectTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def pairs_for(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
+    """Wrap a data set, or each of a dict of them, as pairs (see `as_pairs`); None stays None.
+
+    Raises:
+        ValueError: the data set does not fit `args`; the message begins with the name of the trainer's `argument`.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
+        return {name: pairs_for(argument, part, args) for name, part in dataset.items()}
+    try:
+        return as_pairs(dataset, **args.column_names())
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
+def check_one_batch(pairs: Any, args: DissectTrainingArguments) -> None:
+    """Make sure that the training data fill at least one batch of candidates on all processes (`ValueError`)."""
+    count, batch = num_pairs(pairs), args.train_batch_size * args.world_size
+    if count is not None and count < batch:
+        raise ValueError(
+            f"train_dataset has {count} pairs, fewer than one batch of {batch} candidates "
+            f"(per_device_train_batch_size {args.per_device_train_batch_size} x {args.world_size} processes); lower "
+            "per_device_train_batch_size."
+        )
+
+
+def warn_if_never_selected(pairs: Any, warmup_epochs: int, args: DissectTrainingArguments) -> None:
+    """Say so when `max_steps` ends a run before the warm-up of its strategy does."""
+    count = num_pairs(pairs)
+    if args.max_steps <= 0 or not count or not warmup_epochs:
+        return
+    epochs = args.max_steps / math.ceil(
+        count / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
+    )
+    if epochs <= warmup_epochs:
+        logger.warning(
+            "max_steps=%d ends after %.1f epochs, before the warm-up of %d epochs does: every step trains on a random "
+            "subset. Train longer, warm up shorter, or use the momentum variant.",
+            *(args.max_steps, epochs, warmup_epochs),
+        )
+
+
+def num_pairs(pairs: Any) -> int | None:
+    """Number of pairs, None for a stream."""
+    return len(pairs) if hasattr(pairs, "__len__") else None
