@@ -26,21 +26,30 @@ EPILOGS = {
     "compare": """examples:
   hf-dissect compare recipes/quickstart.yaml
   hf-dissect compare quickstart --strategies random,dissect,dissect:momentum --seeds 0,1,2
-  hf-dissect compare flickr8k-features data.path=/data/flickr8k --output-dir runs/flickr8k""",
+  hf-dissect compare flickr8k-features data.path=/data/flickr8k --output-dir runs/flickr8k
+  hf-dissect compare runs/flickr8k/recipe.yaml       repeat a comparison from its own folder""",
     "recipes": """examples:
   hf-dissect recipes
   hf-dissect recipes quickstart > mine.yaml          a copy to change""",
+}
+FIGURES = {
+    "recall_sum": "recall sum",
+    "zero_shot_accuracy@1": "zero-shot top-1 accuracy",
+    "zero_shot_accuracy@5": "zero-shot top-5 accuracy",
+    "noise_detection_auroc": "noise detection AUROC",
+    "noise_detection_average_precision": "noise detection average precision",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for settings or data that cannot work."""
     options = _parse(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    level = logging.WARNING if _is_first_process() else logging.ERROR  # each process would say the same
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("Interrupted. Checkpoints written so far are complete; continue with --resume.", file=sys.stderr)
+        print(f"\nInterrupted. {options.after_interrupt}".rstrip(), file=sys.stderr)
         return 130
     except Exception as error:
         if options.debug or not _is_for_the_user(error):
@@ -70,14 +79,16 @@ def _is_for_the_user(error: Exception) -> bool:
     from hf_dissect.data.bad_rows import TooManyBadRows
     from hf_dissect.trainer import NonFiniteLossError
 
-    return isinstance(error, TooManyBadRows | NonFiniteLossError | OSError)
+    # ImportError: a setting that needs a package which is not there, such as a tracker or an optimiser.
+    return isinstance(error, TooManyBadRows | NonFiniteLossError | OSError | ImportError)
 
 
 def _train(options: argparse.Namespace) -> None:
-    recipe = _with_output_dir(Recipe.load(options.recipe, options.overrides), options.output_dir)
+    recipe = Recipe.load(options.recipe, options.overrides)
     _quiet_libraries()
     from hf_dissect.run_recipe import free_output_dir, run_recipe
 
+    recipe = _with_output_dir(recipe, options.output_dir)
     recipe = recipe if options.resume else free_output_dir(recipe)
     metrics = run_recipe(recipe, resume=options.resume)
     if _is_first_process():
@@ -104,20 +115,30 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
+    if not _is_first_process():
+        return
     print(_retrieval_table(figures))
     if options.output:
         Path(options.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _compare(options: argparse.Namespace) -> None:
-    recipe = _with_output_dir(Recipe.load(options.recipe, options.overrides), options.output_dir)
-    strategies = options.strategies.split(",") if options.strategies else recipe.compare.strategies
-    seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else recipe.compare.seeds
+    overrides = list(options.overrides)
+    if options.strategies is not None:
+        overrides.append(f"compare.strategies={json.dumps([part.strip() for part in options.strategies.split(',')])}")
+    if options.seeds is not None:
+        overrides.append(f"compare.seeds=[{options.seeds}]")
+    recipe = Recipe.load(options.recipe, overrides)
     _quiet_libraries()
     from hf_dissect.compare import TABLE_COLUMNS, TABLE_DECIMALS, TABLE_LEGEND, compare
     from hf_dissect.evaluation import format_results_table
+    from hf_dissect.run_recipe import free_output_dir
 
-    comparison = compare(recipe, strategies, seeds, announce=lambda text: print(f"\n{text}", flush=True))
+    recipe = _with_output_dir(recipe, options.output_dir)
+    recipe = recipe if options.overwrite else free_output_dir(recipe)
+    comparison = compare(recipe, announce=_announce)
+    if not _is_first_process():
+        return
     known = {
         key: name for key, name in TABLE_COLUMNS.items() if any(_has(row.get(key)) for row in comparison["table"])
     }
@@ -138,7 +159,14 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _with_output_dir(recipe: Recipe, output_dir: str | None) -> Recipe:
-    return recipe if output_dir is None else recipe.with_overrides([f"training.output_dir={output_dir}"])
+    from hf_dissect.run_recipe import in_folder
+
+    return recipe if output_dir is None else in_folder(recipe, output_dir)
+
+
+def _announce(text: str) -> None:
+    if _is_first_process():
+        print(f"\n{text}", flush=True)
 
 
 def _retrieval_table(figures: dict) -> str:
@@ -150,10 +178,11 @@ def _retrieval_table(figures: dict) -> str:
         if f"{direction}_R@1" in figures:
             rows.append({"retrieval": name, **{heading: figures[key] for heading, key in keys.items()}})
     parts = [format_results_table(rows, list(rows[0]), decimals=1)] if rows else []
-    for key, value in figures.items():
-        if key.startswith(("zero_shot_", "noise_detection_", "recall_sum")) and value is not None:
-            parts.append(f"{key:38} {value:.4g}")
-    return "\n".join(parts) or "Nothing was evaluated: there is no validation or test split."
+    known = {name: figures[key] for key, name in FIGURES.items() if figures.get(key) is not None}
+    if known:
+        width = max(map(len, known))
+        parts.append("\n".join(f"{name:{width}}  {value:.4g}" for name, value in known.items()))
+    return "\n\n".join(parts) or "Nothing was evaluated: there is no validation or test split."
 
 
 def _print_selection(metrics: dict) -> None:
@@ -176,9 +205,23 @@ def _names(text: str | None) -> list[str] | None:
     """Class names from a comma-separated list or a file with one a line."""
     if text is None:
         return None
-    if Path(text).is_file():
+    if os.path.isfile(text):  # unlike Path.is_file no error for a list longer than a file name may be
         return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _not_negative(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: an integer of at least {least}")
+    return int(text)
 
 
 def _is_first_process() -> bool:
@@ -210,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=EPILOGS[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        part.set_defaults(run=run)
+        part.set_defaults(run=run, after_interrupt="")
         part.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return part
 
@@ -220,9 +263,14 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
         part.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
         part.add_argument("--output-dir", help="run folder (default: runs/<name of the recipe>)")
+    train.set_defaults(after_interrupt="If a checkpoint was written, --resume continues from it.")
+    compare.set_defaults(after_interrupt="The runs that were done, and their table, stand in the folder.")
     train.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
     compare.add_argument("--strategies", help="comma-separated, as name or name:variant (default: the recipe's)")
     compare.add_argument("--seeds", help="comma-separated integers (default: the recipe's)")
+    compare.add_argument(
+        "--overwrite", action="store_true", help="write over an earlier comparison instead of into a new folder"
+    )
 
     evaluate = command("evaluate", _evaluate, "Retrieval and zero-shot figures of a saved model.")
     evaluate.add_argument("checkpoint", help="run folder, checkpoint folder or Hub id")
@@ -234,9 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--classes", help="class names: comma-separated, or a file with one a line")
     evaluate.add_argument("--template", action="append", help="caption of a class, {} is its name; may be repeated")
     evaluate.add_argument("--image-features", help=".npz of stored features, for models that read those")
-    evaluate.add_argument("--max-rows", type=int, help="evaluate the first rows only")
-    evaluate.add_argument("--batch-size", type=int, default=64, help="pairs a forward pass (default: 64)")
-    evaluate.add_argument("--num-workers", type=int, default=0, help="processes that decode (default: 0)")
+    evaluate.add_argument("--max-rows", type=_positive, help="evaluate the first rows only")
+    evaluate.add_argument("--batch-size", type=_positive, default=64, help="pairs a forward pass (default: 64)")
+    evaluate.add_argument("--num-workers", type=_not_negative, default=0, help="processes that decode (default: 0)")
     evaluate.add_argument("--output", help="also write the figures to this JSON file")
 
     recipes = command("recipes", _recipes, "List the shipped recipes, or print one.")

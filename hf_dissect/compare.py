@@ -1,15 +1,18 @@
 """Runs a recipe with several strategies and seeds, and sets the results beside each other."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from hf_dissect.evaluation import summarise_seeds
 from hf_dissect.recipe import Recipe
 from hf_dissect.report import RunSummary, write_report
 from hf_dissect.run_folder import write_json
-from hf_dissect.run_recipe import load_data, run_recipe
+from hf_dissect.run_recipe import in_folder, load_data, run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +50,8 @@ TABLE_LEGEND = (
 
 def compare(
     recipe: Recipe,
-    strategies: Sequence[str],
-    seeds: Sequence[int],
+    strategies: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     *,
     announce: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
@@ -59,20 +62,24 @@ def compare(
 
     Args:
         recipe: the settings that all runs share.
-        strategies: `name` or `name:variant`.
-        seeds: of initial weights, order of the data and random choices. The data and their noise stay the same.
+        strategies: `name` or `name:variant`; those of the recipe's `compare` section by default.
+        seeds: likewise; of initial weights, order of the data and random choices. The data and their noise stay the
+            same.
         announce: told of each run before it starts.
 
     Returns:
         The content of `metrics.json`: "name", "table" (a row per strategy, figures as mean and std) and "runs".
 
     Raises:
-        RecipeError: a strategy does not fit the recipe; before anything runs.
+        RecipeError: a strategy or seed does not fit the recipe; before anything runs.
     """
-    folder = Path(recipe.output_dir)
-    planned = [
-        (spec, seed, _variation(recipe, spec, seed, folder)) for spec in dict.fromkeys(strategies) for seed in seeds
-    ]
+    # As settings of the recipe they are checked like all others, and saved with the comparison.
+    given = {"strategies": strategies, "seeds": seeds}
+    recipe = recipe.with_overrides(
+        [f"compare.{name}={json.dumps(list(values))}" for name, values in given.items() if values is not None]
+    )
+    strategies, seeds, folder = recipe.compare.strategies, recipe.compare.seeds, Path(recipe.output_dir)
+    planned = [(spec, seed, _variation(recipe, spec, seed, folder)) for spec in strategies for seed in seeds]
     splits = load_data(recipe)
     summaries: list[RunSummary] = []
     comparison: dict[str, Any] = {}
@@ -80,28 +87,34 @@ def compare(
         name = spec if len(seeds) == 1 else f"{spec}, seed {seed}"
         announce(f"[{number}/{len(planned)}] {name}")
         run_recipe(variation, splits, name=name)
+        processes = PartialState()
+        processes.wait_for_everyone()  # the first process writes what all read
         summaries.append(RunSummary.load(Path(variation.output_dir) / "report_data.json"))
-        comparison = _write(recipe, folder, summaries, [part[:2] for part in planned[:number]])
+        comparison = _comparison(recipe, summaries, [part[:2] for part in planned[:number]])
+        if processes.is_main_process:
+            _write(recipe, folder, summaries, comparison)
     return comparison
 
 
 def _variation(recipe: Recipe, spec: str, seed: int, folder: Path) -> Recipe:
     place = folder / f"{spec.replace(':', '-')}-seed{seed}"
-    return recipe.with_strategy(spec).with_overrides([f"training.seed={seed}", f"training.output_dir={place}"])
+    return in_folder(recipe.with_strategy(spec).with_overrides([f"training.seed={seed}"]), place)
 
 
-def _write(recipe: Recipe, folder: Path, summaries: list[RunSummary], done: list[tuple[str, int]]) -> dict[str, Any]:
+def _comparison(recipe: Recipe, summaries: list[RunSummary], done: list[tuple[str, int]]) -> dict[str, Any]:
     runs = [summary.metrics for summary in summaries]
     table = []
     for spec in dict.fromkeys(spec for spec, _ in done):
         own = [(seed, run) for (part, seed), run in zip(done, runs, strict=True) if part == spec]
         figures = summarise_seeds([_figures(run) for _, run in own])
         table.append({"strategy": spec, "seeds": [seed for seed, _ in own], **figures})
-    comparison = {"name": recipe.name, "table": table, "runs": runs}
+    return {"name": recipe.name, "table": table, "runs": runs}
+
+
+def _write(recipe: Recipe, folder: Path, summaries: list[RunSummary], comparison: dict[str, Any]) -> None:
     write_json(folder / "metrics.json", comparison)
     recipe.save(folder / "recipe.yaml")
-    write_report(folder / "report.html", summaries, title=recipe.name, table=table)
-    return comparison
+    write_report(folder / "report.html", summaries, title=recipe.name, table=comparison["table"])
 
 
 def _figures(run: dict[str, Any]) -> dict[str, Any]:

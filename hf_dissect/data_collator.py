@@ -53,21 +53,11 @@ class SelectionCollator:
     """
 
     def __init__(self, processor: Any, *, text_padding: str = "longest", max_caption_length: int | None = None):
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.tokenizer = tokenizer_of(processor)
         self.image_processor = getattr(processor, "image_processor", None)
         self.text_padding = text_padding
         self.max_caption_length = max_caption_length
         self._feature_dim: int | None = None
-        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"processing_class is a {type(processor).__name__} without a tokenizer; pass the model's whole "
-                "processor (AutoProcessor), or its tokenizer when the images are precomputed feature vectors."
-            )
-        if self.tokenizer.pad_token is None:
-            raise ValueError(
-                f"processing_class: its {type(self.tokenizer).__name__} has no pad_token, so captions of different "
-                "lengths make no batch; set tokenizer.pad_token."
-            )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate `B` dicts with `image`, `caption`, `sample_id` and optionally `task_id`, `is_clean`.
@@ -128,6 +118,26 @@ class SelectionCollator:
                 reasons[position] = BadReason.IMAGE
                 images.append(_PLACEHOLDER)
         return dict(self.image_processor(images=images, return_tensors="pt"))
+
+
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a processor, or the processor itself when it is one.
+
+    Raises:
+        ValueError: there is none, or it cannot pad.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"processing_class is a {type(processor).__name__} without a tokenizer; pass the model's whole processor "
+            "(AutoProcessor), or its tokenizer when the images are precomputed feature vectors."
+        )
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"processing_class: its {type(tokenizer).__name__} has no pad_token, so captions of different lengths "
+            "make no batch; set tokenizer.pad_token."
+        )
+    return tokenizer
 
 
 _PLACEHOLDER = Image.new("RGB", (32, 32))

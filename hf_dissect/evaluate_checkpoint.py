@@ -69,7 +69,7 @@ def evaluate_checkpoint(
         noise_rate=0.0,
         noise_permutation=None,
     )
-    rows = load_split(section, split)
+    rows = load_split(section, split, whole=data is not None)
     model, processor = load_model_and_processor(name_or_path=checkpoint)
     figures: dict[str, float] = {}
     if _has_captions(rows, section.caption_column):
@@ -99,7 +99,9 @@ def _retrieval(model, processor, rows, section: DataSection, batch_size: int, nu
             dataloader_num_workers=num_workers,
             image_column=section.image_column or ("image_features" if section.image_features else None),
             caption_column=section.caption_column,
+            id_column=section.id_column,
             max_bad_fraction=1.0,
+            report_to="none",
         )
         trainer = DissectTrainer(model=model, args=arguments, eval_dataset=rows, processing_class=processor)
         figures = trainer.evaluate(metric_key_prefix="final")

@@ -33,7 +33,8 @@ class Ranks:
         if self.alone:
             return values.cpu()
         sizes = self.gather(torch.tensor([len(values)])).tolist()
-        padded = torch.zeros(max(sizes), dtype=values.dtype)
+        longest = max(1, *sizes)  # at least 1, as nothing cannot be split by rank
+        padded = torch.zeros(longest, dtype=values.dtype)
         padded[: len(values)] = values
-        rows = self.gather(padded).split(max(sizes))
+        rows = self.gather(padded).split(longest)
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])

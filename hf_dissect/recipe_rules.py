@@ -94,7 +94,7 @@ def _noise(recipe: "Recipe") -> Iterator[Fault]:
 def _selection(recipe: "Recipe") -> Iterator[Fault]:
     selection, batch = recipe.selection, _training_value(recipe, "per_device_train_batch_size")
     kept = round(selection.ratio * batch)
-    if selection.strategy != "none" and kept < 2:
+    if selection.strategy != "none" and selection.ratio * batch < 2 - 1e-9:
         yield (
             ("selection.ratio", "training.per_device_train_batch_size", "selection.strategy"),
             f"{selection.ratio} of training.per_device_train_batch_size {batch} keeps "

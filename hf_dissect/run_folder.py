@@ -5,10 +5,14 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
+
+from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.model_card import write_model_card
@@ -28,7 +32,8 @@ def write_run_folder(
     *,
     name: str | None = None,
     test_dataset: Any = None,
-    more_figures: dict[str, float] | None = None,
+    more_figures: Callable[[], dict[str, float]] | None = None,
+    retrieval: bool = True,
     noise_detection: bool = True,
 ) -> dict[str, Any]:
     """Evaluate the trained model and write the run folder; called on all ranks, written by the first.
@@ -40,15 +45,17 @@ def write_run_folder(
         trainer: after `train`.
         name: of the run in report and figures; the strategy's by default.
         test_dataset: for the final retrieval figures; the trainer's `eval_dataset` by default.
-        more_figures: further final figures, such as zero-shot accuracies.
+        more_figures: computes further final figures, such as zero-shot accuracies.
+        retrieval: whether to compute those.
         noise_detection: score all training pairs with the final model where the truth is known.
 
     Returns:
         The content of `metrics.json`.
     """
-    final = dict(more_figures or {})
+    trainer.save_model()  # first, so that nothing that follows can cost the trained model
+    final = {} if more_figures is None else more_figures()
     dataset = test_dataset if test_dataset is not None else trainer.eval_dataset
-    if dataset is not None:
+    if retrieval and dataset is not None:
         figures = trainer.evaluate(dataset, metric_key_prefix="final")
         final.update({key.removeprefix("final_"): value for key, value in figures.items() if _is_result(key)})
     if noise_detection and getattr(trainer.train_dataset, "knows_truth", False):
@@ -56,7 +63,6 @@ def write_run_folder(
             scored = trainer.score_pairs(trainer.train_dataset)
         found = noise_detection_metrics(scored["correlation"], scored["is_clean"])
         final.update({f"noise_detection_{key}": value for key, value in found.items()})
-    trainer.save_model()
     metrics = run_metrics(trainer, name or trainer.strategy.name, final)
     if trainer.args.should_save:
         _write_files(trainer, metrics)
@@ -81,11 +87,17 @@ def run_metrics(trainer: "DissectTrainer", name: str, final: dict[str, Any]) -> 
             "final": final,
             "selection": selection,
             "times": {"total_s": sum(seconds.values()), **seconds},
-            "bad_rows": trainer.bad_rows.summary(),
+            "bad_rows": _bad_rows_of_all_ranks(trainer),
             "settings": changed_settings(trainer.args),
             "versions": {"python": platform.python_version(), **_versions()},
         }
     )
+
+
+def _bad_rows_of_all_ranks(trainer: "DissectTrainer") -> dict[str, Any]:
+    everywhere = BadRows(trainer.bad_rows.max_fraction)
+    everywhere.reasons = dict(gather_object(list(trainer.bad_rows.reasons.items())))
+    return everywhere.summary()
 
 
 def changed_settings(args: DissectTrainingArguments) -> dict[str, Any]:
@@ -114,15 +126,17 @@ def _write_files(trainer: "DissectTrainer", metrics: dict[str, Any]) -> None:
     )
     summary.save(folder / "report_data.json")
     write_report(folder / "report.html", [summary], title=_title(trainer, metrics["name"]))
-    write_model_card(folder / "README.md", metrics=metrics, base_model=_base_model(trainer), recipe_name=None)
+    recipe = trainer.recipe
+    write_model_card(
+        folder / "README.md",
+        metrics=metrics,
+        base_model=None if recipe is None else recipe.model.name_or_path,
+        recipe_name=None if recipe is None else recipe.name,
+    )
 
 
 def _title(trainer: "DissectTrainer", name: str) -> str:
     return name if trainer.recipe is None else f"{trainer.recipe.name}: {name}"
-
-
-def _base_model(trainer: "DissectTrainer") -> str | None:
-    return None if trainer.recipe is None else trainer.recipe.model.name_or_path
 
 
 def _sample(trainer: "DissectTrainer", pair: ObservedPair) -> PairSample:

@@ -50,16 +50,22 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
     transformers.set_seed(arguments.seed)
     model, processor = load_model_and_processor(**dataclasses.asdict(recipe.model), captions=_captions(pairs["train"]))
-    trainer = DissectTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=pairs["train"],
-        eval_dataset=pairs.get("validation"),
-        processing_class=processor,
-        recipe=recipe,
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunProgress())
+    try:
+        trainer = DissectTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=pairs["train"],
+            eval_dataset=pairs.get("validation"),
+            processing_class=processor,
+            recipe=recipe,
+        )
+    except RuntimeError as error:
+        if "to be installed" not in str(error):
+            raise
+        raise ValueError(f"training.report_to={arguments.report_to}: {error}") from error  # a tracker is missing
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RunProgress())
     return trainer
 
 
@@ -83,18 +89,26 @@ def run_recipe(
     """
     splits = load_data(recipe) if splits is None else splits
     trainer = build_trainer(recipe, splits)
+    processor = trainer.processing_class
     trainer.args.save_run_folder = False  # written below, with the figures of the recipe's evaluation section
-    trainer.train(resume_from_checkpoint=True if resume else None)
-    zero_shot = recipe.evaluation.zero_shot
-    with trainer.times.measure("evaluation"):
-        figures = (
-            {} if zero_shot is None else zero_shot_figures(trainer.model, trainer.processing_class, zero_shot, recipe)
-        )
+    try:
+        trainer.train(resume_from_checkpoint=True if resume else None)
+    except BaseException:
+        if (progress := trainer.pop_callback(RunProgress)) is not None:
+            progress.close()  # left open, the bar would be drawn once more behind the error
+        raise
+
+    def zero_shot() -> dict[str, float]:
+        section = recipe.evaluation.zero_shot
+        with trainer.times.measure("evaluation"):
+            return {} if section is None else zero_shot_figures(trainer.model, processor, section, recipe)
+
     return write_run_folder(
         trainer,
         name=name,
-        test_dataset=splits.get("test") if recipe.evaluation.retrieval else None,
-        more_figures=figures,
+        test_dataset=splits.get("test"),
+        more_figures=zero_shot,
+        retrieval=recipe.evaluation.retrieval,
         noise_detection=recipe.evaluation.noise_detection,
     )
 
@@ -113,8 +127,8 @@ def zero_shot_figures(model: Any, processor: Any, section: ZeroShotSection, reci
     return {f"zero_shot_{key}": value for key, value in figures.items()}
 
 
-def load_split(section: DataSection, split: str) -> Any:
-    """One split of some data; data that know no splits are taken whole.
+def load_split(section: DataSection, split: str, *, whole: bool = True) -> Any:
+    """One split of some data; data that know no splits are taken whole, with a warning, unless `whole` is false.
 
     Raises:
         ValueError: the data have splits, but not this one.
@@ -122,7 +136,8 @@ def load_split(section: DataSection, split: str) -> Any:
     splits = load_splits(**dataclasses.asdict(section))
     if split in splits:
         return splits[split]
-    if list(splits) == ["train"]:
+    if whole and list(splits) == ["train"]:
+        logger.warning("The data have no split %r; all of them are evaluated.", split)
         return splits["train"]
     raise ValueError(f"split {split!r}: the data have {', '.join(splits)}; name one of these with --split.")
 
@@ -134,7 +149,12 @@ def free_output_dir(recipe: Recipe) -> Recipe:
         return recipe
     free = next(path for n in itertools.count(2) if not holds_a_run(path := Path(f"{folder}-{n}")))
     logger.warning("%s already holds a run; this one goes to %s.", folder, free)
-    return recipe.with_overrides([f"training.output_dir={free}"])
+    return in_folder(recipe, free)
+
+
+def in_folder(recipe: Recipe, folder: str | Path) -> Recipe:
+    """The recipe, with `folder` as its run folder."""
+    return dataclasses.replace(recipe, training=recipe.training | {"output_dir": str(folder)})
 
 
 def holds_a_run(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PAIR_KEYS, key_hash
-from hf_dissect.data_collator import SelectionCollator
+from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.evaluation import retrieval_from_pairs
 from hf_dissect.losses import ContrastiveLoss, per_pair_loss
 from hf_dissect.models import (
@@ -20,7 +20,6 @@ from hf_dissect.models import (
     clamp_logit_scale_,
     contrastive_kind,
     logit_scale_and_bias,
-    max_text_length,
     same_architecture,
     text_padding,
 )
@@ -31,7 +30,14 @@ from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.recorder import SelectionRecorder
 from hf_dissect.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
-from hf_dissect.training_data import check_one_batch, num_pairs, pairs_for, warn_if_never_selected
+from hf_dissect.training_data import (
+    caption_length,
+    check_images_fit,
+    check_one_batch,
+    num_pairs,
+    pairs_for,
+    warn_if_never_selected,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +93,17 @@ class DissectTrainer(Trainer):
             raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
+        if data_collator is None:
+            tokenizer_of(processing_class)
+        if isinstance(train_dataset, dict) and not hasattr(train_dataset, "column_names"):
+            raise ValueError(f"train_dataset holds several data sets ({', '.join(train_dataset)}); pass one of them.")
         train_dataset = pairs_for("train_dataset", train_dataset, args)
         eval_dataset = pairs_for("eval_dataset", eval_dataset, args)
         if train_dataset is not None:
             check_one_batch(train_dataset, args)
         if model is not None:
             check_dual_encoder(model)
+            check_images_fit(model, train_dataset)
         trainer_arguments.setdefault("compute_metrics", retrieval_of_predictions)
         super().__init__(
             model=model,
@@ -108,7 +119,7 @@ class DissectTrainer(Trainer):
             self.data_collator = SelectionCollator(
                 processing_class,
                 text_padding=text_padding(self.model),
-                max_caption_length=args.max_caption_length or max_text_length(self.model, processing_class),
+                max_caption_length=caption_length(self.model, processing_class, args),
             )
         self.recipe = recipe
         self.kind = contrastive_kind(self.model)
@@ -134,7 +145,7 @@ class DissectTrainer(Trainer):
 
     def _select(self, batch: Mapping[str, torch.Tensor], micro_step: int) -> dict[str, torch.Tensor]:
         sample_id = batch["sample_id"].cpu()
-        good = self.bad_rows.add(sample_id, batch["bad_reason"].cpu())
+        good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu())
         batch = self._prepare_inputs(batch)
         scores = self._score(batch, sample_id, good)
         num_good = self.ranks.smallest(len(good))
@@ -381,4 +392,8 @@ def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
     image_embeds, text_embeds = predictions.predictions
     image_key, bad_reason = predictions.label_ids
     good = bad_reason == 0
+    if not good.all():
+        logger.warning("%d of %d evaluation pairs cannot be read and are left out.", (~good).sum(), len(good))
+    if not good.any():
+        return {}
     return retrieval_from_pairs(image_embeds[good], text_embeds[good], image_key[good])

@@ -4,7 +4,10 @@ import logging
 import math
 from typing import Any
 
+from hf_dissect.data.images import is_feature_vector
 from hf_dissect.data.pairs import as_pairs
+from hf_dissect.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models import bare_model, max_text_length
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,42 @@ def check_one_batch(pairs: Any, args: DissectTrainingArguments) -> None:
             f"(per_device_train_batch_size {args.per_device_train_batch_size} x {args.world_size} processes); lower "
             "per_device_train_batch_size."
         )
+
+
+def check_images_fit(model: Any, pairs: Any) -> None:
+    """Make sure that a model of stored features gets vectors of its size, and any other model gets pictures.
+
+    Only the first pair of a map-style data set is looked at; a stream is not read ahead.
+
+    Raises:
+        ValueError: the kind of images or the dimension is not the model's.
+    """
+    if num_pairs(pairs) is None:
+        return
+    image = pairs[0]["image"]
+    tower = getattr(bare_model(model).config, "vision_config", None)
+    wanted = tower.hidden_size if isinstance(tower, PrecomputedFeaturesConfig) else None
+    found = len(image) if is_feature_vector(image) else None
+    if image is not None and found != wanted:
+        raise ValueError(
+            f"image_column: the data hold {_images(found)}, the model ({type(bare_model(model)).__name__}) reads "
+            f"{_images(wanted)}. Name the right column with image_column, or choose the model to fit."
+        )
+
+
+def _images(dim: int | None) -> str:
+    return "pictures" if dim is None else f"feature vectors of {dim} numbers"
+
+
+def caption_length(model: Any, processor: Any, args: DissectTrainingArguments) -> int:
+    """Tokens a caption is cut to: `max_caption_length`, else the model's limit (`ValueError` if beyond the limit)."""
+    limit = max_text_length(model, processor)
+    if args.max_caption_length is not None and args.max_caption_length > limit:
+        raise ValueError(
+            f"max_caption_length={args.max_caption_length} is beyond the {limit} tokens that the model can read; "
+            "lower it, or leave it out."
+        )
+    return args.max_caption_length or limit
 
 
 def warn_if_never_selected(pairs: Any, warmup_epochs: int, args: DissectTrainingArguments) -> None:

@@ -14,6 +14,7 @@ IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "captions")
 CLEAN_COLUMNS = ("clean", "is_clean")
 LARGEST_ID = 2**63 - 1
+NO_ROWS = "The data set has no rows; check the path, the split and any filter."
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hf_dissect.data.images import image_content, is_feature_vector
-from hf_dissect.data.pair_columns import PairColumns, key_hash, undecoded
+from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, key_hash, undecoded
 
 
 class PairStream(torch.utils.data.IterableDataset):
@@ -35,7 +35,7 @@ class PairStream(torch.utils.data.IterableDataset):
         if available is None:
             first = next(iter(dataset), None)
             if first is None:
-                raise ValueError("The stream has no rows; check the path, the split and any filter.")
+                raise ValueError(NO_ROWS)
             available = list(first)
         return cls(dataset, PairColumns.recognise(available, **names))
 
@@ -48,8 +48,13 @@ class PairStream(torch.utils.data.IterableDataset):
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Pairs of one pass; `ValueError` when there is not a single row."""
+        empty = True
         for row in self.rows:
+            empty = False
             yield from self._pairs(row)
+        if empty and torch.utils.data.get_worker_info() is None:  # one of several workers may be left without rows
+            raise ValueError(NO_ROWS)
 
     def _pairs(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         image, captions = row[self.columns.image], row[self.columns.caption]
@@ -93,7 +98,7 @@ class PairStream(torch.utils.data.IterableDataset):
             return False  # a pair that will be skipped
         if not isinstance(truth, bool | int):
             raise ValueError(
-                f"clean_column={self.columns.clean!r} holds {truth!r} for the caption {str(caption)[:60]!r}; the truth "
+                f"clean_column={self.columns.clean!r} holds {truth!r} for {str(caption)[:60]!r}; the truth "
                 "of every pair is true or false. Mend the column, or rename it if it means something else."
             )
         return bool(truth)

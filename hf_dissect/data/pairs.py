@@ -15,6 +15,7 @@ from hf_dissect.data.pair_columns import (
     CAPTION_COLUMNS,
     CLEAN_COLUMNS,
     IMAGE_COLUMNS,
+    NO_ROWS,
     PairColumns,
     check_truth,
     column_values,
@@ -46,7 +47,6 @@ PAIR_KEYS = ("sample_id", "image_key", "caption_key", "bad_reason", "task_id", "
 ROW_KEYS = ("image", "caption", "sample_id")
 """What every pair has before it is collated."""
 
-NO_ROWS = "The data set has no rows; check the path, the split and any filter."
 _CAPTIONS_AT_ONCE = 100_000
 
 
