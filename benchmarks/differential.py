@@ -3,7 +3,7 @@
     hf-dissect train flickr8k-features data.path=DATA selection.strategy=none selection.record=true
     python benchmarks/differential.py runs/flickr8k-features [--output FILE.json]
 
-Needs a finished run with `selection.record: true` whose data know the truth (noise injection). Row W holds the AUROC of
+Needs a finished run with `selection.record: true` whose data know the truth (noise injection). Row W: the AUROC of
 `correlation after W epochs of warm-up - correlation in epoch t`, for each later epoch t; the last line is the AUROC of
 the correlation alone. 0.5 is chance, and below 0.5 the rule prefers mismatched pairs.
 """

@@ -252,3 +252,50 @@ def test_evaluation_counts_several_captions_of_an_image_once(tmp_path):
     assert (
         1 <= figures["eval_image_to_text_median_rank"] <= 34 and 1 <= figures["eval_text_to_image_median_rank"] <= 12
     )
+
+
+@pytest.mark.parametrize("family", ["tiny_align", "tiny_chinese_clip", "tiny_siglip2"])
+def test_further_families_train_with_selection(family, tmp_path):
+    trainer = make_trainer(tmp_path, family, selection_options={"variant": "momentum"}, max_steps=6)
+    before = weights(trainer)
+    trainer.train()
+    assert (weights(trainer) - before).abs().max() > 1e-4
+    assert json.loads((tmp_path / "metrics.json").read_text())["final"]["recall_sum"] > 0
+
+
+def test_mixed_precision_scores_and_trains(tmp_path):
+    trainer = make_trainer(tmp_path, selection_options={"variant": "momentum"}, max_steps=6, bf16=True, use_cpu=True)
+    trainer.train()
+    scores = trainer.ledger.column("correlation")
+    assert scores.dtype == torch.float32 and scores.isfinite().sum() == 64
+    assert weights(trainer).dtype == torch.float32 and weights(trainer).isfinite().all()
+
+
+def test_an_adapter_trains_resumes_and_is_what_the_run_folder_holds(tmp_path):
+    model, processor = tiny_models.tiny_clip()
+    trainer = DissectTrainer(
+        model=tiny_models.with_lora(model),
+        processing_class=processor,
+        train_dataset=tiny_models.tiny_pairs(64),
+        args=arguments(tmp_path, num_train_epochs=2, save_strategy="epoch"),
+    )
+    trainer.train(resume_from_checkpoint=None)
+    trainer.train(resume_from_checkpoint=True)
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_custom_strategy_writes_its_own_column(tmp_path):
+    class Alternate(SelectionStrategy):
+        name = "alternate"
+        columns = ("visits",)
+
+        def select(self, scores, ledger, k):
+            visits = ledger.read("visits", scores.sample_id).nan_to_num(0)
+            return Selection(visits.argsort(stable=True)[:k].sort().values)
+
+        def record(self, sample_id, correlation, ledger):
+            ledger.write("visits", sample_id, ledger.read("visits", sample_id).nan_to_num(0) + 1)
+
+    trainer = make_trainer(tmp_path, strategy=Alternate(), num_train_epochs=3)
+    trainer.train()
+    assert trainer.ledger.column("visits").tolist() == [3.0] * 64
