@@ -135,8 +135,8 @@ def _compare(options: argparse.Namespace) -> None:
     from hf_dissect.run_recipe import free_output_dir
 
     recipe = _with_output_dir(recipe, options.output_dir)
-    recipe = recipe if options.overwrite else free_output_dir(recipe)
-    comparison = compare(recipe, announce=_announce)
+    recipe = recipe if options.overwrite or options.resume else free_output_dir(recipe)
+    comparison = compare(recipe, resume=options.resume, announce=_announce)
     if not _is_first_process():
         return
     known = {
@@ -267,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(after_interrupt="The runs that were done, and their table, stand in the folder.")
     train.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
     compare.add_argument("--strategies", help="comma-separated, as name or name:variant (default: the recipe's)")
+    compare.add_argument("--resume", action="store_true", help="take over the runs that finished before")
     compare.add_argument("--seeds", help="comma-separated integers (default: the recipe's)")
     compare.add_argument(
         "--overwrite", action="store_true", help="write over an earlier comparison instead of into a new folder"

@@ -53,6 +53,7 @@ def compare(
     strategies: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     *,
+    resume: bool = False,
     announce: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Run each strategy with each seed, on the same data, for the same number of optimiser steps.
@@ -65,6 +66,7 @@ def compare(
         strategies: `name` or `name:variant`; those of the recipe's `compare` section by default.
         seeds: likewise; of initial weights, order of the data and random choices. The data and their noise stay the
             same.
+        resume: take over the runs that finished with the same settings, instead of running them again.
         announce: told of each run before it starts.
 
     Returns:
@@ -79,17 +81,22 @@ def compare(
         [f"compare.{name}={json.dumps(list(values))}" for name, values in given.items() if values is not None]
     )
     strategies, seeds, folder = recipe.compare.strategies, recipe.compare.seeds, Path(recipe.output_dir)
-    planned = [(spec, seed, _variation(recipe, spec, seed, folder)) for spec in strategies for seed in seeds]
+    # Seeds outside, strategies inside: a machine that slows down meanwhile does so for all strategies.
+    planned = [(spec, seed, _variation(recipe, spec, seed, folder)) for seed in seeds for spec in strategies]
     splits = load_data(recipe)
     summaries: list[RunSummary] = []
     comparison: dict[str, Any] = {}
     for number, (spec, seed, variation) in enumerate(planned, 1):
         name = spec if len(seeds) == 1 else f"{spec}, seed {seed}"
-        announce(f"[{number}/{len(planned)}] {name}")
-        run_recipe(variation, splits, name=name)
+        if resume and _is_finished(variation):
+            announce(f"[{number}/{len(planned)}] {name}: finished before")
+        else:
+            announce(f"[{number}/{len(planned)}] {name}")
+            run_recipe(variation, splits, name=name)
         processes = PartialState()
         processes.wait_for_everyone()  # the first process writes what all read
         summaries.append(RunSummary.load(Path(variation.output_dir) / "report_data.json"))
+        summaries[-1].name = name
         comparison = _comparison(recipe, summaries, [part[:2] for part in planned[:number]])
         if processes.is_main_process:
             _write(recipe, folder, summaries, comparison)
@@ -99,6 +106,16 @@ def compare(
 def _variation(recipe: Recipe, spec: str, seed: int, folder: Path) -> Recipe:
     place = folder / f"{spec.replace(':', '-')}-seed{seed}"
     return in_folder(recipe.with_strategy(spec).with_overrides([f"training.seed={seed}"]), place)
+
+
+def _is_finished(variation: Recipe) -> bool:
+    """Whether the folder of a run holds its result, with these settings."""
+    folder = Path(variation.output_dir)
+    if not (folder / "report_data.json").is_file() or not (folder / "recipe.yaml").is_file():
+        return False
+    found, wanted = Recipe.load(folder / "recipe.yaml").to_dict(), variation.to_dict()
+    # What else is compared beside this run is no setting of it.
+    return found | {"compare": None} == wanted | {"compare": None}
 
 
 def _comparison(recipe: Recipe, summaries: list[RunSummary], done: list[tuple[str, int]]) -> dict[str, Any]:

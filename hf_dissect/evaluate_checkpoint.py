@@ -65,6 +65,7 @@ def evaluate_checkpoint(
         image_column=image_column or section.image_column,
         caption_column=caption_column or section.caption_column,
         image_features=image_features or section.image_features,
+        max_train_rows=max_rows or section.max_train_rows,  # data without splits are all train
         max_eval_rows=max_rows or section.max_eval_rows,
         noise_rate=0.0,
         noise_permutation=None,

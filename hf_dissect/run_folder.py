@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
@@ -23,8 +24,11 @@ from hf_dissect.training_args import DissectTrainingArguments
 if TYPE_CHECKING:
     from hf_dissect.trainer import DissectTrainer
 
+logger = logging.getLogger(__name__)
+
 _PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
 _PRIVATE_SETTINGS = {"output_dir", "logging_dir", "hub_token", "hub_model_id", "run_name", "resume_from_checkpoint"}
+_DERIVED_SETTINGS = {"dataloader_pin_memory", "report_to"}  # what the machine has decides them
 
 
 def write_run_folder(
@@ -102,14 +106,35 @@ def _bad_rows_of_all_ranks(trainer: "DissectTrainer") -> dict[str, Any]:
 
 def changed_settings(args: DissectTrainingArguments) -> dict[str, Any]:
     """The training arguments that differ from their defaults, without paths and tokens."""
-    default = DissectTrainingArguments(args.output_dir)
     changed = {"selection_strategy": args.selection_strategy, "selection_ratio": args.selection_ratio}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         plain = isinstance(value, bool | int | float | str | dict | list) or value is None
-        if field.init and plain and value != getattr(default, field.name) and field.name not in _PRIVATE_SETTINGS:
+        default = _default(field)
+        # What was None or empty and became false or empty did not change.
+        changes = value != default and bool(value or default)
+        if field.init and plain and changes and field.name not in _PRIVATE_SETTINGS | _DERIVED_SETTINGS:
             changed[field.name] = value
     return changed
+
+
+def _default(field: dataclasses.Field) -> Any:
+    # Not read from a second instance: to make one resets the state of the processes that the trainer still needs.
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The newest `checkpoint-N` in a run folder that was written to its end, None without one."""
+    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end and is passed over.", checkpoint)
+        else:
+            return checkpoint
+    return None
 
 
 def _write_files(trainer: "DissectTrainer", metrics: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models import load_model_and_processor
 from hf_dissect.progress import RunProgress
 from hf_dissect.recipe import DataSection, Recipe, ZeroShotSection
-from hf_dissect.run_folder import write_run_folder
+from hf_dissect.run_folder import last_complete_checkpoint, write_run_folder
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training_args import DissectTrainingArguments
 
@@ -82,17 +82,23 @@ def run_recipe(
         recipe: what to run; its `output_dir` is the run folder.
         splits: of `load_data`, when they are at hand already.
         name: of the run in its report; the strategy's by default.
-        resume: continue from the folder's last checkpoint.
+        resume: continue from the folder's last complete checkpoint.
 
     Returns:
         The content of `metrics.json`.
+
+    Raises:
+        ValueError: there is no checkpoint to resume from, or see `build_trainer`.
     """
+    checkpoint = last_complete_checkpoint(recipe.output_dir) if resume else None
+    if resume and checkpoint is None:
+        raise ValueError(f"No checkpoint to resume from in {recipe.output_dir}.")
     splits = load_data(recipe) if splits is None else splits
     trainer = build_trainer(recipe, splits)
     processor = trainer.processing_class
     trainer.args.save_run_folder = False  # written below, with the figures of the recipe's evaluation section
     try:
-        trainer.train(resume_from_checkpoint=True if resume else None)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except BaseException:
         if (progress := trainer.pop_callback(RunProgress)) is not None:
             progress.close()  # left open, the bar would be drawn once more behind the error

@@ -1,19 +1,17 @@
 """The Hugging Face Trainer with one thing added: of each candidate batch, only the pairs worth a gradient train."""
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dissect.data.bad_rows import BadRows
-from hf_dissect.data.pairs import PAIR_KEYS, key_hash
-from hf_dissect.data_collator import SelectionCollator, tokenizer_of
-from hf_dissect.evaluation import retrieval_from_pairs
+from hf_dissect.data.pairs import key_hash
+from hf_dissect.data_collator import SelectionCollator, model_inputs, tokenizer_of
+from hf_dissect.evaluation.predictions import retrieval_of_predictions
 from hf_dissect.losses import ContrastiveLoss, per_pair_loss
 from hf_dissect.models import (
     check_dual_encoder,
@@ -23,6 +21,7 @@ from hf_dissect.models import (
     same_architecture,
     text_padding,
 )
+from hf_dissect.non_finite import NonFiniteLossError, check_finite
 from hf_dissect.ranks import Ranks
 from hf_dissect.run_folder import write_run_folder
 from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
@@ -41,12 +40,10 @@ from hf_dissect.training_data import (
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["DissectTrainer", "NonFiniteLossError"]
+
 LEDGER_FILE = "ledger.safetensors"
 ROW_KEYS = ["image", "caption", "sample_id", "task_id", "is_clean"]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or a score became NaN or infinite; the weights were not stepped with it."""
 
 
 class DissectTrainer(Trainer):
@@ -182,9 +179,7 @@ class DissectTrainer(Trainer):
                 chunk_size=self.args.scoring_batch_size,
                 autocast=self.accelerator.autocast,
             )
-            finite = scores.correlation[good].isfinite()
-        if not finite.all():
-            self._stop_non_finite("the correlation", sample_id[good[~finite]])
+            self._check_finite(scores.correlation[good], "the correlation", sample_id[good])
         return scores
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -210,8 +205,7 @@ class DissectTrainer(Trainer):
         if len(inputs["sample_id"]) == 0:
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._stop_non_finite("the loss", inputs["sample_id"])
+        self._check_finite(loss, "the loss", inputs["sample_id"])
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -219,12 +213,13 @@ class DissectTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**model_inputs(inputs))
-        good = inputs["bad_reason"] == 0
+        bad_reason = inputs.get("bad_reason", torch.zeros_like(inputs["sample_id"]))
+        good = bad_reason == 0
         loss = per_pair_loss(outputs["logits_per_text"][good][:, good], kind=self.kind).mean().detach()
         if prediction_loss_only:
             return loss, None, None
         embeds = (outputs["image_embeds"].detach().float(), outputs["text_embeds"].detach().float())
-        return loss, embeds, (inputs["image_key"], inputs["bad_reason"])
+        return loss, embeds, (inputs.get("image_key", inputs["sample_id"]), bad_reason)
 
     # ---- what the selection leaves behind ----
 
@@ -251,8 +246,8 @@ class DissectTrainer(Trainer):
         """Add the figures of the selection to the training logs."""
         if "loss" in logs:
             logs.update(self.monitor.pop_logs())
-            if (elapsed := sum(self.times.seconds.values())) and self.times["scoring"]:
-                logs["selection_scoring_time_share"] = self.times["scoring"] / elapsed
+            if self.times["scoring"]:
+                logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
         super().log(logs, start_time)
 
     # ---- training, evaluation, checkpoints ----
@@ -359,16 +354,11 @@ class DissectTrainer(Trainer):
             return num_candidates
         return min(num_candidates, max(2, self.args.num_selected(num_candidates)))
 
+    def _check_finite(self, values: torch.Tensor, what: str, sample_id: torch.Tensor) -> None:
+        check_finite(values, what, sample_id, self.state.global_step, self.args.output_dir)
+
     def _records(self) -> bool:
         return self.args.record_selection and self.is_world_process_zero()
-
-    def _stop_non_finite(self, what: str, sample_id: torch.Tensor) -> None:
-        checkpoint = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
-        raise NonFiniteLossError(
-            f"At step {self.state.global_step} {what} is not finite (sample ids {sample_id.tolist()[:8]} ...); the "
-            f"weights were not changed by it. Last checkpoint: {checkpoint or 'none yet'}. Try a smaller learning "
-            "rate, a longer learning-rate warm-up, max_grad_norm, or bf16 instead of fp16."
-        )
 
 
 class _SelectionCallback(TrainerCallback):
@@ -380,20 +370,3 @@ class _SelectionCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         clamp_logit_scale_(self._trainer.model)
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the model's forward among the keys of a batch."""
-    return {name: value for name, value in batch.items() if name not in PAIR_KEYS and name != "pair_weight"}
-
-
-def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
-    """Retrieval metrics of the embeddings that `DissectTrainer.prediction_step` returns."""
-    image_embeds, text_embeds = predictions.predictions
-    image_key, bad_reason = predictions.label_ids
-    good = bad_reason == 0
-    if not good.all():
-        logger.warning("%d of %d evaluation pairs cannot be read and are left out.", (~good).sum(), len(good))
-    if not good.any():
-        return {}
-    return retrieval_from_pairs(image_embeds[good], text_embeds[good], image_key[good])

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_recipe import STEPS, tiny_settings, write_tiny_recipe
 from transformers import AutoModel, AutoProcessor
 
@@ -115,11 +117,13 @@ def test_overrides_stand_before_and_behind_options(workplace):
 
 def test_resume_ends_as_the_uninterrupted_run(workplace):
     assert main(["train", "tiny.yaml", "training.save_strategy=epoch", "--output-dir", "whole"]) == 0
-    (workplace / "part").mkdir()
+    (workplace / "part/checkpoint-8").mkdir(parents=True)  # one whose writing was broken off
+    (workplace / "part/checkpoint-8/model.safetensors").write_bytes(b"\0\0")
     (workplace / "whole/checkpoint-4").rename(workplace / "part/checkpoint-4")
     assert main(["train", "tiny.yaml", "training.save_strategy=epoch", "--output-dir", "part", "--resume"]) == 0
     assert filecmp.cmp("whole/model.safetensors", "part/model.safetensors", shallow=False)
-    assert filecmp.cmp("whole/ledger.safetensors", "part/ledger.safetensors", shallow=False)
+    whole, part = load_file("whole/ledger.safetensors"), load_file("part/ledger.safetensors")
+    assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
     whole, part = figures_without_times(workplace / "whole"), figures_without_times(workplace / "part")
     assert part["final"] == whole["final"] and part["steps"] == whole["steps"]
 
@@ -131,10 +135,11 @@ def test_ctrl_c_stops_with_one_line_and_the_run_can_be_resumed(workplace):
         command, cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         # The line of the second evaluation: the checkpoint of the first epoch is written by then.
-        assert any(line.startswith("epoch 2.0") for line in running.stdout)
+        reached = any(line.startswith("epoch 2.0") for line in running.stdout)
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130
+    assert reached, errors
+    assert running.returncode == 130, errors
     assert errors.splitlines()[-1] == "Interrupted. If a checkpoint was written, --resume continues from it."
     assert "Traceback" not in errors
     assert main(["train", "tiny.yaml", *settings, "training.num_train_epochs=5", "--resume"]) == 0
@@ -180,14 +185,14 @@ def test_evaluate_other_data_with_and_without_labels(trained, tmp_path, capsys):
 
 def test_compare_sets_strategies_and_seeds_beside_each_other(workplace, capsys):
     arguments = ["--strategies", "none, random,dissect:momentum", "--seeds", "0,1", "--output-dir", "runs/all"]
-    assert main(["compare", "tiny.yaml", "training.num_train_epochs=1", *arguments, "selection.ratio=0.25"]) == 0
+    assert main(["compare", "tiny.yaml", "training.max_steps=4", *arguments, "selection.ratio=0.25"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("[")] == [
         "[1/6] none, seed 0",
-        "[2/6] none, seed 1",
-        "[3/6] random, seed 0",
-        "[4/6] random, seed 1",
-        "[5/6] dissect:momentum, seed 0",
+        "[2/6] random, seed 0",
+        "[3/6] dissect:momentum, seed 0",
+        "[4/6] none, seed 1",
+        "[5/6] random, seed 1",
         "[6/6] dissect:momentum, seed 1",
     ]
     heading = next(number for number, line in enumerate(lines) if line.startswith("strategy"))
@@ -199,7 +204,7 @@ def test_compare_sets_strategies_and_seeds_beside_each_other(workplace, capsys):
     assert [row["strategy"] for row in metrics["table"]] == ["none", "random", "dissect:momentum"]
     assert [row["seeds"] for row in metrics["table"]] == [[0, 1]] * 3
     assert [run["steps"] for run in metrics["runs"]] == [4] * 6
-    assert [run["selection"]["kept_share"] for run in metrics["runs"]] == [1, 1, 0.25, 0.25, 0.25, 0.25]
+    assert [run["selection"]["kept_share"] for run in metrics["runs"]] == [1, 0.25, 0.25] * 2
     report = (folder / "report.html").read_text()
     assert all(name in report for name in ("none", "random", "dissect:momentum"))
     assert {path.name for path in (folder / "dissect-momentum-seed1").iterdir()} >= RUN_FILES

@@ -27,3 +27,13 @@ def test_a_part_that_fails_is_charged_all_the_same(monkeypatch):
     with pytest.raises(RuntimeError), times.measure("data"):
         raise RuntimeError
     assert times["data"] == 1
+
+
+def test_the_total_counts_what_is_under_way(monkeypatch):
+    monkeypatch.setattr(time_spent.time, "perf_counter", itertools.count().__next__)
+    times = TimeSpent()
+    with times.measure("training"):  # from 0
+        with times.measure("scoring"):  # 1 to 2
+            pass
+        assert times.total == 3
+    assert times.total == 4 and times["scoring"] / times.total == 1 / 4

@@ -1,0 +1,26 @@
+"""From what a Trainer's evaluation loop gathers to retrieval figures."""
+
+import logging
+
+from transformers import EvalPrediction
+
+from hf_dissect.evaluation.recall import retrieval_from_pairs
+
+logger = logging.getLogger(__name__)
+
+
+def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
+    """Retrieval metrics of all readable pairs; none, with a warning, when there are no readable pairs.
+
+    Args:
+        predictions: `predictions` are image and text embeddings `(pairs, D)`; `label_ids` the image keys, equal for
+            pairs of one image, and the reasons why a pair is bad, 0 for a good one, each `(pairs,)`.
+    """
+    image_embeds, text_embeds = predictions.predictions
+    image_key, bad_reason = predictions.label_ids
+    good = bad_reason == 0
+    if not good.all():
+        logger.warning("%d of %d evaluation pairs cannot be read and are left out.", (~good).sum(), len(good))
+    if not good.any():
+        return {}
+    return retrieval_from_pairs(image_embeds[good], text_embeds[good], image_key[good])

@@ -1,0 +1,36 @@
+"""The error of a run that diverged, raised before the weights are touched."""
+
+import os
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a score became NaN or infinite; the weights were not stepped with it."""
+
+
+def check_finite(values: torch.Tensor, what: str, sample_id: torch.Tensor, step: int, output_dir: str) -> None:
+    """Make sure that all of `values` are finite.
+
+    Args:
+        values: one for all pairs `()`, or one each `(B,)`.
+        what: name of the values in the error.
+        sample_id: int64 `(B,)` of the pairs.
+        step: optimiser step, from 0.
+        output_dir: where checkpoints are.
+
+    Raises:
+        NonFiniteLossError: naming the step, the pairs and the last checkpoint.
+    """
+    finite = torch.isfinite(values)
+    if finite.all():
+        return
+    concerned = sample_id if finite.ndim == 0 else sample_id[~finite]
+    shown = ", ".join(map(str, concerned.tolist()[:8]))
+    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    raise NonFiniteLossError(
+        f"At step {step} {what} is not finite (first sample ids: {shown}); the weights were not changed by it. Last "
+        f"checkpoint: {checkpoint or 'none yet'}. Try a smaller learning rate, a longer learning-rate warm-up, "
+        "max_grad_norm, or bf16 instead of fp16."
+    )
