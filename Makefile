@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: quickstart test lint format clean
 
 quickstart: $(VENV)/installed
-	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart
+	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

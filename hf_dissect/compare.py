@@ -130,7 +130,7 @@ def _comparison(recipe: Recipe, summaries: list[RunSummary], done: list[tuple[st
 
 def _write(recipe: Recipe, folder: Path, summaries: list[RunSummary], comparison: dict[str, Any]) -> None:
     write_json(folder / "metrics.json", comparison)
-    recipe.save(folder / "recipe.yaml")
+    recipe.save(folder / "recipe.yaml", command="compare")
     write_report(folder / "report.html", summaries, title=recipe.name, table=comparison["table"])
 
 

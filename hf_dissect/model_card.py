@@ -11,12 +11,16 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_dissect.report_data import replace_file
-from hf_dissect.report_tables import format_number, mapping, results_table, run_figures
+from hf_dissect.report_tables import final_figures, format_number, mapping, results_table, run_figures
 
 TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
 _TEMPLATE = "dissect.md.jinja"
 # Installed inside the package; in a source tree at its top level.
 _FOLDERS = (Path(__file__).parent / "model_cards", Path(__file__).parent.parent / "model_cards")
+
+
+SELECTION_SETTINGS = {"selection_ratio", "selection_warmup_epochs", "selection_options", "mask_false_negatives"}
+"""Settings of a run that a card may show: none of them can hold a path."""
 
 
 def write_model_card(
@@ -50,7 +54,7 @@ def write_model_card(
         "tags": list(TAGS),
         **({"base_model": hub_id} if hub_id else {}),
     }
-    table = results_table([("", mapping(metrics.get("final")))], corner="")
+    table = results_table([("", final_figures(metrics))], corner="")
     environment = Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
@@ -78,7 +82,10 @@ def _is_hub_id(name: str) -> bool:
 
 def _training(metrics: Mapping, recipe_name: str | None) -> list[tuple[str, str]]:
     """Rows of the training table; what the run did not record is left out."""
-    settings = {"strategy": metrics.get("strategy"), **mapping(mapping(metrics.get("settings")).get("selection"))}
+    settings = {"strategy": metrics.get("strategy")}
+    for key, value in mapping(metrics.get("settings")).items():
+        if key in SELECTION_SETTINGS:
+            settings[key.removeprefix("selection_")] = value
     times, figures = mapping(metrics.get("times")), run_figures(metrics)
     rows = [
         ("Recipe", recipe_name),

@@ -1,9 +1,8 @@
 """The error of a run that diverged, raised before the weights are touched."""
 
-import os
-
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dissect.checkpoints import last_complete_checkpoint
 
 
 class NonFiniteLossError(RuntimeError):
@@ -28,7 +27,7 @@ def check_finite(values: torch.Tensor, what: str, sample_id: torch.Tensor, step:
         return
     concerned = sample_id if finite.ndim == 0 else sample_id[~finite]
     shown = ", ".join(map(str, concerned.tolist()[:8]))
-    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    checkpoint = last_complete_checkpoint(output_dir)
     raise NonFiniteLossError(
         f"At step {step} {what} is not finite (first sample ids: {shown}); the weights were not changed by it. Last "
         f"checkpoint: {checkpoint or 'none yet'}. Try a smaller learning rate, a longer learning-rate warm-up, "

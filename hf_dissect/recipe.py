@@ -145,11 +145,14 @@ class Recipe:
         """All settings, defaults included, as plain data in the order of the file."""
         return dataclasses.asdict(self)
 
-    def save(self, path: str | Path) -> None:
-        """Write the complete recipe; `load` reads it back equal. The folder of `path` must exist."""
+    def save(self, path: str | Path, command: str = "train") -> None:
+        """Write the complete recipe; `load` reads it back equal. The folder of `path` must exist.
+
+        `command` is the one that repeats the run, named at the top of the file.
+        """
         path = Path(path)
         shown = str(path) if str(path).isprintable() else path.name if path.name.isprintable() else "recipe.yaml"
-        header = f"# All settings of a run, defaults included. Repeat it with: hf-dissect train {shown}\n"
+        header = f"# All settings of a run, defaults included. Repeat it with: hf-dissect {command} {shown}\n"
         path.write_text(header + format_yaml(self.to_dict()), encoding="utf-8")
 
     def training_arguments(self) -> dict[str, Any]:

@@ -96,12 +96,17 @@ def results_table(rows: Sequence[tuple[str, Mapping]], *, corner: str) -> Table:
     return Table([label(key) for key in keys], [name for name, _ in rows], cells, corner)
 
 
+def final_figures(metrics: Mapping) -> dict:
+    """The final figures of one run without the counts that they rest on."""
+    return {str(key): value for key, value in mapping(metrics.get("final")).items() if "_num_" not in str(key)}
+
+
 def run_figures(metrics: Mapping) -> dict:
     """The row of one run in the results table, out of its `metrics.json`."""
     times = mapping(metrics.get("times"))
     total, scoring = finite(times.get("total_s")), finite(times.get("scoring_s"))
     return {
-        **{str(key): value for key, value in mapping(metrics.get("final")).items()},
+        **final_figures(metrics),
         "noise_kept": mapping(metrics.get("selection")).get("noise_kept"),
         "total_s": total,
         "scoring_share": scoring / total if total and scoring is not None else None,

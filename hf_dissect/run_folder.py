@@ -124,19 +124,6 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if made else field.default
 
 
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The newest `checkpoint-N` in a run folder that was written to its end, None without one."""
-    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end and is passed over.", checkpoint)
-        else:
-            return checkpoint
-    return None
-
-
 def _write_files(trainer: "DissectTrainer", metrics: dict[str, Any]) -> None:
     folder = Path(trainer.args.output_dir)
     write_json(folder / "metrics.json", metrics)

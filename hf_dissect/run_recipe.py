@@ -10,12 +10,13 @@ from typing import Any
 import transformers
 from transformers.trainer_callback import ProgressCallback
 
+from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models import load_model_and_processor
 from hf_dissect.progress import RunProgress
 from hf_dissect.recipe import DataSection, Recipe, ZeroShotSection
-from hf_dissect.run_folder import last_complete_checkpoint, write_run_folder
+from hf_dissect.run_folder import write_run_folder
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training_args import DissectTrainingArguments
 

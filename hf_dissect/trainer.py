@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
+from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import key_hash
 from hf_dissect.data_collator import SelectionCollator, model_inputs, tokenizer_of
@@ -257,10 +257,11 @@ class DissectTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No checkpoint to resume from in {self.args.output_dir}.")
         if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
             same_architecture(self.model, resume_from_checkpoint)
         elif self.recorder is not None:
             self.recorder.restart(step=0)

@@ -17,7 +17,11 @@ METRICS = {
     "final": {"retrieval_r@1_image_to_text": 12.5, "recall_sum": 101.0},
     "selection": {"noise_kept": 0.25},
     "times": {"total_s": 100.0, "scoring_s": 25.0},
-    "settings": {"selection": {"ratio": 0.5, "options": {"variant": "momentum"}}, "data": {"path": "/home/me/data"}},
+    "settings": {
+        "selection_ratio": 0.5,
+        "selection_options": {"variant": "momentum"},
+        "data_path": "/home/me/data",
+    },
 }
 
 

@@ -7,8 +7,9 @@ import pytest
 import tiny_models
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
+from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data import shuffle_captions
-from hf_dissect.run_folder import changed_settings, last_complete_checkpoint, run_metrics, write_json, write_run_folder
+from hf_dissect.run_folder import changed_settings, run_metrics, write_json, write_run_folder
 
 METRICS = {
     "name",
