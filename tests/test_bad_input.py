@@ -465,7 +465,7 @@ def test_not_a_number_leaves_the_checkpoint_before_it(tmp_path):
             return values * torch.nan if trainer.state.global_step >= 2 else values
 
     poison = trainer.model.visual_projection.register_forward_hook(lambda _, __, values: Poison()(values))
-    with pytest.raises(NonFiniteLossError, match=r"At step 2 .* not finite \(first sample ids .*checkpoint-2"):
+    with pytest.raises(NonFiniteLossError, match=r"At step 2 .* not finite \(first sample ids: .*checkpoint-2"):
         trainer.train()
     poison.remove()
     assert weights(trainer).isfinite().all()
