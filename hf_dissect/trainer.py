@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data.bad_rows import BadRows
-from hf_dissect.data.pairs import key_hash
+from hf_dissect.data.pairs import ROW_KEYS, key_hash
 from hf_dissect.data_collator import SelectionCollator, model_inputs, tokenizer_of
 from hf_dissect.evaluation.predictions import retrieval_of_predictions
 from hf_dissect.losses import ContrastiveLoss, per_pair_loss
@@ -32,9 +32,9 @@ from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
     caption_length,
     check_images_fit,
-    check_one_batch,
     num_pairs,
     pairs_for,
+    training_pairs,
     warn_if_never_selected,
 )
 
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
 
 LEDGER_FILE = "ledger.safetensors"
-ROW_KEYS = ["image", "caption", "sample_id", "task_id", "is_clean"]
 
 
 class DissectTrainer(Trainer):
@@ -92,12 +91,8 @@ class DissectTrainer(Trainer):
             raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
         if data_collator is None:
             tokenizer_of(processing_class)
-        if isinstance(train_dataset, dict) and not hasattr(train_dataset, "column_names"):
-            raise ValueError(f"train_dataset holds several data sets ({', '.join(train_dataset)}); pass one of them.")
-        train_dataset = pairs_for("train_dataset", train_dataset, args)
+        train_dataset = training_pairs(train_dataset, args)
         eval_dataset = pairs_for("eval_dataset", eval_dataset, args)
-        if train_dataset is not None:
-            check_one_batch(train_dataset, args)
         if model is not None:
             check_dual_encoder(model)
             check_images_fit(model, train_dataset)
@@ -265,6 +260,7 @@ class DissectTrainer(Trainer):
             same_architecture(self.model, resume_from_checkpoint)
         elif self.recorder is not None:
             self.recorder.restart(step=0)
+        self._epoch = -1
         warn_if_never_selected(self.train_dataset, getattr(self.strategy, "warmup_epochs", 0), self.args)
         with self.times.measure("training"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
@@ -332,20 +328,20 @@ class DissectTrainer(Trainer):
             self.recorder.restart(self.state.global_step)
         path = Path(checkpoint) / LEDGER_FILE
         if path.is_file():
-            self._epoch = self.ledger.load(path)["epoch"]
+            self._epoch = self.ledger.load(path)["epoch"] - 1  # which now begins again
         else:
             logger.warning("%s has no %s: the history of the pairs starts anew.", checkpoint, LEDGER_FILE)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys(self._signature_columns + ROW_KEYS))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_KEYS, "task_id", "is_clean"]))
 
     # ---- small matters ----
 
     def _begin_epoch(self) -> None:
         if num_pairs(self.train_dataset) is not None:
             self._epoch = int(self.state.epoch + 1e-6)
-        elif self.state.global_step > 0:
+        else:
             # Of a stream the Trainer's epoch is a share of max_steps: passes are counted here instead.
             self._epoch += 1
         self.strategy.on_epoch_begin(self._epoch)

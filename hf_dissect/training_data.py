@@ -29,8 +29,16 @@ def pairs_for(argument: str, dataset: Any, args: DissectTrainingArguments) -> An
         raise ValueError(f"{argument}: {error}") from error
 
 
-def check_one_batch(pairs: Any, args: DissectTrainingArguments) -> None:
-    """Make sure that the training data fill at least one batch of candidates on all processes (`ValueError`)."""
+def training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
+    """Wrap the training data as pairs, see `pairs_for`.
+
+    Raises:
+        ValueError: they do not fit `args`, are several data sets, or do not fill one batch of candidates on all
+            processes.
+    """
+    if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
+        raise ValueError(f"train_dataset holds several data sets ({', '.join(dataset)}); pass one of them.")
+    pairs = pairs_for("train_dataset", dataset, args)
     count, batch = num_pairs(pairs), args.train_batch_size * args.world_size
     if count is not None and count < batch:
         raise ValueError(
@@ -38,6 +46,7 @@ def check_one_batch(pairs: Any, args: DissectTrainingArguments) -> None:
             f"(per_device_train_batch_size {args.per_device_train_batch_size} x {args.world_size} processes); lower "
             "per_device_train_batch_size."
         )
+    return pairs
 
 
 def check_images_fit(model: Any, pairs: Any) -> None:

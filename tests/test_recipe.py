@@ -517,10 +517,10 @@ def test_training_arguments_gather_the_sections():
         "per_device_eval_batch_size": 64,
     }
     named = recipe.with_overrides(
-        ["data.image_column=pixels", "training.output_dir=/tmp/y", "evaluation.batch_size=null"]
+        ["data.image_column=pixels", "training.output_dir=elsewhere/y", "evaluation.batch_size=null"]
     )
     arguments = named.training_arguments()
-    assert (arguments["image_column"], arguments["output_dir"]) == ("pixels", "/tmp/y")
+    assert (arguments["image_column"], arguments["output_dir"]) == ("pixels", "elsewhere/y")
     assert "per_device_eval_batch_size" not in arguments
     arguments["selection_options"]["variant"] = "changed"
     assert named.selection.options == {"variant": "momentum"}

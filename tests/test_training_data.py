@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_dissect import DissectTrainingArguments, PairDataset
 from hf_dissect.data.pair_stream import PairStream
-from hf_dissect.training_data import check_one_batch, num_pairs, pairs_for, warn_if_never_selected
+from hf_dissect.training_data import num_pairs, pairs_for, training_pairs, warn_if_never_selected
 
 
 def arguments(tmp_path, **settings) -> DissectTrainingArguments:
@@ -48,12 +48,12 @@ def test_columns_are_those_of_the_arguments(tmp_path):
 
 def test_one_batch_of_candidates_is_the_least(tmp_path):
     args = arguments(tmp_path)
-    check_one_batch(pairs_for("train_dataset", tiny_models.tiny_pairs(16), args), args)
-    check_one_batch(pairs_for("train_dataset", tiny_models.tiny_pairs(2).to_iterable_dataset(), args), args)
+    training_pairs(tiny_models.tiny_pairs(16), args)
+    training_pairs(tiny_models.tiny_pairs(2).to_iterable_dataset(), args)
     with pytest.raises(
         ValueError, match=r"train_dataset has 15 pairs, fewer than one batch of 16 .*lower per_device_train_batch_size"
     ):
-        check_one_batch(pairs_for("train_dataset", tiny_models.tiny_pairs(15), args), args)
+        training_pairs(tiny_models.tiny_pairs(15), args)
 
 
 @pytest.mark.parametrize(
