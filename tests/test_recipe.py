@@ -391,7 +391,7 @@ def test_overrides_reach_every_depth():
     )
     assert recipe.name == "other" and recipe.training["learning_rate"] == 0.001
     assert isinstance(recipe.training["learning_rate"], float)
-    assert recipe.selection.options == {"variant": "momentum", "momentum": 0.5}
+    assert recipe.selection.options == {"warmup_on": "all", "variant": "momentum", "momentum": 0.5}
     assert recipe.model.config["vision_config"]["hidden_size"] == 64
     assert recipe.evaluation.zero_shot is None and recipe.data.max_train_rows == 1000
     assert recipe.compare.seeds == [1, 2] and recipe.training["run_name"] == "a=b"
