@@ -132,7 +132,14 @@ def test_ctrl_c_stops_with_one_line_and_the_run_can_be_resumed(workplace):
     settings = ["training.num_train_epochs=40", "training.eval_strategy=epoch", "training.save_strategy=epoch"]
     command = [*COMMAND, "train", "tiny.yaml", *settings]
     with subprocess.Popen(
-        command, cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=workplace,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Started from a shell's background, the tests ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         # The line of the second evaluation: the checkpoint of the first epoch is written by then.
         reached = any(line.startswith("epoch 2.0") for line in running.stdout)
