@@ -9,9 +9,11 @@ from typing import Any
 
 import datasets
 
+from hf_dissect.data.pair_columns import CAPTION_COLUMNS
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models import load_model_and_processor
 from hf_dissect.recipe import DataSection, Recipe
+from hf_dissect.run_folder import final_results
 from hf_dissect.run_recipe import load_split, zero_shot_figures
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training_args import DissectTrainingArguments
@@ -105,9 +107,7 @@ def _retrieval(model, processor, rows, section: DataSection, batch_size: int, nu
             report_to="none",
         )
         trainer = DissectTrainer(model=model, args=arguments, eval_dataset=rows, processing_class=processor)
-        figures = trainer.evaluate(metric_key_prefix="final")
-    unwanted = ("_runtime", "_per_second", "_preparation_time", "epoch")
-    return {key.removeprefix("final_"): value for key, value in figures.items() if not key.endswith(unwanted)}
+        return final_results(trainer.evaluate(metric_key_prefix="final"))
 
 
 def _recipe_of(checkpoint: str) -> Recipe | None:
@@ -131,8 +131,7 @@ def _data_section(checkpoint: str, data: str | None, recipe: Recipe | None) -> D
 
 
 def _has_captions(rows: Any, caption_column: str | None) -> bool:
-    usual = ("caption", "text", "captions")
-    return caption_column is not None or any(name in rows.column_names for name in usual)
+    return caption_column is not None or any(name in rows.column_names for name in CAPTION_COLUMNS)
 
 
 def _class_names(rows: Any, label_column: str) -> list[str] | None:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -18,8 +17,10 @@ from hf_dissect.data.pairs import PairDataset
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.model_card import write_model_card
 from hf_dissect.report import PairSample, RunSummary, write_report
+from hf_dissect.report_data import replace_file
 from hf_dissect.selection.monitor import ObservedPair
 from hf_dissect.training_args import DissectTrainingArguments
+from hf_dissect.training_data import num_pairs
 
 if TYPE_CHECKING:
     from hf_dissect.trainer import DissectTrainer
@@ -50,7 +51,7 @@ def write_run_folder(
         name: of the run in report and figures; the strategy's by default.
         test_dataset: for the final retrieval figures; the trainer's `eval_dataset` by default.
         more_figures: computes further final figures, such as zero-shot accuracies.
-        retrieval: whether to compute those.
+        retrieval: whether to compute the retrieval figures.
         noise_detection: score all training pairs with the final model where the truth is known.
 
     Returns:
@@ -60,8 +61,7 @@ def write_run_folder(
     final = {} if more_figures is None else more_figures()
     dataset = test_dataset if test_dataset is not None else trainer.eval_dataset
     if retrieval and dataset is not None:
-        figures = trainer.evaluate(dataset, metric_key_prefix="final")
-        final.update({key.removeprefix("final_"): value for key, value in figures.items() if _is_result(key)})
+        final.update(final_results(trainer.evaluate(dataset, metric_key_prefix="final")))
     if noise_detection and getattr(trainer.train_dataset, "knows_truth", False):
         with trainer.times.measure("evaluation"):
             scored = trainer.score_pairs(trainer.train_dataset)
@@ -87,7 +87,7 @@ def run_metrics(trainer: "DissectTrainer", name: str, final: dict[str, Any]) -> 
             "strategy": trainer.strategy.name,
             "seed": trainer.args.seed,
             "steps": trainer.state.global_step,
-            "num_pairs": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+            "num_pairs": num_pairs(trainer.train_dataset),
             "final": final,
             "selection": selection,
             "times": {"total_s": sum(seconds.values()), **seconds},
@@ -169,13 +169,13 @@ def _sample(trainer: "DissectTrainer", pair: ObservedPair) -> PairSample:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name first, so that a half-written file is never found."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def _is_result(key: str) -> bool:
-    return not key.endswith(("_runtime", "_per_second", "_preparation_time", "epoch"))
+def final_results(figures: dict[str, float]) -> dict[str, float]:
+    """Of an evaluation with the prefix "final": what was measured, without the prefix and without the speed."""
+    speed = ("_runtime", "_per_second", "_preparation_time", "epoch")
+    return {key.removeprefix("final_"): value for key, value in figures.items() if not key.endswith(speed)}
 
 
 def _versions() -> dict[str, str]:

@@ -163,7 +163,7 @@ class DissectTrainer(Trainer):
         return batch
 
     def _score(self, batch: Mapping[str, torch.Tensor], sample_id: torch.Tensor, good: torch.Tensor):
-        if not (self.strategy.needs_scores(self._epoch) or self.args.record_selection):
+        if not self._scores_candidates():
             return CandidateScores(sample_id)
         with self.times.measure("scoring"):
             scores = score(
@@ -189,7 +189,7 @@ class DissectTrainer(Trainer):
             image_key=inputs.get("image_key"),
             caption_key=inputs.get("caption_key"),
         )
-        if model.training and not (self.strategy.needs_scores(self._epoch) or self.args.record_selection):
+        if model.training and not self._scores_candidates():
             # Pairs that train unscored are recorded from the training forward: their history costs nothing.
             cosine = (outputs["image_embeds"] * outputs["text_embeds"]).sum(-1).detach().float()
             self._record(inputs["sample_id"], (cosine * 100).clamp_min(0))
@@ -345,6 +345,9 @@ class DissectTrainer(Trainer):
             # Of a stream the Trainer's epoch is a share of max_steps: passes are counted here instead.
             self._epoch += 1
         self.strategy.on_epoch_begin(self._epoch)
+
+    def _scores_candidates(self) -> bool:
+        return self.args.record_selection or self.strategy.needs_scores(self._epoch)
 
     def _num_selected(self, num_candidates: int) -> int:
         if self.strategy.keeps_all:
