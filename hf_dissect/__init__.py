@@ -2,6 +2,7 @@
 
 import importlib
 
+from hf_dissect.peft_registration import register_mola_with_peft
 from hf_dissect.version import __version__
 
 # Imported on first use: `hf-dissect recipes` and `--help` need neither torch nor transformers.
@@ -10,6 +11,8 @@ _HOMES = {
     "ContrastiveLoss": "hf_dissect.losses",
     "DissectTrainer": "hf_dissect.trainer",
     "DissectTrainingArguments": "hf_dissect.training_args",
+    "MolaConfig": "hf_dissect.mola",
+    "MolaModel": "hf_dissect.mola",
     "PairDataset": "hf_dissect.data",
     "Recipe": "hf_dissect.recipe",
     "SampleLedger": "hf_dissect.selection",
@@ -23,6 +26,8 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *_HOMES]
+
+register_mola_with_peft()
 
 
 def __getattr__(name: str):

@@ -1,0 +1,34 @@
+"""MoLA, a mixture of low-rank adapters, as a PEFT method: importing this package registers the type with PEFT."""
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from hf_dissect.mola.config import MOLA_TYPE, MolaConfig
+from hf_dissect.mola.decorrelation import decorrelation_loss
+from hf_dissect.mola.layer import Conv2d, Linear, MolaLayer
+from hf_dissect.mola.model import MolaModel
+from hf_dissect.mola.router import EmbeddingRouter, PixelRouter, Router, register_router
+from hf_dissect.mola.routing import Routing, mola_routing
+
+__all__ = [
+    "Conv2d",
+    "EmbeddingRouter",
+    "Linear",
+    "MolaConfig",
+    "MolaLayer",
+    "MolaModel",
+    "PixelRouter",
+    "Router",
+    "Routing",
+    "decorrelation_loss",
+    "mola_routing",
+    "register_router",
+]
+
+# peft.utils.register_peft_method wants a member of PeftType, which only PEFT itself can add.
+PEFT_TYPE_TO_CONFIG_MAPPING[MOLA_TYPE] = MolaConfig
+PEFT_TYPE_TO_TUNER_MAPPING[MOLA_TYPE] = MolaModel
+PEFT_TYPE_TO_PREFIX_MAPPING[MOLA_TYPE] = MolaModel.prefix

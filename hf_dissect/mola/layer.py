@@ -1,0 +1,221 @@
+"""The adapted layers: a base layer plus a weighted sum of low-rank experts, for all samples in one pass."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_dissect.mola.config import MolaConfig
+from hf_dissect.mola.routing import MolaTunerLayer, Routing
+
+
+class MolaLayer(nn.Module, MolaTunerLayer):
+    """What all adapted layers have in common.
+
+    Of each adapter a layer holds `mola_A` `(E, r, in)` and `mola_B` `(E, out, r)`, for a convolution `(E, r, in /
+    groups, height, width)` and `(E, out, r)`: all experts in one parameter, so that an expert without a sample gets a
+    gradient of zero instead of none.
+
+    Args:
+        base_layer: the layer that is adapted.
+        routing: tells the weights of the experts; shared by all layers of a model.
+        tower: the part of the model the layer belongs to, as `routing` knows it.
+    """
+
+    adapter_layer_names = ("mola_A", "mola_B")
+    other_param_names = ("mola_r", "mola_scaling", "mola_dropout")
+
+    def __init__(self, base_layer: nn.Module, routing: Routing, tower: str):
+        super().__init__()
+        self.base_layer = base_layer
+        object.__setattr__(self, "routing", routing)  # a reference: its place in the model is the base model's `mola`
+        self.tower = tower
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.mola_A = nn.ParameterDict()
+        self.mola_B = nn.ParameterDict()
+        self.mola_dropout = nn.ModuleDict()
+        self.mola_r: dict[str, int] = {}
+        self.mola_scaling: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._merged_task: dict[str, int] = {}
+        self.cast_input_dtype_enabled = True
+
+    def update_layer(self, adapter_name: str, r: int, alpha: float, config: MolaConfig) -> None:
+        """Add the experts of one adapter."""
+        shape_A, out_features = self._expert_shape()
+        self.mola_r[adapter_name] = r
+        self.mola_scaling[adapter_name] = alpha / r
+        self.mola_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.mola_A[adapter_name] = nn.Parameter(torch.empty(config.num_experts, r, *shape_A))
+        self.mola_B[adapter_name] = nn.Parameter(torch.empty(config.num_experts, out_features, r))
+        self.reset_mola_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_mola_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Start every expert as LoRA does: `A` Kaiming-uniform, `B` zero (or random, to have an effect at once)."""
+        for A, B in zip(self.mola_A[adapter_name], self.mola_B[adapter_name], strict=True):
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            if init_weights:
+                nn.init.zeros_(B)
+            else:
+                nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+
+    def get_delta_weight(self, adapter_name: str, task: int) -> torch.Tensor:
+        """What the expert of one task adds to the base weight, in the shape and type of that weight."""
+        A, B = self.mola_A[adapter_name][task], self.mola_B[adapter_name][task]
+        delta = (B @ A.flatten(1)) * self.mola_scaling[adapter_name]
+        weight = self.get_base_layer().weight
+        return self._as_weight(delta).reshape(weight.shape).to(weight.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the expert of the fixed task to the base weight.
+
+        Args:
+            safe_merge: check the result for NaN before it replaces the weight.
+            adapter_names: the adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: the adapter has a router, or no task is fixed, or the merged weight would not be finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.mola_A:
+                continue
+            task = self.routing.task_to_merge(name)
+            weight = self.get_base_layer().weight
+            merged = weight.data + self.get_delta_weight(name, task)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was merged."
+                )
+            weight.data = merged
+            self.merged_adapters.append(name)
+            self._merged_task[name] = task
+
+    def unmerge(self) -> None:
+        """Take the merged experts out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            self.get_base_layer().weight.data -= self.get_delta_weight(name, self._merged_task.pop(name))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            self.routing.check_merged_task(self._merged_task)
+            return result
+        dtype = result.dtype
+        for name in self.active_adapters:
+            if name in self.mola_A:
+                result = result + self._mixture(name, x)
+        return result.to(dtype)
+
+    def _mixture(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        A, B = self.mola_A[adapter_name], self.mola_B[adapter_name]
+        scaling, r = self.mola_scaling[adapter_name], self.mola_r[adapter_name]
+        x = self.mola_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
+        weights = self.routing.expert_weights(adapter_name, self.tower, len(x), A.dtype)
+        if isinstance(weights, int):
+            return self._up(self._down(x, A[weights]), B[weights] * scaling)
+        # All experts as one adapter of rank E * r whose inner dimensions are weighted: no weight matrix per sample.
+        hidden = self._down(x, A.flatten(0, 1))
+        return self._up(
+            self._weigh(hidden, (weights * scaling).repeat_interleave(r, dim=1)), B.transpose(0, 1).flatten(1)
+        )
+
+    def __repr__(self) -> str:
+        return "mola." + super().__repr__()
+
+    def _expert_shape(self) -> tuple[tuple[int, ...], int]:
+        """The input dimensions of `A`, and the number of outputs of `B`."""
+        raise NotImplementedError
+
+    def _as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta
+
+    def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Multiply hidden values by `(B, E * r)` weights of the samples."""
+        raise NotImplementedError
+
+    def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Linear(MolaLayer):
+    """MoLA in a dense layer, `torch.nn.Linear` or the `Conv1D` of transformers."""
+
+    def _expert_shape(self) -> tuple[tuple[int, ...], int]:
+        base_layer = self.get_base_layer()
+        if isinstance(base_layer, Conv1D):
+            in_features, out_features = base_layer.weight.shape
+        else:
+            in_features, out_features = base_layer.in_features, base_layer.out_features
+        return (in_features,), out_features
+
+    def _as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, A)
+
+    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return hidden * weights.to(hidden).reshape(len(weights), *[1] * (hidden.dim() - 2), -1)
+
+    def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, B)
+
+
+class Conv2d(MolaLayer):
+    """MoLA in a convolution of any kernel, stride, padding, dilation and number of groups.
+
+    As a matrix, the weight of a convolution is `(out, in / groups * height * width)`; it is this matrix to which the
+    experts add `B A`. Every group is thus reduced by the same `A`.
+    """
+
+    def _expert_shape(self) -> tuple[tuple[int, ...], int]:
+        weight = self.get_base_layer().weight
+        return tuple(weight.shape[1:]), weight.shape[0]
+
+    def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        base_layer = self.get_base_layer()
+        return base_layer._conv_forward(x, A.repeat(base_layer.groups, 1, 1, 1), None)
+
+    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        weights = weights.to(hidden).repeat(1, self.get_base_layer().groups)
+        return hidden * weights[:, :, None, None]
+
+    def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(hidden, B[:, :, None, None], groups=self.get_base_layer().groups)
+
+
+def new_layer(target: nn.Module, routing: Routing, tower: str) -> MolaLayer:
+    """Wrap a module in the adapted layer of its kind.
+
+    Raises:
+        TypeError: there is none.
+    """
+    base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base_layer, nn.Linear | Conv1D):
+        return Linear(target, routing, tower)
+    if isinstance(base_layer, nn.Conv2d):
+        return Conv2d(target, routing, tower)
+    raise TypeError(
+        f"Target module {target} is not supported. MoLA adapts `torch.nn.Linear`, `torch.nn.Conv2d` and "
+        "`transformers.pytorch_utils.Conv1D`; leave others out by `target_modules` or `exclude_modules`."
+    )

@@ -1,0 +1,153 @@
+"""Routers: networks that look at the model's input and tell how much each expert shall contribute to a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_dissect.mola.config import MolaConfig
+
+RouterFactory = Callable[[MolaConfig, nn.Module], nn.Module]
+_FACTORIES: dict[str, RouterFactory] = {}
+
+
+def register_router(name: str, factory: RouterFactory) -> None:
+    """Make a router of your own available as `MolaConfig(router_input=name)`.
+
+    It has to be registered again, under the same name, before an adapter that uses it is loaded.
+
+    Args:
+        name: as it is saved in the adapter's configuration.
+        factory: called with the `MolaConfig` and the base model; returns a module whose `forward(**inputs)` takes the
+            inputs of the model by name and returns scores `(B, num_experts)`.
+
+    Raises:
+        ValueError: `name` is one of the built-in routers.
+    """
+    if name in ("pixels", "embeddings"):
+        raise ValueError(f"name={name!r} is a built-in router; choose another name.")
+    _FACTORIES[name] = factory
+
+
+def check_router_input(router_input: str) -> None:
+    """Raise ValueError unless `router_input` is built in or registered."""
+    if router_input not in ("pixels", "embeddings", *_FACTORIES):
+        raise ValueError(
+            f"router_input={router_input!r}: must be 'pixels', 'embeddings' or a registered name "
+            f"({', '.join(map(repr, _FACTORIES)) or 'none so far'}). Register yours with "
+            "hf_dissect.mola.register_router before the adapter is made or loaded."
+        )
+
+
+class PixelRouter(nn.Module):
+    """A ResNet-20 as for CIFAR (arXiv 1512.03385, section 4.2): 16, 32 and 64 channels, 0.27 M parameters.
+
+    Args:
+        num_experts: the number of scores.
+        num_channels: of the images.
+        image_size: side to which larger images are reduced first; None: as they come.
+    """
+
+    def __init__(self, num_experts: int, num_channels: int = 3, image_size: int | None = 32):
+        super().__init__()
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.stem = nn.Sequential(nn.Conv2d(num_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+        self.blocks = nn.Sequential(*(_BasicBlock(*pair) for pair in zip(widths, widths[1:], strict=False)))
+        self.scores = nn.Linear(64, num_experts)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Scores `(B, num_experts)` from images `(B, channels, height, width)`."""
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"router_input='pixels' needs pixel_values of shape (B, {self.num_channels}, height, width), got "
+                f"{tuple(pixel_values.shape)}; use router_input='embeddings' for other inputs."
+            )
+        if self.image_size is not None and max(pixel_values.shape[-2:]) > self.image_size:
+            pixel_values = F.adaptive_avg_pool2d(pixel_values, self.image_size)
+        return self.scores(self.blocks(self.stem(pixel_values)).mean((2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.stride = out_channels // in_channels
+        self.padding = out_channels - in_channels
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=self.stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
+        return F.relu(shortcut + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+
+
+class EmbeddingRouter(nn.Module):
+    """A small perceptron on the pooled output of the model's input layer.
+
+    Args:
+        num_experts: the number of scores.
+        dim: of the embeddings.
+    """
+
+    def __init__(self, num_experts: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.hidden = nn.Linear(dim, 64)
+        self.scores = nn.Linear(64, num_experts)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Scores `(B, num_experts)` from pooled embeddings `(B, dim)`."""
+        return self.scores(F.gelu(self.hidden(self.norm(pooled))))
+
+
+class Router(nn.Module):
+    """The one router of an adapter: a branch for each part of the model that has an input of its own.
+
+    Args:
+        branches: tower -> network; a single network for all towers is named `"all"`.
+        config: of the adapter.
+    """
+
+    def __init__(self, branches: dict[str, nn.Module], config: MolaConfig):
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+        self.projection = None
+        if config.decorrelation_weight:
+            self.projection = nn.Linear(config.num_experts, config.decorrelation_dim, bias=False)
+
+    def forward(self, tower: str, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores `(B, E)` for one tower and, with decorrelation, their projection `(B, decorrelation_dim)`."""
+        dtype = next(self.parameters()).dtype
+        inputs = {
+            name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+        scores = self.branches[tower](**inputs)
+        return scores, None if self.projection is None else self.projection(scores)
+
+
+def new_router(config: MolaConfig, model: nn.Module, inputs: dict[str, str], dims: dict[str, int]) -> Router:
+    """Build the router of an adapter.
+
+    Args:
+        config: of the adapter.
+        model: the base model.
+        inputs: tower -> "pixels", "embeddings" or the name of a registered router.
+        dims: tower -> number of channels or dimensions of that input.
+    """
+    if config.router_input in _FACTORIES:
+        return Router({"all": _FACTORIES[config.router_input](config, model)}, config)
+    branches: dict[str, nn.Module] = {}
+    for tower, source in inputs.items():
+        if source == "pixels":
+            branches[tower] = PixelRouter(config.num_experts, dims[tower], config.router_image_size)
+        else:
+            branches[tower] = EmbeddingRouter(config.num_experts, dims[tower])
+    return Router(branches, config)
