@@ -5,13 +5,32 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test peft-suite lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# PEFT's own tests, run for MoLA by tests/mola/peft_suite.py; needs the network, for PEFT's source archive and for
+# diffusers, which the tests import. Their settings measure coverage and fail on the warnings of newer transformers:
+# both are set aside. What else they would download is made by peft_suite_models.py.
+PEFT_SUITE := build/peft-suite
+PEFT_TESTS := custom_models config vision_models feature_extraction_models seq_classifier token_classification_qa \
+	encoder_decoder_models decoder_models
+
+peft-suite: $(VENV)/installed
+	rm -rf $(PEFT_SUITE)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt diffusers==0.42.1
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(PEFT_SUITE) \
+		peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')
+	tar -xzf $(PEFT_SUITE)/peft-*.tar.gz -C $(PEFT_SUITE) --strip-components 1
+	touch $(PEFT_SUITE)/tests/__init__.py
+	cd $(PEFT_SUITE) && export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/mola && \
+	$(abspath $(BIN))/python -m peft_suite_models && \
+	$(abspath $(BIN))/python -m pytest -p peft_suite -o addopts= -o filterwarnings= -q -rfsx \
+		$(PEFT_TESTS:%=tests/test_%.py)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

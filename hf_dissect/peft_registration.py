@@ -13,10 +13,15 @@ from types import ModuleType
 
 def register_mola_with_peft() -> None:
     """Register MoLA now if PEFT is imported already, otherwise as soon as it is. May be called again."""
-    if "peft" in sys.modules and not getattr(sys.modules["peft"].__spec__, "_initializing", False):
+    peft = sys.modules.get("peft")
+    if peft is not None and not getattr(peft.__spec__, "_initializing", False):
         importlib.import_module("hf_dissect.mola")
-    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+    elif not any(_is_ours(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
+
+
+def _is_ours(finder: object) -> bool:
+    return type(finder).__name__ == "_PeftFinder"  # by name: a reload of this module makes another class
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
@@ -25,7 +30,9 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path=None, target: ModuleType | None = None):
         if name != "peft":
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        others = [finder for finder in sys.meta_path if not _is_ours(finder) and hasattr(finder, "find_spec")]
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
         return spec

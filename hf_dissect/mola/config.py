@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 from peft.config import PeftConfig
@@ -16,8 +18,11 @@ VARIANTS = ("router", "grad")
 TRAIN_BASE = (False, True, "targets", "all")
 
 
-class MolaPeftType(StrEnum):
-    """The name under which PEFT knows the method; `PeftType` itself cannot be extended from outside."""
+class MolaPeftType(str, Enum):  # noqa: UP042
+    """The name under which PEFT knows the method; `PeftType` itself cannot be extended from outside.
+
+    No `StrEnum`: PEFT's status reports expect that a member prints as that of `PeftType` does, with the class's name.
+    """
 
     MOLA = "MOLA"
 
@@ -172,6 +177,9 @@ class MolaConfig(PeftConfig):
             raise ValueError(f"bias={self.bias!r}: must be 'none', 'all' or 'mola_only'.")
         if not any(self.train_base is allowed or self.train_base == allowed != 1 for allowed in TRAIN_BASE):
             raise ValueError(f"train_base={self.train_base!r}: must be False, True, 'targets' or 'all'.")
+        for name in ("init_weights", "train_logit_scale"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False.")
         if self.router_input is not None and not isinstance(self.router_input, str):
             raise TypeError(
                 f"router_input is a {type(self.router_input).__name__}; it must be 'pixels', 'embeddings' or the name "
@@ -181,23 +189,26 @@ class MolaConfig(PeftConfig):
     def _check_numbers(self) -> None:
         for name in ("num_experts", "r", "decorrelation_dim"):
             _check_positive_integer(name, getattr(self, name))
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(
+                    f"{name} is a {type(getattr(self, name)).__name__}; it must be a dict of module names or regular "
+                    "expressions."
+                )
         for module, rank in self.rank_pattern.items():
             _check_positive_integer(f"rank_pattern[{module!r}]", rank)
         for module, alpha in {"": self.alpha, **self.alpha_pattern}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
-                raise ValueError(f"alpha{f'_pattern[{module!r}]' if module else ''}={alpha!r}: must be above 0.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: must be in [0, 1).")
-        if self.decorrelation_weight < 0:
-            raise ValueError(f"decorrelation_weight={self.decorrelation_weight!r}: must be 0 or more.")
-        if not self.decorrelation_temperature > 0:
-            raise ValueError(f"decorrelation_temperature={self.decorrelation_temperature!r}: must be above 0.")
+            name = f"alpha_pattern[{module!r}]" if module else "alpha"
+            _check_number(name, alpha, "above 0", lambda value: value > 0)
+        _check_number("dropout", self.dropout, "in [0, 1)", lambda value: 0 <= value < 1)
+        _check_number("decorrelation_weight", self.decorrelation_weight, "0 or more", lambda value: value >= 0)
+        _check_number("decorrelation_temperature", self.decorrelation_temperature, "above 0", lambda value: value > 0)
         if self.router_image_size is not None:
             _check_positive_integer("router_image_size", self.router_image_size)
-        if self.default_task is not None and self.default_task not in range(self.num_experts):
+        task = self.default_task
+        if task is not None and (type(task) is not int or task not in range(self.num_experts)):
             raise ValueError(
-                f"default_task={self.default_task!r}: must be a task from 0 to num_experts - 1 = "
-                f"{self.num_experts - 1}, or None."
+                f"default_task={task!r}: must be a task from 0 to num_experts - 1 = {self.num_experts - 1}, or None."
             )
 
     def _check_layers(self) -> None:
@@ -212,6 +223,12 @@ class MolaConfig(PeftConfig):
 def _check_positive_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}: must be an integer of 1 or more.")
+
+
+def _check_number(name: str, value: Any, allowed: str, accepts: Callable[[float], bool]) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not accepts(value):
+        raise ValueError(f"{name}={value!r}: must be {allowed}.")
 
 
 def _by_pattern(patterns: dict[str, Any], module_name: str, default: Any) -> Any:

@@ -190,6 +190,10 @@ class MolaModel(BaseTuner):
                     if name in names:
                         parameter.requires_grad_(True)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.routing.align_buffers(adapter_name)
+
     # ---- using it ----
 
     def set_task(self, task: int | None, adapter_name: str | None = None) -> None:

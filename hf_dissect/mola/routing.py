@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from hf_dissect.mola.config import MolaConfig
@@ -52,7 +53,6 @@ class Routing(nn.Module, MolaTunerLayer):
         self.merged_adapters: list[str] = []
         self.training = model.training
         self.towers = list(towers_of(model))
-        self._hooked: set[str] = set()
         self._base_device: torch.device | None = None
         self._base_dtype: torch.dtype | None = None
         self._forget()
@@ -64,6 +64,8 @@ class Routing(nn.Module, MolaTunerLayer):
             self._handles.append(
                 module.register_forward_pre_hook(partial(self._before_tower, tower), with_kwargs=True)
             )
+            if module is not model:
+                self._handles.append(module.register_forward_hook(self._after_tower))
 
     def add_adapter(self, adapter_name: str, config: MolaConfig, router: Router | None, model: nn.Module) -> None:
         """Take an adapter in, with its router if it has one; the base model must hold its layers already."""
@@ -72,7 +74,9 @@ class Routing(nn.Module, MolaTunerLayer):
             # In the model's mode: batch norms must not learn in evaluation.
             self.mola_router[adapter_name] = router.train(self.training)
             for tower, module in towers_of(model).items():
-                if tower in router.branches and self._source(adapter_name, tower) == "embeddings":
+                if tower in router.branches and tower not in self._adapted_towers(adapter_name, model):
+                    router.branches.pop(tower)  # nothing to route there
+                elif tower in router.branches and self._source(adapter_name, tower) == "embeddings":
                     self._hook_input_layer(tower, module)
 
     def _move_adapter_to_device_of_base_layer(
@@ -84,6 +88,16 @@ class Routing(nn.Module, MolaTunerLayer):
             router = self.mola_router[adapter_name]
             if not any(parameter.is_meta for parameter in router.parameters()):
                 router.to(self._base_device, self._base_dtype)
+
+    def align_buffers(self, adapter_name: str) -> None:
+        """Give a router's batch-norm statistics the type of its weights: PEFT casts weights only."""
+        if adapter_name in self.mola_router:
+            router = self.mola_router[adapter_name]
+            dtype = next(router.parameters()).dtype
+            for module in router.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_floating_point():
+                        setattr(module, name, buffer.to(dtype))
 
     def detach(self) -> None:
         """Take the hooks off the base model."""
@@ -212,6 +226,22 @@ class Routing(nn.Module, MolaTunerLayer):
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._inside = False
+        self._keep_for_backward(output)
+
+    def _after_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self._inside:
+            self._keep_for_backward(output)
+
+    def _keep_for_backward(self, output: Any) -> None:
+        """Have this pass's weights in force again when its backward pass begins, if other passes came in between."""
+        if self._checkpoints:
+            state = {name: getattr(self, name) for name in ("_weights", "_task_ids", "_single_task", "_device")}
+            for tensor in tree_leaves(output):
+                if torch.is_tensor(tensor) and tensor.requires_grad:
+                    tensor.register_hook(partial(self._put_in_force, state))
+
+    def _put_in_force(self, state: dict[str, Any], gradient: torch.Tensor) -> None:
+        self.__dict__.update(state)
 
     def _before_tower(self, tower: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if not self._inside:  # get_image_features and the like call a tower by itself
@@ -222,6 +252,7 @@ class Routing(nn.Module, MolaTunerLayer):
             if self._source(adapter_name, tower) == "pixels":
                 args, kwargs = self._route_argument("pixel_values", adapter_name, tower, module, args, kwargs)
             else:
+                self._hook_input_layer(tower, module)  # another one where the active adapter has a copy of its own
                 self._masks[tower] = kwargs.get("attention_mask")
                 if kwargs.get("inputs_embeds") is not None:
                     embeds = kwargs["inputs_embeds"]
@@ -229,7 +260,10 @@ class Routing(nn.Module, MolaTunerLayer):
         return args, kwargs
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> dict:
+        decodes = kwargs.get("encoder_outputs") is not None  # the encoder, called before, has seen the input
+        seen = (self._weights, self._projections) if decodes else ({}, {})
         self._forget()
+        self._weights, self._projections = seen
         kwargs = dict(kwargs)
         task_ids = kwargs.pop("task_ids", None)
         if self.disable_adapters:
@@ -242,10 +276,11 @@ class Routing(nn.Module, MolaTunerLayer):
         tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
         if tensors:
             self._device = tensors[0].device
-        self._reentrant = self.training and torch.is_grad_enabled() and _checkpoints_reentrantly(module)
+        mode = _checkpointing_mode(module) if self.training and torch.is_grad_enabled() else None
+        self._checkpoints, self._reentrant = mode is not None, mode == "reentrant"
         self._take_tasks(task_ids, tensors)
         for adapter_name, router in self._active_routers():
-            if "all" in router.branches:
+            if "all" in router.branches and not decodes:
                 scores = router("all", **_named_arguments(module, args, kwargs))
                 for tower in self.towers:
                     self._set_weights(adapter_name, tower, *scores, None)
@@ -314,7 +349,7 @@ class Routing(nn.Module, MolaTunerLayer):
         weights = (scores if scores.dtype == torch.float64 else scores.float()).softmax(-1)
         if projection is not None:
             self._projections[adapter_name, tower] = projection
-            if self.training:
+            if projection.requires_grad:  # in evaluation as well, where some train
                 # DDP looks for unused parameters from the model's outputs, where the projection must be found.
                 weights = weights + 0.0 * projection.sum()
         if self._reentrant and weights.requires_grad:
@@ -324,7 +359,7 @@ class Routing(nn.Module, MolaTunerLayer):
                     "checkpointing; use gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
             leaf = weights.detach().requires_grad_()
-            carrier, weights = _Carrier.apply(carrier, weights, leaf), leaf
+            carrier, weights = _Carrier.apply(carrier, weights, [leaf]), leaf
         self._weights[adapter_name, tower] = weights
         return carrier
 
@@ -337,7 +372,7 @@ class Routing(nn.Module, MolaTunerLayer):
         self._task_ids: torch.Tensor | None = None
         self._single_task: int | None = None
         self._device: torch.device | None = None
-        self._inside = self._reentrant = False
+        self._inside = self._reentrant = self._checkpoints = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a gradient graph, as a forward pass leaves them, can be neither copied nor pickled.
@@ -354,10 +389,15 @@ class Routing(nn.Module, MolaTunerLayer):
     def _source(self, adapter_name: str, tower: str) -> str:
         return router_sources(self.mola_config[adapter_name], self.towers)[tower]
 
+    @staticmethod
+    def _adapted_towers(adapter_name: str, model: nn.Module) -> set[str]:
+        layers = (module for module in model.modules() if isinstance(module, MolaTunerLayer))
+        return {layer.tower for layer in layers if hasattr(layer, "tower") and adapter_name in layer.mola_A}
+
     def _hook_input_layer(self, tower: str, module: nn.Module) -> None:
         layer = input_layer(module)
-        if tower not in self._hooked:
-            self._hooked.add(tower)
+        hooks = (hook for part in layer.modules() for hook in part._forward_hooks.values())
+        if not any(isinstance(hook, _InputLayerHook) and hook.routing is self for hook in hooks):
             self._handles.append(layer.register_forward_hook(_InputLayerHook(self, tower)))
 
     @property
@@ -393,12 +433,13 @@ class _Carrier(torch.autograd.Function):
 
     Reentrant checkpoints run a backward pass of their own for each block, and would each go through the router. The
     blocks see a leaf instead, which collects their gradients; as the input of the model was made before anything else,
-    it is the last to be reached on the way back.
+    it is the last to be reached on the way back. The leaf comes in a list: as an input of its own it would wait for
+    this function before it took the gradients of layers outside the checkpoints.
     """
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, weights: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-        ctx.leaf = leaf
+    def forward(ctx, tensor: torch.Tensor, weights: torch.Tensor, leaf: list[torch.Tensor]) -> torch.Tensor:
+        ctx.leaf = leaf[0]
         return tensor.view_as(tensor)
 
     @staticmethod
@@ -408,11 +449,15 @@ class _Carrier(torch.autograd.Function):
 
 
 def towers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a model with an input of their own: `image` and `text` of a dual encoder, else the `model`."""
+    """The parts of a model with an input of their own: `image` and `text` of a dual encoder, else the `model`.
+
+    Of an encoder with a decoder it is the encoder that sees the input; `generate` calls it by itself.
+    """
     vision_model, text_model = getattr(model, "vision_model", None), getattr(model, "text_model", None)
     if isinstance(vision_model, nn.Module) and isinstance(text_model, nn.Module):
         return {"image": vision_model, "text": text_model}
-    return {"model": model}
+    encodes_first = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return {"model": model.get_encoder() if encodes_first else model}
 
 
 def router_sources(config: MolaConfig, towers: list[str]) -> dict[str, str]:
@@ -460,12 +505,12 @@ def _named_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, 
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
-def _checkpoints_reentrantly(module: nn.Module) -> bool:
+def _checkpointing_mode(module: nn.Module) -> str | None:
     for part in module.modules():
         if getattr(part, "gradient_checkpointing", False):
             function = getattr(part, "_gradient_checkpointing_func", None)
-            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
-    return False
+            return "reentrant" if getattr(function, "keywords", {}).get("use_reentrant", True) else "not reentrant"
+    return None
 
 
 def mola_routing(model: nn.Module) -> Routing | None:
