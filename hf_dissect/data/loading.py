@@ -46,6 +46,7 @@ def load_splits(
     scenes_test: int = 512,
     scenes_image_size: int = 32,
     scenes_seed: int = 0,
+    scenes_tasks: int = 1,
 ) -> dict[str, Dataset | IterableDataset]:
     """Loads the rows of a run.
 
@@ -67,8 +68,8 @@ def load_splits(
         max_train_rows, max_eval_rows: Keep the first rows only.
         noise_rate, noise_seed: See `shuffle_captions`.
         noise_permutation: `.npy` for `apply_caption_order`, looked up like `image_features`.
-        scenes_train, scenes_validation, scenes_test, scenes_image_size, scenes_seed: Rows per split, pixels and seed
-            of the "scenes" source; 0 rows leave a split out.
+        scenes_train, scenes_validation, scenes_test, scenes_image_size, scenes_seed, scenes_tasks: Rows per split,
+            pixels, seed and styles of the "scenes" source; 0 rows leave a split out.
 
     Returns:
         "train", and "validation" and "test" where the source has them.
@@ -82,7 +83,7 @@ def load_splits(
     split_names = {"train": train_split, "validation": validation_split, "test": test_split}
     if source == "scenes":
         sizes = {"train": scenes_train, "validation": scenes_validation, "test": scenes_test}
-        splits = _scenes_splits(sizes, scenes_image_size, scenes_seed, streaming)
+        splits = _scenes_splits(sizes, scenes_image_size, scenes_seed, scenes_tasks, streaming)
     elif source == "hub":
         splits = _hub_splits(path, name, split_names, streaming)
     elif source == "folder":
@@ -156,7 +157,7 @@ def _check_limits(**limits: int | None) -> None:
 
 
 def _scenes_splits(
-    sizes: dict[str, int], image_size: int, seed: int, streaming: bool
+    sizes: dict[str, int], image_size: int, seed: int, tasks: int, streaming: bool
 ) -> dict[str, Dataset | IterableDataset]:
     for split, size in sizes.items():
         least = 1 if split == "train" else 0
@@ -165,12 +166,12 @@ def _scenes_splits(
     splits = {}
     for split, size in sizes.items():
         if streaming and size:
-            given = {"num_rows": size, "seed": seed, "image_size": image_size, "split": split}
+            given = {"num_rows": size, "seed": seed, "image_size": image_size, "split": split, "tasks": tasks}
             splits[split] = IterableDataset.from_generator(
-                scenes_generator, features=scenes_features(), gen_kwargs=given
+                scenes_generator, features=scenes_features(tasks=tasks), gen_kwargs=given
             )
         elif size:
-            splits[split] = make_scenes(size, seed=seed, image_size=image_size, split=split)
+            splits[split] = make_scenes(size, seed=seed, image_size=image_size, split=split, tasks=tasks)
     return splits
 
 

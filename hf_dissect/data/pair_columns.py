@@ -160,8 +160,11 @@ def _integer_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.
     return ids if place is None else ids * most + place
 
 
-def task_numbers(name: str, values: pa.ChunkedArray) -> np.ndarray:
-    """Tasks of the rows as int64 `(rows,)`: integers as they are, names by their alphabetical rank.
+def task_numbers(name: str, values: pa.ChunkedArray) -> tuple[np.ndarray, list[str] | None]:
+    """Tasks of the rows: integers as they are, names by their alphabetical rank.
+
+    Returns:
+        int64 `(rows,)`, and the names by number, None where the tasks are integers.
 
     Raises:
         ValueError: rows without a task.
@@ -169,10 +172,11 @@ def task_numbers(name: str, values: pa.ChunkedArray) -> np.ndarray:
     if values.null_count:
         raise ValueError(f"task_column={name!r}: {values.null_count} rows have no task; name one each.")
     if pa.types.is_integer(values.type):
-        return values.to_numpy().astype(np.int64)
+        return values.to_numpy().astype(np.int64), None
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise ValueError(f"task_column={name!r} holds {values.type}; tasks are integers or names.")
-    return np.unique(values.to_numpy(), return_inverse=True)[1].astype(np.int64)
+    names, numbers = np.unique(values.to_numpy(), return_inverse=True)
+    return numbers.astype(np.int64), names.tolist()
 
 
 def check_truth(name: str, truth: pa.ChunkedArray, captions: pa.ChunkedArray) -> None:

@@ -61,6 +61,10 @@ class PairDataset(torch.utils.data.Dataset):
         rows: the table.
         columns: which of its columns make a pair.
 
+    Attributes:
+        task_ids: int64 `(rows,)`, None without tasks.
+        task_names: names of the tasks by number, None where the table itself has numbers.
+
     Raises:
         ValueError: no rows; ids missing, negative, too large or repeated; tasks or truths missing or of a wrong type;
             lists of captions and of truths differ.
@@ -81,11 +85,14 @@ class PairDataset(torch.utils.data.Dataset):
             starts = np.cumsum(counts) - counts
             places = np.arange(len(self._row)) - starts[self._row]
             self._caption = places.astype(np.min_scalar_type(int(places.max())))
-        self._task_ids = self.sample_ids = None
+        self.task_ids = self.task_names = self.sample_ids = None
         if columns.clean is not None:
             check_truth(columns.clean, column_values(self.rows, columns.clean), captions)
         if columns.task is not None:
-            self._task_ids = task_numbers(columns.task, column_values(self.rows, columns.task))
+            self.task_ids, self.task_names = task_numbers(columns.task, column_values(self.rows, columns.task))
+            feature = self.rows.features[columns.task]
+            if isinstance(feature, datasets.ClassLabel) and self.task_ids.min() >= 0:
+                self.task_names = feature.names
         if columns.sample_id is not None:
             row = np.arange(len(rows)) if self._row is None else self._row
             values = column_values(self.rows, columns.sample_id)
@@ -127,11 +134,31 @@ class PairDataset(torch.utils.data.Dataset):
             "caption": self._of_pairs(batch[self.columns.caption], indices),
             "sample_id": (indices if self.sample_ids is None else self.sample_ids[indices]).tolist(),
         }
-        if self._task_ids is not None:
-            columns["task_id"] = self._task_ids[rows].tolist()
+        if self.task_ids is not None:
+            columns["task_id"] = self.task_ids[rows].tolist()
         if self.columns.clean is not None:
             columns["is_clean"] = list(map(bool, self._of_pairs(batch[self.columns.clean], indices)))
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def number_tasks(self, names: Sequence[str]) -> None:
+        """Number tasks that are names by their place in `names` instead, such as those of the training data.
+
+        Raises:
+            ValueError: a task is not among them.
+        """
+        if self.task_names is None or self.task_names == list(names):
+            return
+        place = {name: number for number, name in enumerate(names)}
+        unknown = [
+            self.task_names[number] for number in np.unique(self.task_ids) if self.task_names[number] not in place
+        ]
+        if unknown:
+            raise ValueError(
+                f"task_column={self.columns.task!r}: {unknown[0]!r} is no task of the training, which are "
+                f"{', '.join(names)}; drop these rows, or leave task_column out."
+            )
+        self.task_ids = np.array([place.get(name, -1) for name in self.task_names])[self.task_ids]
+        self.task_names = list(names)
 
     def find(self, sample_id: int) -> int:
         """Index of the pair with an id.

@@ -23,6 +23,7 @@ from hf_dissect.data.scene_grammar import (
     describe,
     draw_scene,
 )
+from hf_dissect.data.scene_styles import SCENE_STYLES, apply_style
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_SHARE = 0.25
@@ -60,6 +61,7 @@ def make_scenes(
     image_size: int = 32,
     split: str = "train",
     captions_per_image: int = 1,
+    tasks: int = 1,
 ) -> Dataset:
     """Draws a data set of scenes in memory.
 
@@ -73,16 +75,17 @@ def make_scenes(
         image_size: Width and height in pixels, at least 16.
         split: "train", "validation" or "test".
         captions_per_image: With 1 the captions are strings in `caption`, with more they are lists in `captions`.
+        tasks: With more than 1 the pictures take turns in that many of `SCENE_STYLES`, their tasks.
 
     Returns:
-        Columns `image` (PNG bytes, `Image(decode=False)`), `caption` or `captions`, `held_out` (bool).
+        Columns `image` (PNG bytes, `Image(decode=False)`), `caption` or `captions`, `held_out` (bool), and with
+        several tasks `task` (`ClassLabel` named by `SCENE_STYLES`).
 
     Raises:
         ValueError: If an argument is out of its range.
     """
-    _check_arguments(num_rows, seed, image_size, split, captions_per_image)
-    rows = list(scenes_generator(num_rows, seed, image_size, split, captions_per_image))
-    features = scenes_features(captions_per_image)
+    rows = list(scenes_generator(num_rows, seed, image_size, split, captions_per_image, tasks))
+    features = scenes_features(captions_per_image, tasks)
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
@@ -92,27 +95,30 @@ def scenes_generator(
     image_size: int = 32,
     split: str = "train",
     captions_per_image: int = 1,
+    tasks: int = 1,
 ) -> Iterator[dict]:
     """Yields the rows of `make_scenes` one by one, without end if `num_rows` is None.
 
     For streaming: `IterableDataset.from_generator(scenes_generator, gen_kwargs=..., features=scenes_features())`.
     """
-    _check_arguments(num_rows, seed, image_size, split, captions_per_image)
+    _check_arguments(num_rows, seed, image_size, split, captions_per_image, tasks)
     row = 0
     while num_rows is None or row < num_rows:
         rng = random.Random(f"{seed}/{split}/{row}")
         scene = _draw_wanted(rng, split)
-        image = {"bytes": render(scene, image_size, rng), "path": None}
+        image = {"bytes": render(scene, image_size, rng, SCENE_STYLES[row % tasks]), "path": None}
         captions = describe(scene, captions_per_image, rng)
         text = {"caption": captions[0]} if captions_per_image == 1 else {"captions": captions}
-        yield {"image": image, **text, "held_out": scene.held_out}
+        task = {"task": row % tasks} if tasks > 1 else {}
+        yield {"image": image, **text, "held_out": scene.held_out, **task}
         row += 1
 
 
-def scenes_features(captions_per_image: int = 1) -> Features:
+def scenes_features(captions_per_image: int = 1, tasks: int = 1) -> Features:
     """Features of the rows of `scenes_generator`."""
     text = {"caption": Value("string")} if captions_per_image == 1 else {"captions": List(Value("string"))}
-    return Features({"image": Image(decode=False), **text, "held_out": Value("bool")})
+    task = {"task": ClassLabel(names=list(SCENE_STYLES[:tasks]))} if tasks > 1 else {}
+    return Features({"image": Image(decode=False), **text, "held_out": Value("bool"), **task})
 
 
 def make_scene_classes(num_rows: int, *, seed: int = 0, image_size: int = 32, split: str = "test") -> Dataset:
@@ -146,8 +152,10 @@ def make_scene_classes(num_rows: int, *, seed: int = 0, image_size: int = 32, sp
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def render(scene: Scene, image_size: int, rng: random.Random) -> bytes:
+def render(scene: Scene, image_size: int, rng: random.Random, style: str = "plain") -> bytes:
     """Draws the scene; position and colours vary a little by `rng`, by less than what the caption tells.
+
+    `style` is one of `SCENE_STYLES`.
 
     Returns:
         A PNG file of `image_size` x `image_size` pixels, RGB.
@@ -160,7 +168,7 @@ def render(scene: Scene, image_size: int, rng: random.Random) -> bytes:
         x, y = ((share + rng.uniform(-_POSITION_JITTER, _POSITION_JITTER)) * side for share in centre)
         _draw_shape(draw, item.shape, x, y, _RADIUS[item.size] * side, _vary(_COLOUR_RGB[item.colour], rng), ground)
     file = io.BytesIO()
-    picture.reduce(_OVERSAMPLING).save(file, "PNG", compress_level=1)
+    apply_style(picture.reduce(_OVERSAMPLING), style, rng).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -212,7 +220,9 @@ def _vary(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, ...]:
     return tuple(min(255, max(0, value + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER))) for value in colour)
 
 
-def _check_arguments(num_rows: int | None, seed: int, image_size: int, split: str, captions_per_image: int) -> None:
+def _check_arguments(
+    num_rows: int | None, seed: int, image_size: int, split: str, captions_per_image: int, tasks: int = 1
+) -> None:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}.")
     checks = {
@@ -220,8 +230,11 @@ def _check_arguments(num_rows: int | None, seed: int, image_size: int, split: st
         "seed": (seed, None),
         "image_size": (image_size, MIN_IMAGE_SIZE),
         "captions_per_image": (captions_per_image, 1),
+        "tasks": (tasks, 1),
     }
     for name, (value, least) in checks.items():
         if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
             allowed = "an integer" if least is None else f"an integer of at least {least}"
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    if tasks > len(SCENE_STYLES):
+        raise ValueError(f"tasks must be at most {len(SCENE_STYLES)}, the number of styles, got {tasks}.")

@@ -151,3 +151,32 @@ def test_speed():
     start = time.perf_counter()
     make_scenes(1000)
     assert time.perf_counter() - start < 2.0
+
+
+def test_tasks_take_turns_in_styles_that_pictures_tell():
+    plain, mixed = make_scenes(12, image_size=32), make_scenes(12, image_size=32, tasks=4)
+    assert mixed["task"] == [0, 1, 2, 3] * 3
+    assert mixed.features["task"].names == ["plain", "negative", "swapped", "noisy"]
+    assert mixed.features == scenes_features(tasks=4)
+    inner = slice(2, -2)  # the frame is a sixteenth of 32 pixels wide
+    for before, after in zip(plain, mixed, strict=True):
+        old, new = pixels(before).astype(int), pixels(after).astype(int)
+        expected = {0: old, 1: 255 - old, 2: old[..., [2, 0, 1]]}
+        if after["task"] in expected:
+            assert (new[inner, inner] == expected[after["task"]][inner, inner]).all()
+        else:
+            assert 20 < np.abs(new - old)[inner, inner].mean() < 80
+        frame = np.concatenate([new[:2].reshape(-1, 3), new[:, -2:].reshape(-1, 3)])
+        if after["task"]:
+            assert (frame == {1: 70, 2: 160, 3: 220}[after["task"]]).all()
+    assert set(objects_told(mixed[1]["caption"])) == set(objects_told(plain[1]["caption"]))
+    stream = IterableDataset.from_generator(
+        scenes_generator, features=scenes_features(tasks=2), gen_kwargs={"num_rows": 4, "tasks": 2}
+    )
+    assert [row["task"] for row in stream] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("tasks", [0, 5, 1.0, True])
+def test_an_impossible_number_of_tasks_is_refused(tasks):
+    with pytest.raises(ValueError, match="tasks must be"):
+        make_scenes(4, tasks=tasks)
