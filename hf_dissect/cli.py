@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,6 +108,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         split=options.split,
         image_column=options.image_column,
         caption_column=options.caption_column,
+        task_column=options.task_column,
         label_column=options.label_column,
         classes=_names(options.classes),
         templates=options.template or DEFAULT_TEMPLATES,
@@ -234,6 +236,8 @@ def _quiet_libraries() -> None:
     import datasets
     import transformers
 
+    # Said by peft's use of transformers for every adapter; nothing that a user could change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
@@ -279,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", default="test", help="split of the data (default: test)")
     evaluate.add_argument("--image-column", help="column of the images")
     evaluate.add_argument("--caption-column", help="column of the captions")
+    evaluate.add_argument("--task-column", help="column of the tasks, for a MoLA adapter of variant grad")
     evaluate.add_argument("--label-column", default="label", help="column of the labels (default: label)")
     evaluate.add_argument("--classes", help="class names: comma-separated, or a file with one a line")
     evaluate.add_argument("--template", action="append", help="caption of a class, {} is its name; may be repeated")

@@ -9,12 +9,14 @@ from typing import Any
 
 import datasets
 
+from hf_dissect.data import as_pairs
 from hf_dissect.data.pair_columns import CAPTION_COLUMNS
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models import load_model_and_processor
 from hf_dissect.recipe import DataSection, Recipe
 from hf_dissect.run_folder import final_results
 from hf_dissect.run_recipe import load_split, zero_shot_figures
+from hf_dissect.task_routing import number_tasks_as_saved
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training_args import DissectTrainingArguments
 
@@ -30,6 +32,7 @@ def evaluate_checkpoint(
     split: str = "test",
     image_column: str | None = None,
     caption_column: str | None = None,
+    task_column: str | None = None,
     label_column: str = "label",
     classes: Sequence[str] | None = None,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
@@ -46,6 +49,8 @@ def evaluate_checkpoint(
             lies in the checkpoint's folder.
         split: of the data.
         image_column, caption_column: names of the columns; None for the usual ones.
+        task_column: of the tasks, for an adapter that routes by them; None for that of the recipe, with its own data.
+            Without tasks such an adapter is evaluated as the mean of its experts.
         label_column: of labelled images.
         classes: class names; None for those of the label column, if it has names.
         templates: captions of a class, with `{}` for its name.
@@ -66,6 +71,7 @@ def evaluate_checkpoint(
         section,
         image_column=image_column or section.image_column,
         caption_column=caption_column or section.caption_column,
+        task_column=task_column or section.task_column,
         image_features=image_features or section.image_features,
         max_train_rows=max_rows or section.max_train_rows,  # data without splits are all train
         max_eval_rows=max_rows or section.max_eval_rows,
@@ -76,7 +82,7 @@ def evaluate_checkpoint(
     model, processor = load_model_and_processor(name_or_path=checkpoint)
     figures: dict[str, float] = {}
     if _has_captions(rows, section.caption_column):
-        figures.update(_retrieval(model, processor, rows, section, batch_size, num_workers))
+        figures.update(_retrieval(checkpoint, model, processor, rows, section, batch_size, num_workers))
     names = classes or _class_names(rows, label_column)
     if names:
         zero_shot = evaluate_zero_shot(
@@ -93,7 +99,9 @@ def evaluate_checkpoint(
     return figures
 
 
-def _retrieval(model, processor, rows, section: DataSection, batch_size: int, num_workers: int) -> dict[str, float]:
+def _retrieval(
+    checkpoint: str, model, processor, rows, section: DataSection, batch_size: int, num_workers: int
+) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = DissectTrainingArguments(
             folder,
@@ -103,10 +111,13 @@ def _retrieval(model, processor, rows, section: DataSection, batch_size: int, nu
             image_column=section.image_column or ("image_features" if section.image_features else None),
             caption_column=section.caption_column,
             id_column=section.id_column,
+            task_column=section.task_column,
             max_bad_fraction=1.0,
             report_to="none",
         )
-        trainer = DissectTrainer(model=model, args=arguments, eval_dataset=rows, processing_class=processor)
+        pairs = as_pairs(rows, **arguments.column_names())
+        number_tasks_as_saved(pairs, checkpoint)
+        trainer = DissectTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor)
         return final_results(trainer.evaluate(metric_key_prefix="final"))
 
 

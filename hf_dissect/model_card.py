@@ -37,7 +37,8 @@ def write_model_card(
         path: the file to write.
         metrics: the content of the run's `metrics.json`.
         base_model: what training started from, None for a model from scratch. Only an id of the Hub is named in the
-            card: the path of a local folder would tell a reader nothing, and others too much.
+            card: the path of a local folder would tell a reader nothing, and others too much. Of an adapter it is the
+            base model that it is put on.
         recipe_name: name of the recipe, if one was used.
         model_id: id under which the model can be loaded; by default the folder of `path` is meant.
 
@@ -47,11 +48,12 @@ def write_model_card(
     folder = next((folder for folder in _FOLDERS if (folder / _TEMPLATE).is_file()), None)
     if folder is None:
         raise FileNotFoundError(f"No {_TEMPLATE} in any of {[str(f) for f in _FOLDERS]}. Install hf_dissect again.")
+    adapter = mapping(metrics.get("adapter"))
     hub_id = base_model if base_model is not None and _is_hub_id(base_model) else None
     metadata = {
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": list(TAGS),
+        "tags": [*TAGS, *(("peft", adapter["type"]) if adapter else ())],
         **({"base_model": hub_id} if hub_id else {}),
     }
     table = results_table([("", final_figures(metrics))], corner="")
@@ -68,6 +70,7 @@ def write_model_card(
         training=_training(metrics, recipe_name),
         results=[(name, cell.text + cell.spread) for name, cell in zip(table.columns, table.rows[0], strict=True)],
         model_id=model_id or ".",
+        adapter=_adapter(adapter),
     )
     return replace_file(path, card)
 
@@ -98,6 +101,23 @@ def _training(metrics: Mapping, recipe_name: str | None) -> list[tuple[str, str]
         ("Time for scoring", _known("scoring_share", figures["scoring_share"])),
     ]
     return [(k, v if isinstance(v, str) else json.dumps(v, default=str)) for k, v in rows if v not in (None, {}, [])]
+
+
+def _adapter(adapter: Mapping) -> dict | None:
+    """What the card says of the adapter; None where the model has none."""
+    if not adapter:
+        return None
+    settings = mapping(adapter.get("settings"))
+    is_mola = adapter["type"] == "mola"
+    rows = [
+        ("Adapter", "MoLA, mixture of low-rank adapters" if is_mola else adapter["type"]),
+        *(
+            (f"Adapter: {key}", value if isinstance(value, str) else json.dumps(value))
+            for key, value in settings.items()
+        ),
+        ("Trained parameters", f"{adapter.get('trained_parameters', 0):,}"),
+    ]
+    return {"is_mola": is_mola, "routes_by_task": settings.get("variant") == "grad" and is_mola, "rows": rows}
 
 
 def _known(key: str, value: object) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -20,7 +21,9 @@ from transformers import (
     ProcessorMixin,
     VisionTextDualEncoderProcessor,
 )
+from transformers.utils import cached_file
 
+from hf_dissect.adapters import is_adapter, load_adapted, same_adapter
 from hf_dissect.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.from_scratch import build_model_and_processor
 from hf_dissect.model_families import (
@@ -63,11 +66,12 @@ def load_model_and_processor(
     max_caption_length: int | None = None,
     freeze: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """Loads a trained dual encoder, or builds one from scratch.
 
     Args:
-        name_or_path: Hub id or local folder of a trained model; weights are loaded in float32, as training needs them.
+        name_or_path: Hub id or local folder of a trained model, or of a PEFT adapter, which comes with its base and
+            can be trained on; weights are loaded in float32, as training needs them.
         config: configuration, with `model_type`, of a model with random weights (see `build_model_and_processor`);
             exactly one of `name_or_path` and `config` is given.
         tokenizer: Hub id or local folder of a tokenizer to use; None takes the model's own, or trains one on
@@ -125,6 +129,8 @@ def _load_model(name_or_path: str, trust_remote_code: bool) -> PreTrainedModel:
             "folder of a run, one of its checkpoint-N folders, or any folder written by save_pretrained"
         )
     try:
+        if is_adapter(name_or_path):
+            return load_adapted(name_or_path, trust_remote_code)
         return AutoModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise _loading_error("name_or_path", name_or_path, error) from error
@@ -140,7 +146,10 @@ def _load_tokenizer(name_or_path: str, argument: str, trust_remote_code: bool) -
 def _load_processor(
     name_or_path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
-    if isinstance(getattr(model.config, "vision_config", None), PrecomputedFeaturesConfig):
+    base_name = getattr(bare_model(model), "name_or_path", "")
+    if isinstance(model, PeftModel) and base_name and not _holds_a_tokenizer(name_or_path):
+        name_or_path = base_name  # an adapter that was saved without a processor is used with that of its base
+    if isinstance(getattr(bare_model(model).config, "vision_config", None), PrecomputedFeaturesConfig):
         return tokenizer or _load_tokenizer(name_or_path, "name_or_path", trust_remote_code)
     try:
         processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
@@ -157,6 +166,10 @@ def _load_processor(
     if tokenizer is not None:
         processor.tokenizer = tokenizer
     return processor
+
+
+def _holds_a_tokenizer(name_or_path: str) -> bool:
+    return cached_file(name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _loading_error(argument: str, value: str, error: Exception, part: str = "") -> OSError | ValueError:
@@ -179,7 +192,8 @@ def _loading_error(argument: str, value: str, error: Exception, part: str = "") 
 
 def _limit_captions(model: PreTrainedModel, processor: Any, max_caption_length: int | None) -> None:
     tokenizer = getattr(processor, "tokenizer", processor)
-    text_config = getattr(model.config, "text_config", model.config)
+    config = bare_model(model).config
+    text_config = getattr(config, "text_config", config)
     if len(tokenizer) > getattr(text_config, "vocab_size", len(tokenizer)):
         raise ValueError(
             f"tokenizer has {len(tokenizer)} tokens, but the model's text tower knows only {text_config.vocab_size}; "
@@ -199,8 +213,8 @@ def same_architecture(model: nn.Module, checkpoint_folder: str | Path) -> None:
     """Makes sure, before anything is loaded, that a checkpoint was written by a model like this one.
 
     Only the configuration and the headers of the weight files are read. Tensors are matched by name and shape; what is
-    left over on both sides is matched by shape alone, as transformers renames some tensors on saving. Adapter folders
-    (PEFT) and sharded checkpoints (FSDP, DeepSpeed) are left to the checks of their own loaders.
+    left over on both sides is matched by shape alone, as transformers renames some tensors on saving. Of an adapter
+    (PEFT) its own weights are compared; sharded checkpoints (FSDP, DeepSpeed) are left to the checks of their loaders.
 
     Args:
         model: the model, wrapped or not, that the checkpoint is to be loaded into.
@@ -212,6 +226,7 @@ def same_architecture(model: nn.Module, checkpoint_folder: str | Path) -> None:
     """
     folder = Path(checkpoint_folder)
     if (folder / "adapter_config.json").is_file():
+        same_adapter(model, folder)
         return
     bare = bare_model(model)
     saved_type = _read_json(folder / "config.json").get("model_type")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_dissect.recipe_adapter import read_adapter
 from hf_dissect.recipe_fields import (
     ARGUMENT_SOURCES,
     Faults,
@@ -56,12 +57,14 @@ class Recipe:
         name: of the run; its folder is `runs/<name>` unless `training.output_dir` says otherwise.
         description: one line.
         model, data, selection, evaluation, compare: the sections, see `hf_dissect.recipe_schema`.
+        adapter: `type` (`mola`, `lora` or another type of PEFT) and fields of its configuration; None for no adapter.
         training: fields of `transformers.TrainingArguments` as given.
     """
 
     name: str
     description: str = ""
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
+    adapter: dict[str, Any] | None = None
     data: DataSection = dataclasses.field(default_factory=DataSection)
     selection: SelectionSection = dataclasses.field(default_factory=SelectionSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
@@ -101,6 +104,8 @@ class Recipe:
                 faults.add_unknown(str(key), value, fields)
             elif key == "training":
                 values[key] = read_training(value, faults)
+            elif key == "adapter":
+                values[key] = read_adapter(value, faults)
             elif dataclasses.is_dataclass(fields[key]):
                 values[key] = read_section(fields[key], value, key, faults)
             elif problem := problem_with(value, fields[key]):

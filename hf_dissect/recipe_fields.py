@@ -49,7 +49,6 @@ TRAINING_RANGES = {
     "data_seed": "[0, 4294967295]",
 }
 
-
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
@@ -161,6 +160,8 @@ def _matches(value: Any, expected: Any) -> bool:
         return any(value == allowed and type(value) is type(allowed) for allowed in arguments)
     if expected is list or origin is list:
         return isinstance(value, list) and all(_matches(item, argument) for argument in arguments for item in value)
+    if {expected, origin} & {tuple, set}:
+        return isinstance(value, list)  # as YAML writes them
     if expected in (float, int):
         # Beyond 2 ** 63 no library of ours can hold it, and float() of it overflows.
         sized = _is_number(value) and (isinstance(value, float) or abs(value) < 2**63)

@@ -19,6 +19,7 @@ def find_conflicts(recipe: "Recipe") -> Iterator[Fault]:
     """Every fault that a setting has only together with others."""
     yield from _run(recipe)
     yield from _model(recipe)
+    yield from _adapter(recipe)
     yield from _data(recipe)
     yield from _noise(recipe)
     yield from _selection(recipe)
@@ -47,6 +48,16 @@ def _model(recipe: "Recipe") -> Iterator[Fault]:
         yield (
             ("model.config.model_type",),
             f"{show(model.config.get('model_type'))} is not allowed; allowed: an architecture, such as clip",
+        )
+
+
+def _adapter(recipe: "Recipe") -> Iterator[Fault]:
+    adapter = recipe.adapter or {}
+    routed_by_task = adapter.get("type") == "mola" and adapter.get("variant") == "grad"
+    if routed_by_task and adapter.get("default_task") is None and recipe.data.task_column is None:
+        yield (
+            ("data.task_column", "adapter"),
+            "missing; adapter.variant grad trains an expert for each task and needs the column that tells it",
         )
 
 

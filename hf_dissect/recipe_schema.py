@@ -50,7 +50,9 @@ class ModelSection:
     max_caption_length: int | None = setting(
         None, "Tokens after which a caption is cut; null: what the text tower can read.", within="[3, inf)"
     )
-    freeze: str | None = setting(None, "The tower whose weights stay as they are.", choices=("vision", "text"))
+    freeze: str | None = setting(
+        None, "The tower whose weights stay as they are, and that gets no adapter.", choices=("vision", "text")
+    )
     trust_remote_code: bool = setting(False, "Whether code from the model's repository may run.")
 
 
@@ -88,6 +90,9 @@ class DataSection:
     scenes_test: int = setting(512, "Test pairs of the scenes; 0: no such split.", within="[0, inf)")
     scenes_image_size: int = setting(32, "Side of a scene in pixels.", within="[16, inf)")
     scenes_seed: int = setting(0, "Seed of the scenes.", within="[0, inf)")
+    scenes_tasks: int = setting(
+        1, "Styles the scenes are shown in by turns; with more than 1 they have a column task.", within="[1, 4]"
+    )
 
 
 @dataclasses.dataclass

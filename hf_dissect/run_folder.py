@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
+from hf_dissect.adapters import base_of_adapter, describe_adapter
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.evaluation import noise_detection_metrics
@@ -43,8 +44,8 @@ def write_run_folder(
 ) -> dict[str, Any]:
     """Evaluate the trained model and write the run folder; called on all ranks, written by the first.
 
-    The folder gets the model and processor, `ledger.safetensors`, `recipe.yaml` when the run has one, `metrics.json`,
-    `report.html`, `report_data.json` (what the report is made of) and a model card, `README.md`.
+    The folder gets the model (or its adapter) and processor, `ledger.safetensors`, `recipe.yaml` when the run has one,
+    `metrics.json`, `report.html`, `report_data.json` (what the report is made of) and a model card, `README.md`.
 
     Args:
         trainer: after `train`.
@@ -91,6 +92,7 @@ def run_metrics(trainer: "DissectTrainer", name: str, final: dict[str, Any]) -> 
             "final": final,
             "selection": selection,
             "times": {"total_s": sum(seconds.values()), **seconds},
+            **({} if (adapter := describe_adapter(trainer.model)) is None else {"adapter": adapter}),
             "bad_rows": _bad_rows_of_all_ranks(trainer),
             "settings": changed_settings(trainer.args),
             "versions": {"python": platform.python_version(), **_versions()},
@@ -139,10 +141,14 @@ def _write_files(trainer: "DissectTrainer", metrics: dict[str, Any]) -> None:
     summary.save(folder / "report_data.json")
     write_report(folder / "report.html", [summary], title=_title(trainer, metrics["name"]))
     recipe = trainer.recipe
+    base_model = None if recipe is None else recipe.model.name_or_path
+    if "adapter" in metrics:
+        base_model = base_of_adapter(trainer.model)
+    # Last: PEFT writes a card of its own beside each adapter it saves.
     write_model_card(
         folder / "README.md",
         metrics=metrics,
-        base_model=None if recipe is None else recipe.model.name_or_path,
+        base_model=base_model,
         recipe_name=None if recipe is None else recipe.name,
     )
 

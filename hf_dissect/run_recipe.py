@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers.trainer_callback import ProgressCallback
 
+from hf_dissect.adapters import add_adapter
 from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
 from hf_dissect.evaluation import evaluate_zero_shot
@@ -50,7 +51,7 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     pairs = {split: as_pairs(rows, **arguments.column_names()) for split, rows in splits.items()}
     # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
     transformers.set_seed(arguments.seed)
-    model, processor = load_model_and_processor(**dataclasses.asdict(recipe.model), captions=_captions(pairs["train"]))
+    model, processor = _model_and_processor(recipe, _captions(pairs["train"]))
     try:
         trainer = DissectTrainer(
             model=model,
@@ -68,6 +69,15 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(RunProgress())
     return trainer
+
+
+def _model_and_processor(recipe: Recipe, captions: Iterable[str]) -> tuple[Any, Any]:
+    if recipe.adapter is None:
+        return load_model_and_processor(**dataclasses.asdict(recipe.model), captions=captions)
+    # Frozen last: no adapter is put into the tower, and none may train its weights.
+    whole = dataclasses.replace(recipe.model, freeze=None)
+    model, processor = load_model_and_processor(**dataclasses.asdict(whole), captions=captions)
+    return add_adapter(model, recipe.adapter, recipe.model.freeze), processor
 
 
 def run_recipe(

@@ -7,13 +7,16 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback
 
+from hf_dissect.adapters import restore_base, save_base
 from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import ROW_KEYS, key_hash
-from hf_dissect.data_collator import SelectionCollator, model_inputs, tokenizer_of
+from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.evaluation.predictions import retrieval_of_predictions
 from hf_dissect.losses import ContrastiveLoss, per_pair_loss
+from hf_dissect.model_card import TAGS
 from hf_dissect.models import (
+    bare_model,
     check_dual_encoder,
     clamp_logit_scale_,
     contrastive_kind,
@@ -22,11 +25,12 @@ from hf_dissect.models import (
     text_padding,
 )
 from hf_dissect.non_finite import NonFiniteLossError, check_finite
+from hf_dissect.pair_scores import score_all_pairs
 from hf_dissect.ranks import Ranks
 from hf_dissect.run_folder import write_run_folder
 from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
-from hf_dissect.selection.monitor import SelectionMonitor
-from hf_dissect.selection.recorder import SelectionRecorder
+from hf_dissect.selection.trace import SelectionTrace
+from hf_dissect.task_routing import Decorrelation, check_tasks, forward_inputs, save_task_names
 from hf_dissect.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
@@ -107,6 +111,9 @@ class DissectTrainer(Trainer):
             **trainer_arguments,
         )
         check_dual_encoder(self.model)
+        check_tasks(self.model, train_dataset, eval_dataset)
+        if hasattr(bare_model(self.model), "add_model_tags"):
+            bare_model(self.model).add_model_tags(list(TAGS))  # in whatever card is written for it
         if data_collator is None:
             self.data_collator = SelectionCollator(
                 processing_class,
@@ -120,10 +127,13 @@ class DissectTrainer(Trainer):
         num_samples = getattr(train_dataset, "num_samples", None)
         self.ledger = SampleLedger(num_samples, columns=("correlation", *self.strategy.columns))
         self.bad_rows = BadRows(args.max_bad_fraction, num_pairs(train_dataset))
-        self.monitor = SelectionMonitor()
-        self.recorder = SelectionRecorder(args.output_dir) if self._records() else None
-        self.times = TimeSpent()
         self.ranks = Ranks(self.accelerator)
+        self.trace = SelectionTrace(
+            args.output_dir, self.ranks, records=args.record_selection, is_first_rank=self.is_world_process_zero()
+        )
+        self.monitor = self.trace.monitor
+        self.decorrelation = Decorrelation()
+        self.times = TimeSpent()
         self._epoch = 0
         self.add_callback(_SelectionCallback(self))
 
@@ -150,7 +160,7 @@ class DissectTrainer(Trainer):
         )
         selection = self.strategy.select(candidates, self.ledger, self._num_selected(num_good))
         indices = selection.indices[:num_good] if self.strategy.keeps_all else selection.indices
-        self._observe(batch, candidates, good, indices, selection.priority)
+        self.trace.observe(self._epoch, step, batch, candidates, good, indices, selection.priority)
         if scores.image_embeds is not None:
             correlation = torch.full(sample_id.shape, torch.nan).index_copy(0, good, candidates.correlation)
             self._record(sample_id, correlation)
@@ -168,7 +178,7 @@ class DissectTrainer(Trainer):
         with self.times.measure("scoring"):
             scores = score(
                 self.model_wrapped,
-                model_inputs(batch),
+                forward_inputs(self.model, batch),
                 sample_id,
                 kind=self.kind,
                 chunk_size=self.args.scoring_batch_size,
@@ -178,8 +188,11 @@ class DissectTrainer(Trainer):
         return scores
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The contrastive loss over the kept pairs of all ranks, weighted as the strategy asks."""
-        outputs = model(**model_inputs(inputs))
+        """The contrastive loss over the kept pairs of all ranks, weighted as the strategy asks.
+
+        In training, a MoLA router adds its task-wise decorrelation loss over these pairs, where tasks are known.
+        """
+        outputs = model(**forward_inputs(model, inputs))
         scale, bias = logit_scale_and_bias(model)
         loss = self.contrastive_loss(
             outputs,
@@ -189,6 +202,8 @@ class DissectTrainer(Trainer):
             image_key=inputs.get("image_key"),
             caption_key=inputs.get("caption_key"),
         )
+        if model.training:
+            loss = self.decorrelation.added_to(loss, model, inputs)
         if model.training and not self._scores_candidates():
             # Pairs that train unscored are recorded from the training forward: their history costs nothing.
             cosine = (outputs["image_embeds"] * outputs["text_embeds"]).sum(-1).detach().float()
@@ -207,7 +222,7 @@ class DissectTrainer(Trainer):
         """Loss of the batch's good pairs, the embeddings `(B, D)` of both sides, and what identifies the pairs."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**model_inputs(inputs))
+            outputs = model(**forward_inputs(model, inputs))
         bad_reason = inputs.get("bad_reason", torch.zeros_like(inputs["sample_id"]))
         good = bad_reason == 0
         loss = per_pair_loss(outputs["logits_per_text"][good][:, good], kind=self.kind).mean().detach()
@@ -225,22 +240,11 @@ class DissectTrainer(Trainer):
         self.ledger.write("correlation", sample_id, correlation)
         self.strategy.record(sample_id, correlation, self.ledger)
 
-    def _observe(self, batch, candidates: CandidateScores, good, indices, priority) -> None:
-        kept = torch.zeros(candidates.num_candidates, dtype=torch.bool)
-        kept[indices] = True
-        correlation = None if candidates.image_embeds is None else candidates.correlation
-        is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
-        self.monitor.observe(self._epoch, candidates.sample_id, kept, correlation, priority, is_clean)
-        if not self.args.record_selection:
-            return
-        columns = [self.ranks.gather_ragged(part) for part in (candidates.sample_id, correlation, kept)]
-        if self.recorder is not None:
-            self.recorder.add(self._epoch, self.state.global_step, *columns)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the selection to the training logs."""
         if "loss" in logs:
             logs.update(self.monitor.pop_logs())
+            logs.update(self.decorrelation.pop_logs())
             if self.times["scoring"]:
                 logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
         super().log(logs, start_time)
@@ -258,14 +262,13 @@ class DissectTrainer(Trainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resume_from_checkpoint)
             same_architecture(self.model, resume_from_checkpoint)
-        elif self.recorder is not None:
-            self.recorder.restart(step=0)
+        else:
+            self.trace.restart(step=0)
         self._epoch = -1
         warn_if_never_selected(self.train_dataset, getattr(self.strategy, "warmup_epochs", 0), self.args)
         with self.times.measure("training"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
-        if self.recorder is not None:
-            self.recorder.close()
+        self.trace.close()
         if self.args.save_run_folder:
             write_run_folder(self)
         return output
@@ -274,6 +277,7 @@ class DissectTrainer(Trainer):
         """Loss and retrieval (recall at 1, 5, 10 and median rank in both directions) on `eval_dataset`."""
         if not isinstance(eval_dataset, str):
             eval_dataset = pairs_for("eval_dataset", eval_dataset, self.args)
+            check_tasks(self.model, self.train_dataset, eval_dataset)
         with self.times.measure("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -286,46 +290,41 @@ class DissectTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def score_pairs(self, dataset) -> dict[str, torch.Tensor]:
-        """Correlation of every readable pair under the current weights.
-
-        Returns:
-            `sample_id` int64, `correlation` float32 and, where the truth is known, `is_clean` bool, each `(pairs,)`
-            on the CPU and the same on all ranks.
-        """
-        parts = []
-        for batch in self.get_eval_dataloader(pairs_for("dataset", dataset, self.args)):
-            batch = self._prepare_inputs(batch)
-            scores = score(
-                self.model, model_inputs(batch), batch["sample_id"], kind=self.kind, autocast=self.accelerator.autocast
-            )
-            part = {name: batch[name] for name in ("sample_id", "bad_reason", "is_clean") if name in batch}
-            part["correlation"] = scores.correlation.to(self.args.device)
-            parts.append(self.accelerator.gather_for_metrics(part))
-        scored = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-        good = scored.pop("bad_reason") == 0
-        return {name: values[good] for name, values in scored.items()}
+        """Correlation of every readable pair under the current weights, see `score_all_pairs`."""
+        pairs = pairs_for("dataset", dataset, self.args)
+        check_tasks(self.model, self.train_dataset, pairs)
+        return score_all_pairs(self, pairs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor, and beside them the ledger and the recipe."""
+        """Save model and processor, and beside them the ledger, the recipe, and what an adapter needs to be loaded."""
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.ledger.save(folder / LEDGER_FILE, {"epoch": self._epoch, "strategy": self.strategy.name})
             if self.recipe is not None:
                 self.recipe.save(folder / "recipe.yaml")
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose processes each hold a part only
+                save_base(self.model, folder)
+            save_task_names(self.train_dataset, folder)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
-        if self.recorder is not None:
-            self.recorder.flush()
+        self.trace.flush()
         super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        restore_base(self.model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        restore_base(self.model, self.state.best_model_checkpoint)
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if self.recorder is not None:
-            self.recorder.restart(self.state.global_step)
+        self.trace.restart(self.state.global_step)
         path = Path(checkpoint) / LEDGER_FILE
         if path.is_file():
             self._epoch = self.ledger.load(path)["epoch"] - 1  # which now begins again
@@ -356,9 +355,6 @@ class DissectTrainer(Trainer):
 
     def _check_finite(self, values: torch.Tensor, what: str, sample_id: torch.Tensor) -> None:
         check_finite(values, what, sample_id, self.state.global_step, self.args.output_dir)
-
-    def _records(self) -> bool:
-        return self.args.record_selection and self.is_world_process_zero()
 
 
 class _SelectionCallback(TrainerCallback):

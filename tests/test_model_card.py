@@ -87,3 +87,39 @@ def test_markup_in_names_stays_text(tmp_path):
 def test_empty_metrics(tmp_path):
     metadata, text = card(tmp_path, metrics={})
     assert metadata["library_name"] == "transformers" and "was not evaluated" in text
+
+
+MOLA = {"type": "mola", "trained_parameters": 12345, "settings": {"variant": "grad", "num_experts": 3, "r": 8}}
+LORA = {"type": "lora", "trained_parameters": 10, "settings": {"r": 4, "target_modules": ["q_proj"]}}
+
+
+def test_an_adapter_is_described_and_loaded_with_its_base(tmp_path):
+    metadata, text = card(tmp_path, metrics=METRICS | {"adapter": MOLA}, base_model="openai/clip-vit-base-patch32")
+    assert metadata["library_name"] == "peft" and metadata["base_model"] == "openai/clip-vit-base-patch32"
+    assert {"clip", "dissect", "peft", "mola"} <= set(metadata["tags"])
+    for row in (
+        "| Adapter | MoLA, mixture of low-rank adapters |",
+        "| Adapter: variant | grad |",
+        "| Adapter: num_experts | 3 |",
+        "| Adapter: r | 8 |",
+        "| Trained parameters | 12,345 |",
+    ):
+        assert row in text
+    assert "2406.09679" in text and "2402.08562" in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    ast.parse(code)
+    assert code.startswith("import hf_dissect ") and "model.set_task(0)" in code
+    assert 'AutoModel.from_pretrained("openai/clip-vit-base-patch32")' in code
+
+
+def test_another_adapter_needs_no_import_of_ours(tmp_path):
+    _, text = card(tmp_path, metrics=METRICS | {"adapter": LORA}, model_id="me/x", base_model="/home/me/base")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    ast.parse(code)
+    assert "hf_dissect" not in code and "2406.09679" not in text and "/home/me" not in text
+    assert 'PeftModel.from_pretrained(base, "me/x")' in code and "FOLDER_OF_THE_BASE_MODEL" in code
+    assert '| Adapter: target_modules | &#91;"q_proj"&#93; |' in text
+    _, text = card(tmp_path, metrics=METRICS | {"adapter": LORA}, model_id="me/x")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    ast.parse(code)
+    assert 'AutoModel.from_pretrained("me/x", subfolder="base_model"' in code

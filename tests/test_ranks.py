@@ -43,7 +43,10 @@ def test_two_processes_train_compare_and_agree(tmp_path):
     lines = finished.stdout.splitlines()
     assert [line for line in lines if line.startswith("[")] == ["[1/2] none", "[2/2] dissect"]
     assert len([line for line in lines if line.startswith("report ")]) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"trainer", "compared", "tiny-0.yaml", "tiny-1.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("trainer", "router", "grad"),
+        *("compared", "tiny-0.yaml", "tiny-1.yaml"),
+    }
     metrics = json.loads((tmp_path / "compared" / "metrics.json").read_text())
     assert [run["steps"] for run in metrics["runs"]] == [2, 2] and len(metrics["table"]) == 2
     alone = json.loads((tmp_path / "trainer" / "metrics.json").read_text())

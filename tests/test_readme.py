@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 import yaml
 from datasets import ClassLabel
 from tiny_recipe import tiny_settings
@@ -136,9 +137,19 @@ def test_the_first_snippet_trains_in_seconds(tmp_path, monkeypatch):
     assert Path("runs/x/report.html").is_file()
 
 
-def test_the_strategy_of_the_second_snippet_trains(tmp_path):
+def test_the_adapter_of_the_second_snippet_is_made_saved_and_loaded(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, processor = tiny_models.tiny_clip()
+    names: dict = {"batch": tiny_models.tiny_inputs(model, processor, tiny_models.CAPTIONS[:4])}
+    snippet = blocks("python")[1].replace("openai/clip-vit-base-patch32", str(data / "clip"))
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert "tensor" in capsys.readouterr().out
+    assert torch.equal(names["model"](**names["batch"]).logits_per_text, names["outputs"].logits_per_text)
+
+
+def test_the_strategy_of_the_third_snippet_trains(tmp_path):
     names: dict = {}
-    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    exec(compile(blocks("python")[2], "README.md", "exec"), names)
     model, processor = tiny_models.tiny_clip()
     args = DissectTrainingArguments(
         str(tmp_path), per_device_train_batch_size=16, max_steps=2, save_run_folder=False, use_cpu=True
@@ -152,7 +163,7 @@ def test_the_strategy_of_the_second_snippet_trains(tmp_path):
     )
     trainer.train()
     assert trainer.monitor.run.figures()["kept_share"] == 0.5
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
 def test_the_recipe_is_a_recipe():

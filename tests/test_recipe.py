@@ -27,7 +27,17 @@ from hf_dissect.recipe import (
 from hf_dissect.recipe_schema import SOURCES
 
 MINIMAL = {"name": "small", "model": {"config": {"model_type": "clip"}}}
-SHIPPED = ("cc12m", "cc3m", "clip-finetune", "flickr8k-features", "flickr8k-local", "quickstart", "yfcc15m")
+SHIPPED = (
+    "cc12m",
+    "cc3m",
+    "clip-finetune",
+    "flickr8k-features",
+    "flickr8k-local",
+    "mola-grad",
+    "mola-router",
+    "quickstart",
+    "yfcc15m",
+)
 
 
 def minimal(**sections) -> dict:
@@ -75,8 +85,8 @@ def test_every_setting_is_explained(section):
         # unknown keys
         (
             {"selektion": {}},
-            "selektion: unknown key (value {}); allowed: name, description, model, data, selection, evaluation, "
-            "training, compare; did you mean 'selection'?",
+            "selektion: unknown key (value {}); allowed: name, description, model, adapter, data, selection, "
+            "evaluation, training, compare; did you mean 'selection'?",
         ),
         (
             {"compare": {"seed": [1]}},
@@ -475,7 +485,7 @@ def test_save_writes_everything_and_loads_back_equal(tmp_path):
     first, *_ = text = path.read_text("utf-8").splitlines()
     assert first == f"# All settings of a run, defaults included. Repeat it with: hf-dissect train {path}"
     assert [line.split(":")[0] for line in text[1:] if line[0].isalpha()] == [
-        *["name", "description", "model", "data", "selection", "evaluation", "training", "compare"]
+        *["name", "description", "model", "adapter", "data", "selection", "evaluation", "training", "compare"]
     ]
     # Any other YAML reader sees the same text and every default.
     assert yaml.safe_load(path.read_text("utf-8")) == recipe.to_dict()

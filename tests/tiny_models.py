@@ -40,6 +40,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
+from hf_dissect import MolaConfig
 from hf_dissect.models import max_text_length, text_padding
 
 IMAGE_SIZE = 32
@@ -281,6 +282,12 @@ def tiny_inputs(model: PreTrainedModel, processor: ProcessorMixin, captions: lis
 def with_lora(model: PreTrainedModel) -> PeftModel:
     """The model with adapters of rank 2 on the query projections of both towers."""
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "query"]))
+
+
+def with_mola(model: PreTrainedModel, variant: str = "router", **settings) -> PeftModel:
+    """The model with two experts of rank 2 in both towers."""
+    config = {"num_experts": 2, "r": 2, "alpha": 4.0, "target_modules": ["q_proj", "query", "fc1"], **settings}
+    return get_peft_model(model, MolaConfig(variant=variant, **config))
 
 
 class Wrapper(torch.nn.Module):

@@ -56,6 +56,16 @@ def check_training(folder: Path) -> None:
         ),
     )
     trainer.train()
+    check_equal(trainer)
+    seen = trainer.ledger.column("history").isfinite()
+    assert seen.sum() == 63 and not seen[7]
+    # Nine evaluation rows do not divide by two: none may be counted twice.
+    assert trainer.evaluate()["eval_image_to_text_R@10"] == 100
+    if trainer.is_world_process_zero():
+        check_record(folder)
+
+
+def check_equal(trainer: DissectTrainer) -> None:
     weights = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
     for name, values in {
         **{name: trainer.ledger.column(name) for name in trainer.ledger.columns},
@@ -63,12 +73,41 @@ def check_training(folder: Path) -> None:
     }.items():
         both = trainer.ranks.gather(values.float().nan_to_num(-1)[None])
         assert torch.equal(both[0], both[1]), f"{name} differs between the processes"
-    seen = trainer.ledger.column("history").isfinite()
-    assert seen.sum() == 63 and not seen[7]
-    # Nine evaluation rows do not divide by two: none may be counted twice.
-    assert trainer.evaluate()["eval_image_to_text_R@10"] == 100
-    if trainer.is_world_process_zero():
-        check_record(folder)
+
+
+def check_adapter(folder: Path, variant: str) -> None:
+    """A MoLA adapter ends equal on both processes, its router decorrelated over the pairs of both."""
+    model, processor = tiny_models.tiny_clip()
+    pairs = tiny_models.tiny_pairs(64)
+    torch.manual_seed(0)
+    trainer = DissectTrainer(
+        model=tiny_models.with_mola(model, variant, train_base="all", init_weights=False),
+        processing_class=processor,
+        train_dataset=pairs.add_column("task", [row // 2 % 2 for row in range(64)]),
+        args=DissectTrainingArguments(
+            str(folder),
+            task_column="task",
+            per_device_train_batch_size=8,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+            selection_options={"variant": "momentum"},
+            logging_steps=2,
+            learning_rate=1e-3,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+    )
+    before = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
+    trainer.train()
+    check_equal(trainer)
+    assert not torch.equal(before, torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]))
+    logged = [entry["decorrelation_loss"] for entry in trainer.state.log_history if "decorrelation_loss" in entry]
+    assert len(logged) == (3 if variant == "router" else 0)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    check_equal(trainer)
+    assert (folder / "base_model" / "model.safetensors").is_file()
 
 
 def check_record(folder: Path) -> None:
@@ -83,6 +122,8 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     check_exchange()
     check_training(place / "trainer")
+    for variant in ("router", "grad"):
+        check_adapter(place / variant, variant)
     recipe = write_tiny_recipe(place / f"tiny-{Accelerator().process_index}.yaml", training={"max_steps": 2})
     status = main(["compare", str(recipe), "--strategies", "none,dissect", "--output-dir", str(place / "compared")])
     sys.exit(status)
