@@ -17,45 +17,16 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
 )
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.layer import MolaLayer, new_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
 from hf_dissect.mola.router import Router, check_router_input, new_router
-from hf_dissect.mola.routing import (
-    MolaTunerLayer,
-    Routing,
-    input_layer,
-    mola_routing,
-    router_sources,
-    towers_of,
-)
-
-_ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-# Not the output projection of SigLIP's pooling head: nn.MultiheadAttention reads its weight and never calls it.
-_SIGLIP = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "fc1", "fc2"]
-_BERT = ["query", "key", "value", "dense"]
-TARGET_MODULES = {
-    "clip": _ATTENTION_AND_MLP,
-    "clip_text_model": _ATTENTION_AND_MLP,
-    "clip_vision_model": _ATTENTION_AND_MLP,
-    "siglip": _SIGLIP,
-    "siglip_text_model": _SIGLIP,
-    "siglip_vision_model": _SIGLIP,
-    "siglip2": _SIGLIP,
-    "chinese_clip": [*_ATTENTION_AND_MLP, *_BERT],
-    "align": [*_BERT, "expand_conv", "project_conv"],
-    "vision-text-dual-encoder": [*_ATTENTION_AND_MLP, "o_proj", *_BERT, "convolution"],
-    "vit": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
-    "resnet": ["convolution"],
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
-}
-_LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
+from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
+from hf_dissect.mola.saved_state import base_state, misfit
+from hf_dissect.mola.target_modules import TARGET_MODULES
+from hf_dissect.mola.towers import input_layer, num_channels, output_dim, router_sources, towers_of
 
 
 class MolaModel(BaseTuner):
@@ -138,9 +109,9 @@ class MolaModel(BaseTuner):
         if config.router_input not in ("pixels", "embeddings"):
             return new_router(config, model, {}, {})
         towers = towers_of(model)
-        sources = router_sources(config, list(towers))
+        sources = router_sources(config.router_input, list(towers))
         dims = {
-            tower: _num_channels(module) if sources[tower] == "pixels" else _output_dim(input_layer(module))
+            tower: num_channels(module) if sources[tower] == "pixels" else output_dim(input_layer(module))
             for tower, module in towers.items()
         }
         return new_router(config, model, sources, dims)
@@ -321,57 +292,10 @@ class MolaModel(BaseTuner):
             )
         }
         if missing := sorted(expected - saved):
-            raise ValueError(_misfit(config, "has no weights for", missing))
+            raise ValueError(misfit(config, "has no weights for", missing))
         if unexpected := sorted(saved - expected):
-            raise ValueError(_misfit(config, "has weights for layers that this base does not have:", unexpected))
+            raise ValueError(misfit(config, "has weights for layers that this base does not have:", unexpected))
         return remapped
-
-
-def base_state(
-    model: nn.Module, config: MolaConfig, adapter_name: str, state: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The entries of the base model in `state` that belong to an adapter, as they are trained with it."""
-    names: set[str] = set()
-    prefixes = tuple(
-        f"{name}.base_layer."
-        for name, module in model.named_modules()
-        if isinstance(module, MolaLayer) and adapter_name in module.mola_A
-    )
-    if config.train_base:
-        auxiliary = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-        of_adapters = _filter_state_dict_by_key_prefixes(state, _get_tuner_state_dict_key_prefixes(model) | auxiliary)
-        of_base = [name for name in state if name not in of_adapters]
-        # Batch-norm statistics follow the weights, wherever they are trained.
-        buffers = {name for name, _ in model.named_buffers()}
-        names |= {
-            name for name in of_base if config.train_base == "all" or name in buffers or name.startswith(prefixes)
-        }
-    if config.train_logit_scale:
-        names |= {name for name in state if name.rpartition(".")[2] in _LOGIT_PARAMETERS}
-    return {name: value for name, value in state.items() if name in names}
-
-
-def _misfit(config: MolaConfig, problem: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return (
-        f"The adapter does not fit this base model: its file {problem} {', '.join(keys[:3])}{more}. It was made for "
-        f"{config.base_model_name_or_path or 'an unnamed model'}; load it on that base, or see whether the file "
-        "is whole."
-    )
-
-
-def _num_channels(module: nn.Module) -> int:
-    config = getattr(module, "config", None)
-    return getattr(getattr(config, "vision_config", config), "num_channels", 3)
-
-
-def _output_dim(layer: nn.Module) -> int:
-    if isinstance(layer, AuxiliaryTrainingWrapper):
-        layer = layer.original_module
-    for attribute in ("embedding_dim", "out_channels", "out_features", "nf"):
-        if hasattr(layer, attribute):
-            return getattr(layer, attribute)
-    raise ValueError(f"The size of the output of {layer} is unknown; register a router of your own for this model.")
 
 
 def _device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

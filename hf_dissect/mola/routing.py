@@ -10,17 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers.pytorch_utils import Conv1D
 
+from hf_dissect.mola.checkpointing import Carrier, checkpointing_mode
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.decorrelation import decorrelation_loss
 from hf_dissect.mola.router import Router
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_INPUT_LAYERS = (nn.Embedding, nn.Linear, Conv1D, *_CONVOLUTIONS)
+from hf_dissect.mola.tasks import check_task_ids
+from hf_dissect.mola.towers import input_layer, pool, router_sources, towers_of
 
 
 class MolaTunerLayer(BaseTunerLayer):
@@ -254,9 +252,9 @@ class Routing(nn.Module, MolaTunerLayer):
             else:
                 self._hook_input_layer(tower, module)  # another one where the active adapter has a copy of its own
                 self._masks[tower] = kwargs.get("attention_mask")
-                if kwargs.get("inputs_embeds") is not None:
-                    embeds = kwargs["inputs_embeds"]
-                    kwargs = kwargs | {"inputs_embeds": self._route_pooled(tower, embeds, self._pool(tower, embeds))}
+                if (embeds := kwargs.get("inputs_embeds")) is not None:
+                    embeds = self._route_pooled(tower, embeds, pool(input_layer(module), embeds, self._masks[tower]))
+                    kwargs = kwargs | {"inputs_embeds": embeds}
         return args, kwargs
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -276,7 +274,7 @@ class Routing(nn.Module, MolaTunerLayer):
         tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
         if tensors:
             self._device = tensors[0].device
-        mode = _checkpointing_mode(module) if self.training and torch.is_grad_enabled() else None
+        mode = checkpointing_mode(module) if self.training and torch.is_grad_enabled() else None
         self._checkpoints, self._reentrant = mode is not None, mode == "reentrant"
         self._take_tasks(task_ids, tensors)
         for adapter_name, router in self._active_routers():
@@ -299,16 +297,10 @@ class Routing(nn.Module, MolaTunerLayer):
                     "drops them otherwise). In evaluation the mean of the experts is used."
                 )
             return
-        _check_task_ids(task_ids, tensors)
-        lowest, highest = torch.stack(task_ids.aminmax()).tolist()
-        for name, config in grad_adapters:
-            if lowest < 0 or highest >= config.num_experts:
-                raise ValueError(
-                    f"task_ids from {lowest} to {highest}: adapter {name!r} has the tasks 0 to "
-                    f"{config.num_experts - 1}."
-                )
+        self._single_task = check_task_ids(
+            task_ids, tensors, {name: config.num_experts for name, config in grad_adapters}
+        )
         self._task_ids = task_ids
-        self._single_task = lowest if lowest == highest else None
 
     def _route_argument(self, name, adapter_name, tower, module, args, kwargs) -> tuple[tuple, dict]:
         names = list(inspect.signature(module.forward).parameters)
@@ -325,18 +317,8 @@ class Routing(nn.Module, MolaTunerLayer):
             return args, kwargs | {name: value}
         return (*args[:position], value, *args[position + 1 :]), kwargs
 
-    def _after_input_layer(self, tower: str, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
-        channels_first = isinstance(module, _CONVOLUTIONS)
-        return self._route_pooled(tower, output, self._pool(tower, output, channels_first))
-
-    def _pool(self, tower: str, embeddings: torch.Tensor, channels_first: bool = False) -> torch.Tensor:
-        if channels_first:
-            return embeddings.flatten(2).mean(2)
-        mask = self._masks.get(tower)
-        if mask is not None and embeddings.dim() == 3 and mask.shape == embeddings.shape[:2]:
-            mask = mask.to(embeddings.dtype)[:, :, None]
-            return (embeddings * mask).sum(1) / mask.sum(1).clamp_min(1)
-        return embeddings.flatten(1, -2).mean(1) if embeddings.dim() > 2 else embeddings
+    def _after_input_layer(self, tower: str, layer: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        return self._route_pooled(tower, output, pool(layer, output, self._masks.get(tower)))
 
     def _route_pooled(self, tower: str, embeddings: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         for adapter_name, router in self._active_routers():
@@ -359,7 +341,7 @@ class Routing(nn.Module, MolaTunerLayer):
                     "checkpointing; use gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
             leaf = weights.detach().requires_grad_()
-            carrier, weights = _Carrier.apply(carrier, weights, [leaf]), leaf
+            carrier, weights = Carrier.apply(carrier, weights, [leaf]), leaf
         self._weights[adapter_name, tower] = weights
         return carrier
 
@@ -387,7 +369,7 @@ class Routing(nn.Module, MolaTunerLayer):
         return ((name, self.mola_router[name]) for name, _ in self._active_configs() if name in self.mola_router)
 
     def _source(self, adapter_name: str, tower: str) -> str:
-        return router_sources(self.mola_config[adapter_name], self.towers)[tower]
+        return router_sources(self.mola_config[adapter_name].router_input, self.towers)[tower]
 
     @staticmethod
     def _adapted_towers(adapter_name: str, model: nn.Module) -> set[str]:
@@ -428,89 +410,8 @@ class _InputLayerHook:
         return _InputLayerHook(memo.get(id(self.routing), self.routing), self.tower)
 
 
-class _Carrier(torch.autograd.Function):
-    """Passes a tensor through, and in the backward pass hands the routing weights the gradient found on their leaf.
-
-    Reentrant checkpoints run a backward pass of their own for each block, and would each go through the router. The
-    blocks see a leaf instead, which collects their gradients; as the input of the model was made before anything else,
-    it is the last to be reached on the way back. The leaf comes in a list: as an input of its own it would wait for
-    this function before it took the gradients of layers outside the checkpoints.
-    """
-
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor, weights: torch.Tensor, leaf: list[torch.Tensor]) -> torch.Tensor:
-        ctx.leaf = leaf[0]
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        collected, ctx.leaf.grad = ctx.leaf.grad, None
-        return gradient, collected, None
-
-
-def towers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a model with an input of their own: `image` and `text` of a dual encoder, else the `model`.
-
-    Of an encoder with a decoder it is the encoder that sees the input; `generate` calls it by itself.
-    """
-    vision_model, text_model = getattr(model, "vision_model", None), getattr(model, "text_model", None)
-    if isinstance(vision_model, nn.Module) and isinstance(text_model, nn.Module):
-        return {"image": vision_model, "text": text_model}
-    encodes_first = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return {"model": model.get_encoder() if encodes_first else model}
-
-
-def router_sources(config: MolaConfig, towers: list[str]) -> dict[str, str]:
-    """Tower -> "pixels" or "embeddings": of a dual encoder, only the image tower can be routed by pixels."""
-    return {tower: "embeddings" if tower == "text" else config.router_input for tower in towers}
-
-
-def input_layer(module: nn.Module) -> nn.Module:
-    """The first layer that sees a model's input: of its input embeddings where it tells them, else of all its layers.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        start = module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        start = module
-    for layer in start.modules():
-        if isinstance(layer, Routing):
-            continue
-        if isinstance(layer, BaseTunerLayer):
-            return layer.get_base_layer()  # the router must have looked before the layer's own adapter adds to it
-        if isinstance(layer, (AuxiliaryTrainingWrapper, *_INPUT_LAYERS)):
-            return layer
-    raise ValueError(f"{type(module).__name__} has no embedding, convolution or dense layer for a router to look at.")
-
-
-def _check_task_ids(task_ids: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    if not torch.is_tensor(task_ids) or task_ids.dtype != torch.int64:
-        found = f"{task_ids.dtype} tensor" if torch.is_tensor(task_ids) else type(task_ids).__name__
-        raise TypeError(f"task_ids is a {found}; it must be an int64 tensor of shape (B,).")
-    batch_size = len(tensors[0]) if tensors and tensors[0].dim() else None
-    if task_ids.dim() != 1 or (batch_size is not None and len(task_ids) != batch_size) or not len(task_ids):
-        raise ValueError(
-            f"task_ids has shape {tuple(task_ids.shape)}; it must have one task for each of the {batch_size or 'B'} "
-            "samples."
-        )
-    if tensors and task_ids.device != tensors[0].device:
-        raise ValueError(
-            f"task_ids are on {task_ids.device}, the other inputs on {tensors[0].device}; move them there."
-        )
-
-
 def _named_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-
-
-def _checkpointing_mode(module: nn.Module) -> str | None:
-    for part in module.modules():
-        if getattr(part, "gradient_checkpointing", False):
-            function = getattr(part, "_gradient_checkpointing_func", None)
-            return "reentrant" if getattr(function, "keywords", {}).get("use_reentrant", True) else "not reentrant"
-    return None
 
 
 def mola_routing(model: nn.Module) -> Routing | None:

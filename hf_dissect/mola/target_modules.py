@@ -1,0 +1,24 @@
+"""Which layers an adapter takes when it is not told, by the model type of transformers."""
+
+_ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+# Not the output projection of SigLIP's pooling head: nn.MultiheadAttention reads its weight and never calls it.
+_SIGLIP = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "fc1", "fc2"]
+_BERT = ["query", "key", "value", "dense"]
+TARGET_MODULES = {
+    "clip": _ATTENTION_AND_MLP,
+    "clip_text_model": _ATTENTION_AND_MLP,
+    "clip_vision_model": _ATTENTION_AND_MLP,
+    "siglip": _SIGLIP,
+    "siglip_text_model": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "siglip2": _SIGLIP,
+    "chinese_clip": [*_ATTENTION_AND_MLP, *_BERT],
+    "align": [*_BERT, "expand_conv", "project_conv"],
+    "vision-text-dual-encoder": [*_ATTENTION_AND_MLP, "o_proj", *_BERT, "convolution"],
+    "vit": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+    "resnet": ["convolution"],
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+}
