@@ -27,7 +27,7 @@ from hf_dissect import MolaConfig
 ADAPTERS = ("lora", "mola-router", "mola-grad")
 SIZES = {
     "clip": {"hidden": 768, "layers": 12, "text_hidden": 512, "image": 224, "patch": 32},
-    "resnet": {"hidden": 64, "layers": 2, "image": 112},
+    "resnet": {"hidden": 64, "layers": 2, "image": 224},
     "tiny-clip": {"hidden": 32, "layers": 1, "text_hidden": 32, "image": 32, "patch": 16},
     "tiny-resnet": {"hidden": 8, "layers": 1, "image": 32},
 }
@@ -35,7 +35,7 @@ TARGETS = {"clip": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "re
 
 
 def build(name: str, batch: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A model of the size of a ViT-B/32 CLIP or of a ResNet-18, and a batch for it."""
+    """A model of the size of a ViT-B/32 CLIP or of a ResNet-18, for images of 224 px, and a batch for it."""
     torch.manual_seed(0)
     size = SIZES[name]
     pixels = torch.randn(batch, 3, size["image"], size["image"])
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(SIZES), default="clip")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)

@@ -222,7 +222,7 @@ def seconds_per_step(options: argparse.Namespace) -> dict[str, dict[str, float]]
     seconds = {method: [] for method in options.methods}
     for turn in range(options.timing_rounds + 1):
         for method, training in trainings.items():
-            batches = training.batches(1)
+            batches = training.batches(10)
             start = time.process_time()
             for _ in range(10):
                 training.step(next(batches))
@@ -285,7 +285,7 @@ def parse() -> argparse.Namespace:
     network.add_argument("--widths", type=numbers, default=[16, 32, 64, 128], help="of the stem and of the stages")
     network.add_argument("--depths", type=numbers, default=[1, 1, 1])
     schedule = parser.add_argument_group("schedule")
-    schedule.add_argument("--epochs", type=int, default=20)
+    schedule.add_argument("--epochs", type=int, default=25)
     schedule.add_argument("--batch", type=int, default=64)
     schedule.add_argument("--lr", type=float, default=5e-3)
     schedule.add_argument("--warmup", type=float, default=0.1, help="share of the steps")

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, concatenate_datasets
 
+from hf_dissect import make_scenes
 from hf_dissect.cli import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -56,3 +58,30 @@ def test_differential():
     results = run_benchmark("differential", "run")
     assert {warmup: list(row) for warmup, row in results["differential"].items()} == {"1": ["1", "2"], "2": ["2"]}
     assert all(0 <= auroc <= 1 for auroc in results["correlation"].values())
+
+
+def test_mola_cost():
+    results = run_benchmark("mola_cost", "--model", "tiny-clip", "--rounds", 1, "--batch", 4, "--r", 2)
+    lora, grad = results["lora"], results["mola-grad"]
+    assert (
+        grad["trainable_parameters"] == lora["trainable_parameters"] < results["mola-router"]["trainable_parameters"]
+    )
+    assert lora["processor"]["ratio_to_lora_median"] == 1 and grad["process_mib_ratio"] > 0
+
+
+def test_mola_pacs():
+    for split in ("train", "validation"):
+        parts = []
+        for domain in range(2):
+            rows = make_scenes(14, seed=domain, split=split).select_columns("image")
+            parts.append(rows.add_column("label", [0, 1] * 7).add_column("domain", [domain] * 14))
+        names = ClassLabel(names=["first", "second"])
+        concatenate_datasets(parts).cast_column("domain", names).to_parquet(f"{split}.parquet")
+    small = ["--side", 16, "--widths", "4,4,8", "--depths", "1,1", "--ranks", "1,2", "--epochs", 1, "--batch", 7]
+    methods = ["hard-sharing", "mola-grad", "mola-router+twd"]
+    results = run_benchmark(
+        "mola_pacs", "--data", ".", *small, "--seeds", "0,1", "--methods", ",".join(methods), "--timing-rounds", 1
+    )
+    assert list(results["methods"]) == methods and len(results["runs"]) == 6
+    assert all(0 <= row["accuracy"]["mean"]["mean"] <= 1 for row in results["methods"].values())
+    assert results["methods"]["hard-sharing"]["ratio"] == 1

@@ -56,7 +56,8 @@ class PixelRouter(nn.Module):
         super().__init__()
         self.num_channels = num_channels
         self.image_size = image_size
-        self.stem = nn.Sequential(nn.Conv2d(num_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        convolution = nn.Conv2d(num_channels, 16, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(convolution, nn.BatchNorm2d(16), nn.ReLU(inplace=True))
         widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
         self.blocks = nn.Sequential(*(_BasicBlock(*pair) for pair in zip(widths, widths[1:], strict=False)))
         self.scores = nn.Linear(64, num_experts)
@@ -85,7 +86,7 @@ class _BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
-        return F.relu(shortcut + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+        return F.relu_(shortcut + self.norm2(self.conv2(F.relu_(self.norm1(self.conv1(x))))))
 
 
 class EmbeddingRouter(nn.Module):

@@ -5,6 +5,7 @@ import torch
 from mola.tiny_bases import naive_forward
 from peft import get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_dissect.mola import MolaConfig, MolaLayer, register_router
@@ -235,3 +236,28 @@ def test_dropout_acts_on_the_input_of_the_adapter_only():
 def test_other_layers_are_refused_by_name(layer):
     with pytest.raises(TypeError, match="is not supported. MoLA adapts `torch.nn.Linear`, `torch.nn.Conv2d`"):
         get_peft_model(Net(layer), MolaConfig(variant="grad", target_modules=["body.0"]))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if torch.is_tensor(value):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("variant", ["router", "grad"])
+def test_no_weight_matrix_per_sample_is_ever_built(variant):
+    batch, width = 32, 64
+    config = MolaConfig(
+        variant=variant, num_experts=3, r=2, target_modules=["body.0"], router_input="embeddings", init_weights=False
+    )
+    model = get_peft_model(Net(nn.Linear(width, width)), config).train()
+    with LargestTensor() as largest:
+        model(torch.randn(batch, width), task_ids=torch.arange(batch) % 3).sum().backward()
+    assert width * width <= largest.elements < batch * width * width / 4
