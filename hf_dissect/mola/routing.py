@@ -71,8 +71,9 @@ class Routing(nn.Module, MolaTunerLayer):
         if router is not None:
             # In the model's mode: batch norms must not learn in evaluation.
             self.mola_router[adapter_name] = router.train(self.training)
+            adapted = self._adapted_towers(adapter_name, model)
             for tower, module in towers_of(model).items():
-                if tower in router.branches and tower not in self._adapted_towers(adapter_name, model):
+                if tower in router.branches and tower not in adapted:
                     router.branches.pop(tower)  # nothing to route there
                 elif tower in router.branches and self._source(adapter_name, tower) == "embeddings":
                     self._hook_input_layer(tower, module)
@@ -143,7 +144,7 @@ class Routing(nn.Module, MolaTunerLayer):
         if self._single_task is not None:
             return self._single_task
         if self._task_ids is not None:
-            return F.one_hot(self._task_ids, num_experts).to(dtype)
+            return self._one_hot[adapter_name].to(dtype)
         task = self._default_task(adapter_name)
         if task is not None:
             return task
@@ -233,7 +234,9 @@ class Routing(nn.Module, MolaTunerLayer):
     def _keep_for_backward(self, output: Any) -> None:
         """Have this pass's weights in force again when its backward pass begins, if other passes came in between."""
         if self._checkpoints:
-            state = {name: getattr(self, name) for name in ("_weights", "_task_ids", "_single_task", "_device")}
+            state = {
+                name: getattr(self, name) for name in ("_weights", "_task_ids", "_single_task", "_one_hot", "_device")
+            }
             for tensor in tree_leaves(output):
                 if torch.is_tensor(tensor) and tensor.requires_grad:
                     tensor.register_hook(partial(self._put_in_force, state))
@@ -301,6 +304,9 @@ class Routing(nn.Module, MolaTunerLayer):
             task_ids, tensors, {name: config.num_experts for name, config in grad_adapters}
         )
         self._task_ids = task_ids
+        if self._single_task is None:
+            # Once for all layers of the pass.
+            self._one_hot = {name: F.one_hot(task_ids, config.num_experts) for name, config in grad_adapters}
 
     def _route_argument(self, name, adapter_name, tower, module, args, kwargs) -> tuple[tuple, dict]:
         names = list(inspect.signature(module.forward).parameters)
@@ -353,12 +359,13 @@ class Routing(nn.Module, MolaTunerLayer):
         self._masks: dict[str, torch.Tensor | None] = {}
         self._task_ids: torch.Tensor | None = None
         self._single_task: int | None = None
+        self._one_hot: dict[str, torch.Tensor] = {}
         self._device: torch.device | None = None
         self._inside = self._reentrant = self._checkpoints = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a gradient graph, as a forward pass leaves them, can be neither copied nor pickled.
-        return self.__dict__ | {"_weights": {}, "_projections": {}, "_masks": {}, "_task_ids": None}
+        return self.__dict__ | {"_weights": {}, "_projections": {}, "_masks": {}, "_task_ids": None, "_one_hot": {}}
 
     def _active_configs(self) -> list[tuple[str, MolaConfig]]:
         if self.disable_adapters:
