@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_dissect.launch_configs import read_summary, shipped_launch_configs
 from hf_dissect.recipe import Recipe, RecipeError, read_description, shipped_recipes
 from hf_dissect.version import __version__
 
@@ -19,7 +20,7 @@ EPILOGS = {
   hf-dissect train flickr8k-local data.path=/data/flickr8k
   hf-dissect train runs/quickstart/recipe.yaml       repeat a run from its own folder
   hf-dissect train quickstart --resume               continue from the last checkpoint
-  accelerate launch -m hf_dissect.cli train cc3m     several GPUs""",
+  accelerate launch -m hf_dissect.cli train cc3m     several GPUs; see hf-dissect recipes --accelerate""",
     "evaluate": """examples:
   hf-dissect evaluate runs/quickstart                the data of the run's own recipe
   hf-dissect evaluate runs/x --data /data/flickr8k --split test
@@ -31,7 +32,9 @@ EPILOGS = {
   hf-dissect compare runs/flickr8k/recipe.yaml       repeat a comparison from its own folder""",
     "recipes": """examples:
   hf-dissect recipes
-  hf-dissect recipes quickstart > mine.yaml          a copy to change""",
+  hf-dissect recipes quickstart > mine.yaml          a copy to change
+  hf-dissect recipes --accelerate                    ways to use several GPUs or machines
+  hf-dissect recipes --accelerate multi-gpu > multi-gpu.yaml""",
 }
 FIGURES = {
     "recall_sum": "recall sum",
@@ -52,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. {options.after_interrupt}".rstrip(), file=sys.stderr)
         return 130
+    except SystemExit as stop:  # StoppedBySignal, after a checkpoint
+        print(f"\nhf-dissect: {stop} {options.after_interrupt}".rstrip(), file=sys.stderr)
+        return stop.code
     except Exception as error:
         if options.debug or not _is_for_the_user(error):
             raise
@@ -78,10 +84,11 @@ def _is_for_the_user(error: Exception) -> bool:
         return True
     # Not imported at the top: the recipe commands must not wait for torch.
     from hf_dissect.data.bad_rows import TooManyBadRows
+    from hf_dissect.interruption import DataWorkerDied
     from hf_dissect.trainer import NonFiniteLossError
 
     # ImportError: a setting that needs a package which is not there, such as a tracker or an optimiser.
-    return isinstance(error, TooManyBadRows | NonFiniteLossError | OSError | ImportError)
+    return isinstance(error, TooManyBadRows | NonFiniteLossError | DataWorkerDied | OSError | ImportError)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -149,15 +156,18 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    shipped = shipped_recipes()
+    if options.accelerate:
+        kind, shipped, describe = "accelerate configuration", shipped_launch_configs(), read_summary
+    else:
+        kind, shipped, describe = "recipe", shipped_recipes(), read_description
     if options.name is not None:
         if options.name not in shipped:
-            raise RecipeError(options.name, [f"no such recipe; shipped are {', '.join(shipped)}"])
+            raise RecipeError(options.name, [f"no such {kind}; shipped are {', '.join(shipped)}"])
         print(shipped[options.name].read_text(encoding="utf-8"), end="")
         return
     width = max(map(len, shipped))
     for name, path in shipped.items():
-        print(f"{name:{width}}  {read_description(path)}")
+        print(f"{name:{width}}  {describe(path)}")
 
 
 def _with_output_dir(recipe: Recipe, output_dir: str | None) -> Recipe:
@@ -293,8 +303,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-workers", type=_not_negative, default=0, help="processes that decode (default: 0)")
     evaluate.add_argument("--output", help="also write the figures to this JSON file")
 
-    recipes = command("recipes", _recipes, "List the shipped recipes, or print one.")
-    recipes.add_argument("name", nargs="?", help="print this recipe instead of the list")
+    recipes = command("recipes", _recipes, "List the shipped recipes or accelerate configurations, or print one.")
+    recipes.add_argument("name", nargs="?", help="print this one instead of the list")
+    recipes.add_argument(
+        "--accelerate", action="store_true", help="the configurations of accelerate launch instead of the recipes"
+    )
     return parser
 
 

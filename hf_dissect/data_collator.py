@@ -88,6 +88,16 @@ class SelectionCollator:
             batch["is_clean"] = torch.tensor([bool(row["is_clean"]) for row in rows])
         return batch
 
+    @property
+    def padding(self) -> dict[str, tuple[int, str]]:
+        """What tokenised captions are padded with, and on which side ("left" or "right"), by the key of the batch."""
+        tokenizer = self.tokenizer
+        return {
+            "input_ids": (tokenizer.pad_token_id, tokenizer.padding_side),
+            "attention_mask": (0, tokenizer.padding_side),
+            "token_type_ids": (tokenizer.pad_token_type_id, tokenizer.padding_side),
+        }
+
     def _texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
         encoded = self.tokenizer(
             captions,

@@ -25,6 +25,7 @@ from hf_dissect.recipe_schema import (
     DataSection,
     EvaluationSection,
     ModelSection,
+    ObjectiveSection,
     SelectionSection,
     ZeroShotSection,
     parse_strategy,
@@ -37,6 +38,7 @@ __all__ = [
     "DataSection",
     "EvaluationSection",
     "ModelSection",
+    "ObjectiveSection",
     "Recipe",
     "RecipeError",
     "SelectionSection",
@@ -56,7 +58,7 @@ class Recipe:
     Attributes:
         name: of the run; its folder is `runs/<name>` unless `training.output_dir` says otherwise.
         description: one line.
-        model, data, selection, evaluation, compare: the sections, see `hf_dissect.recipe_schema`.
+        model, data, selection, objective, evaluation, compare: the sections, see `hf_dissect.recipe_schema`.
         adapter: `type` (`mola`, `lora` or another type of PEFT) and fields of its configuration; None for no adapter.
         training: fields of `transformers.TrainingArguments` as given.
     """
@@ -67,6 +69,7 @@ class Recipe:
     adapter: dict[str, Any] | None = None
     data: DataSection = dataclasses.field(default_factory=DataSection)
     selection: SelectionSection = dataclasses.field(default_factory=SelectionSection)
+    objective: ObjectiveSection = dataclasses.field(default_factory=ObjectiveSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     compare: CompareSection = dataclasses.field(default_factory=CompareSection)

@@ -15,9 +15,11 @@ from typing import Any
 ARGUMENT_SOURCES = {
     "selection_strategy": "selection.strategy",
     "selection_ratio": "selection.ratio",
+    "selection_scope": "selection.scope",
     "selection_warmup_epochs": "selection.warmup_epochs",
     "selection_options": "selection.options",
     "mask_false_negatives": "selection.mask_false_negatives",
+    "grad_cache_chunk_size": "objective.grad_cache_chunk_size",
     "scoring_batch_size": "selection.scoring_batch_size",
     "record_selection": "selection.record",
     "max_bad_fraction": "selection.max_bad_fraction",
@@ -27,6 +29,7 @@ ARGUMENT_SOURCES = {
     "task_column": "data.task_column",
     "clean_column": "data.clean_column",
     "max_caption_length": "model.max_caption_length",
+    "shuffle_buffer": "data.shuffle_buffer",
     "dataloader_num_workers": "data.num_workers",
 }
 TRAINING_RANGES = {

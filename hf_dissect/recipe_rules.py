@@ -78,6 +78,11 @@ def _data(recipe: "Recipe") -> Iterator[Fault]:
             ("data.streaming", "training.max_steps"),
             "true needs training.max_steps: the length of a stream is unknown, hence that of an epoch",
         )
+    if data.source == "webdataset" and "://" in (data.path or "") and not data.streaming:
+        yield (
+            ("data.streaming", "data.path"),
+            f"false, but the shards of {show(data.path)} lie elsewhere; set it to true, or copy them here first",
+        )
     if data.streaming and data.image_features:
         yield (
             ("data.image_features", "data.streaming"),

@@ -13,6 +13,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "clipscore": (),
     "none": (),
 }
+SCOPES = ("local", "global")
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
 
 
@@ -65,7 +66,11 @@ class DataSection:
     """
 
     source: str = setting("scenes", "What kind of data it is.", choices=SOURCES)
-    path: str | None = setting(None, "Hub id, folder or shards; needed by every source but scenes.")
+    path: str | None = setting(
+        None,
+        "Hub id, folder or shards; needed by every source but scenes. Shards may lie elsewhere "
+        "(hf://datasets/<user>/<name>/train-*.tar, https://host/train-{000..123}.tar); these need streaming.",
+    )
     name: str | None = setting(None, "Configuration of a Hub dataset.")
     train_split: str = setting("train", "Split that is trained on.")
     validation_split: str | None = setting("validation", "Split evaluated during training; null: there is none.")
@@ -85,6 +90,9 @@ class DataSection:
     noise_seed: int = setting(0, "Seed of the shuffling.", within="[0, inf)")
     noise_permutation: str | None = setting(None, ".npy, int (num_pairs,): pair i gets caption number order[i].")
     num_workers: int = setting(0, "Processes that decode and tokenise.", within="[0, inf)")
+    shuffle_buffer: int = setting(
+        10_000, "Pairs of a stream that each worker holds undecoded to shuffle them; 0: none.", within="[0, inf)"
+    )
     scenes_train: int = setting(4096, "Training pairs of the scenes.", within="[1, inf)")
     scenes_validation: int = setting(512, "Validation pairs of the scenes; 0: no such split.", within="[0, inf)")
     scenes_test: int = setting(512, "Test pairs of the scenes; 0: no such split.", within="[0, inf)")
@@ -101,6 +109,9 @@ class SelectionSection:
 
     strategy: str = setting("dissect", "The rule that chooses.", choices=tuple(STRATEGIES))
     ratio: float = setting(0.5, "Selection ratio: kept pairs / candidates.", within="(0, 1]")
+    scope: str = setting(
+        "local", "With several processes: each keeps pairs of its own candidates, or all of the union.", choices=SCOPES
+    )
     warmup_epochs: int = setting(1, "Epochs that record scores before the warm-up variant selects.", within="[0, inf)")
     options: dict[str, Any] = setting({}, "Keywords of the strategy, such as variant: momentum.")
     mask_false_negatives: bool = setting(
@@ -111,6 +122,17 @@ class SelectionSection:
     )
     record: bool = setting(False, "Write selection.parquet: every candidate of every step.")
     max_bad_fraction: float = setting(0.01, "Share of unreadable rows above which the run stops.", within="[0, 1]")
+
+
+@dataclasses.dataclass
+class ObjectiveSection:
+    """How the loss is computed."""
+
+    grad_cache_chunk_size: int | None = setting(
+        None,
+        "Pairs that go through the model at a time with gradient, the loss being that of all (GradCache); null: all.",
+        within="[1, inf)",
+    )
 
 
 @dataclasses.dataclass

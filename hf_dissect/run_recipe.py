@@ -24,16 +24,11 @@ from hf_dissect.training_args import DissectTrainingArguments
 logger = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 200_000
-SHUFFLE_BUFFER = 10_000
 
 
 def load_data(recipe: Recipe) -> dict[str, Any]:
     """The splits that the recipe's data section describes, as tables: "train" and, where there are any, the others."""
-    splits = load_splits(**dataclasses.asdict(recipe.data))
-    if recipe.data.streaming:
-        seed = recipe.training.get("seed", 42)
-        splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    return splits
+    return load_splits(**dataclasses.asdict(recipe.data))
 
 
 def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> DissectTrainer:

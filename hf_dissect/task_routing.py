@@ -26,23 +26,53 @@ def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
     return inputs
 
 
+def representations(model: nn.Module, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the losses of the last forward pass are made of, for `grad_cached_backward`.
+
+    Returns:
+        `image_embeds` and `text_embeds` `(B, D)`, and `projections`, which a MoLA router is decorrelated by:
+        `(adapter, tower) -> (B, d)`, empty where there are none.
+    """
+    routing = mola_routing(model)
+    return {
+        "image_embeds": outputs["image_embeds"],
+        "text_embeds": outputs["text_embeds"],
+        "projections": {} if routing is None else routing.projections(),
+    }
+
+
 class Decorrelation:
     """The task-wise decorrelation loss of a model's MoLA router, and its mean for the logs."""
 
     def __init__(self):
         self._since_log: list[torch.Tensor] = []
 
-    def added_to(self, loss: torch.Tensor, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-        """`loss` plus the weighted decorrelation of the last forward pass; as it is without a router or without tasks.
+    def added_to(
+        self,
+        loss: torch.Tensor,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        projections: Mapping[tuple[str, str], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """`loss` plus the weighted decorrelation of the batch; as it is without a router or without tasks.
 
-        It is gathered over the ranks: each of them has to ask for it equally often.
+        It is gathered over the ranks: each of them has to ask for it equally often. `projections` are those of the
+        batch as `representations` gives them, by default of the last forward pass.
         """
         routing = mola_routing(model) if "task_id" in batch else None
         if routing is None or not routing.decorrelates:
             return loss
-        decorrelation = routing.decorrelation_loss(batch["task_id"])
+        decorrelation = routing.decorrelation_loss(batch["task_id"], projections)
         self._since_log.append(decorrelation.detach())
         return loss + decorrelation
+
+    def state(self) -> list[float]:
+        """Its values since the last log, to go on from after a resume."""
+        return [value.item() for value in self._since_log]
+
+    def restore(self, values: list[float]) -> None:
+        """Go on from what `state` gave."""
+        self._since_log = [torch.tensor(value) for value in values]
 
     def pop_logs(self) -> dict[str, float]:
         """Its mean over this rank's batches since the last call, nothing where there was none."""

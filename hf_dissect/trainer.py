@@ -1,19 +1,18 @@
 """The Hugging Face Trainer with one thing added: of each candidate batch, only the pairs worth a gradient train."""
 
-import logging
+import math
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from hf_dissect.adapters import restore_base, save_base
-from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data.bad_rows import BadRows
-from hf_dissect.data.pairs import ROW_KEYS, key_hash
+from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
+from hf_dissect.data.stream_loader import StreamLoader
 from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.evaluation.predictions import retrieval_of_predictions
-from hf_dissect.losses import ContrastiveLoss, per_pair_loss
+from hf_dissect.losses import ContrastiveLoss, grad_cached_backward, per_pair_loss
 from hf_dissect.model_card import TAGS
 from hf_dissect.models import (
     bare_model,
@@ -21,16 +20,17 @@ from hf_dissect.models import (
     clamp_logit_scale_,
     contrastive_kind,
     logit_scale_and_bias,
-    same_architecture,
     text_padding,
 )
 from hf_dissect.non_finite import NonFiniteLossError, check_finite
 from hf_dissect.pair_scores import score_all_pairs
 from hf_dissect.ranks import Ranks
+from hf_dissect.resumable_trainer import ResumableTrainer
 from hf_dissect.run_folder import write_run_folder
 from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
+from hf_dissect.selection.scope import Kept, select_among_all, select_among_own, share_out
 from hf_dissect.selection.trace import SelectionTrace
-from hf_dissect.task_routing import Decorrelation, check_tasks, forward_inputs, save_task_names
+from hf_dissect.task_routing import Decorrelation, check_tasks, forward_inputs, representations
 from hf_dissect.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
@@ -42,14 +42,10 @@ from hf_dissect.training_data import (
     warn_if_never_selected,
 )
 
-logger = logging.getLogger(__name__)
-
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
 
-LEDGER_FILE = "ledger.safetensors"
 
-
-class DissectTrainer(Trainer):
+class DissectTrainer(ResumableTrainer):
     """Trains a CLIP-like dual encoder on the pairs that its selection strategy keeps.
 
     Args:
@@ -110,6 +106,7 @@ class DissectTrainer(Trainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
+        self._check_grad_cache()
         check_dual_encoder(self.model)
         check_tasks(self.model, train_dataset, eval_dataset)
         if hasattr(bare_model(self.model), "add_model_tags"):
@@ -129,48 +126,66 @@ class DissectTrainer(Trainer):
         self.bad_rows = BadRows(args.max_bad_fraction, num_pairs(train_dataset))
         self.ranks = Ranks(self.accelerator)
         self.trace = SelectionTrace(
-            args.output_dir, self.ranks, records=args.record_selection, is_first_rank=self.is_world_process_zero()
+            args.output_dir, records=args.record_selection, is_first_rank=self.is_world_process_zero()
         )
         self.monitor = self.trace.monitor
         self.decorrelation = Decorrelation()
+        self._stream_batches = None
         self.times = TimeSpent()
-        self._epoch = 0
         self.add_callback(_SelectionCallback(self))
 
     # ---- the way of a pair: collated -> scored -> selected -> loss ----
 
+    def get_train_dataloader(self):
+        """The Trainer's; of a stream one whose place can be saved and found again."""
+        if not isinstance(self.train_dataset, PairStream):
+            return super().get_train_dataloader()
+        args = self.args
+        self.stream = StreamLoader(
+            self.train_dataset,
+            self.data_collator,
+            args.train_batch_size,
+            rank=self.ranks.own,
+            world_size=self.ranks.count,
+            num_workers=args.dataloader_num_workers,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle_buffer=args.shuffle_buffer,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        self._stream_batches = iter(self.stream)
+        return self.stream
+
     def get_batch_samples(self, epoch_iterator, num_batches: int, device):
         """Pull the candidate batches of one update and keep of each what its strategy selects."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # a finished run that is resumed
+        batches = self._stream_batches if self.stream is not None else epoch_iterator
         with self.times.measure("data"):
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return [self._select(batch, micro_step) for micro_step, batch in enumerate(batches)], num_items
+            candidates, num_items = super().get_batch_samples(batches, num_batches, device)
+        return [self._select(batch, micro_step) for micro_step, batch in enumerate(candidates)], num_items
 
     def _select(self, batch: Mapping[str, torch.Tensor], micro_step: int) -> dict[str, torch.Tensor]:
         sample_id = batch["sample_id"].cpu()
         good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu())
+        sizes = self._agree(len(good))
         batch = self._prepare_inputs(batch)
-        scores = self._score(batch, sample_id, good)
-        num_good = self.ranks.smallest(len(good))
-        if num_good == 0:
-            return {name: value[:0] for name, value in batch.items()}
-        candidates = scores if len(good) == len(sample_id) else scores.subset(good)
-        step = self.state.global_step
-        self.strategy.generator.manual_seed(
-            key_hash(f"{self.args.seed}/{step}/{micro_step}/{self.args.process_index}")
-        )
-        selection = self.strategy.select(candidates, self.ledger, self._num_selected(num_good))
-        indices = selection.indices[:num_good] if self.strategy.keeps_all else selection.indices
-        self.trace.observe(self._epoch, step, batch, candidates, good, indices, selection.priority)
-        if scores.image_embeds is not None:
-            correlation = torch.full(sample_id.shape, torch.nan).index_copy(0, good, candidates.correlation)
-            self._record(sample_id, correlation)
-        if len(indices) == len(sample_id) and selection.weights is None:
-            return batch
-        kept = good[indices].to(self.args.device)
-        batch = {name: value[kept] for name, value in batch.items()}
-        if selection.weights is not None:
-            batch["pair_weight"] = selection.weights.to(self.args.device)
-        return batch
+        candidates = self._score(batch, sample_id, good).subset(good)
+        kept = self._choose(candidates, sizes, micro_step)
+        self._take_note(batch, candidates, good, kept, sizes)
+        return self._keep(batch, good, kept)
+
+    def _agree(self, num_good: int) -> list[int]:
+        """Tell the other ranks what all have to know before a selection; how many candidates each of them has."""
+        passes = 0 if self.stream is None else self.stream.passes
+        told = self.ranks.table(num_good, passes, self.stop_request.made).T.tolist()
+        sizes, all_passes, stops = told
+        self.stops = self.stops or any(stops)
+        if self.stream is not None and min(all_passes) > self.selection_epoch:
+            self.selection_epoch = min(all_passes)
+            self.strategy.on_epoch_begin(self.selection_epoch)
+        return sizes
 
     def _score(self, batch: Mapping[str, torch.Tensor], sample_id: torch.Tensor, good: torch.Tensor):
         if not self._scores_candidates():
@@ -187,13 +202,35 @@ class DissectTrainer(Trainer):
             self._check_finite(scores.correlation[good], "the correlation", sample_id[good])
         return scores
 
+    def _choose(self, candidates: CandidateScores, sizes: list[int], micro_step: int) -> Kept:
+        chooses_alone = self.args.selection_scope == "local" or self.strategy.keeps_all or self.ranks.alone
+        chooser = self.ranks.own if chooses_alone else 0
+        self.strategy.generator.manual_seed(
+            key_hash(f"{self.args.seed}/{self.state.global_step}/{micro_step}/{chooser}")
+        )
+        arguments = (self.strategy, candidates, self.ledger, sizes, self._num_selected)
+        return select_among_own(*arguments) if chooses_alone else select_among_all(*arguments, self.ranks)
+
+    def _keep(self, batch: Mapping[str, torch.Tensor], good: torch.Tensor, kept: Kept) -> dict[str, torch.Tensor]:
+        if len(kept.indices) == len(batch["sample_id"]) and kept.weights is None:
+            kept_batch = dict(batch)
+        else:
+            rows = good[kept.indices].to(self.args.device)
+            kept_batch = {name: value[rows] for name, value in batch.items()}
+            if kept.weights is not None:
+                kept_batch["pair_weight"] = kept.weights.to(self.args.device)
+        return share_out(kept_batch, kept.counts, self.ranks, getattr(self.data_collator, "padding", {}))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The contrastive loss over the kept pairs of all ranks, weighted as the strategy asks.
 
         In training, a MoLA router adds its task-wise decorrelation loss over these pairs, where tasks are known.
         """
         outputs = model(**forward_inputs(model, inputs))
-        scale, bias = logit_scale_and_bias(model)
+        loss = self._loss(model, inputs, outputs, *logit_scale_and_bias(model))
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, model, inputs, outputs, scale, bias, projections=None) -> torch.Tensor:
         loss = self.contrastive_loss(
             outputs,
             scale=scale,
@@ -203,20 +240,41 @@ class DissectTrainer(Trainer):
             caption_key=inputs.get("caption_key"),
         )
         if model.training:
-            loss = self.decorrelation.added_to(loss, model, inputs)
+            loss = self.decorrelation.added_to(loss, model, inputs, projections)
         if model.training and not self._scores_candidates():
             # Pairs that train unscored are recorded from the training forward: their history costs nothing.
             cosine = (outputs["image_embeds"] * outputs["text_embeds"]).sum(-1).detach().float()
-            self._record(inputs["sample_id"], (cosine * 100).clamp_min(0))
-        return (loss, outputs) if return_outputs else loss
+            self._record(self.ranks.gather(inputs["sample_id"]), self.ranks.gather((cosine * 100).clamp_min(0)))
+        return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The Trainer's step; stops before the weights are touched when the loss is not finite."""
         if len(inputs["sample_id"]) == 0:
             return torch.zeros((), device=self.args.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if len(inputs["sample_id"]) <= (self.args.grad_cache_chunk_size or math.inf):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._training_step_in_chunks(model, inputs)
         self._check_finite(loss, "the loss", inputs["sample_id"])
         return loss
+
+    def _training_step_in_chunks(self, model, inputs) -> torch.Tensor:
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        share = 1 / self.current_gradient_accumulation_steps
+        loss = grad_cached_backward(
+            model,
+            forward_inputs(model, inputs),
+            lambda cached, scale, bias: self._loss(model, inputs, cached, scale, bias, cached["projections"]),
+            chunk_size=self.args.grad_cache_chunk_size,
+            backward=lambda part: self.accelerator.backward(part * share),
+            no_sync=partial(self.accelerator.no_sync, model),
+            autocast=self.compute_loss_context_manager,
+            representations=partial(representations, model),
+        )
+        return loss * share
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of the batch's good pairs, the embeddings `(B, D)` of both sides, and what identifies the pairs."""
@@ -233,10 +291,28 @@ class DissectTrainer(Trainer):
 
     # ---- what the selection leaves behind ----
 
+    def _take_note(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        candidates: CandidateScores,
+        good: torch.Tensor,
+        kept: Kept,
+        sizes: list[int],
+    ) -> None:
+        """Show the choice to the trace and the ledger of every rank."""
+        columns = {"sample_id": candidates.sample_id}
+        columns["kept"] = torch.zeros(len(good), dtype=torch.bool).index_fill(0, kept.indices, True)
+        columns["priority"] = torch.full((len(good),), torch.nan) if kept.priority is None else kept.priority.float()
+        if candidates.image_embeds is not None:
+            columns["correlation"] = candidates.correlation
+        if "is_clean" in batch:
+            columns["is_clean"] = batch["is_clean"].cpu()[good]
+        columns = self.ranks.gather_columns(columns, sizes)
+        self.trace.observe(self.selection_epoch, self.state.global_step, columns)
+        if "correlation" in columns:
+            self._record(columns["sample_id"], columns["correlation"])
+
     def _record(self, sample_id: torch.Tensor, correlation: torch.Tensor) -> None:
-        sample_id, correlation = self.ranks.gather(sample_id), self.ranks.gather(correlation)
-        scored = ~correlation.isnan()
-        sample_id, correlation = sample_id[scored], correlation[scored]
         self.ledger.write("correlation", sample_id, correlation)
         self.strategy.record(sample_id, correlation, self.ledger)
 
@@ -249,25 +325,18 @@ class DissectTrainer(Trainer):
                 logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
         super().log(logs, start_time)
 
-    # ---- training, evaluation, checkpoints ----
+    # ---- training and evaluation ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **arguments):
-        """Train as the Trainer does; then, with `save_run_folder`, leave a complete run folder."""
+        """Train as the Trainer does (see `ResumableTrainer`); with `save_run_folder`, leave a complete run folder."""
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"No checkpoint to resume from in {self.args.output_dir}.")
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            same_architecture(self.model, resume_from_checkpoint)
-        else:
-            self.trace.restart(step=0)
-        self._epoch = -1
         warn_if_never_selected(self.train_dataset, getattr(self.strategy, "warmup_epochs", 0), self.args)
-        with self.times.measure("training"):
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+        try:
+            with self.times.measure("training"):
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+        finally:
+            self.stream = self._stream_batches = None  # its workers end
         self.trace.close()
         if self.args.save_run_folder:
             write_run_folder(self)
@@ -295,42 +364,6 @@ class DissectTrainer(Trainer):
         check_tasks(self.model, self.train_dataset, pairs)
         return score_all_pairs(self, pairs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor, and beside them the ledger, the recipe, and what an adapter needs to be loaded."""
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.ledger.save(folder / LEDGER_FILE, {"epoch": self._epoch, "strategy": self.strategy.name})
-            if self.recipe is not None:
-                self.recipe.save(folder / "recipe.yaml")
-            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose processes each hold a part only
-                save_base(self.model, folder)
-            save_task_names(self.train_dataset, folder)
-        super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model, trial):
-        self.trace.flush()
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        restore_base(self.model, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self):
-        restore_base(self.model, self.state.best_model_checkpoint)
-        super()._load_best_model()
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self.trace.restart(self.state.global_step)
-        path = Path(checkpoint) / LEDGER_FILE
-        if path.is_file():
-            self._epoch = self.ledger.load(path)["epoch"] - 1  # which now begins again
-        else:
-            logger.warning("%s has no %s: the history of the pairs starts anew.", checkpoint, LEDGER_FILE)
-
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_KEYS, "task_id", "is_clean"]))
@@ -338,20 +371,34 @@ class DissectTrainer(Trainer):
     # ---- small matters ----
 
     def _begin_epoch(self) -> None:
+        if self.stream is not None:
+            return  # the Trainer sees one epoch: passes are told by the loader
         if num_pairs(self.train_dataset) is not None:
-            self._epoch = int(self.state.epoch + 1e-6)
+            self.selection_epoch = int(self.state.epoch + 1e-6)
         else:
-            # Of a stream the Trainer's epoch is a share of max_steps: passes are counted here instead.
-            self._epoch += 1
-        self.strategy.on_epoch_begin(self._epoch)
+            self.selection_epoch += 1
+        self.strategy.on_epoch_begin(self.selection_epoch)
 
     def _scores_candidates(self) -> bool:
-        return self.args.record_selection or self.strategy.needs_scores(self._epoch)
+        return self.args.record_selection or self.strategy.needs_scores(self.selection_epoch)
 
     def _num_selected(self, num_candidates: int) -> int:
         if self.strategy.keeps_all:
             return num_candidates
         return min(num_candidates, max(2, self.args.num_selected(num_candidates)))
+
+    def _check_grad_cache(self) -> None:
+        unfit = {
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "torch.nn.DataParallel": self.args.n_gpu > 1,
+            f"optim {self.args.optim}": "lomo" in self.args.optim,
+        }
+        for name in (name for name, used in unfit.items() if used and self.args.grad_cache_chunk_size is not None):
+            raise ValueError(
+                f"grad_cache_chunk_size={self.args.grad_cache_chunk_size} makes several backward passes a step, which "
+                f"{name} does not go with; use one process a GPU (accelerate launch, DDP or FSDP) and an optimiser "
+                "that steps once, or leave it out."
+            )
 
     def _check_finite(self, values: torch.Tensor, what: str, sample_id: torch.Tensor) -> None:
         check_finite(values, what, sample_id, self.state.global_step, self.args.output_dir)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_dissect.selection import STRATEGIES, SelectionStrategy, make_strategy
+from hf_dissect.selection import SCOPES, STRATEGIES, SelectionStrategy, make_strategy
 
 
 @dataclass
@@ -22,6 +22,9 @@ class DissectTrainingArguments(TrainingArguments):
     Args:
         selection_strategy: "dissect", "random", "small_loss", "big_loss", "clipscore" or "none" (all candidates).
         selection_ratio: share of the candidates that train, in (0, 1].
+        selection_scope: with several processes, "local": each keeps `k` of its own candidates; "global": the `k` of
+            each are chosen among the candidates of all and shared out, so that the processes together keep what one
+            process would keep of the union.
         selection_warmup_epochs: epochs before `dissect`'s warm-up variant begins to select by differential.
         selection_options: further keywords of the strategy, e.g. `{"variant": "momentum", "momentum": 0.9}`.
         scoring_batch_size: candidates per scoring forward; None for all `B` at once.
@@ -32,6 +35,8 @@ class DissectTrainingArguments(TrainingArguments):
 
     Args:
         mask_false_negatives: pairs that share an image or a caption are not each other's negatives.
+        grad_cache_chunk_size: pairs that go through the model at a time with gradient; the loss is that of the whole
+            batch all the same (GradCache, arXiv 2101.06983), at the price of a second forward pass. None: all at once.
 
     > Data
 
@@ -39,6 +44,8 @@ class DissectTrainingArguments(TrainingArguments):
         image_column, caption_column, id_column, task_column, clean_column: names of the columns; None for the usual
             ones (`image`; `caption`, `text` or the list `captions`; numbered rows; no tasks; `clean`).
         max_caption_length: tokens a caption is cut to; None for the model's limit.
+        shuffle_buffer: pairs of a stream that each data worker holds undecoded, to give them out in a random order; 0
+            for the order of the stream. Map-style data are shuffled as a whole.
         max_bad_fraction: training stops when more than this share of the pairs cannot be read.
 
     > Run folder
@@ -55,6 +62,9 @@ class DissectTrainingArguments(TrainingArguments):
         default="dissect", metadata={"help": f"Which candidates train: {', '.join(STRATEGIES)}."}
     )
     selection_ratio: float = field(default=0.5, metadata={"help": "Share of the candidates that train, in (0, 1]."})
+    selection_scope: str = field(
+        default="local", metadata={"help": "Candidates of each process (local) or of all together (global)."}
+    )
     selection_warmup_epochs: int = field(
         default=1, metadata={"help": "Epochs before the warm-up variant of dissect selects by differential."}
     )
@@ -70,6 +80,9 @@ class DissectTrainingArguments(TrainingArguments):
     mask_false_negatives: bool = field(
         default=False, metadata={"help": "Pairs that share an image or a caption are not each other's negatives."}
     )
+    grad_cache_chunk_size: int | None = field(
+        default=None, metadata={"help": "Pairs a forward pass with gradient, for batches beyond memory (GradCache)."}
+    )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
     caption_column: str | None = field(
         default=None, metadata={"help": "Column of the captions (default: caption, text or the list captions)."}
@@ -81,6 +94,9 @@ class DissectTrainingArguments(TrainingArguments):
     )
     max_caption_length: int | None = field(
         default=None, metadata={"help": "Tokens a caption is cut to (default: the model's limit)."}
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Pairs of a stream held by each data worker to be shuffled; 0: none."}
     )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Training stops when more than this share of the pairs cannot be read."}
@@ -101,6 +117,10 @@ class DissectTrainingArguments(TrainingArguments):
         _check_count("selection_warmup_epochs", self.selection_warmup_epochs, least=0)
         _check_count("scoring_batch_size", self.scoring_batch_size, least=1, none_allowed=True)
         _check_count("max_caption_length", self.max_caption_length, least=3, none_allowed=True)
+        _check_count("grad_cache_chunk_size", self.grad_cache_chunk_size, least=1, none_allowed=True)
+        _check_count("shuffle_buffer", self.shuffle_buffer, least=0)
+        if self.selection_scope not in SCOPES:
+            raise ValueError(f"selection_scope={self.selection_scope!r}: choose one of {', '.join(SCOPES)}.")
         strategy = self.make_strategy()
         self._check_enough_pairs(strategy)
         if self.max_steps <= 0 and getattr(strategy, "warmup_epochs", 0) >= math.ceil(self.num_train_epochs):

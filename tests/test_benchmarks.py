@@ -14,11 +14,15 @@ from hf_dissect.cli import main
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run_benchmark(name: str, *arguments: object) -> dict:
-    output = Path(f"{name}.json").resolve()
-    command = [sys.executable, BENCHMARKS / f"{name}.py", *arguments, "--output", output]
+def run_script(name: str, *arguments: object) -> None:
+    command = [sys.executable, BENCHMARKS / f"{name}.py", *arguments]
     finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
+
+
+def run_benchmark(name: str, *arguments: object) -> dict:
+    output = Path(f"{name}.json").resolve()
+    run_script(name, *arguments, "--output", output)
     return json.loads(output.read_text())
 
 
@@ -60,6 +64,13 @@ def test_differential():
     assert all(0 <= auroc <= 1 for auroc in results["correlation"].values())
 
 
+def test_grad_cache():
+    results = run_benchmark("grad_cache", "--chunk", 4, "--factors", 2, "--repeats", 1)
+    cached, plain = results["grad_cache"]["2x"], results["plain"]["2x"]
+    assert cached["inputs_mib"] == plain["inputs_mib"] > 0 and cached["batch"] == 8
+    assert cached["seconds_per_step"]["mean"] > 0 and plain["processor_seconds_per_step"]["mean"] > 0
+
+
 def test_mola_cost():
     results = run_benchmark("mola_cost", "--model", "tiny-clip", "--rounds", 1, "--batch", 4, "--r", 2)
     lora, grad = results["lora"], results["mola-grad"]
@@ -85,3 +96,11 @@ def test_mola_pacs():
     assert list(results["methods"]) == methods and len(results["runs"]) == 6
     assert all(0 <= row["accuracy"]["mean"]["mean"] <= 1 for row in results["methods"].values())
     assert results["methods"]["hard-sharing"]["ratio"] == 1
+
+
+def test_faults():
+    run_script("faults", "--trials", 1, "--faults", "kill,nan", "--output-dir", ".")
+    rows = json.loads(Path("results/faults.json").read_text())["faults"]
+    assert [row["fault"] for row in rows] == ["kill -9", "NaN in a weight or in the loss"]
+    assert all(row["tried"] == 1 and row["differ"] == 0 and row["resumed_from_older"] == 0 for row in rows)
+    assert "| kill -9 | 1 |" in Path("faults.md").read_text()

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # What a build reads, and two folders that it must leave out.
 BUILD_INPUTS = ("hf_dissect", "recipes", "model_cards", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md")
 BUILD_INPUTS += ("LICENSE", "tests", "benchmarks")
-TOP_LEVEL_DATA = ("recipes", "model_cards")
+TOP_LEVEL_DATA = ("recipes", "recipes/accelerate", "model_cards")
 
 USE_WHAT_IS_SHIPPED = """
 import hf_dissect
@@ -85,10 +85,17 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tree, wheel):
         names = set(archive.namelist())
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     package = {path.relative_to(tree).as_posix() for path in (tree / "hf_dissect").rglob("*") if path.is_file()}
-    data = {f"hf_dissect/{part}/{path.name}" for part in TOP_LEVEL_DATA for path in (tree / part).iterdir()}
+    files = [path for part in TOP_LEVEL_DATA for path in (tree / part).iterdir() if path.is_file()]
+    data = {f"hf_dissect/{path.relative_to(tree).as_posix()}" for path in files}
     assert names - metadata == package | data
     # By name as well, in case a folder of the tree is empty by mistake.
-    for needed in ("recipes/quickstart.yaml", "model_cards/dissect.md.jinja", "report.html.jinja", "trainer.py"):
+    for needed in (
+        "recipes/quickstart.yaml",
+        "recipes/accelerate/multi-gpu.yaml",
+        "model_cards/dissect.md.jinja",
+        "report.html.jinja",
+        "trainer.py",
+    ):
         assert f"hf_dissect/{needed}" in names
     assert any(name.endswith("/LICENSE") for name in metadata)
 
@@ -98,6 +105,8 @@ def test_the_installed_command_answers_without_the_checkout(environment, tmp_pat
     lines = _run([command, "recipes"], cwd=tmp_path).splitlines()
     assert [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     assert all(len(line.split()) > 3 for line in lines), "a recipe without a description"
+    fsdp2 = ROOT / "recipes" / "accelerate" / "fsdp2.yaml"
+    assert _run([command, "recipes", "--accelerate", "fsdp2"], cwd=tmp_path) == fsdp2.read_text(encoding="utf-8")
     assert _run([command, "--version"], cwd=tmp_path).strip() == f"hf-dissect {__version__}"
     assert {"train", "evaluate", "compare", "recipes"} <= set(_run([command, "--help"], cwd=tmp_path).split())
 
@@ -110,7 +119,9 @@ def test_what_is_shipped_is_read_from_the_installed_package(environment, tmp_pat
 
 def test_every_folder_with_code_is_declared_as_a_package():
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "hf_dissect").rglob("*.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {f"hf_dissect.{part}" for part in TOP_LEVEL_DATA}
+    expected = {".".join(folder.parts) for folder in folders} | {
+        f"hf_dissect.{part.replace('/', '.')}" for part in TOP_LEVEL_DATA
+    }
     assert set(_setup()["options"]["packages"].split()) == expected
 
 

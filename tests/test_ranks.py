@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
+import two_ranks
 from accelerate import Accelerator
 
 from hf_dissect.ranks import Ranks
@@ -16,12 +18,40 @@ ROOT = Path(__file__).parents[1]
 
 def test_alone_everything_stays_as_it_is():
     ranks = Ranks(Accelerator(cpu=True))
-    assert ranks.alone and ranks.smallest(3) == 3
+    assert ranks.alone and ranks.table(3, 5).tolist() == [[3, 5]] and ranks.gather_objects("a") == ["a"]
     values = torch.tensor([3.0, 1.0])
-    assert torch.equal(ranks.gather(values), values) and torch.equal(ranks.gather_ragged(values), values)
+    assert torch.equal(ranks.gather(values), values) and torch.equal(ranks.gather_rows(values, [2]), values)
+    assert torch.equal(ranks.gather_columns({"a": values}, [2])["a"], values)
+
+
+def one_process_runs(folder: Path) -> None:
+    """What the two processes are compared with, and a checkpoint that they go on from."""
+    for strategy, options in two_ranks.GLOBAL_RUNS.items():
+        two_ranks.global_trainer(folder / "alone" / strategy, options, strategy=strategy, batch_size=16).train()
+    trainer = two_ranks.global_trainer(
+        folder / "one-process", {"variant": "momentum"}, strategy="dissect", batch_size=16
+    )
+    trainer.args.max_steps, trainer.args.num_train_epochs = -1, 3
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 6
+    trainer.train()
+
+
+def check_global_scope(folder: Path) -> None:
+    """Two processes kept, step by step, what one process kept of the union of their candidates."""
+    for strategy in two_ranks.GLOBAL_RUNS:
+        alone, together = (
+            pq.read_table(folder / way / strategy / "selection.parquet").to_pandas() for way in ("alone", "global")
+        )
+        assert len(together) > 9 * 15 and together.sample_id.tolist() == alone.sample_id.tolist()
+        for step, rows in alone[alone.kept].groupby("step"):
+            kept = together[together.kept & (together.step == step)].sample_id
+            # With the bad row, half of 15 is shared out: a pair fewer than one process keeps.
+            assert set(kept) <= set(rows.sample_id) and len(kept) >= len(rows) - 1
+            assert len(kept) == 8 or len(alone[alone.step == step]) == 15
 
 
 def test_two_processes_train_compare_and_agree(tmp_path):
+    one_process_runs(tmp_path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {
         **os.environ,
@@ -38,15 +68,16 @@ def test_two_processes_train_compare_and_agree(tmp_path):
         text=True,
         timeout=300,
     )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert finished.returncode == 0, finished.stderr[-20_000:]
     # One comparison in one folder, told and written once.
     lines = finished.stdout.splitlines()
     assert [line for line in lines if line.startswith("[")] == ["[1/2] none", "[2/2] dissect"]
     assert len([line for line in lines if line.startswith("report ")]) == 1
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("trainer", "router", "grad"),
+        *("trainer", "router", "grad", "global", "alone", "stream", "one-process"),
         *("compared", "tiny-0.yaml", "tiny-1.yaml"),
     }
+    check_global_scope(tmp_path)
     metrics = json.loads((tmp_path / "compared" / "metrics.json").read_text())
     assert [run["steps"] for run in metrics["runs"]] == [2, 2] and len(metrics["table"]) == 2
     alone = json.loads((tmp_path / "trainer" / "metrics.json").read_text())

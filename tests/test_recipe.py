@@ -24,7 +24,7 @@ from hf_dissect.recipe import (
     read_description,
     shipped_recipes,
 )
-from hf_dissect.recipe_schema import SOURCES
+from hf_dissect.recipe_schema import SCOPES, SOURCES
 
 MINIMAL = {"name": "small", "model": {"config": {"model_type": "clip"}}}
 SHIPPED = (
@@ -63,7 +63,7 @@ def load_error(path: Path, content: bytes | str) -> str:
 def test_defaults_are_those_of_the_contract():
     recipe = Recipe.from_dict(minimal())
     assert recipe.training == {} and recipe.description == "" and recipe.evaluation.zero_shot is None
-    assert recipe.selection == SelectionSection("dissect", 0.5, 1, {}, False, None, False, 0.01)
+    assert recipe.selection == SelectionSection("dissect", 0.5, "local", 1, {}, False, None, False, 0.01)
     assert recipe.compare == CompareSection(["none", "random", "dissect"], [0])
     assert (recipe.data.source, recipe.data.train_split, recipe.data.num_workers) == ("scenes", "train", 0)
     assert (recipe.model.vocab_size, recipe.model.trust_remote_code) == (4096, False)
@@ -86,7 +86,7 @@ def test_every_setting_is_explained(section):
         (
             {"selektion": {}},
             "selektion: unknown key (value {}); allowed: name, description, model, adapter, data, selection, "
-            "evaluation, training, compare; did you mean 'selection'?",
+            "objective, evaluation, training, compare; did you mean 'selection'?",
         ),
         (
             {"compare": {"seed": [1]}},
@@ -203,6 +203,10 @@ def test_every_setting_is_explained(section):
             "data.image_features: 'f.npz' needs rows in a fixed order",
         ),
         ({"data": {"streaming": True}}, "data.streaming: true needs training.max_steps"),
+        (
+            {"data": {"source": "webdataset", "path": "https://host/{0..9}.tar"}},
+            "data.streaming: false, but the shards of 'https://host/{0..9}.tar' lie elsewhere",
+        ),
         (
             {"selection": {"ratio": 0.1}},  # round(0.1 * 8) = 1 with the default batch of TrainingArguments
             "selection.ratio: 0.1 of training.per_device_train_batch_size 8 keeps k = round(ratio * batch) = 1 pairs, "
@@ -485,7 +489,8 @@ def test_save_writes_everything_and_loads_back_equal(tmp_path):
     first, *_ = text = path.read_text("utf-8").splitlines()
     assert first == f"# All settings of a run, defaults included. Repeat it with: hf-dissect train {path}"
     assert [line.split(":")[0] for line in text[1:] if line[0].isalpha()] == [
-        *["name", "description", "model", "adapter", "data", "selection", "evaluation", "training", "compare"]
+        *["name", "description", "model", "adapter", "data", "selection", "objective", "evaluation"],
+        *["training", "compare"],
     ]
     # Any other YAML reader sees the same text and every default.
     assert yaml.safe_load(path.read_text("utf-8")) == recipe.to_dict()
@@ -499,8 +504,11 @@ def test_training_arguments_gather_the_sections():
     recipe = Recipe.from_dict(
         minimal(
             model={"name_or_path": "x", "max_caption_length": 20},
-            data={"source": "folder", "path": "p", "image_features": "f.npz", "id_column": "key", "num_workers": 2},
-            selection={"ratio": 0.3, "record": True, "options": {"variant": "momentum"}, "mask_false_negatives": True},
+            data={"source": "folder", "path": "p", "image_features": "f.npz", "id_column": "key", "num_workers": 2}
+            | {"shuffle_buffer": 100},
+            selection={"ratio": 0.3, "record": True, "options": {"variant": "momentum"}, "mask_false_negatives": True}
+            | {"scope": "global"},
+            objective={"grad_cache_chunk_size": 16},
             evaluation={"batch_size": 64},
             training={"seed": 3, "learning_rate": 0.01},
         )
@@ -511,9 +519,11 @@ def test_training_arguments_gather_the_sections():
         "output_dir": "runs/small",
         "selection_strategy": "dissect",
         "selection_ratio": 0.3,
+        "selection_scope": "global",
         "selection_warmup_epochs": 1,
         "selection_options": {"variant": "momentum"},
         "mask_false_negatives": True,
+        "grad_cache_chunk_size": 16,
         "scoring_batch_size": None,
         "record_selection": True,
         "max_bad_fraction": 0.01,
@@ -523,6 +533,7 @@ def test_training_arguments_gather_the_sections():
         "task_column": None,
         "clean_column": None,
         "max_caption_length": 20,
+        "shuffle_buffer": 100,
         "dataloader_num_workers": 2,
         "per_device_eval_batch_size": 64,
     }
@@ -603,11 +614,12 @@ def test_published_steps_of_the_paper():
 
 def test_the_schema_says_what_the_code_it_describes_says():
     from hf_dissect.data import loading
+    from hf_dissect.selection import SCOPES as RULE_SCOPES
     from hf_dissect.selection import STRATEGIES as RULES
     from hf_dissect.selection import dissect
 
     assert set(STRATEGIES) == set(RULES) and STRATEGIES["dissect"] == dissect.VARIANTS
-    assert SOURCES == loading.SOURCES
+    assert SCOPES == RULE_SCOPES and SOURCES == loading.SOURCES
     defaults = {name: item.default for name, item in inspect.signature(loading.load_splits).parameters.items()}
     assert defaults == dataclasses.asdict(DataSection())
 

@@ -1,5 +1,7 @@
 """Run by test_ranks.py in two processes: trains, compares, and checks what each process must know of the other."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,11 +10,14 @@ import tiny_models
 import torch
 from accelerate import Accelerator
 from tiny_recipe import write_tiny_recipe
+from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.cli import main
 from hf_dissect.data import shuffle_captions
+from hf_dissect.interruption import StoppedBySignal
 from hf_dissect.ranks import Ranks
+from hf_dissect.selection import SampleLedger
 
 torch.set_num_threads(1)
 
@@ -22,13 +27,130 @@ def check_exchange() -> None:
     accelerator = Accelerator(cpu=True)
     ranks, rank = Ranks(accelerator), accelerator.process_index
     assert not ranks.alone and accelerator.num_processes == 2
-    assert ranks.smallest(7 - rank) == 6
+    assert ranks.table(7 - rank, True).tolist() == [[7, 1], [6, 1]]
     assert ranks.gather(torch.tensor([rank, 10 + rank])).tolist() == [0, 10, 1, 11]
-    # Rank 0 has one value, rank 1 has three; then rank 0 has none; then neither has any.
-    assert ranks.gather_ragged(torch.arange(1 + 2 * rank)).tolist() == [0, 0, 1, 2]
-    assert ranks.gather_ragged(torch.full((rank,), 0.5)).tolist() == [0.5]
-    assert ranks.gather_ragged(torch.zeros(0, dtype=torch.bool)).tolist() == []
-    assert ranks.gather_ragged(torch.tensor([rank == 1])).tolist() == [False, True]
+    assert ranks.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    # Rank 0 has one row, rank 1 has three; then rank 0 has none; then neither has any.
+    rows = torch.arange(1 + 2 * rank)[:, None] * torch.tensor([1, 10])
+    assert ranks.gather_rows(rows, [1, 3]).tolist() == [[0, 0], [0, 0], [1, 10], [2, 20]]
+    assert ranks.gather_rows(torch.full((rank,), 0.5), [0, 1]).tolist() == [0.5]
+    assert ranks.gather_rows(torch.zeros(0, 2), [0, 0]).tolist() == []
+    columns = {"id": torch.arange(rank) - 2**40, "score": torch.full((rank,), 0.1), "kept": torch.full((rank,), True)}
+    everywhere = ranks.gather_columns(columns, [0, 1])
+    assert {name: column.tolist() for name, column in everywhere.items()} == {
+        **{"id": [-(2**40)], "kept": [True]},
+        "score": [torch.tensor(0.1).item()],
+    }
+    assert everywhere["kept"].dtype == torch.bool and everywhere["score"].dtype == torch.float32
+    # Rank 0 keeps one of its three rows and sends two; rank 1 sends none.
+    values = torch.tensor([[True], [False]] if rank == 0 else []).view(-1, 1).bool()
+    received = ranks.send_rows(values, [0, 2] if rank == 0 else [0, 0], [0, 0] if rank == 0 else [2, 0])
+    assert received.tolist() == ([] if rank == 0 else [[True], [False]])
+
+
+def check_global_scope(folder: Path) -> None:
+    """Half the candidates a rank and the same record as the one process that test_ranks.py runs on all of them."""
+    for strategy, options in GLOBAL_RUNS.items():
+        trainer = global_trainer(folder / strategy, options, strategy=strategy, batch_size=8)
+        trainer.train()
+        check_equal(trainer)
+
+
+GLOBAL_RUNS = {"dissect": {"variant": "momentum"}, "small_loss": {}, "random": {}}
+
+
+def global_trainer(folder: Path, options: dict, *, strategy: str, batch_size: int) -> DissectTrainer:
+    model, processor = tiny_models.tiny_clip()
+    pairs = shuffle_captions(tiny_models.tiny_pairs(64), rate=0.25)
+    rows = pairs.to_list()
+    rows[7]["caption"] = None  # a candidate less for one rank
+    return DissectTrainer(
+        model=model,
+        processing_class=processor,
+        train_dataset=type(pairs).from_list(rows, features=pairs.features),
+        args=DissectTrainingArguments(
+            str(folder),
+            selection_strategy=strategy,
+            selection_options=options,
+            selection_scope="global",
+            record_selection=True,
+            per_device_train_batch_size=batch_size,
+            max_steps=9,
+            max_bad_fraction=0.1,
+            learning_rate=1e-3,
+            save_strategy="no",
+            save_run_folder=False,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+    )
+
+
+def check_stream(folder: Path) -> None:
+    """Two ranks with a data worker each see every pair of a pass once; a request to end on one rank ends both."""
+    model, processor = tiny_models.tiny_clip()
+    pairs = tiny_models.tiny_pairs(48).add_column("key", list(range(48)))
+    trainer = DissectTrainer(
+        model=model,
+        processing_class=processor,
+        train_dataset=pairs.to_iterable_dataset(num_shards=4),
+        args=DissectTrainingArguments(
+            str(folder),
+            selection_strategy="random",
+            id_column="key",
+            shuffle_buffer=5,
+            per_device_train_batch_size=4,
+            dataloader_num_workers=1,
+            record_selection=True,
+            max_steps=20,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+    )
+    rank = trainer.ranks.own
+
+    class EndsTheSecondRank(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if rank == 1 and state.global_step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.add_callback(EndsTheSecondRank())
+    try:
+        trainer.train()
+    except StoppedBySignal as stop:
+        assert stop.code == 143 and stop.checkpoint == str(folder / "checkpoint-9")
+    assert trainer.state.global_step == 9  # the ranks talk before a step: the request of step 8 ends the next one
+    trainer.trace.close()
+    if rank == 0:
+        rows = pq.read_table(folder / "selection.parquet").to_pandas()
+        first_pass = rows[rows.step < 6].sample_id  # 6 steps x 2 ranks x 4 candidates
+        assert sorted(first_pass) == list(range(48))
+
+
+def check_other_number_of_processes(folder: Path) -> None:
+    """Go on, at the same epoch, from the checkpoint that one process wrote; its ledger is kept."""
+    trainer = global_trainer(folder, {"variant": "momentum"}, strategy="dissect", batch_size=16)
+    trainer.args.max_steps, trainer.args.num_train_epochs = -1, 3
+    checkpoint = str(folder / "checkpoint-6")
+    before = SampleLedger(64)
+    before.load(Path(checkpoint) / "ledger.safetensors")
+
+    class LooksAtTheStart(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            assert state.global_step == 3 and state.max_steps == 6  # was 6 of 12, with half the candidates a step
+            assert (
+                trainer.ledger.column("correlation").nan_to_num(-1).equal(before.column("correlation").nan_to_num(-1))
+            )
+            assert trainer.lr_scheduler.last_epoch == 3
+            assert trainer.optimizer.param_groups[0]["lr"] == 1e-3 * 3 / 6
+
+    trainer.add_callback(LooksAtTheStart())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 6 and trainer.selection_epoch == 2
+    check_equal(trainer)
 
 
 def check_training(folder: Path) -> None:
@@ -124,6 +246,9 @@ if __name__ == "__main__":
     check_training(place / "trainer")
     for variant in ("router", "grad"):
         check_adapter(place / variant, variant)
+    check_global_scope(place / "global")
+    check_stream(place / "stream")
+    check_other_number_of_processes(place / "one-process")
     recipe = write_tiny_recipe(place / f"tiny-{Accelerator().process_index}.yaml", training={"max_steps": 2})
     status = main(["compare", str(recipe), "--strategies", "none,dissect", "--output-dir", str(place / "compared")])
     sys.exit(status)

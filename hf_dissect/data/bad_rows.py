@@ -60,6 +60,18 @@ class BadRows:
             self._check()
         return (bad_reason == 0).nonzero().flatten()
 
+    def state(self) -> dict:
+        """All that was counted, as plain data, to go on from after a resume."""
+        reasons = {str(sample_id): int(reason) for sample_id, reason in self.reasons.items()}
+        return {"reasons": reasons, "rows_seen": self._rows_seen, "bad_seen": self._bad_seen}
+
+    def restore(self, *states: dict) -> None:
+        """Go on from what `state` gave, on this rank or, taken together, on several."""
+        for state in states:
+            self.reasons |= {int(sample_id): BadReason(reason) for sample_id, reason in state["reasons"].items()}
+            self._rows_seen += state["rows_seen"]
+            self._bad_seen += state["bad_seen"]
+
     def summary(self, max_ids: int = 1000) -> dict:
         """`count`, `reasons` (description to count) and the first `ids`, for `metrics.json`."""
         counts = Counter(reason.description for reason in self.reasons.values())

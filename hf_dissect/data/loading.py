@@ -41,6 +41,7 @@ def load_splits(
     noise_seed: int = 0,
     noise_permutation: str | None = None,
     num_workers: int = 0,
+    shuffle_buffer: int = 10_000,
     scenes_train: int = 4096,
     scenes_validation: int = 512,
     scenes_test: int = 512,
@@ -56,12 +57,14 @@ def load_splits(
     Args:
         source: One of `SOURCES`.
         path: Hub id for "hub"; folder or file of Parquet, JSONL or CSV for "folder"; folder with `metadata.*` for
-            "imagefolder"; folder, tar file, glob or brace pattern (`shard-{000..003}.tar`) for "webdataset".
+            "imagefolder"; folder, tar file, glob or brace pattern for "webdataset", on this machine or elsewhere (see
+            `tar_shard_splits`).
         name: Configuration of a Hub data set.
         train_split, validation_split, test_split: Names of the splits in the source; None leaves the last two out.
         streaming: Read while training instead of before.
         image_column, caption_column: Columns to use; None recognises the usual names. They are not renamed.
-        id_column, task_column, num_workers: Of no meaning here; taken so that the whole section can be passed.
+        id_column, task_column, num_workers, shuffle_buffer: Of no meaning here; taken so that the whole section can be
+            passed.
         clean_column: Where noise injection writes its truth, `clean` if None.
         image_features: `.npz` with one `(rows, dim)` array per split, named like the split; becomes the float32 column
             `image_features`. A relative path is looked up from here, then from `path`.

@@ -43,20 +43,17 @@ class PairStream(torch.utils.data.IterableDataset):
     def knows_truth(self) -> bool:
         return self.columns.clean is not None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Let the stream shuffle anew."""
-        self.rows.set_epoch(epoch)
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Pairs of one pass; `ValueError` when there is not a single row."""
         empty = True
         for row in self.rows:
             empty = False
-            yield from self._pairs(row)
+            yield from self.pairs_of(row)
         if empty and torch.utils.data.get_worker_info() is None:  # one of several workers may be left without rows
             raise ValueError(NO_ROWS)
 
-    def _pairs(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def pairs_of(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The pairs of one row of the stream, at least one; `ValueError` when an id, task or truth is of no use."""
         image, captions = row[self.columns.image], row[self.columns.caption]
         if is_feature_vector(image):
             image = np.asarray(image, dtype=np.float32)

@@ -1,17 +1,16 @@
 """WebDataset tar shards as rows, read one member after the other, so that shards larger than memory can be used."""
 
-import glob
 import itertools
 import json
-import re
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 
-from hf_dissect.data.split_files import existing_path, first_line, group_by_split, listing
+from hf_dissect.data.shard_files import is_remote, open_shard, shards_by_split
+from hf_dissect.data.split_files import first_line
 
 KEY_COLUMN = "__key__"
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -28,8 +27,10 @@ def tar_shard_splits(
     """Reads tar shards; members that share a name up to the first dot are one row.
 
     Args:
-        path: A folder, a tar file, a glob or a brace pattern (`shard-{000..003}.tar`, `{train,test}-0.tar`). Splits
-            are told from file and folder names as for tables; shards that name none are all train.
+        path: A folder, a tar file, a glob or a brace pattern (`shard-{000..003}.tar`, `{train,test}-0.tar`), here or
+            on the Hub (`hf://datasets/<user>/<name>/train-*.tar`); on a web server, a tar file or a brace pattern
+            (`https://host/train-{000..123}.tar`). Splits are told from file and folder names as for tables; shards
+            that name none are all train.
         split_names: Name of "train", "validation" and "test" at the source.
         streaming: Read while training; shards are then shared out among the workers.
 
@@ -39,16 +40,17 @@ def tar_shard_splits(
 
     Raises:
         FileNotFoundError: If there is no shard.
-        ValueError: If a shard is unreadable or there is no train split.
+        ValueError: If a shard is unreadable, there is no train split, or shards elsewhere are not to be streamed.
     """
-    shards, root = _find_shards(path)
+    if is_remote(path) and not streaming:
+        raise ValueError(
+            f"data.path {path!r} is not on this machine: set data.streaming to true to read it while training, or "
+            "download the shards first."
+        )
     splits = {}
-    found = {"train": shards} if shards == [root] else group_by_split(shards, root, split_names)
-    for split, files in found.items():
-        features = _features_of(files[0])
-        # Size and time are told so that the cache of a map-style data set notices a shard that changed.
-        known = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        given = {"shards": known, "columns": tuple(features)}
+    for split, shards in shards_by_split(path, split_names).items():
+        features = _features_of(shards[0])
+        given = {"shards": [_version(shard) for shard in shards], "columns": tuple(features)}
         if streaming:
             splits[split] = IterableDataset.from_generator(_rows, features=features, gen_kwargs=given)
             continue
@@ -59,53 +61,22 @@ def tar_shard_splits(
     return splits
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Names meant by a brace pattern: `{000..003}` counts, zeros kept, `{a,b}` enumerates."""
-    braces = re.search(r"\{([^{}]*)\}", pattern)
-    if not braces:
-        return [pattern]
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
-    if counted:
-        first, last = counted.groups()
-        width = len(first) if first.startswith("0") else 0
-        inner = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
-    else:
-        inner = braces[1].split(",")
-    head, tail = pattern[: braces.start()], pattern[braces.end() :]
-    return [name for part in inner for name in expand_braces(head + part + tail)]
+def _version(shard: str) -> tuple[str, int, int]:
+    """Name, size and time, so that the cache of a map-style data set notices a shard that changed."""
+    if is_remote(shard):
+        return shard, 0, 0
+    status = os.stat(shard)
+    return shard, status.st_size, status.st_mtime_ns
 
 
-def _find_shards(path: str) -> tuple[list[Path], Path]:
-    if not any(mark in path for mark in "*?[{"):
-        root = existing_path(path)
-        shards = [root] if root.is_file() else [f for pattern in ("*.tar", "*/*.tar") for f in root.glob(pattern)]
-        if not shards:
-            raise FileNotFoundError(
-                f"data.path {path!r} holds no .tar file; found {listing(root)}. Name the folder of the shards, or a "
-                "pattern such as shards/train-{000..003}.tar."
-            )
-        return shards, root
-    shards = []
-    for pattern in expand_braces(str(Path(path).expanduser())):
-        matches = [Path(name) for name in glob.glob(pattern)]
-        if not matches:
-            raise FileNotFoundError(f"data.path {path!r}: no file {pattern!r}. Correct the pattern or add the shard.")
-        shards += matches
-    # Splits are told by the names in the pattern's own part only, not by the folders that lead to it.
-    root = Path(re.split(r"[*?\[{]", str(Path(path).expanduser()))[0] + "x").parent
-    return shards, root
-
-
-def _features_of(shard: Path) -> Features:
+def _features_of(shard: str) -> Features:
     """Columns as the first samples of a shard show them."""
-    samples = list(itertools.islice(_samples(str(shard)), _SAMPLES_LOOKED_AT))
+    samples = list(itertools.islice(_samples(shard), _SAMPLES_LOOKED_AT))
     if not samples:
-        raise ValueError(f"{str(shard)!r} holds no samples. A shard holds members such as 000.jpg and 000.txt.")
+        raise ValueError(f"{shard!r} holds no samples. A shard holds members such as 000.jpg and 000.txt.")
     if not any(name in IMAGE_MEMBERS for _, members in samples for name in members):
         found = sorted({name for _, members in samples for name in members})
-        raise ValueError(
-            f"{str(shard)!r} holds no image member ({', '.join(IMAGE_MEMBERS)}), only {', '.join(found)}."
-        )
+        raise ValueError(f"{shard!r} holds no image member ({', '.join(IMAGE_MEMBERS)}), only {', '.join(found)}.")
     records = [_json_of(members) for _, members in samples]
     has_list = any(isinstance(record.get("captions"), list) for record in records)
     text = {"captions": List(Value("string"))} if has_list else {"caption": Value("string")}
@@ -150,7 +121,7 @@ def _json_of(members: dict[str, bytes]) -> dict:
 def _samples(shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and members (by extension, in lower case) of each sample of a shard, in order."""
     try:
-        with tarfile.open(shard, "r|*") as archive:
+        with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
             current, members = None, {}
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
@@ -165,8 +136,8 @@ def _samples(shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
                 members[extension.lower()] = archive.extractfile(member).read()
             if members:
                 yield current, members
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # clients of remote file systems raise errors of many kinds
+        way_out = "Check its address and the connection" if is_remote(shard) else "It may be cut off: copy it again"
         raise ValueError(
-            f"{shard!r} is not a readable tar file ({first_line(error)}). It may be cut off: copy it again or "
-            "leave it out."
+            f"{shard!r} is not a readable tar file ({first_line(error)}). {way_out}, or leave it out."
         ) from error

@@ -192,23 +192,32 @@ class Routing(nn.Module, MolaTunerLayer):
         """Whether an active adapter has a router with a decorrelation loss."""
         return any(config.variant == "router" and config.decorrelation_weight for _, config in self._active_configs())
 
-    def decorrelation_loss(self, task_ids: torch.Tensor) -> torch.Tensor:
-        """The task-wise decorrelation loss of the last forward pass, times its weight; mean over the towers.
+    def projections(self) -> dict[tuple[str, str], torch.Tensor]:
+        """What `decorrelation_loss` is made of, of the last forward pass: `(adapter, tower) -> (B, d)`."""
+        return dict(self._projections)
+
+    def decorrelation_loss(
+        self, task_ids: torch.Tensor, projections: Mapping[tuple[str, str], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The task-wise decorrelation loss, times its weight; mean over the towers.
 
         Args:
             task_ids: integers `(B,)`.
+            projections: as of `projections()`, for a batch that went through the model in parts; by default those of
+                the last forward pass.
 
         Raises:
             RuntimeError: no forward pass with a router has been made.
         """
-        if not self._projections:
+        projections = self._projections if projections is None else projections
+        if not projections:
             raise RuntimeError("decorrelation_loss needs a forward pass of a model with a MoLA router before.")
         losses = []
-        for (adapter_name, _), projection in self._projections.items():
+        for (adapter_name, _), projection in projections.items():
             config = self.mola_config[adapter_name]
             loss = decorrelation_loss(projection, task_ids, config.decorrelation_temperature)
             losses.append(config.decorrelation_weight * loss)
-        num_adapters = len({adapter_name for adapter_name, _ in self._projections})
+        num_adapters = len({adapter_name for adapter_name, _ in projections})
         return torch.stack(losses).mean() * num_adapters
 
     def last_weights(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:

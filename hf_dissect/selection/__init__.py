@@ -5,7 +5,7 @@ from hf_dissect.selection.dissect import Dissect
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
 from hf_dissect.selection.scoring import CandidateScores, score
-from hf_dissect.selection.strategy import Selection, SelectionStrategy
+from hf_dissect.selection.strategy import SCOPES, Selection, SelectionStrategy
 from hf_dissect.selection.uniform import KeepAll, Random
 
 STRATEGIES: dict[str, type[SelectionStrategy]] = {
@@ -28,6 +28,7 @@ def make_strategy(name: str, **options) -> SelectionStrategy:
 
 
 __all__ = [
+    "SCOPES",
     "STRATEGIES",
     "CandidateScores",
     "SampleLedger",

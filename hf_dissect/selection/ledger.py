@@ -4,12 +4,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hf_dissect.selection.growing_tensor import GrowingTensor
+from hf_dissect.selection.id_index import UNKNOWN, IdIndex
+
 _FORMAT = "hf_dissect.ledger/1"
-_EMPTY_SLOT = -1
 
 
 class SampleLedger:
@@ -17,8 +20,8 @@ class SampleLedger:
 
     With `num_samples`, ids are the row numbers `0 .. num_samples - 1` and address the columns directly: 4 bytes a
     pair and column, nothing else. Without it any non-negative int64 ids are accepted (hashed keys, streams) and the
-    ledger grows with the pairs it meets; the index then costs 8 bytes a pair for the id and 8 to 16 bytes for the
-    hash slots, once, whatever the number of columns.
+    ledger grows with the pairs it meets; the index (`IdIndex`) then costs 16 to 24 bytes a pair, and up to 32 while
+    it grows, once, whatever the number of columns.
 
     The columns of a row-number ledger lie in shared memory, so that collator workers read what the training process
     writes. The ledger knows nothing of strategies: they choose names and meanings of the columns.
@@ -39,9 +42,8 @@ class SampleLedger:
         if not columns or len(set(columns)) != len(columns):
             raise ValueError(f"columns={columns!r}: give at least one name, each once.")
         self.num_samples = num_samples
-        self._index = None if num_samples is not None else _IdIndex()
-        size = num_samples if num_samples is not None else 0
-        self._columns = {name: torch.full((size,), torch.nan).share_memory_() for name in columns}
+        self._index = None if num_samples is not None else IdIndex()
+        self._columns = {name: self._new_column() for name in columns}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -57,8 +59,9 @@ class SampleLedger:
         return torch.arange(self.num_samples) if self._index is None else self._index.ids()
 
     def column(self, name: str) -> torch.Tensor:
-        """The whole column, float32 `(len(self),)`; a view, for reading."""
-        return self._column(name)[: len(self)]
+        """The whole column, float32 `(len(self),)`, for reading."""
+        column = self._column(name)
+        return column if self._index is None else column.whole()
 
     def read(self, name: str, sample_id: torch.Tensor) -> torch.Tensor:
         """Values of a column for `sample_id` int64 `(B,)`: float32 `(B,)` on the CPU, NaN where never written."""
@@ -66,25 +69,28 @@ class SampleLedger:
         slots = self._slots(sample_id)
         if self._index is None:
             return column[slots]
-        values = column[slots.clamp_min(0)] if len(column) else torch.full(slots.shape, torch.nan)
-        return torch.where(slots == _EMPTY_SLOT, torch.nan, values)
+        if not len(column):
+            return torch.full(slots.shape, torch.nan)
+        return torch.where(slots == UNKNOWN, torch.nan, column[slots.clamp_min(0)])
 
     def write(self, name: str, sample_id: torch.Tensor, values: torch.Tensor) -> None:
         """Set a column for `sample_id` int64 `(B,)` to `values` `(B,)`; of a repeated id the last value stays."""
         values = values.detach().to("cpu", torch.float32)
         if values.shape != sample_id.shape:
             raise ValueError(f"{len(values)} values for {len(sample_id)} sample ids; give one value an id.")
-        self._column(name)
-        slots = self._slots(sample_id, insert=True)
-        # index_put_ leaves the winner of a repeated index open; NumPy assignment defines it as the last.
-        self._columns[name].numpy()[slots.numpy()] = values.numpy()
+        column, slots = self._column(name), self._slots(sample_id, insert=True)
+        if self._index is None:
+            # index_put_ leaves the winner of a repeated index open; NumPy assignment defines it as the last.
+            column.numpy()[slots.numpy()] = values.numpy()
+        else:
+            column[slots] = values
 
     def save(self, path: str | os.PathLike, metadata: dict[str, object] | None = None) -> None:
         """Write the ledger as safetensors, to a temporary name first, so that a half-written file is never found."""
         path = Path(path)
         tensors = {f"column.{name}": self.column(name).contiguous() for name in self._columns}
         if self._index is not None:
-            tensors["ids"] = self._index.ids().contiguous()
+            tensors["ids"] = self._index.ids()
         header = {"format": _FORMAT, "metadata": json.dumps(metadata or {})}
         header["num_samples"] = json.dumps(self.num_samples)
         temporary = path.with_name(path.name + ".tmp")
@@ -121,14 +127,22 @@ class SampleLedger:
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         if self._index is not None:
-            self._index = _IdIndex()
-            self._grow(self._index.insert(tensors["ids"]))
+            self._index = IdIndex.of(tensors["ids"])
         for name in self._columns:
             saved = tensors.get(f"column.{name}")
             values = torch.full((len(self),), torch.nan) if saved is None else saved
-            self._columns[name][: len(self)] = values
+            if self._index is None:
+                self._columns[name].copy_(values)
+            else:
+                self._columns[name] = self._new_column()
+                self._columns[name].extend(values)
 
-    def _column(self, name: str) -> torch.Tensor:
+    def _new_column(self) -> torch.Tensor | GrowingTensor:
+        if self._index is not None:
+            return GrowingTensor(np.float32)
+        return torch.full((self.num_samples,), torch.nan).share_memory_()
+
+    def _column(self, name: str) -> torch.Tensor | GrowingTensor:
         if name not in self._columns:
             raise KeyError(f"The ledger has no column {name!r}; its columns are {', '.join(self._columns)}.")
         return self._columns[name]
@@ -138,89 +152,12 @@ class SampleLedger:
         if self._index is not None:
             if not insert:
                 return self._index.find(sample_id)
+            known = len(self)
             slots = self._index.insert(sample_id)
-            self._grow(slots)
+            for column in self._columns.values():
+                column.extend(torch.full((len(self) - known,), torch.nan))
             return slots
         if len(sample_id) and (sample_id.min() < 0 or sample_id.max() >= self.num_samples):
             wrong = sample_id[(sample_id < 0) | (sample_id >= self.num_samples)][0].item()
             raise ValueError(f"sample_id {wrong} is outside 0 .. {self.num_samples - 1}, the row numbers of the data.")
         return sample_id
-
-    def _grow(self, slots: torch.Tensor) -> None:
-        size = len(next(iter(self._columns.values())))
-        if not len(slots) or (needed := int(slots.max()) + 1) <= size:
-            return
-        # A quarter more than needed: growth stays rare and the slack stays small.
-        capacity = max(1024, needed + needed // 4)
-        for name, column in self._columns.items():
-            grown = torch.full((capacity,), torch.nan)
-            grown[:size] = column
-            self._columns[name] = grown
-
-
-class _IdIndex:
-    """Open-addressing hash table from non-negative int64 ids to consecutive slots, vectorised over a batch."""
-
-    def __init__(self):
-        self._count = 0
-        self._ids = torch.empty(0, dtype=torch.int64)
-        self._table = torch.full((1024,), _EMPTY_SLOT, dtype=torch.int32)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def ids(self) -> torch.Tensor:
-        return self._ids[: self._count]
-
-    def find(self, sample_id: torch.Tensor) -> torch.Tensor:
-        """Slots int64 `(B,)` of ids int64 `(B,)`, -1 where unknown."""
-        slots = torch.full(sample_id.shape, _EMPTY_SLOT, dtype=torch.int64)
-        pending = torch.arange(len(sample_id))
-        position = self._home(sample_id)
-        while len(pending):
-            slot = self._table[position].long()
-            occupied = slot != _EMPTY_SLOT
-            found = occupied & (self._ids[slot.clamp_min(0)] == sample_id[pending]) if self._count else occupied
-            slots[pending[found]] = slot[found]
-            further = occupied & ~found
-            pending, position = pending[further], (position[further] + 1) & (len(self._table) - 1)
-        return slots
-
-    def insert(self, sample_id: torch.Tensor) -> torch.Tensor:
-        """Slots int64 `(B,)` of ids int64 `(B,)`; an unknown id gets the next free slot."""
-        if len(sample_id) and sample_id.min() < 0:
-            raise ValueError(f"sample_id {sample_id.min().item()} is negative; ids are non-negative integers.")
-        unknown = torch.unique(sample_id[self.find(sample_id) == _EMPTY_SLOT])
-        if len(unknown):
-            self._append(unknown)
-        return self.find(sample_id)
-
-    def _append(self, unknown: torch.Tensor) -> None:
-        first, self._count = self._count, self._count + len(unknown)
-        if self._count > len(self._ids):
-            grown = torch.empty(self._count + self._count // 4, dtype=torch.int64)
-            grown[:first] = self._ids[:first]
-            self._ids = grown
-        self._ids[first : self._count] = unknown
-        if self._count * 2 > len(self._table):
-            size = len(self._table)
-            while self._count * 2 > size:
-                size *= 2
-            self._table = torch.full((size,), _EMPTY_SLOT, dtype=torch.int32)
-            first = 0
-        self._place(torch.arange(first, self._count))
-
-    def _place(self, slots: torch.Tensor) -> None:
-        position = self._home(self._ids[slots])
-        while len(slots):
-            free = self._table[position] == _EMPTY_SLOT
-            self._table[position[free]] = slots[free].int()
-            # Two ids may have claimed one free position; whoever is not there now moves on.
-            homeless = self._table[position] != slots
-            slots, position = slots[homeless], (position[homeless] + 1) & (len(self._table) - 1)
-
-    def _home(self, sample_id: torch.Tensor) -> torch.Tensor:
-        # Fibonacci hashing: consecutive ids spread over the table; the high bits are the well-mixed ones.
-        bits = (len(self._table) - 1).bit_length()
-        mixed = sample_id * -7046029254386353131
-        return (mixed >> (64 - bits)) & (len(self._table) - 1)

@@ -1,6 +1,7 @@
 """What the selection did: running figures for the logs, distributions and extreme pairs for the report."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class _LastEpoch:
 
 
 class SelectionMonitor:
-    """Observes each selection of this rank; holds figures since the last log, of the last epoch, and of the run."""
+    """Observes each selection; holds figures since the last log, of the last epoch, and of the run."""
 
     def __init__(self):
         self.run = _Sums()
@@ -98,7 +99,7 @@ class SelectionMonitor:
             sample_id: int64.
             kept: bool.
             correlation: float32, None when the strategy asked for no scores.
-            priority: float32 the strategy ranked by; None when it ranked by nothing.
+            priority: float32 the strategy ranked by; None, or NaN for some candidates, when it ranked by nothing.
             is_clean: bool, where the truth is known.
         """
         if epoch != self.last_epoch.epoch:
@@ -110,10 +111,15 @@ class SelectionMonitor:
             sums.add(kept, correlation, is_clean)
         if correlation is None:
             return
-        ranking = correlation if priority is None else priority.numpy()
         self._histogram(correlation, kept)
-        self._extremes(sample_id.numpy(), ranking, correlation, kept, is_clean)
-        if is_clean is not None and priority is not None:
+        ranked = None if priority is None else ~np.isnan(priority.numpy())
+        if ranked is None or not ranked.any():
+            self._extremes(sample_id.numpy(), correlation, correlation, kept, is_clean)
+            return
+        ranking = priority.numpy()[ranked]
+        is_clean = None if is_clean is None else is_clean[ranked]
+        self._extremes(sample_id.numpy()[ranked], ranking, correlation[ranked], kept[ranked], is_clean)
+        if is_clean is not None:
             self.last_epoch.priorities.append(ranking)
             self.last_epoch.truths.append(is_clean)
 
@@ -121,6 +127,42 @@ class SelectionMonitor:
         """Figures since the last call, as `selection_*`."""
         figures, self._since_log = self._since_log.figures(), _Sums()
         return {f"selection_{name}": value for name, value in figures.items()}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """All that was observed, to go on from after a resume: plain data for JSON, and tensors."""
+        last = self.last_epoch
+        figures = {
+            "run": asdict(self.run),
+            "since_log": asdict(self._since_log),
+            "last_epoch": {
+                "epoch": last.epoch,
+                "sums": asdict(last.sums),
+                "best_kept": [asdict(pair) for pair in last.best_kept],
+                "worst_dropped": [asdict(pair) for pair in last.worst_dropped],
+            },
+        }
+        tensors = {
+            "kept_counts": torch.from_numpy(last.kept_counts),
+            "dropped_counts": torch.from_numpy(last.dropped_counts),
+            "priorities": torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *last.priorities])),
+            "truths": torch.from_numpy(np.concatenate([np.zeros(0, bool), *last.truths])),
+        }
+        return figures, tensors
+
+    def restore(self, figures: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.run, self._since_log = _Sums(**figures["run"]), _Sums(**figures["since_log"])
+        last = figures["last_epoch"]
+        self.last_epoch = _LastEpoch(
+            last["epoch"],
+            _Sums(**last["sums"]),
+            tensors["kept_counts"].numpy(),
+            tensors["dropped_counts"].numpy(),
+            [ObservedPair(**pair) for pair in last["best_kept"]],
+            [ObservedPair(**pair) for pair in last["worst_dropped"]],
+            [tensors["priorities"].numpy()] if len(tensors["priorities"]) else [],
+            [tensors["truths"].numpy()] if len(tensors["truths"]) else [],
+        )
 
     def ranking_truth(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Priorities float32 `(n,)` and truths bool `(n,)` of the last epoch, None when either is unknown."""

@@ -61,6 +61,47 @@ class CandidateScores:
         )
 
 
+LOGITS_AT_ONCE = 2**24
+"""Logits held at a time when the candidates of many ranks are compared: 64 MiB of float32."""
+
+
+@torch.no_grad()
+def losses_of_rows(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    all_image_embeds: torch.Tensor,
+    all_text_embeds: torch.Tensor,
+    *,
+    offset: int,
+    scale: torch.Tensor | float,
+    bias: torch.Tensor | float,
+    kind: str,
+) -> torch.Tensor:
+    """Contrastive loss of `n` of `N` pairs among all of them, without ever holding `n x N` logits.
+
+    Args:
+        image_embeds, text_embeds: `(n, D)`, rows `offset` to `offset + n` of the following.
+        all_image_embeds, all_text_embeds: `(N, D)`.
+        offset: see above.
+        scale, bias, kind: as in `CandidateScores`.
+
+    Returns:
+        float32 `(n,)` on the CPU.
+    """
+    own = torch.arange(offset, offset + len(image_embeds), device=image_embeds.device)
+    losses = []
+    for rows in torch.arange(len(own), device=own.device).split(max(1, LOGITS_AT_ONCE // len(all_image_embeds))):
+        per_text = text_embeds[rows] @ all_image_embeds.T * scale + bias
+        if kind == "sigmoid":
+            sign = torch.full_like(per_text, -1).scatter_(1, own[rows, None], 1)
+            losses.append(-F.logsigmoid(sign * per_text).sum(-1))
+            continue
+        per_image = image_embeds[rows] @ all_text_embeds.T * scale
+        both = [F.cross_entropy(logits, own[rows], reduction="none") for logits in (per_text, per_image)]
+        losses.append((both[0] + both[1]) / 2)
+    return torch.cat(losses).float().cpu() if losses else torch.zeros(0)
+
+
 @torch.no_grad()
 def score(
     model: torch.nn.Module,

@@ -8,6 +8,9 @@ import torch
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
 
+SCOPES = ("local", "global")
+"""Among which candidates a strategy chooses when several processes train: each among its own, or all among all."""
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -5,57 +5,35 @@ from pathlib import Path
 
 import torch
 
-from hf_dissect.ranks import Ranks
 from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.recorder import SelectionRecorder
-from hf_dissect.selection.scoring import CandidateScores
 
 
 class SelectionTrace:
-    """Observes each selection; the first rank writes the record of all ranks.
+    """Observes each selection; the first rank writes the record.
 
     Args:
         folder: the run folder.
-        ranks: the processes of the run.
         records: whether `selection.parquet` is written.
         is_first_rank: whether this process writes it.
     """
 
-    def __init__(self, folder: str | Path, ranks: Ranks, *, records: bool, is_first_rank: bool):
+    def __init__(self, folder: str | Path, *, records: bool, is_first_rank: bool):
         self.monitor = SelectionMonitor()
-        self._ranks, self._records = ranks, records
         self._recorder = SelectionRecorder(folder) if records and is_first_rank else None
 
-    def observe(
-        self,
-        epoch: int,
-        step: int,
-        batch: Mapping[str, torch.Tensor],
-        candidates: CandidateScores,
-        good: torch.Tensor,
-        indices: torch.Tensor,
-        priority: torch.Tensor | None,
-    ) -> None:
+    def observe(self, epoch: int, step: int, candidates: Mapping[str, torch.Tensor]) -> None:
         """Take note of one selection.
 
         Args:
             epoch, step: when it was made.
-            batch: of `B` candidates, with `is_clean` where the truth is known.
-            candidates: scores of the `n` readable ones.
-            good: int64 `(n,)`, their places in the batch.
-            indices: int64 `(k,)`, which of the `n` are kept.
-            priority: `(n,)`, what the strategy ranks them by, if it tells.
+            candidates: of all ranks, `(n,)` each: `sample_id`, `kept`, `priority` (NaN where the strategy ranks by
+                nothing), and where they are known `correlation` and `is_clean`.
         """
-        kept = torch.zeros(candidates.num_candidates, dtype=torch.bool)
-        kept[indices] = True
-        correlation = None if candidates.image_embeds is None else candidates.correlation
-        is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
-        self.monitor.observe(epoch, candidates.sample_id, kept, correlation, priority, is_clean)
-        if not self._records:
-            return
-        columns = [self._ranks.gather_ragged(part) for part in (candidates.sample_id, correlation, kept)]
+        sample_id, kept, correlation = candidates["sample_id"], candidates["kept"], candidates.get("correlation")
+        self.monitor.observe(epoch, sample_id, kept, correlation, candidates["priority"], candidates.get("is_clean"))
         if self._recorder is not None:
-            self._recorder.add(epoch, step, *columns)
+            self._recorder.add(epoch, step, sample_id, correlation, kept)
 
     def restart(self, step: int) -> None:
         """Forget what was recorded from `step` on, which now comes again."""

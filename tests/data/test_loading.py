@@ -1,16 +1,14 @@
-import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from tar_files import write_tar
 
 from hf_dissect.data.loading import load_splits
 from hf_dissect.data.scenes import make_scenes
-from hf_dissect.data.tar_shards import expand_braces
 
 REAL_DATA = Path(os.environ.get("HF_DISSECT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 FLICKR8K = REAL_DATA / "flickr8k"
@@ -34,15 +32,6 @@ def write_parquet(path, num_rows, captions=None, image=None):
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
 
 
 def sizes(splits):
@@ -278,12 +267,6 @@ def test_tar_shard_errors(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no \.tar file"):
         load_splits(source="webdataset", path=str(tmp_path / "none"))
-
-
-def test_expand_braces():
-    assert expand_braces("s-{08..11}.tar") == ["s-08.tar", "s-09.tar", "s-10.tar", "s-11.tar"]
-    assert expand_braces("{a,b}-{1..2}") == ["a-1", "a-2", "b-1", "b-2"]
-    assert expand_braces("plain") == ["plain"]
 
 
 # hub

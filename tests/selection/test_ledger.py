@@ -58,6 +58,21 @@ def test_save_and_load_restore_values_and_metadata(ledger, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.safetensors"]
 
 
+def test_arbitrary_ids_keep_their_values_when_loaded_whatever_order_they_came_in(tmp_path):
+    ledger = SampleLedger()
+    for first in (900, 50, 4):
+        ids = torch.arange(first, first + 3)
+        ledger.write("correlation", ids, ids.float())
+    ledger.save(tmp_path / "ledger.safetensors")
+    loaded = SampleLedger()
+    loaded.load(tmp_path / "ledger.safetensors")
+    ids = torch.tensor([4, 5, 6, 50, 51, 52, 900, 901, 902])
+    assert loaded.read("correlation", ids).tolist() == ids.tolist()
+    loaded.write("correlation", torch.tensor([51, 7]), torch.tensor([-1.0, -2.0]))
+    assert loaded.read("correlation", torch.tensor([50, 51, 7, 8])).nan_to_num(0).tolist() == [50, -1, -2, 0]
+    assert len(loaded) == 10
+
+
 def test_a_pair_costs_four_bytes_a_column(tmp_path):
     ledger = SampleLedger(250_000, columns=("a", "b", "c"))
     ledger.save(tmp_path / "ledger.safetensors")

@@ -1,0 +1,205 @@
+"""A Trainer whose runs can be ended at any moment and go on as if they had not been."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_dissect.adapters import restore_base, save_base
+from hf_dissect.checkpoints import (
+    UNFINISHED_FOLDER,
+    CheckpointError,
+    last_complete_checkpoint,
+    publish,
+    remove_unfinished,
+)
+from hf_dissect.interruption import StoppedBySignal, StopRequest, death_of_a_worker_told
+from hf_dissect.models import same_architecture
+from hf_dissect.non_finite import check_finite_weights
+from hf_dissect.run_state import LEDGER_FILE, moved_step, read_run_state, restore_run_state, save_run_state
+from hf_dissect.task_routing import save_task_names
+
+
+class ResumableTrainer(Trainer):
+    """Writes checkpoints wholly or not at all, ends with one on SIGTERM, and restores what the Trainer forgets.
+
+    The checkpoint is the Trainer's, with `ledger.safetensors`, `recipe.yaml` and the state of selection, data and logs
+    (`run_state`) beside its files. The attributes it saves are made by `DissectTrainer`.
+    """
+
+    def __init__(self, *arguments, **keywords):
+        self.stream = None  # a `StreamLoader` when the training data are a stream
+        self.selection_epoch = 0  # as strategies count
+        self.stop_request = StopRequest()
+        self.restored_loss: tuple[float, int] | None = None
+        self.stops = False
+        self._unfinished: Path | None = None  # where a checkpoint is being written
+        super().__init__(*arguments, **keywords)
+        self.add_callback(_ResumeCallback(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments):
+        """Train as the Trainer does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint to go on from, or True for the last complete one of `output_dir`.
+            arguments: of `transformers.Trainer.train`.
+
+        Raises:
+            ValueError: there is no checkpoint to resume from, or it is another model's.
+            CheckpointError, DataWorkerDied: what the names say; the last good checkpoint is named.
+            StoppedBySignal: the process was told to end, and a checkpoint was written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"No checkpoint to resume from in {self.args.output_dir}.")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            same_architecture(self.model, resume_from_checkpoint)
+        else:
+            self.trace.restart(step=0)
+        if self.is_world_process_zero():
+            remove_unfinished(self.args.output_dir)
+        self.stops, self.selection_epoch = False, -1
+        with self.stop_request.heeded(), death_of_a_worker_told(self.args.output_dir):
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+        if self.stops:
+            raise StoppedBySignal(str(last_complete_checkpoint(self.args.output_dir)))
+        return output
+
+    # ---- writing ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and processor, and beside them the ledger, the recipe, and what an adapter needs to be loaded."""
+        folder = Path(output_dir or self.args.output_dir)
+        check_finite_weights(self.model, self.state.global_step, self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.ledger.save(folder / LEDGER_FILE, {"epoch": self.selection_epoch, "strategy": self.strategy.name})
+            if self.recipe is not None:
+                self.recipe.save(folder / "recipe.yaml")
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose processes each hold a part only
+                save_base(self.model, folder)
+            save_task_names(self.train_dataset, folder)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial):
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        final = run_folder / name
+        self._unfinished = run_folder / UNFINISHED_FOLDER
+        try:
+            self.trace.flush()
+            super()._save_checkpoint(model, trial)
+            save_run_state(self, self._unfinished / name)
+            self._name_best_checkpoint(self._unfinished / name, final)
+            self.ranks.wait()
+            if self.is_local_process_zero():
+                publish(self._unfinished / name, final)
+            self.ranks.wait()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_about_writing(error):
+                raise
+            raise CheckpointError(
+                f"The checkpoint of step {self.state.global_step} could not be written ({error}). Make room in "
+                f"{run_folder} and resume; the last complete checkpoint is "
+                f"{last_complete_checkpoint(run_folder) or 'none'}."
+            ) from error
+        finally:
+            if self.is_local_process_zero():
+                remove_unfinished(run_folder)
+            self._unfinished = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._unfinished is None:  # else it is not written to its end yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _name_best_checkpoint(self, written: Path, final: Path) -> None:
+        """Where the Trainer noted the unfinished checkpoint as the best one, note the name that it will have."""
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    # ---- going on ----
+
+    def loss_since_log(self) -> tuple[float, int]:
+        """Sum of this rank's losses since the last log, and the step of that log."""
+        return float(self._tr_loss), self._globalstep_last_logged
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, *further):
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *further)
+        self._checkpoint_step = self.state.global_step
+        resume_from_checkpoint = further[1]
+        if resume_from_checkpoint is None:
+            return trained
+        step = moved_step(self, read_run_state(resume_from_checkpoint), num_update_steps_per_epoch)
+        if step is None:
+            return trained
+        self.state.global_step = step
+        epochs, steps = divmod(step, num_update_steps_per_epoch)
+        return epochs, steps * self.args.gradient_accumulation_steps
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        restore_base(self.model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        restore_base(self.model, self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.trace.restart(self._checkpoint_step)
+        restore_run_state(self, checkpoint)
+        if self._checkpoint_step != self.state.global_step:
+            self.lr_scheduler.last_epoch = self.state.global_step - 1
+            self.lr_scheduler.step()
+
+
+class _ResumeCallback(TrainerCallback):
+    def __init__(self, trainer: ResumableTrainer):
+        self._trainer = trainer
+        self._saves_later = False  # when the epoch ends or is cut short
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self._trainer
+        if trainer.restored_loss is not None:
+            loss, trainer._globalstep_last_logged = trainer.restored_loss
+            trainer._tr_loss += loss
+            trainer._total_loss_scalar -= loss  # the mean of this call is that of its own steps
+            trainer.restored_loss = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stops, ends_epoch = self._trainer.stops, state.epoch % 1 == 0
+        # What is logged at the end of an epoch belongs into its last checkpoint, as a resumed run begins behind it.
+        logs_later = ends_epoch and "epoch" in (args.eval_strategy, args.logging_strategy)
+        self._saves_later = stops or (control.should_save and logs_later)
+        control.should_save = control.should_save and not self._saves_later
+        control.should_training_stop = control.should_training_stop or stops
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._trainer.stops and state.epoch % 1:  # cut short: its figures are due when the resumed run ends it
+            control.should_log = control.should_evaluate = False
+        control.should_save = control.should_save or self._saves_later
+
+
+def _is_about_writing(error: Exception) -> bool:
+    told_by_torch = ("PytorchStreamWriter", "inline_container", "iostream")
+    return not isinstance(error, RuntimeError) or any(part in str(error) for part in told_by_torch)

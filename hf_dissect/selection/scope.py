@@ -1,0 +1,185 @@
+"""Among which candidates a strategy chooses when several processes train: each among its own, or all among all."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from hf_dissect.ranks import Ranks
+from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.scoring import CandidateScores, losses_of_rows
+from hf_dissect.selection.strategy import SelectionStrategy
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which of its readable candidates a rank keeps.
+
+    Attributes:
+        indices: int64 `(c,)`, positions among the rank's `n` readable candidates, ascending.
+        weights: float32 `(c,)` of the per-pair losses, or None for equal weights.
+        priority: float32 `(n,)`, the value the rule ranked by; None when it ranked by nothing.
+        counts: how many each rank keeps.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor | None
+    priority: torch.Tensor | None
+    counts: list[int]
+
+
+def select_among_own(
+    strategy: SelectionStrategy,
+    candidates: CandidateScores,
+    ledger: SampleLedger,
+    sizes: list[int],
+    num_selected: Callable[[int], int],
+) -> Kept:
+    """Each rank keeps `k` of its own candidates, by the number of the rank that has the fewest.
+
+    Args:
+        strategy, ledger: of the run.
+        candidates: the `n` readable ones of this rank.
+        sizes: `n` of each rank.
+        num_selected: tells `k` for a number of candidates.
+    """
+    fewest = min(sizes)
+    if not fewest:
+        return Kept(torch.zeros(0, dtype=torch.int64), None, None, [0] * len(sizes))
+    selection = strategy.select(candidates, ledger, num_selected(fewest))
+    # Equal numbers on all ranks, also where all candidates train.
+    kept = slice(fewest)
+    weights = None if selection.weights is None else selection.weights[kept]
+    indices = selection.indices[kept]
+    return Kept(indices, weights, selection.priority, [len(indices)] * len(sizes))
+
+
+def select_among_all(
+    strategy: SelectionStrategy,
+    candidates: CandidateScores,
+    ledger: SampleLedger,
+    sizes: list[int],
+    num_selected: Callable[[int], int],
+    ranks: Ranks,
+) -> Kept:
+    """All ranks keep the same `k` of the union of their candidates; see `select_among_own` for the arguments.
+
+    Every rank makes the same choice, which is that of one process with the candidates of all, in the order of the
+    ranks. A rest that cannot be shared out equally is left: at most one pair fewer than there are ranks.
+    """
+    everyone = GatheredScores(candidates, sizes, ranks)
+    share = num_selected(sum(sizes)) // len(sizes)
+    selection = strategy.select(everyone, ledger, share * len(sizes))
+    equal = slice(len(selection.indices) // len(sizes) * len(sizes))
+    indices = selection.indices[equal]
+    ends = torch.tensor(sizes).cumsum(0)
+    places = torch.searchsorted(indices, torch.cat([torch.zeros(1, dtype=torch.int64), ends])).tolist()
+    own, start = slice(places[ranks.own], places[ranks.own + 1]), int(ends[ranks.own]) - sizes[ranks.own]
+    return Kept(
+        indices[own] - start,
+        None if selection.weights is None else selection.weights[equal][own],
+        None if selection.priority is None else selection.priority[start : start + sizes[ranks.own]],
+        [end - begin for begin, end in zip(places, places[1:], strict=False)],
+    )
+
+
+class GatheredScores(CandidateScores):
+    """Scores of the candidates of all ranks, in the order of the ranks; each part is exchanged when it is asked for.
+
+    Strategies do the same on all ranks, so all ranks ask for the same parts.
+    """
+
+    def __init__(self, own: CandidateScores, sizes: list[int], ranks: Ranks):
+        self._own, self._sizes, self._ranks = own, sizes, ranks
+        self.logit_scale, self.logit_bias, self.kind = own.logit_scale, own.logit_bias, own.kind
+        columns = {"sample_id": own.sample_id}
+        if own.image_embeds is not None:
+            columns["correlation"] = own.correlation
+        columns = ranks.gather_columns(columns, sizes)
+        self.sample_id = columns["sample_id"]
+        if own.image_embeds is not None:
+            self.__dict__["correlation"] = columns["correlation"]
+
+    @cached_property
+    def image_embeds(self) -> torch.Tensor | None:
+        embeds = self._own.image_embeds
+        return None if embeds is None else self._ranks.gather_rows(embeds, self._sizes)
+
+    @cached_property
+    def text_embeds(self) -> torch.Tensor | None:
+        embeds = self._own.text_embeds
+        return None if embeds is None else self._ranks.gather_rows(embeds, self._sizes)
+
+    @cached_property
+    def loss(self) -> torch.Tensor:
+        """Contrastive loss of each pair among the candidates of all ranks; each rank computes that of its own."""
+        own = losses_of_rows(
+            self._own.image_embeds,
+            self._own.text_embeds,
+            self.image_embeds,
+            self.text_embeds,
+            offset=sum(self._sizes[: self._ranks.own]),
+            scale=self.logit_scale,
+            bias=self.logit_bias,
+            kind=self.kind,
+        )
+        return self._ranks.gather_columns({"loss": own}, self._sizes)["loss"]
+
+
+def share_out(
+    batch: Mapping[str, torch.Tensor], counts: list[int], ranks: Ranks, padding: Mapping[str, tuple[int, str]]
+) -> dict[str, torch.Tensor]:
+    """Move kept pairs from ranks that have too many to those that have too few, until all have the same number.
+
+    Args:
+        batch: the kept pairs of this rank: tensors `(c, ...)`.
+        counts: `c` of each rank; their sum divides by their number.
+        padding: of keys whose second dimension may differ between ranks (captions padded to the longest of a batch):
+            the value to pad with, and the side, "left" or "right"; 0 on the right where a key is not told.
+
+    Returns:
+        The batch with the same number of pairs on each rank; what came from others stands behind the own.
+    """
+    moves = planned_moves(counts)
+    if not moves.any():
+        return dict(batch)
+    to_ranks, from_ranks = moves[ranks.own].tolist(), moves[:, ranks.own].tolist()
+    batch = _equally_long(batch, ranks, padding)
+    stay = counts[ranks.own] - sum(to_ranks)
+    return {
+        name: torch.cat([value[:stay], ranks.send_rows(value[stay:], to_ranks, from_ranks)])
+        for name, value in batch.items()
+    }
+
+
+def planned_moves(counts: list[int]) -> torch.Tensor:
+    """Pairs that go from each rank (row) to each other (column) until all have the mean: as few as possible."""
+    share, moves = sum(counts) // len(counts), torch.zeros(len(counts), len(counts), dtype=torch.int64)
+    lacking = [[rank, share - count] for rank, count in enumerate(counts) if count < share]
+    for sender, count in enumerate(counts):
+        surplus = count - share
+        while surplus > 0:
+            receiver, lacks = lacking[0]
+            moved = min(surplus, lacks)
+            moves[sender, receiver] = moved
+            surplus -= moved
+            lacking[0][1] -= moved
+            if not lacking[0][1]:
+                lacking.pop(0)
+    return moves
+
+
+def _equally_long(
+    batch: Mapping[str, torch.Tensor], ranks: Ranks, padding: Mapping[str, tuple[int, str]]
+) -> dict[str, torch.Tensor]:
+    names = [name for name, value in batch.items() if value.dim() == 2]
+    longest = ranks.table(*(batch[name].shape[1] for name in names)).amax(0).tolist() if names else []
+    padded = dict(batch)
+    for name, length in zip(names, longest, strict=True):
+        value, side = padding.get(name, (0, "right"))
+        lacking = length - batch[name].shape[1]
+        padded[name] = torch.nn.functional.pad(
+            batch[name], (lacking, 0) if side == "left" else (0, lacking), value=value
+        )
+    return padded
