@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"hf-dissect: {error}", file=sys.stderr)
         return 2
+    _leave_process_group()
     return 0
 
 
@@ -238,6 +239,13 @@ def _at_least(least: int, text: str) -> int:
 
 def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _leave_process_group() -> None:
+    """What torch asks for at the end of a process that trained together with others."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _quiet_libraries() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hf_dissect.checkpoints import last_complete_checkpoint
@@ -38,10 +39,11 @@ def death_of_a_worker_told(output_dir: str):
     """Turn torch's error about a dead data worker, which may come at any moment, into one that says what to do."""
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as error:
-        if not _tells_of_a_dead_worker(error):
+    except Exception as error:
+        death = next(filter(_tells_of_a_dead_worker, _origins(error)), None)
+        if death is None:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(death).splitlines() or [type(death).__name__])[0]
         raise DataWorkerDied(
             f"A data worker died ({reason}). When memory ran out, use fewer workers "
             "(data.num_workers, dataloader_num_workers) or a smaller data.shuffle_buffer. Resume from the last "
@@ -49,7 +51,14 @@ def death_of_a_worker_told(output_dir: str):
         ) from error
 
 
-def _tells_of_a_dead_worker(error: Exception) -> bool:
+def _origins(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it came from: torch's may strike where others are handled, and be replaced by another."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _tells_of_a_dead_worker(error: BaseException) -> bool:
     if "DataLoader worker" in str(error):
         return True
     # It died while a batch was taken over from it, and this process noticed that before its death.

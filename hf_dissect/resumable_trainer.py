@@ -19,6 +19,7 @@ from hf_dissect.interruption import StoppedBySignal, StopRequest, death_of_a_wor
 from hf_dissect.models import same_architecture
 from hf_dissect.non_finite import check_finite_weights
 from hf_dissect.run_state import LEDGER_FILE, moved_step, read_run_state, restore_run_state, save_run_state
+from hf_dissect.sharded_models import ShardableScalars
 from hf_dissect.task_routing import save_task_names
 
 
@@ -35,6 +36,7 @@ class ResumableTrainer(Trainer):
         self.stop_request = StopRequest()
         self.restored_loss: tuple[float, int] | None = None
         self.stops = False
+        self._scalars: ShardableScalars | None = None  # of a model that is split over processes
         self._unfinished: Path | None = None  # where a checkpoint is being written
         super().__init__(*arguments, **keywords)
         self.add_callback(_ResumeCallback(self))
@@ -99,7 +101,7 @@ class ResumableTrainer(Trainer):
             if self.is_local_process_zero():
                 publish(self._unfinished / name, final)
             self.ranks.wait()
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             if not _is_about_writing(error):
                 raise
             raise CheckpointError(
@@ -120,6 +122,11 @@ class ResumableTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self._scalars is not None and state_dict:
+            state_dict = self._scalars.as_saved(state_dict)
+        super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
@@ -153,6 +160,11 @@ class ResumableTrainer(Trainer):
         self.state.global_step = step
         epochs, steps = divmod(step, num_update_steps_per_epoch)
         return epochs, steps * self.args.gradient_accumulation_steps
+
+    def _prepare_for_training(self, *arguments):
+        if self._scalars is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._scalars = ShardableScalars(self.model)
+        return super()._prepare_for_training(*arguments)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         restore_base(self.model, resume_from_checkpoint)
@@ -201,5 +213,6 @@ class _ResumeCallback(TrainerCallback):
 
 
 def _is_about_writing(error: Exception) -> bool:
-    told_by_torch = ("PytorchStreamWriter", "inline_container", "iostream")
-    return not isinstance(error, RuntimeError) or any(part in str(error) for part in told_by_torch)
+    # What is not written in Python tells of a full disk in words: torch in its own, tokenizers in those of Rust.
+    words = ("PytorchStreamWriter", "inline_container", "iostream", "(os error ")
+    return isinstance(error, OSError | SafetensorError) or any(part in str(error) for part in words)

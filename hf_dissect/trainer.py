@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
-from hf_dissect.data.stream_loader import StreamLoader
 from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.evaluation.predictions import retrieval_of_predictions
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward, per_pair_loss
@@ -28,16 +27,18 @@ from hf_dissect.ranks import Ranks
 from hf_dissect.resumable_trainer import ResumableTrainer
 from hf_dissect.run_folder import write_run_folder
 from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
-from hf_dissect.selection.scope import Kept, select_among_all, select_among_own, share_out
+from hf_dissect.selection.scope import Kept, select_among_all, select_among_own, share_out, told_to_all
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.task_routing import Decorrelation, check_tasks, forward_inputs, representations
 from hf_dissect.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
     caption_length,
+    check_grad_cache,
     check_images_fit,
     num_pairs,
     pairs_for,
+    stream_loader,
     training_pairs,
     warn_if_never_selected,
 )
@@ -106,7 +107,7 @@ class DissectTrainer(ResumableTrainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
-        self._check_grad_cache()
+        check_grad_cache(self.model, args, self.is_deepspeed_enabled)
         check_dual_encoder(self.model)
         check_tasks(self.model, train_dataset, eval_dataset)
         if hasattr(bare_model(self.model), "add_model_tags"):
@@ -140,20 +141,7 @@ class DissectTrainer(ResumableTrainer):
         """The Trainer's; of a stream one whose place can be saved and found again."""
         if not isinstance(self.train_dataset, PairStream):
             return super().get_train_dataloader()
-        args = self.args
-        self.stream = StreamLoader(
-            self.train_dataset,
-            self.data_collator,
-            args.train_batch_size,
-            rank=self.ranks.own,
-            world_size=self.ranks.count,
-            num_workers=args.dataloader_num_workers,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle_buffer=args.shuffle_buffer,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-        )
+        self.stream = stream_loader(self.train_dataset, self.data_collator, self.args)
         self._stream_batches = iter(self.stream)
         return self.stream
 
@@ -179,8 +167,7 @@ class DissectTrainer(ResumableTrainer):
     def _agree(self, num_good: int) -> list[int]:
         """Tell the other ranks what all have to know before a selection; how many candidates each of them has."""
         passes = 0 if self.stream is None else self.stream.passes
-        told = self.ranks.table(num_good, passes, self.stop_request.made).T.tolist()
-        sizes, all_passes, stops = told
+        sizes, all_passes, stops = self.ranks.table(num_good, passes, self.stop_request.made).T.tolist()
         self.stops = self.stops or any(stops)
         if self.stream is not None and min(all_passes) > self.selection_epoch:
             self.selection_epoch = min(all_passes)
@@ -300,14 +287,8 @@ class DissectTrainer(ResumableTrainer):
         sizes: list[int],
     ) -> None:
         """Show the choice to the trace and the ledger of every rank."""
-        columns = {"sample_id": candidates.sample_id}
-        columns["kept"] = torch.zeros(len(good), dtype=torch.bool).index_fill(0, kept.indices, True)
-        columns["priority"] = torch.full((len(good),), torch.nan) if kept.priority is None else kept.priority.float()
-        if candidates.image_embeds is not None:
-            columns["correlation"] = candidates.correlation
-        if "is_clean" in batch:
-            columns["is_clean"] = batch["is_clean"].cpu()[good]
-        columns = self.ranks.gather_columns(columns, sizes)
+        is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
+        columns = told_to_all(candidates, kept, is_clean, sizes, self.ranks)
         self.trace.observe(self.selection_epoch, self.state.global_step, columns)
         if "correlation" in columns:
             self._record(columns["sample_id"], columns["correlation"])
@@ -386,19 +367,6 @@ class DissectTrainer(ResumableTrainer):
         if self.strategy.keeps_all:
             return num_candidates
         return min(num_candidates, max(2, self.args.num_selected(num_candidates)))
-
-    def _check_grad_cache(self) -> None:
-        unfit = {
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "torch.nn.DataParallel": self.args.n_gpu > 1,
-            f"optim {self.args.optim}": "lomo" in self.args.optim,
-        }
-        for name in (name for name, used in unfit.items() if used and self.args.grad_cache_chunk_size is not None):
-            raise ValueError(
-                f"grad_cache_chunk_size={self.args.grad_cache_chunk_size} makes several backward passes a step, which "
-                f"{name} does not go with; use one process a GPU (accelerate launch, DDP or FSDP) and an optimiser "
-                "that steps once, or leave it out."
-            )
 
     def _check_finite(self, values: torch.Tensor, what: str, sample_id: torch.Tensor) -> None:
         check_finite(values, what, sample_id, self.state.global_step, self.args.output_dir)

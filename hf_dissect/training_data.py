@@ -1,11 +1,14 @@
-"""Checks that data and arguments fit each other before a training run starts."""
+"""Brings data and arguments together, and checks that they fit each other before a training run starts."""
 
 import logging
 import math
 from typing import Any
 
+import torch
+
 from hf_dissect.data.images import is_feature_vector
-from hf_dissect.data.pairs import as_pairs
+from hf_dissect.data.pairs import PairStream, as_pairs
+from hf_dissect.data.stream_loader import StreamLoader
 from hf_dissect.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.models import bare_model, max_text_length
 from hf_dissect.training_args import DissectTrainingArguments
@@ -83,6 +86,48 @@ def caption_length(model: Any, processor: Any, args: DissectTrainingArguments) -
             "lower it, or leave it out."
         )
     return args.max_caption_length or limit
+
+
+def stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArguments) -> StreamLoader:
+    """The batches of a stream for this process."""
+    return StreamLoader(
+        pairs,
+        collator,
+        args.train_batch_size,
+        rank=args.process_index,
+        world_size=args.world_size,
+        num_workers=args.dataloader_num_workers,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle_buffer=args.shuffle_buffer,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        pin_memory=args.dataloader_pin_memory,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
+
+
+def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed: bool) -> None:
+    """Make sure that several backward passes a step are possible where `grad_cache_chunk_size` asks for them.
+
+    Raises:
+        ValueError: they are not, for the reason that the message gives.
+    """
+    if args.grad_cache_chunk_size is None:
+        return
+    unfit = {
+        "DeepSpeed": uses_deepspeed,
+        "torch.nn.DataParallel": args.n_gpu > 1,
+        f"optim {args.optim.value}": "lomo" in args.optim.value,
+    }
+    for name in (name for name, used in unfit.items() if used):
+        raise ValueError(
+            f"grad_cache_chunk_size={args.grad_cache_chunk_size} makes several backward passes a step, which {name} "
+            "does not go with; use one process a GPU (accelerate launch, DDP or FSDP) and an optimiser that steps "
+            "once, or leave it out."
+        )
+    if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        logger.warning(
+            "The model has batch norm, which with grad_cache_chunk_size normalises over a chunk of a batch."
+        )
 
 
 def warn_if_never_selected(pairs: Any, warmup_epochs: int, args: DissectTrainingArguments) -> None:

@@ -244,9 +244,9 @@ def room_made_afterwards():
         transformers.utils.logging.enable_progress_bar()
 
 
-def fill_disk() -> None:
-    """From now on no file of this process may grow; Python ignores the signal, so that each write fails."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+def fill_disk(room: int = 16) -> None:
+    """From now on no file of this process may grow beyond `room`; Python ignores the signal, so that writes fail."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def full_from(method: str, *, before: bool) -> type[DissectTrainer]:
@@ -265,10 +265,23 @@ def full_from(method: str, *, before: bool) -> type[DissectTrainer]:
     return kind
 
 
+class FullForTheTokenizer(DissectTrainer):
+    """Saves the processor last; in the second checkpoint only its small files find room."""
+
+    def _save(self, *arguments, **keywords):
+        processor, self.processing_class = self.processing_class, None
+        super()._save(*arguments, **keywords)
+        self.processing_class = processor
+        if self.state.global_step == 2 * SAVE_STEPS:
+            fill_disk(room=4096)
+        processor.save_pretrained(arguments[0])
+
+
 WRITES = {
     "record of the selection": full_from("_save_checkpoint", before=True),
     "ledger": full_from("save_model", before=True),
     "weights": full_from("_save", before=True),
+    "tokenizer": FullForTheTokenizer,
     "optimiser": full_from("_save_optimizer_and_scheduler", before=True),
     "state of the Trainer": full_from("_save_rng_state", before=False),
     "state of the selection": full_from("loss_since_log", before=True),
@@ -391,6 +404,21 @@ def test_a_data_worker_dies_while_a_batch_is_taken_over_from_it(tmp_path):
         queue.get()
     with pytest.raises(FileNotFoundError, match="nowhere"), death_of_a_worker_told(tmp_path):
         open(tmp_path / "nowhere")
+
+
+def test_the_death_of_a_data_worker_strikes_in_the_middle_of_something_else(tmp_path):
+    @contextmanager
+    def cleaning_up():
+        try:
+            yield
+        except RuntimeError:
+            {}.pop("made by a thread that was about to start")
+
+    with pytest.raises(DataWorkerDied, match=r"DataLoader worker \(pid 7\)"), death_of_a_worker_told(tmp_path):
+        with cleaning_up():
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match="something else"), death_of_a_worker_told(tmp_path):
+        raise RuntimeError("something else")
 
 
 # ---- the command ----

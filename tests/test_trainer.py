@@ -212,6 +212,64 @@ def test_gradient_accumulation_is_a_mean_over_micro_batches(tmp_path):
     assert logged[0] == pytest.approx(logged[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradient_caching_changes_nothing_but_the_memory(accumulation, tmp_path):
+    ends, logs = [], []
+    for chunk_size in (None, 3):  # 8 pairs are kept
+        trainer = make_trainer(
+            tmp_path / str(chunk_size),
+            selection_strategy="random",  # unscored: the training pass itself tells the correlations
+            optim="sgd",
+            learning_rate=0.1,
+            grad_cache_chunk_size=chunk_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+            logging_steps=1,
+            save_run_folder=False,
+        )
+        trainer.train()
+        ends.append((weights(trainer), trainer.ledger.column("correlation")))
+        logs.append(
+            [entry[key] for entry in trainer.state.log_history for key in ("loss", "grad_norm") if key in entry]
+        )
+    for whole, chunked in zip(*ends, strict=True):
+        torch.testing.assert_close(whole, chunked, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4) and len(logs[0]) == 8
+
+
+def test_gradient_caching_decorrelates_the_router_over_the_whole_batch(tmp_path):
+    logged = []
+    for chunk_size in (None, 5):
+        model, processor = tiny_models.tiny_clip()
+        torch.manual_seed(0)
+        trainer = DissectTrainer(
+            # The router that reads pixels has batch norm, which sees a chunk where it would see the batch.
+            model=tiny_models.with_mola(model, "router", init_weights=False, router_input="embeddings"),
+            processing_class=processor,
+            train_dataset=tiny_models.tiny_pairs(64).add_column("task", [row // 2 % 2 for row in range(64)]),
+            args=arguments(
+                tmp_path / str(chunk_size),
+                selection_strategy="none",
+                optim="sgd",
+                learning_rate=0.1,
+                grad_cache_chunk_size=chunk_size,
+                task_column="task",
+                max_steps=3,
+                logging_steps=1,
+                save_run_folder=False,
+            ),
+        )
+        trainer.train()
+        keys = ("loss", "grad_norm", "decorrelation_loss")
+        logged.append([entry[key] for entry in trainer.state.log_history for key in keys if key in entry])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3) and len(logged[0]) == 9
+
+
+def test_gradient_caching_is_refused_where_a_step_has_one_backward_pass(tmp_path):
+    with pytest.raises(ValueError, match="grad_cache_chunk_size=4 .* optim lomo does not go with"):
+        make_trainer(tmp_path, grad_cache_chunk_size=4, optim="lomo")
+
+
 @pytest.mark.parametrize("strategy", ["dissect", "random"])
 def test_resume_chooses_and_ends_as_the_uninterrupted_run(strategy, tmp_path):
     settings = dict(

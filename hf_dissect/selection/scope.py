@@ -84,6 +84,28 @@ def select_among_all(
     )
 
 
+def told_to_all(
+    candidates: CandidateScores, kept: Kept, is_clean: torch.Tensor | None, sizes: list[int], ranks: Ranks
+) -> dict[str, torch.Tensor]:
+    """What every rank is to know of the candidates of all, `(sum of sizes,)` each, in one exchange.
+
+    Returns:
+        `sample_id`, `kept`, `priority` (NaN where the rule ranked by nothing), and where they are known `correlation`
+        and `is_clean`.
+    """
+    size = candidates.num_candidates
+    columns = {
+        "sample_id": candidates.sample_id,
+        "kept": torch.zeros(size, dtype=torch.bool).index_fill(0, kept.indices, True),
+        "priority": torch.full((size,), torch.nan) if kept.priority is None else kept.priority.float(),
+    }
+    if candidates.image_embeds is not None:
+        columns["correlation"] = candidates.correlation
+    if is_clean is not None:
+        columns["is_clean"] = is_clean
+    return ranks.gather_columns(columns, sizes)
+
+
 class GatheredScores(CandidateScores):
     """Scores of the candidates of all ranks, in the order of the ranks; each part is exchanged when it is asked for.
 
@@ -141,10 +163,9 @@ def share_out(
     Returns:
         The batch with the same number of pairs on each rank; what came from others stands behind the own.
     """
-    moves = planned_moves(counts)
-    if not moves.any():
+    if len(set(counts)) == 1:
         return dict(batch)
-    to_ranks, from_ranks = moves[ranks.own].tolist(), moves[:, ranks.own].tolist()
+    to_ranks, from_ranks = planned_moves(counts, ranks.own)
     batch = _equally_long(batch, ranks, padding)
     stay = counts[ranks.own] - sum(to_ranks)
     return {
@@ -153,21 +174,20 @@ def share_out(
     }
 
 
-def planned_moves(counts: list[int]) -> torch.Tensor:
-    """Pairs that go from each rank (row) to each other (column) until all have the mean: as few as possible."""
-    share, moves = sum(counts) // len(counts), torch.zeros(len(counts), len(counts), dtype=torch.int64)
-    lacking = [[rank, share - count] for rank, count in enumerate(counts) if count < share]
-    for sender, count in enumerate(counts):
-        surplus = count - share
-        while surplus > 0:
-            receiver, lacks = lacking[0]
-            moved = min(surplus, lacks)
-            moves[sender, receiver] = moved
-            surplus -= moved
-            lacking[0][1] -= moved
-            if not lacking[0][1]:
-                lacking.pop(0)
-    return moves
+def planned_moves(counts: list[int], rank: int) -> tuple[list[int], list[int]]:
+    """Pairs that a rank sends to each other rank and gets from each, until all have the mean: as few as possible.
+
+    Surplus and lack are laid side by side in the order of the ranks; where two of them overlap, pairs move.
+    """
+    above = torch.tensor(counts) - sum(counts) // len(counts)
+    surplus, lack = above.clamp_min(0), (-above).clamp_min(0)
+    surplus_end, lack_end = surplus.cumsum(0), lack.cumsum(0)
+
+    def overlaps(end: torch.Tensor, size: torch.Tensor, ends: torch.Tensor, sizes: torch.Tensor) -> list[int]:
+        return (torch.minimum(end, ends) - torch.maximum(end - size, ends - sizes)).clamp_min(0).tolist()
+
+    to_ranks = overlaps(surplus_end[rank], surplus[rank], lack_end, lack)
+    return to_ranks, overlaps(lack_end[rank], lack[rank], surplus_end, surplus)
 
 
 def _equally_long(

@@ -49,3 +49,6 @@ for kind, bias in (("softmax", 0.0), ("sigmoid", -3.0)):
         # A caption that was 3 tokens long is now as long as the longest, 5, padded on its left.
         source = torch.where(rows < 5, 0, 2)
         assert [line.count(5) for line in shared["input_ids"].tolist()] == (2 - source).tolist()
+
+ranks.wait()
+torch.distributed.destroy_process_group()

@@ -1,0 +1,156 @@
+"""What online selection costs on up to a thousand GPUs, on paper: bytes, and their time at given bandwidths."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_dissect.selection.scope import planned_moves
+
+# What a candidate tells the other ranks (`DissectTrainer._take_note`): id, kept, priority, correlation.
+RECORD_BYTES = 8 + 1 + 4 + 4
+# And before a global choice (`GatheredScores`): id and correlation.
+CHOICE_BYTES = 8 + 4
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """The training and the machines; all of it can be set on the command line.
+
+    Attributes:
+        candidates: B, of a GPU and step.
+        ratio: share of the candidates that train.
+        dim: D, of the embeddings, exchanged as float32.
+        parameters: of the model, whose float32 gradients are averaged by DDP (ViT-B/16 CLIP).
+        image_size, pixel_bytes, tokens: of a pair: 3 * size ** 2 pixels; token ids and mask as int64.
+        nic_gbps: gigabits a second and GPU between machines, in each direction.
+        nvlink_gb: gigabytes a second and GPU within a machine, in each direction.
+        gpus_per_node: GPUs of a machine, each with a network card of its own.
+        net_hop_us, nvlink_hop_us: latency of one hop of a ring.
+        peak_tflops: of bfloat16 without sparsity (H100, H200).
+        utilisation: share of the peak that the model reaches.
+        ledger_ns: of the processor for one id of a step: one look-up and two writes, measured (`ledger.py`).
+    """
+
+    candidates: int = 1280
+    ratio: float = 0.5
+    dim: int = 512
+    parameters: float = 150e6
+    image_size: int = 224
+    pixel_bytes: int = 4
+    tokens: int = 77
+    nic_gbps: float = 400.0
+    nvlink_gb: float = 450.0
+    gpus_per_node: int = 8
+    net_hop_us: float = 5.0
+    nvlink_hop_us: float = 1.0
+    peak_tflops: float = 989.0
+    utilisation: float = 0.4
+    ledger_ns: float = 660.0
+
+    @property
+    def kept(self) -> int:
+        return round(self.candidates * self.ratio)
+
+    @property
+    def nic(self) -> float:
+        """Bytes a second."""
+        return self.nic_gbps * 1e9 / 8
+
+    @property
+    def pair_bytes(self) -> int:
+        return 3 * self.image_size**2 * self.pixel_bytes + 2 * 8 * self.tokens
+
+    @property
+    def step_seconds(self) -> float:
+        """Score B candidates (one forward pass), train k of them (three times a forward pass)."""
+        forward = transformer_flops(197, 768, 12) + 2 * 196 * 768 * 768 + transformer_flops(77, 512, 12)
+        return forward * (self.candidates + 3 * self.kept) / (self.peak_tflops * 1e12 * self.utilisation)
+
+
+def transformer_flops(tokens: int, width: int, layers: int) -> float:
+    """Of a forward pass: 24 width ** 2 for the matrices of a token, 4 tokens * width for its attention."""
+    return layers * tokens * (24 * width**2 + 4 * tokens * width)
+
+
+def latency(a: Assumptions, gpus: int) -> float:
+    """Seconds in which the first byte goes once round a ring of all GPUs."""
+    nodes = math.ceil(gpus / a.gpus_per_node)
+    crossings = nodes if nodes > 1 else 0
+    return (crossings * a.net_hop_us + (gpus - crossings) * a.nvlink_hop_us) * 1e-6
+
+
+def gather_seconds(a: Assumptions, gpus: int, own_bytes: float) -> float:
+    """All-gather, or reduce-scatter, of `own_bytes` from each GPU.
+
+    NCCL lets each network card of a machine carry its share of what comes from other machines, and passes it on by
+    NVLink meanwhile: the slower of the two counts.
+    """
+    local = min(gpus, a.gpus_per_node)
+    between = (gpus - local) * own_bytes / (local * a.nic)
+    within = (gpus - 1) * own_bytes / (a.nvlink_gb * 1e9)
+    return max(between, within) + latency(a, gpus)
+
+
+def ring_seconds(a: Assumptions, gpus: int, hop_bytes: float) -> float:
+    """Once round, one GPU after the other: between two machines there is a single network card."""
+    bandwidth, hop = (a.nic, a.net_hop_us) if gpus > a.gpus_per_node else (a.nvlink_gb * 1e9, a.nvlink_hop_us)
+    return gpus * (hop_bytes / bandwidth + hop * 1e-6)
+
+
+def moved_pairs(a: Assumptions, gpus: int) -> float:
+    """Pairs that a rank gives away on average when the k best of all are shared out equally.
+
+    Where scores do not depend on the rank, the kept pairs of a rank are hypergeometric: B draws out of G * B, of which
+    G * k are kept, so with p = k / B the variance is `B p (1 - p) (G - 1) B / (G B - 1)`. Of a normal variable with
+    standard deviation s the mean of the part above its mean is `s / sqrt(2 pi)`.
+    """
+    p = a.kept / a.candidates
+    variance = a.candidates * p * (1 - p) * (gpus - 1) * a.candidates / (gpus * a.candidates - 1)
+    return math.sqrt(variance / (2 * math.pi))
+
+
+def simulate_moves(a: Assumptions, gpus: int, repeats: int = 200) -> dict[str, float]:
+    """The same by drawing, and what only drawing tells: the rank with the most to send, and the time of planning."""
+    generator = np.random.default_rng(0)
+    counts = generator.multivariate_hypergeometric(
+        [a.candidates] * gpus, gpus * a.kept, size=repeats, method="marginals"
+    )
+    surplus = (counts - a.kept).clip(0)
+    start = time.perf_counter()
+    sent, received = planned_moves(counts[0].tolist(), rank=0)
+    seconds = time.perf_counter() - start
+    assert sum(sent) - sum(received) == counts[0, 0] - a.kept
+    return {"mean": surplus.mean(), "largest": surplus.max(1).mean(), "planning_ms": seconds * 1000}
+
+
+def costs(a: Assumptions, gpus: int) -> dict[str, dict[str, float]]:
+    """Bytes that a GPU receives, and seconds, of each part of a step."""
+    others, features = gpus - 1, a.kept * a.dim * 4
+    moved, drawn = moved_pairs(a, gpus), simulate_moves(a, gpus)
+
+    def gathered(own_bytes: float, times: int = 1) -> dict[str, float]:
+        return {"bytes": times * others * own_bytes, "seconds": times * gather_seconds(a, gpus, own_bytes)}
+
+    gradient_bytes = a.parameters * 4 / gpus
+    return {
+        "scores for the record": gathered(RECORD_BYTES * a.candidates),
+        "features, softmax loss": gathered(2 * features, times=2),
+        "features, sigmoid ring": {
+            "bytes": (2 * others + 1) * features,
+            "seconds": ring_seconds(a, gpus, 2 * features),
+        },
+        "gradients (DDP)": gathered(gradient_bytes, times=2),
+        "global: scores": gathered(CHOICE_BYTES * a.candidates),
+        "global: embeddings, for small_loss and big_loss": gathered(2 * a.candidates * a.dim * 4),
+        "global: rebalancing": {
+            "bytes": moved * a.pair_bytes,
+            "seconds": drawn["largest"] * a.pair_bytes / a.nic + latency(a, gpus) + drawn["planning_ms"] / 1000,
+            "pairs_mean": moved,
+            "pairs_mean_simulated": drawn["mean"],
+            "pairs_of_the_fullest_rank": drawn["largest"],
+            "planning_ms": drawn["planning_ms"],
+        },
+        "ledger with hashed ids (processor)": {"bytes": 0, "seconds": gpus * a.candidates * a.ledger_ns * 1e-9},
+    }
