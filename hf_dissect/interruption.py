@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hf_dissect.checkpoints import last_complete_checkpoint
@@ -40,10 +39,8 @@ def death_of_a_worker_told(output_dir: str):
     try:
         yield
     except Exception as error:
-        death = next(filter(_tells_of_a_dead_worker, _origins(error)), None)
-        if death is None:
+        if (reason := _death_of_a_worker(error)) is None:
             raise
-        reason = (str(death).splitlines() or [type(death).__name__])[0]
         raise DataWorkerDied(
             f"A data worker died ({reason}). When memory ran out, use fewer workers "
             "(data.num_workers, dataloader_num_workers) or a smaller data.shuffle_buffer. Resume from the last "
@@ -51,11 +48,13 @@ def death_of_a_worker_told(output_dir: str):
         ) from error
 
 
-def _origins(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came from: torch's may strike where others are handled, and be replaced by another."""
+def _death_of_a_worker(error: BaseException | None) -> str | None:
+    """What an error, or one it came from, says of a dead worker: torch's may strike where others are handled."""
     while error is not None:
-        yield error
+        if _tells_of_a_dead_worker(error):
+            return (str(error).splitlines() or [type(error).__name__])[0]
         error = error.__cause__ or error.__context__
+    return None
 
 
 def _tells_of_a_dead_worker(error: BaseException) -> bool:

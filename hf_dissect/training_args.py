@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_dissect.selection import SCOPES, STRATEGIES, SelectionStrategy, make_strategy
@@ -109,6 +111,8 @@ class DissectTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.selection_options = _options(self.selection_options)
+        if _is_one_of_several_without_accelerator():
+            self.use_cpu = True  # else each process would train alone, and write over the others
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it each epoch
@@ -160,6 +164,11 @@ class DissectTrainingArguments(TrainingArguments):
             "task": self.task_column,
             "clean": self.clean_column,
         }
+
+
+def _is_one_of_several_without_accelerator() -> bool:
+    chosen = "ACCELERATE_TORCH_DEVICE" in os.environ
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not chosen and not torch.accelerator.is_available()
 
 
 def _options(given: Any) -> dict[str, Any]:

@@ -71,6 +71,13 @@ def test_grad_cache():
     assert cached["seconds_per_step"]["mean"] > 0 and plain["processor_seconds_per_step"]["mean"] > 0
 
 
+def test_scaling():
+    results = run_benchmark("scaling", "--processes", 1, "--steps", 3, "--batch", 8, "--pairs", 32, "--quiet")
+    assert {run["scope"] for run in results["measured"]} == {"local", "global"}
+    assert all(run["processor_ms"] > 0 and run["feature exchange"] == 0 for run in results["measured"])
+    assert [len(parts) for parts in results["paper"].values()] == [8] * 4
+
+
 def test_mola_cost():
     results = run_benchmark("mola_cost", "--model", "tiny-clip", "--rounds", 1, "--batch", 4, "--r", 2)
     lora, grad = results["lora"], results["mola-grad"]

@@ -46,7 +46,14 @@ COMMANDS = {
     "hf-dissect recipes": [],
     "hf-dissect recipes quickstart": [],
     "hf-dissect train flickr8k-local data.path=/data/flickr8k": [SCRATCH, *SMALL, "model.max_caption_length=16"],
-    "accelerate launch -m hf_dissect.cli train cc3m": PAPER,
+    "hf-dissect recipes --accelerate": [],
+    "hf-dissect recipes --accelerate multi-gpu > multi-gpu.yaml": [],
+    "accelerate launch --config_file multi-gpu.yaml -m hf_dissect.cli train cc3m": PAPER,
+    "torchrun --nproc-per-node 8 -m hf_dissect.cli train cc3m selection.scope=global": PAPER,
+    "hf-dissect train mine.yaml training.per_device_train_batch_size=4096 objective.grad_cache_chunk_size=64": [
+        *FINETUNE,
+        "objective.grad_cache_chunk_size=4",
+    ],
     "hf-dissect evaluate runs/mine": [],
     "hf-dissect evaluate runs/mine --data /data/flickr8k --split validation": [],
     'hf-dissect evaluate runs/mine --data /data/pets --classes cat,dog --template "a photo of a {}."': [],
@@ -105,7 +112,7 @@ def test_commands_run_in_the_order_of_the_readme(data, tmp_path, monkeypatch, ca
     for command, added in COMMANDS.items():
         if added is None:
             continue
-        words = shlex.split(command)
+        words = shlex.split(command.split(" > ")[0])
         words = words[1:] if words[0] == "hf-dissect" else words[words.index("hf_dissect.cli") + 1 :]
         words = [word.replace("/data/flickr8k", str(data / "flickr8k")) for word in words]
         words = [word.replace("/data/pets", str(data / "pets.parquet")) for word in words]
@@ -113,7 +120,7 @@ def test_commands_run_in_the_order_of_the_readme(data, tmp_path, monkeypatch, ca
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
-        *("mine", "mine-2", "mine-3", "flickr8k-local", "cc3m", "four")
+        *("mine", "mine-2", "mine-3", "mine-4", "flickr8k-local", "cc3m", "cc3m-2", "four")
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
     assert steps == [2, 4]
@@ -185,7 +192,9 @@ def test_run_files_are_those_of_a_run():
 
 def test_links_within_the_tree_resolve():
     links = re.findall(r"\]\(([^)]+)\)", README)
-    inside = [link for link in links if not link.startswith("https://")]
+    headings = ["#" + heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)]
+    assert all(link in headings for link in links if link.startswith("#"))
+    inside = [link for link in links if not link.startswith(("https://", "#"))]
     assert inside and all((ROOT / link).exists() for link in inside)
 
 
