@@ -37,10 +37,10 @@ def publish(unfinished: Path, final: Path) -> None:
     The files reach the disk before the name does, so that a machine that loses its power finds it whole or not at all.
     On a file system that several nodes share, one of them does it, and the others find it done.
     """
-    for path in [file for file in unfinished.rglob("*") if file.is_file()]:
-        _flush_to_disk(path)
     replaced = unfinished.with_name(unfinished.name + ".replaced")
     try:
+        for path in [file for file in unfinished.rglob("*") if file.is_file()]:
+            _flush_to_disk(path)
         if final.exists() and unfinished.exists():
             os.replace(final, replaced)
         os.replace(unfinished, final)

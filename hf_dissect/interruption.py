@@ -1,6 +1,5 @@
 """What ends a run early from outside: it is told to end, and saves first, or one of its data workers dies."""
 
-import logging
 import os
 import signal
 import threading
@@ -8,8 +7,6 @@ import traceback
 from contextlib import contextmanager
 
 from hf_dissect.checkpoints import last_complete_checkpoint
-
-logger = logging.getLogger(__name__)
 
 
 class StoppedBySignal(SystemExit):
@@ -86,7 +83,6 @@ class StopRequest:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
             self.made = True
-            logger.warning("SIGTERM: a checkpoint is written after this step, then the run ends.")
 
         signal.signal(signal.SIGTERM, note)
         try:

@@ -1,5 +1,8 @@
 """A Trainer whose runs can be ended at any moment and go on as if they had not been."""
 
+import logging
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,6 +24,8 @@ from hf_dissect.non_finite import check_finite_weights
 from hf_dissect.run_state import LEDGER_FILE, moved_step, read_run_state, restore_run_state, save_run_state
 from hf_dissect.sharded_models import ShardableScalars
 from hf_dissect.task_routing import save_task_names
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(Trainer):
@@ -67,16 +72,33 @@ class ResumableTrainer(Trainer):
         self.stops, self.selection_epoch = False, -1
         with self.stop_request.heeded(), death_of_a_worker_told(self.args.output_dir):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+            self._save_if_told_to_end_late()
         if self.stops:
             raise StoppedBySignal(str(last_complete_checkpoint(self.args.output_dir)))
         return output
 
+    def heed(self, told_to_end: bool) -> None:
+        """End the run after the current step, if a process of it was told to end."""
+        if told_to_end and not self.stops:
+            logger.warning("SIGTERM: a checkpoint is written after this step, then the run ends.")
+        self.stops = self.stops or bool(told_to_end)
+
     # ---- writing ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor, and beside them the ledger, the recipe, and what an adapter needs to be loaded."""
+        """Save model and processor, and beside them the ledger, the recipe, and what an adapter needs to be loaded.
+
+        Raises:
+            NonFiniteLossError: weights are not finite.
+            CheckpointError: the files cannot be written.
+        """
         folder = Path(output_dir or self.args.output_dir)
         check_finite_weights(self.model, self.state.global_step, self.args.output_dir)
+        what = "model" if self._unfinished is None else "checkpoint"
+        with _unwritable_told(f"The {what} of step {self.state.global_step}", self.args.output_dir):
+            self._save_model_and_more(folder, output_dir, _internal_call)
+
+    def _save_model_and_more(self, folder: Path, output_dir: str | None, _internal_call: bool) -> None:
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.ledger.save(folder / LEDGER_FILE, {"epoch": self.selection_epoch, "strategy": self.strategy.name})
@@ -93,22 +115,15 @@ class ResumableTrainer(Trainer):
         final = run_folder / name
         self._unfinished = run_folder / UNFINISHED_FOLDER
         try:
-            self.trace.flush()
-            super()._save_checkpoint(model, trial)
-            save_run_state(self, self._unfinished / name)
-            self._name_best_checkpoint(self._unfinished / name, final)
-            self.ranks.wait()
-            if self.is_local_process_zero():
-                publish(self._unfinished / name, final)
-            self.ranks.wait()
-        except Exception as error:
-            if not _is_about_writing(error):
-                raise
-            raise CheckpointError(
-                f"The checkpoint of step {self.state.global_step} could not be written ({error}). Make room in "
-                f"{run_folder} and resume; the last complete checkpoint is "
-                f"{last_complete_checkpoint(run_folder) or 'none'}."
-            ) from error
+            with _unwritable_told(f"The checkpoint of step {self.state.global_step}", run_folder):
+                self.trace.flush()
+                super()._save_checkpoint(model, trial)
+                save_run_state(self, self._unfinished / name)
+                self._name_best_checkpoint(self._unfinished / name, final)
+                self.ranks.wait()
+                if self.is_local_process_zero():
+                    publish(self._unfinished / name, final)
+                self.ranks.wait()
         finally:
             if self.is_local_process_zero():
                 remove_unfinished(run_folder)
@@ -134,6 +149,14 @@ class ResumableTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder):
         if self._unfinished is None:  # else it is not written to its end yet
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_if_told_to_end_late(self) -> None:
+        """Heed a request that came after the last step had begun."""
+        stopped_before = self.stops
+        self.heed(self.ranks.table(self.stop_request.made).any())
+        # The weights of the best step, where they were loaded at the end, make no checkpoint of the last.
+        if self.stops and not stopped_before and not self.args.load_best_model_at_end:
+            self._save_checkpoint(self.model, trial=None)
 
     def _name_best_checkpoint(self, written: Path, final: Path) -> None:
         """Where the Trainer noted the unfinished checkpoint as the best one, note the name that it will have."""
@@ -210,6 +233,21 @@ class _ResumeCallback(TrainerCallback):
         if self._trainer.stops and state.epoch % 1:  # cut short: its figures are due when the resumed run ends it
             control.should_log = control.should_evaluate = False
         control.should_save = control.should_save or self._saves_later
+
+
+@contextmanager
+def _unwritable_told(what: str, run_folder: str | Path):
+    """Turn an error of any of the writers into one that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CheckpointError) or not _is_about_writing(error):
+            raise
+        free = shutil.disk_usage(run_folder).free / 2**20
+        raise CheckpointError(
+            f"{what} could not be written ({error}); {free:,.0f} MiB are free. Make room in {run_folder} and resume; "
+            f"the last complete checkpoint is {last_complete_checkpoint(run_folder) or 'none'}."
+        ) from error
 
 
 def _is_about_writing(error: Exception) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
+from hf_dissect.training_data import num_pairs
+
 if TYPE_CHECKING:
     from hf_dissect.resumable_trainer import ResumableTrainer
 
@@ -60,7 +62,10 @@ def restore_run_state(trainer: "ResumableTrainer", folder: str | Path) -> None:
         logger.warning("%s has no %s: figures and logs of the selection start anew.", folder, STATE_FILE)
         return
     trainer.selection_epoch = state["epoch"]
-    trainer.strategy.on_epoch_begin(max(0, state["epoch"]))
+    trainer.strategy.on_epoch_begin(state["epoch"])
+    if num_pairs(trainer.train_dataset) is None and trainer.stream is None:
+        # Epochs of a foreign stream are counted as they begin, and this one begins again.
+        trainer.selection_epoch -= 1
     trainer.times.add(state["times"])
     trainer.monitor.restore(state["monitor"], load_file(Path(folder, TENSORS_FILE)))
     ranks = state["ranks"]

@@ -168,7 +168,7 @@ class DissectTrainer(ResumableTrainer):
         """Tell the other ranks what all have to know before a selection; how many candidates each of them has."""
         passes = 0 if self.stream is None else self.stream.passes
         sizes, all_passes, stops = self.ranks.table(num_good, passes, self.stop_request.made).T.tolist()
-        self.stops = self.stops or any(stops)
+        self.heed(any(stops))
         if self.stream is not None and min(all_passes) > self.selection_epoch:
             self.selection_epoch = min(all_passes)
             self.strategy.on_epoch_begin(self.selection_epoch)

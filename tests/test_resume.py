@@ -357,6 +357,18 @@ def test_sigterm_saves_and_the_run_goes_on(settings, tmp_path):
     assert resumed(tmp_path / "run", **settings) == whole
 
 
+def test_sigterm_behind_the_last_step_still_leaves_a_checkpoint(tmp_path):
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    trainer.add_callback(AtTheEnd())
+    with pytest.raises(StoppedBySignal, match="checkpoint-"):
+        trainer.train()
+    assert last_complete_checkpoint(tmp_path).name == f"checkpoint-{trainer.state.max_steps}"
+
+
 def test_a_second_sigterm_ends_at_once():
     child = os.fork()
     if child == 0:

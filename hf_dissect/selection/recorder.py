@@ -35,6 +35,7 @@ class SelectionRecorder:
     def __init__(self, folder: str | os.PathLike):
         self.path = Path(folder) / "selection.parquet"
         self._parts = Path(folder) / "selection_parts"
+        self._unfinished = Path(folder) / "selection_parts.unfinished"
         self._rows: list[dict[str, np.ndarray]] = []
         self._num_rows = 0
 
@@ -62,7 +63,7 @@ class SelectionRecorder:
         if not self._rows:
             return
         columns = {name: np.concatenate([rows[name] for rows in self._rows]) for name in SCHEMA.names}
-        self._write_part(pa.table(columns, schema=SCHEMA))
+        self._write_part(pa.table(columns, schema=SCHEMA), self._parts)
         self._rows, self._num_rows = [], 0
 
     def restart(self, step: int) -> None:
@@ -71,16 +72,12 @@ class SelectionRecorder:
         A run that was over already and is resumed from one of its checkpoints goes on with its `selection.parquet`.
         """
         self._rows, self._num_rows = [], 0
+        shutil.rmtree(self._unfinished, ignore_errors=True)
         for part in self._parts_in_order():
             if int(part.name.split("-")[0]) >= step:
                 part.unlink()
         if step > 0 and self.path.is_file() and not self._parts_in_order():
-            with pq.ParquetFile(self.path) as recorded:
-                for group in range(recorded.num_row_groups):
-                    rows = recorded.read_row_group(group)
-                    rows = rows.filter(pc.less(rows["step"], step))
-                    if len(rows):
-                        self._write_part(rows)
+            self._split(step)
 
     def close(self) -> Path:
         """Join the parts in order to `selection.parquet` and remove them."""
@@ -91,15 +88,31 @@ class SelectionRecorder:
             for part in self._parts_in_order():
                 writer.write_table(pq.read_table(part))
         os.replace(temporary, self.path)
-        shutil.rmtree(self._parts, ignore_errors=True)
+        # All parts go at once, so that none is taken for the whole record if the run is killed here.
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        if self._parts.exists():
+            os.replace(self._parts, self._unfinished)
+        shutil.rmtree(self._unfinished, ignore_errors=True)
         return self.path
 
     def _parts_in_order(self) -> list[Path]:
         return sorted(self._parts.glob("*.parquet"))
 
-    def _write_part(self, rows: pa.Table) -> None:
-        self._parts.mkdir(parents=True, exist_ok=True)
+    def _split(self, step: int) -> None:
+        """Make parts again of what the finished record holds from before `step`; all of them, or none if killed."""
+        with pq.ParquetFile(self.path) as recorded:
+            for group in range(recorded.num_row_groups):
+                rows = recorded.read_row_group(group)
+                rows = rows.filter(pc.less(rows["step"], step))
+                if len(rows):
+                    self._write_part(rows, self._unfinished)
+        shutil.rmtree(self._parts, ignore_errors=True)
+        if self._unfinished.exists():
+            os.replace(self._unfinished, self._parts)
+
+    def _write_part(self, rows: pa.Table, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         # The number tells parts of one step apart (gradient accumulation).
-        name = f"{rows['step'][0].as_py():012d}-{len(self._parts_in_order()):06d}.parquet"
-        pq.write_table(rows, self._parts / f"{name}.tmp")
-        os.replace(self._parts / f"{name}.tmp", self._parts / name)
+        name = f"{rows['step'][0].as_py():012d}-{len(list(folder.glob('*.parquet'))):06d}.parquet"
+        pq.write_table(rows, folder / f"{name}.tmp")
+        os.replace(folder / f"{name}.tmp", folder / name)

@@ -46,7 +46,7 @@ def select_among_own(
     """
     fewest = min(sizes)
     if not fewest:
-        return Kept(torch.zeros(0, dtype=torch.int64), None, None, [0] * len(sizes))
+        return _nothing(sizes)
     selection = strategy.select(candidates, ledger, num_selected(fewest))
     # Equal numbers on all ranks, also where all candidates train.
     kept = slice(fewest)
@@ -68,8 +68,10 @@ def select_among_all(
     Every rank makes the same choice, which is that of one process with the candidates of all, in the order of the
     ranks. A rest that cannot be shared out equally is left: at most one pair fewer than there are ranks.
     """
-    everyone = GatheredScores(candidates, sizes, ranks)
     share = num_selected(sum(sizes)) // len(sizes)
+    if not share:
+        return _nothing(sizes)
+    everyone = GatheredScores(candidates, sizes, ranks)
     selection = strategy.select(everyone, ledger, share * len(sizes))
     equal = slice(len(selection.indices) // len(sizes) * len(sizes))
     indices = selection.indices[equal]
@@ -104,6 +106,10 @@ def told_to_all(
     if is_clean is not None:
         columns["is_clean"] = is_clean
     return ranks.gather_columns(columns, sizes)
+
+
+def _nothing(sizes: list[int]) -> Kept:
+    return Kept(torch.zeros(0, dtype=torch.int64), None, None, [0] * len(sizes))
 
 
 class GatheredScores(CandidateScores):

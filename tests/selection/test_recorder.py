@@ -134,3 +134,47 @@ def test_a_part_broken_off_in_writing_does_not_stop_the_end(tmp_path):
 def test_a_run_without_a_step_leaves_an_empty_record(tmp_path):
     SelectionRecorder(tmp_path / "run").close()
     assert rows_of(tmp_path / "run") == []
+
+
+def test_a_run_killed_while_the_parts_are_removed_keeps_its_record(tmp_path, monkeypatch):
+    recorder = SelectionRecorder(tmp_path)
+    expected = record(recorder, range(3))
+    recorder.flush()
+    expected += record(recorder, range(3, 6))
+
+    def killed(folder, **keywords):
+        parts = sorted(folder.glob("*.parquet")) if folder.exists() else []
+        if parts:
+            parts[0].unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recorder_module.shutil, "rmtree", killed)
+        recorder.close()
+    resumed = SelectionRecorder(tmp_path)
+    resumed.restart(5)
+    resumed.close()
+    assert rows_of(tmp_path) == [row for row in expected if row["step"] < 5]
+    assert [path.name for path in tmp_path.iterdir()] == ["selection.parquet"]
+
+
+def test_a_run_killed_while_the_record_is_made_parts_again_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder_module, "ROWS_PER_PART", 3)
+    recorder = SelectionRecorder(tmp_path)
+    expected = record(recorder, range(6))
+    recorder.close()
+    written, write_table = [], pq.write_table
+
+    def killed(rows, path):
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_table(rows, path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recorder_module.pq, "write_table", killed)
+        SelectionRecorder(tmp_path).restart(4)
+    resumed = SelectionRecorder(tmp_path)
+    resumed.restart(4)
+    resumed.close()
+    assert rows_of(tmp_path) == [row for row in expected if row["step"] < 4]
