@@ -20,6 +20,7 @@ ARGUMENT_SOURCES = {
     "selection_options": "selection.options",
     "mask_false_negatives": "selection.mask_false_negatives",
     "grad_cache_chunk_size": "objective.grad_cache_chunk_size",
+    "gsc": "objective.gsc",
     "scoring_batch_size": "selection.scoring_batch_size",
     "record_selection": "selection.record",
     "max_bad_fraction": "selection.max_bad_fraction",

@@ -14,6 +14,23 @@ if TYPE_CHECKING:
 # The keys that are involved, the one to blame first, and what is wrong.
 Fault = tuple[tuple[str, ...], str]
 
+# What `selection.options` may hold for each strategy that takes any, as arguments of `problem_with`.
+_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "dissect": {
+        "variant": {"expected": str, "choices": STRATEGIES["dissect"]},
+        "momentum": {"expected": float, "within": "[0, 1)"},
+        "warmup_on": {"expected": str, "choices": ("subset", "all")},
+    },
+    "gsc": {
+        "beta": {"expected": float, "within": "(0, 1]"},
+        "temperature": {"expected": float, "within": "(0, inf)"},
+        "masked": {"expected": bool},
+        "scaling": {"expected": str, "choices": ("min-max", "quantile")},
+        "seed": {"expected": int, "within": "[0, 4294967295]"},
+    },
+    "ncr": {"seed": {"expected": int, "within": "[0, 4294967295]"}},
+}
+
 
 def find_conflicts(recipe: "Recipe") -> Iterator[Fault]:
     """Every fault that a setting has only together with others."""
@@ -24,6 +41,7 @@ def find_conflicts(recipe: "Recipe") -> Iterator[Fault]:
     yield from _noise(recipe)
     yield from _selection(recipe)
     yield from _options(recipe)
+    yield from _gsc(recipe)
     yield from _evaluation(recipe)
     yield from _zero_shot(recipe)
     yield from _training(recipe)
@@ -118,11 +136,13 @@ def _selection(recipe: "Recipe") -> Iterator[Fault]:
             f"allowed: a batch of at least {math.ceil(2 / selection.ratio)}, or a ratio of at least {2 / batch:.3g}",
         )
     epochs, steps = _training_value(recipe, "num_train_epochs"), _training_value(recipe, "max_steps")
-    warms_up = selection.strategy == "dissect" and selection.options.get("variant", "warmup") == "warmup"
+    is_dissect = selection.strategy == "dissect"
+    warms_up = is_dissect and selection.options.get("variant", "warmup") == "warmup" or selection.strategy == "ncr"
     if warms_up and selection.warmup_epochs == 0:
+        way_out = ", or selection.options.variant: momentum" if is_dissect else ""
         yield (
             ("selection.warmup_epochs", "selection.strategy", "selection.options"),
-            "0 leaves no history to select by; allowed: at least 1, or selection.options.variant: momentum",
+            f"0 leaves no history to select by; allowed: at least 1{way_out}",
         )
     if warms_up and steps <= 0 and selection.warmup_epochs >= epochs:
         yield (
@@ -134,14 +154,10 @@ def _selection(recipe: "Recipe") -> Iterator[Fault]:
 
 def _options(recipe: "Recipe") -> Iterator[Fault]:
     strategy, options = recipe.selection.strategy, recipe.selection.options
-    allowed = {
-        "variant": {"expected": str, "choices": STRATEGIES["dissect"]},
-        "momentum": {"expected": float, "within": "[0, 1)"},
-        "warmup_on": {"expected": str, "choices": ("subset", "all")},
-    }
+    allowed = _OPTIONS.get(strategy, {})
     for name, value in options.items():
         key = f"selection.options.{name}"
-        if strategy != "dissect":
+        if not allowed:
             yield (
                 (key, "selection.strategy"),
                 f"{show(value)} is not allowed: {strategy} takes no options; set selection.options to {{}}",
@@ -149,10 +165,28 @@ def _options(recipe: "Recipe") -> Iterator[Fault]:
         elif name not in allowed:
             yield (
                 (key, "selection.strategy"),
-                f"unknown key (value {show(value)}); allowed for dissect: {', '.join(allowed)}",
+                f"unknown key (value {show(value)}); allowed for {strategy}: {', '.join(allowed)}",
             )
         elif problem := problem_with(value, **allowed[name]):
             yield (key,), problem
+
+
+def _gsc(recipe: "Recipe") -> Iterator[Fault]:
+    gsc, epochs = recipe.objective.gsc, _training_value(recipe, "num_train_epochs")
+    if gsc is None:
+        return
+    if recipe.selection.mask_false_negatives:
+        yield (
+            ("objective.gsc", "selection.mask_false_negatives"),
+            "does not go with selection.mask_false_negatives, as it counts every other pair of the batch; "
+            "set one of them to null or false",
+        )
+    if _training_value(recipe, "max_steps") <= 0 and gsc.warmup_epochs >= epochs:
+        yield (
+            ("objective.gsc.warmup_epochs", "training.num_train_epochs", "training.max_steps"),
+            f"{gsc.warmup_epochs} leaves no epoch with soft labels; "
+            f"allowed: less than training.num_train_epochs ({epochs:g})",
+        )
 
 
 def _evaluation(recipe: "Recipe") -> Iterator[Fault]:

@@ -11,6 +11,8 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "small_loss": (),
     "big_loss": (),
     "clipscore": (),
+    "ncr": (),
+    "gsc": (),
     "none": (),
 }
 SCOPES = ("local", "global")
@@ -125,6 +127,20 @@ class SelectionSection:
 
 
 @dataclasses.dataclass
+class GscSection:
+    """Soft labels for pairs that may be mismatched (GSC, CVPR 2024), and the loss that they weight."""
+
+    gamma: float = setting(0.01, "Weight of the loss within the modalities.", within="[0, inf)")
+    beta: float = setting(0.7, "Share of the new evidence in a label, at each epoch.", within="(0, 1]")
+    temperature: float = setting(0.07, "Of the softmax over the cosines, in place of the model's.", within="(0, inf)")
+    warmup_epochs: int = setting(1, "Epochs that train by the contrastive loss first.", within="[0, inf)")
+    masked: bool = setting(True, "Whether the labels weight the structures that the evidence comes from.")
+    scaling: str = setting(
+        "min-max", "How structures are scaled before the mixture is fitted.", choices=("min-max", "quantile")
+    )
+
+
+@dataclasses.dataclass
 class ObjectiveSection:
     """How the loss is computed."""
 
@@ -133,6 +149,7 @@ class ObjectiveSection:
         "Pairs that go through the model at a time with gradient, the loss being that of all (GradCache); null: all.",
         within="[1, inf)",
     )
+    gsc: GscSection | None = setting(None, "Soft labels; null: the contrastive loss throughout.")
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ from hf_dissect.non_finite import check_finite_weights
 from hf_dissect.run_state import LEDGER_FILE, moved_step, read_run_state, restore_run_state, save_run_state
 from hf_dissect.sharded_models import ShardableScalars
 from hf_dissect.task_routing import save_task_names
+from hf_dissect.training_data import num_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, *arguments, **keywords):
         self.stream = None  # a `StreamLoader` when the training data are a stream
         self.selection_epoch = 0  # as strategies count
+        self.updated_epoch = 0  # the last one for which strategy and objective renewed what holds for an epoch
         self.stop_request = StopRequest()
         self.restored_loss: tuple[float, int] | None = None
         self.stops = False
@@ -69,7 +71,7 @@ class ResumableTrainer(Trainer):
             self.trace.restart(step=0)
         if self.is_world_process_zero():
             remove_unfinished(self.args.output_dir)
-        self.stops, self.selection_epoch = False, -1
+        self.stops, self.selection_epoch, self.updated_epoch = False, -1, 0
         with self.stop_request.heeded(), death_of_a_worker_told(self.args.output_dir):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
             self._save_if_told_to_end_late()
@@ -82,6 +84,16 @@ class ResumableTrainer(Trainer):
         if told_to_end and not self.stops:
             logger.warning("SIGTERM: a checkpoint is written after this step, then the run ends.")
         self.stops = self.stops or bool(told_to_end)
+
+    def enter_epoch(self, epoch: int) -> None:
+        """Begin an epoch, or go on in its middle: what holds for an epoch is renewed when it begins, and then only."""
+        self.selection_epoch = epoch
+        if epoch > self.updated_epoch:
+            self.updated_epoch = epoch
+            self.strategy.update(self.ledger)
+            self.objective.update(self.ledger)
+        self.strategy.on_epoch_begin(epoch, self.ledger)
+        self.objective.on_epoch_begin(epoch)
 
     # ---- writing ----
 
@@ -220,6 +232,13 @@ class _ResumeCallback(TrainerCallback):
             trainer._tr_loss += loss
             trainer._total_loss_scalar -= loss  # the mean of this call is that of its own steps
             trainer.restored_loss = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        trainer = self._trainer
+        if trainer.stream is not None:
+            return  # the Trainer sees one epoch: passes are told by the loader
+        is_counted = num_pairs(trainer.train_dataset) is None
+        trainer.enter_epoch(trainer.selection_epoch + 1 if is_counted else int(state.epoch + 1e-6))
 
     def on_step_end(self, args, state, control, **kwargs):
         stops, ends_epoch = self._trainer.stops, state.epoch % 1 == 0

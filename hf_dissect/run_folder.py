@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 
 from hf_dissect.adapters import base_of_adapter, describe_adapter
@@ -19,6 +20,7 @@ from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.model_card import write_model_card
 from hf_dissect.report import PairSample, RunSummary, write_report
 from hf_dissect.report_data import replace_file
+from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.monitor import ObservedPair
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import num_pairs
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
 _PRIVATE_SETTINGS = {"output_dir", "logging_dir", "hub_token", "hub_model_id", "run_name", "resume_from_checkpoint"}
+_LABELS = {
+    "label_auroc": ("y_cm", "y_im"),
+    "p_clean_auroc": ("p_clean",),
+}  # the ledger columns they are the minimum of
 _DERIVED_SETTINGS = {"dataloader_pin_memory", "report_to"}  # what the machine has decides them
 
 
@@ -63,12 +69,15 @@ def write_run_folder(
     dataset = test_dataset if test_dataset is not None else trainer.eval_dataset
     if retrieval and dataset is not None:
         final.update(final_results(trainer.evaluate(dataset, metric_key_prefix="final")))
+    scored = None
     if noise_detection and getattr(trainer.train_dataset, "knows_truth", False):
         with trainer.times.measure("evaluation"):
             scored = trainer.score_pairs(trainer.train_dataset)
         found = noise_detection_metrics(scored["correlation"], scored["is_clean"])
         final.update({f"noise_detection_{key}": value for key, value in found.items()})
     metrics = run_metrics(trainer, name or trainer.strategy.name, final)
+    if scored is not None:
+        metrics["selection"].update(label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"]))
     if trainer.args.should_save:
         _write_files(trainer, metrics)
     return metrics
@@ -98,6 +107,20 @@ def run_metrics(trainer: "DissectTrainer", name: str, final: dict[str, Any]) -> 
             "versions": {"python": platform.python_version(), **_versions()},
         }
     )
+
+
+def label_figures(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch.Tensor) -> dict[str, float | None]:
+    """How well the final labels of pairs `(n,)` tell matched from mismatched ones; pairs without a label are left out.
+
+    Returns:
+        `label_auroc` of the soft labels `min(y_cm, y_im)`, and `p_clean_auroc`, as far as the ledger has the columns.
+    """
+    figures = {}
+    for name, columns in _LABELS.items():
+        if set(columns) <= set(ledger.columns):
+            labels = torch.stack([ledger.read(column, sample_id) for column in columns]).amin(0)
+            figures[name] = noise_detection_metrics(labels, is_clean)["auroc"]
+    return figures
 
 
 def _bad_rows_of_all_ranks(trainer: "DissectTrainer") -> dict[str, Any]:

@@ -26,7 +26,7 @@ def save_run_state(trainer: "ResumableTrainer", folder: str | Path) -> None:
             "bad_rows": trainer.bad_rows.state(),
             "stream": None if trainer.stream is None else trainer.stream.state_dict(),
             "loss_since_log": trainer.loss_since_log(),
-            "decorrelation_since_log": trainer.decorrelation.state(),
+            "decorrelation_since_log": trainer.objective.decorrelation.state(),
         }
     )
     if not trainer.args.should_save:
@@ -36,6 +36,7 @@ def save_run_state(trainer: "ResumableTrainer", folder: str | Path) -> None:
         "processes": trainer.ranks.count,
         "candidates_per_update": candidates_per_update(trainer),
         "epoch": trainer.selection_epoch,
+        "updated_epoch": trainer.updated_epoch,
         "times": trainer.times.so_far(),
         "monitor": figures,
         "ranks": everyone,
@@ -61,8 +62,8 @@ def restore_run_state(trainer: "ResumableTrainer", folder: str | Path) -> None:
     if state is None:
         logger.warning("%s has no %s: figures and logs of the selection start anew.", folder, STATE_FILE)
         return
-    trainer.selection_epoch = state["epoch"]
-    trainer.strategy.on_epoch_begin(state["epoch"])
+    trainer.updated_epoch = state.get("updated_epoch", state["epoch"])
+    trainer.enter_epoch(state["epoch"])
     if num_pairs(trainer.train_dataset) is None and trainer.stream is None:
         # Epochs of a foreign stream are counted as they begin, and this one begins again.
         trainer.selection_epoch -= 1
@@ -74,7 +75,7 @@ def restore_run_state(trainer: "ResumableTrainer", folder: str | Path) -> None:
         trainer.stream.load_state_dict(own["stream"])
     if len(ranks) == trainer.ranks.count:
         trainer.bad_rows.restore(own["bad_rows"])
-        trainer.decorrelation.restore(own["decorrelation_since_log"])
+        trainer.objective.decorrelation.restore(own["decorrelation_since_log"])
         trainer.restored_loss = own["loss_since_log"]
     else:
         trainer.bad_rows.restore(*(rank["bad_rows"] for rank in ranks))

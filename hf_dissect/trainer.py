@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
 from hf_dissect.data_collator import SelectionCollator, tokenizer_of
-from hf_dissect.evaluation.predictions import retrieval_of_predictions
-from hf_dissect.losses import ContrastiveLoss, grad_cached_backward, per_pair_loss
+from hf_dissect.evaluating_trainer import EvaluatingTrainer
+from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import TAGS
 from hf_dissect.models import (
     bare_model,
@@ -22,14 +22,14 @@ from hf_dissect.models import (
     text_padding,
 )
 from hf_dissect.non_finite import NonFiniteLossError, check_finite
-from hf_dissect.pair_scores import score_all_pairs
+from hf_dissect.objective import Objective
 from hf_dissect.ranks import Ranks
 from hf_dissect.resumable_trainer import ResumableTrainer
 from hf_dissect.run_folder import write_run_folder
 from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
 from hf_dissect.selection.scope import Kept, select_among_all, select_among_own, share_out, told_to_all
 from hf_dissect.selection.trace import SelectionTrace
-from hf_dissect.task_routing import Decorrelation, check_tasks, forward_inputs, representations
+from hf_dissect.task_routing import check_tasks, forward_inputs, representations
 from hf_dissect.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
@@ -46,7 +46,7 @@ from hf_dissect.training_data import (
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
 
 
-class DissectTrainer(ResumableTrainer):
+class DissectTrainer(ResumableTrainer, EvaluatingTrainer):
     """Trains a CLIP-like dual encoder on the pairs that its selection strategy keeps.
 
     Args:
@@ -61,13 +61,14 @@ class DissectTrainer(ResumableTrainer):
         trainer_arguments: anything else `transformers.Trainer` takes.
 
     Attributes:
-        ledger: `SampleLedger` with the last correlation of each pair and the columns of the strategy.
+        ledger: `SampleLedger` with the last correlation of each pair and the columns of strategy and objective.
         strategy: the `SelectionStrategy` in use.
+        objective: the `Objective` in use.
 
     Raises:
         TypeError: `args` are no `DissectTrainingArguments`.
         ValueError: no processor, no data, fewer pairs than one batch, missing columns, bad ids, or a model that is no
-            dual encoder.
+            dual encoder or does not go with the objective.
     """
 
     # The loss is the mean over a micro-batch, to be divided by the number of accumulation steps.
@@ -97,7 +98,6 @@ class DissectTrainer(ResumableTrainer):
         if model is not None:
             check_dual_encoder(model)
             check_images_fit(model, train_dataset)
-        trainer_arguments.setdefault("compute_metrics", retrieval_of_predictions)
         super().__init__(
             model=model,
             args=args,
@@ -120,17 +120,16 @@ class DissectTrainer(ResumableTrainer):
             )
         self.recipe = recipe
         self.kind = contrastive_kind(self.model)
-        self.contrastive_loss = ContrastiveLoss(self.kind, args.mask_false_negatives)
+        self.objective = Objective(self.kind, args.mask_false_negatives, args.make_gsc())
         self.strategy = args.make_strategy() if strategy is None else strategy
-        num_samples = getattr(train_dataset, "num_samples", None)
-        self.ledger = SampleLedger(num_samples, columns=("correlation", *self.strategy.columns))
+        columns = dict.fromkeys(("correlation", *self.strategy.columns, *self.objective.columns))
+        self.ledger = SampleLedger(getattr(train_dataset, "num_samples", None), columns=tuple(columns))
         self.bad_rows = BadRows(args.max_bad_fraction, num_pairs(train_dataset))
         self.ranks = Ranks(self.accelerator)
         self.trace = SelectionTrace(
             args.output_dir, records=args.record_selection, is_first_rank=self.is_world_process_zero()
         )
         self.monitor = self.trace.monitor
-        self.decorrelation = Decorrelation()
         self._stream_batches = None
         self.times = TimeSpent()
         self.add_callback(_SelectionCallback(self))
@@ -170,8 +169,7 @@ class DissectTrainer(ResumableTrainer):
         sizes, all_passes, stops = self.ranks.table(num_good, passes, self.stop_request.made).T.tolist()
         self.heed(any(stops))
         if self.stream is not None and min(all_passes) > self.selection_epoch:
-            self.selection_epoch = min(all_passes)
-            self.strategy.on_epoch_begin(self.selection_epoch)
+            self.enter_epoch(min(all_passes))
         return sizes
 
     def _score(self, batch: Mapping[str, torch.Tensor], sample_id: torch.Tensor, good: torch.Tensor):
@@ -209,29 +207,15 @@ class DissectTrainer(ResumableTrainer):
         return share_out(kept_batch, kept.counts, self.ranks, getattr(self.data_collator, "padding", {}))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The contrastive loss over the kept pairs of all ranks, weighted as the strategy asks.
-
-        In training, a MoLA router adds its task-wise decorrelation loss over these pairs, where tasks are known.
-        """
+        """The loss of the objective over the kept pairs of all ranks, weighted as the strategy asks."""
         outputs = model(**forward_inputs(model, inputs))
         loss = self._loss(model, inputs, outputs, *logit_scale_and_bias(model))
         return (loss, outputs) if return_outputs else loss
 
     def _loss(self, model, inputs, outputs, scale, bias, projections=None) -> torch.Tensor:
-        loss = self.contrastive_loss(
-            outputs,
-            scale=scale,
-            bias=bias,
-            weights=inputs.get("pair_weight"),
-            image_key=inputs.get("image_key"),
-            caption_key=inputs.get("caption_key"),
-        )
+        loss = self.objective.loss(model, inputs, outputs, scale, bias, self.ledger, projections)
         if model.training:
-            loss = self.decorrelation.added_to(loss, model, inputs, projections)
-        if model.training and not self._scores_candidates():
-            # Pairs that train unscored are recorded from the training forward: their history costs nothing.
-            cosine = (outputs["image_embeds"] * outputs["text_embeds"]).sum(-1).detach().float()
-            self._record(self.ranks.gather(inputs["sample_id"]), self.ranks.gather((cosine * 100).clamp_min(0)))
+            self._record_training(inputs["sample_id"], outputs)
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -263,19 +247,6 @@ class DissectTrainer(ResumableTrainer):
         )
         return loss * share
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss of the batch's good pairs, the embeddings `(B, D)` of both sides, and what identifies the pairs."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**forward_inputs(model, inputs))
-        bad_reason = inputs.get("bad_reason", torch.zeros_like(inputs["sample_id"]))
-        good = bad_reason == 0
-        loss = per_pair_loss(outputs["logits_per_text"][good][:, good], kind=self.kind).mean().detach()
-        if prediction_loss_only:
-            return loss, None, None
-        embeds = (outputs["image_embeds"].detach().float(), outputs["text_embeds"].detach().float())
-        return loss, embeds, (inputs.get("image_key", inputs["sample_id"]), bad_reason)
-
     # ---- what the selection leaves behind ----
 
     def _take_note(
@@ -288,25 +259,39 @@ class DissectTrainer(ResumableTrainer):
     ) -> None:
         """Show the choice to the trace and the ledger of every rank."""
         is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
-        columns = told_to_all(candidates, kept, is_clean, sizes, self.ranks)
+        columns, measured = told_to_all(candidates, kept, is_clean, sizes, self.ranks)
         self.trace.observe(self.selection_epoch, self.state.global_step, columns)
         if "correlation" in columns:
-            self._record(columns["sample_id"], columns["correlation"])
+            self._record(columns["sample_id"], columns["correlation"], measured)
 
-    def _record(self, sample_id: torch.Tensor, correlation: torch.Tensor) -> None:
+    def _record(self, sample_id: torch.Tensor, correlation: torch.Tensor, measured=None) -> None:
         self.ledger.write("correlation", sample_id, correlation)
-        self.strategy.record(sample_id, correlation, self.ledger)
+        self.strategy.record(sample_id, correlation, self.ledger, measured)
+
+    def _record_training(self, sample_id: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Record what the training forward tells of its pairs: a history that costs no further forward."""
+        evidence = self.objective.evidence(outputs, sample_id, self.ledger)
+        columns = {"sample_id": sample_id, **evidence}
+        if not self._scores_candidates():
+            cosine = (outputs["image_embeds"] * outputs["text_embeds"]).sum(-1).detach().float()
+            columns["correlation"] = (cosine * 100).clamp_min(0)
+        if len(columns) == 1:
+            return
+        told = self.ranks.gather_columns(columns, [len(sample_id)] * self.ranks.count)
+        if "correlation" in told:
+            self._record(told["sample_id"], told["correlation"])
+        self.objective.record(told["sample_id"], told, self.ledger)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the selection to the training logs."""
         if "loss" in logs:
             logs.update(self.monitor.pop_logs())
-            logs.update(self.decorrelation.pop_logs())
+            logs.update(self.objective.decorrelation.pop_logs())
             if self.times["scoring"]:
                 logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
         super().log(logs, start_time)
 
-    # ---- training and evaluation ----
+    # ---- the run ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **arguments):
         """Train as the Trainer does (see `ResumableTrainer`); with `save_run_folder`, leave a complete run folder."""
@@ -323,42 +308,11 @@ class DissectTrainer(ResumableTrainer):
             write_run_folder(self)
         return output
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss and retrieval (recall at 1, 5, 10 and median rank in both directions) on `eval_dataset`."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = pairs_for("eval_dataset", eval_dataset, self.args)
-            check_tasks(self.model, self.train_dataset, eval_dataset)
-        with self.times.measure("evaluation"):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """The Trainer's, but never without the last rows: `dataloader_drop_last` is meant for training batches."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def score_pairs(self, dataset) -> dict[str, torch.Tensor]:
-        """Correlation of every readable pair under the current weights, see `score_all_pairs`."""
-        pairs = pairs_for("dataset", dataset, self.args)
-        check_tasks(self.model, self.train_dataset, pairs)
-        return score_all_pairs(self, pairs)
-
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_KEYS, "task_id", "is_clean"]))
 
     # ---- small matters ----
-
-    def _begin_epoch(self) -> None:
-        if self.stream is not None:
-            return  # the Trainer sees one epoch: passes are told by the loader
-        if num_pairs(self.train_dataset) is not None:
-            self.selection_epoch = int(self.state.epoch + 1e-6)
-        else:
-            self.selection_epoch += 1
-        self.strategy.on_epoch_begin(self.selection_epoch)
 
     def _scores_candidates(self) -> bool:
         return self.args.record_selection or self.strategy.needs_scores(self.selection_epoch)
@@ -375,9 +329,6 @@ class DissectTrainer(ResumableTrainer):
 class _SelectionCallback(TrainerCallback):
     def __init__(self, trainer: DissectTrainer):
         self._trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self._trainer._begin_epoch()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         clamp_logit_scale_(self._trainer.model)

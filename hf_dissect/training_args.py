@@ -3,12 +3,13 @@
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from hf_dissect.objective import GscObjective
 from hf_dissect.selection import SCOPES, STRATEGIES, SelectionStrategy, make_strategy
 
 
@@ -27,7 +28,8 @@ class DissectTrainingArguments(TrainingArguments):
         selection_scope: with several processes, "local": each keeps `k` of its own candidates; "global": the `k` of
             each are chosen among the candidates of all and shared out, so that the processes together keep what one
             process would keep of the union.
-        selection_warmup_epochs: epochs before `dissect`'s warm-up variant begins to select by differential.
+        selection_warmup_epochs: epochs before `dissect`'s warm-up variant begins to select by differential, and `ncr`
+            by its mixture.
         selection_options: further keywords of the strategy, e.g. `{"variant": "momentum", "momentum": 0.9}`.
         scoring_batch_size: candidates per scoring forward; None for all `B` at once.
         record_selection: write `selection.parquet`, one row per candidate and step. Every candidate is then scored,
@@ -39,6 +41,8 @@ class DissectTrainingArguments(TrainingArguments):
         mask_false_negatives: pairs that share an image or a caption are not each other's negatives.
         grad_cache_chunk_size: pairs that go through the model at a time with gradient; the loss is that of the whole
             batch all the same (GradCache, arXiv 2101.06983), at the price of a second forward pass. None: all at once.
+        gsc: train with GSC's soft labels (arXiv 2405.16996) after a warm-up; its keywords, see `GscObjective`, such as
+            `{"gamma": 0.01, "warmup_epochs": 2}`, or `{}` for the defaults. None: the contrastive loss throughout.
 
     > Data
 
@@ -68,7 +72,8 @@ class DissectTrainingArguments(TrainingArguments):
         default="local", metadata={"help": "Candidates of each process (local) or of all together (global)."}
     )
     selection_warmup_epochs: int = field(
-        default=1, metadata={"help": "Epochs before the warm-up variant of dissect selects by differential."}
+        default=1,
+        metadata={"help": "Epochs before the warm-up variant of dissect, or ncr, selects by what it recorded."},
     )
     selection_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Further keywords of the strategy as JSON, e.g. {"variant": "momentum"}.'}
@@ -84,6 +89,9 @@ class DissectTrainingArguments(TrainingArguments):
     )
     grad_cache_chunk_size: int | None = field(
         default=None, metadata={"help": "Pairs a forward pass with gradient, for batches beyond memory (GradCache)."}
+    )
+    gsc: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Soft labels (GSC): their keywords as JSON, {} for the defaults."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
     caption_column: str | None = field(
@@ -107,10 +115,15 @@ class DissectTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Write model, ledger, metrics.json and report.html when training ends."}
     )
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["selection_options"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["selection_options", "gsc"]
 
     def __post_init__(self):
-        self.selection_options = _options(self.selection_options)
+        self.selection_options = _options(
+            "selection_options", self.selection_options, such_as='{"variant": "momentum"}'
+        )
+        if self.gsc is not None:
+            defaults = {setting.name: setting.default for setting in fields(GscObjective) if setting.name != "seed"}
+            self.gsc = defaults | _options("gsc", self.gsc, such_as='{"gamma": 0.01}')
         if _is_one_of_several_without_accelerator():
             self.use_cpu = True  # else each process would train alone, and write over the others
         super().__post_init__()
@@ -130,8 +143,24 @@ class DissectTrainingArguments(TrainingArguments):
         if self.max_steps <= 0 and getattr(strategy, "warmup_epochs", 0) >= math.ceil(self.num_train_epochs):
             raise ValueError(
                 f"selection_warmup_epochs={self.selection_warmup_epochs} leaves nothing to select in "
-                f"num_train_epochs={self.num_train_epochs}; train longer, warm up shorter, or use the momentum "
-                "variant."
+                f"num_train_epochs={self.num_train_epochs}; train longer, warm up shorter, or use dissect's "
+                "momentum variant."
+            )
+        self._check_gsc()
+
+    def _check_gsc(self) -> None:
+        gsc = self.make_gsc()
+        if gsc is None:
+            return
+        if self.mask_false_negatives:
+            raise ValueError(
+                f"gsc={self.gsc!r} does not go with mask_false_negatives: its loss and its evidence count every other "
+                "pair of the batch. Set one of the two otherwise."
+            )
+        if self.max_steps <= 0 and gsc.warmup_epochs >= math.ceil(self.num_train_epochs):
+            raise ValueError(
+                f"gsc: warmup_epochs={gsc.warmup_epochs} leaves no epoch with soft labels in "
+                f"num_train_epochs={self.num_train_epochs}; train longer, or warm up shorter."
             )
 
     def _check_enough_pairs(self, strategy: SelectionStrategy) -> None:
@@ -151,9 +180,18 @@ class DissectTrainingArguments(TrainingArguments):
     def make_strategy(self) -> SelectionStrategy:
         """Build the strategy that the arguments describe."""
         options = dict(self.selection_options)
-        if self.selection_strategy == "dissect":
+        if self.selection_strategy in ("dissect", "ncr"):
             options.setdefault("warmup_epochs", self.selection_warmup_epochs)
         return make_strategy(self.selection_strategy, **options)
+
+    def make_gsc(self) -> GscObjective | None:
+        """Build the objective with soft labels that the arguments describe; None where they ask for none."""
+        if self.gsc is None:
+            return None
+        try:
+            return GscObjective(**{"seed": self.seed} | self.gsc)
+        except TypeError as error:
+            raise ValueError(f"gsc={self.gsc!r}: {error}.") from error
 
     def column_names(self) -> dict[str, str | None]:
         """Column names as keywords of `hf_dissect.data.as_pairs`."""
@@ -171,17 +209,15 @@ def _is_one_of_several_without_accelerator() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not chosen and not torch.accelerator.is_available()
 
 
-def _options(given: Any) -> dict[str, Any]:
-    options = given or {}
+def _options(name: str, given: Any, *, such_as: str) -> dict[str, Any]:
+    options = {} if given is None or given == "" else given
     if isinstance(options, str):
         try:
             options = json.loads(options)
         except json.JSONDecodeError:
             pass
     if not isinstance(options, dict):
-        raise ValueError(
-            f'selection_options={given!r}: must be a dict, or JSON of one, such as {{"variant": "momentum"}}.'
-        )
+        raise ValueError(f"{name}={given!r}: must be a dict, or JSON of one, such as {such_as}.")
     return dict(options)
 
 

@@ -78,6 +78,12 @@ def test_scaling():
     assert [len(parts) for parts in results["paper"].values()] == [8] * 4
 
 
+def test_gsc_cost():
+    results = run_benchmark("gsc_cost", "--batch", 8, "--dim", 16, "--rounds", 1)
+    assert results["loss_alone"]["contrastive"]["processor"]["ratio_to_contrastive_median"] == 1
+    assert results["loss_alone"]["gsc without evidence"]["processor"]["ms_per_step_median"] > 0
+
+
 def test_mola_cost():
     results = run_benchmark("mola_cost", "--model", "tiny-clip", "--rounds", 1, "--batch", 4, "--r", 2)
     lora, grad = results["lora"], results["mola-grad"]

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 import two_ranks
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from hf_dissect.ranks import Ranks
 
@@ -34,6 +35,9 @@ def one_process_runs(folder: Path) -> None:
     trainer.args.max_steps, trainer.args.num_train_epochs = -1, 3
     trainer.args.save_strategy, trainer.args.save_steps = "steps", 6
     trainer.train()
+    trainer = two_ranks.soft_label_trainer(folder / "alone" / "labels", batch_size=16)
+    trainer.train()
+    trainer.ledger.save(folder / "alone" / "labels" / "ledger.safetensors")
 
 
 def check_global_scope(folder: Path) -> None:
@@ -48,6 +52,15 @@ def check_global_scope(folder: Path) -> None:
             # With the bad row, half of 15 is shared out: a pair fewer than one process keeps.
             assert set(kept) <= set(rows.sample_id) and len(kept) >= len(rows) - 1
             assert len(kept) == 8 or len(alone[alone.step == step]) == 15
+
+
+def check_soft_labels(folder: Path) -> None:
+    """The evidence and the labels are those of one process, whose batch is that of both."""
+    alone = load_file(folder / "alone" / "labels" / "ledger.safetensors")
+    assert alone["column.y_cm"].unique().numel() > 50
+    for rank in range(2):
+        together = load_file(folder / "labels" / f"ledger-{rank}.safetensors")
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
 def test_two_processes_train_compare_and_agree(tmp_path):
@@ -74,10 +87,11 @@ def test_two_processes_train_compare_and_agree(tmp_path):
     assert [line for line in lines if line.startswith("[")] == ["[1/2] none", "[2/2] dissect"]
     assert len([line for line in lines if line.startswith("report ")]) == 1
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("trainer", "router", "grad", "global", "alone", "stream", "one-process"),
+        *("trainer", "router", "grad", "global", "labels", "alone", "stream", "one-process"),
         *("compared", "tiny-0.yaml", "tiny-1.yaml"),
     }
     check_global_scope(tmp_path)
+    check_soft_labels(tmp_path)
     metrics = json.loads((tmp_path / "compared" / "metrics.json").read_text())
     assert [run["steps"] for run in metrics["runs"]] == [2, 2] and len(metrics["table"]) == 2
     alone = json.loads((tmp_path / "trainer" / "metrics.json").read_text())

@@ -54,6 +54,10 @@ COMMANDS = {
         *FINETUNE,
         "objective.grad_cache_chunk_size=4",
     ],
+    "hf-dissect train mine.yaml objective.gsc.gamma=0.02 selection.strategy=none": [
+        *FINETUNE,
+        "objective.gsc.warmup_epochs=0",
+    ],
     "hf-dissect evaluate runs/mine": [],
     "hf-dissect evaluate runs/mine --data /data/flickr8k --split validation": [],
     'hf-dissect evaluate runs/mine --data /data/pets --classes cat,dog --template "a photo of a {}."': [],
@@ -120,7 +124,7 @@ def test_commands_run_in_the_order_of_the_readme(data, tmp_path, monkeypatch, ca
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
-        *("mine", "mine-2", "mine-3", "mine-4", "flickr8k-local", "cc3m", "cc3m-2", "four")
+        *("mine", "mine-2", "mine-3", "mine-4", "mine-5", "flickr8k-local", "cc3m", "cc3m-2", "four")
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
     assert steps == [2, 4]

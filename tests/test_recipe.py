@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_dissect import DissectTrainingArguments
 from hf_dissect.recipe import (
     STRATEGIES,
     CompareSection,
     DataSection,
     EvaluationSection,
+    GscSection,
     ModelSection,
     Recipe,
     RecipeError,
@@ -149,7 +151,7 @@ def test_every_setting_is_explained(section):
         (
             {"selection": {"strategy": "disect"}},
             "selection.strategy: 'disect' is not allowed; "
-            "allowed: dissect, random, small_loss, big_loss, clipscore, none; did you mean 'dissect'?",
+            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, none; did you mean 'dissect'?",
         ),
         (
             {"selection": {"options": {"variant": "warm"}}},
@@ -232,6 +234,45 @@ def test_every_setting_is_explained(section):
         ),
         ({"evaluation": {"zero_shot": {"classes": ["a", "a"]}}}, "allowed: each class name once"),
         (
+            {"objective": {"gsc": {"gama": 0.1}}},
+            "objective.gsc.gama: unknown key (value 0.1); allowed: gamma, beta, temperature, warmup_epochs, masked, "
+            "scaling; did you mean 'gamma'?",
+        ),
+        ({"objective": {"gsc": {"beta": 0}}}, "objective.gsc.beta: 0 is not allowed; allowed: a number in (0, 1]"),
+        ({"objective": {"gsc": {"gamma": -0.1}}}, "objective.gsc.gamma: -0.1 is not allowed; allowed: at least 0"),
+        (
+            {"objective": {"gsc": {"temperature": 0}}},
+            "objective.gsc.temperature: 0 is not allowed; allowed: more than 0",
+        ),
+        ({"objective": {"gsc": {"masked": 1}}}, "objective.gsc.masked: 1 is not allowed; allowed: true or false"),
+        (
+            {"objective": {"gsc": {"scaling": "quantiles"}}},
+            "objective.gsc.scaling: 'quantiles' is not allowed; allowed: min-max, quantile; did you mean 'quantile'?",
+        ),
+        ({"objective": {"gsc": True}}, "objective.gsc: True is not allowed; allowed: a mapping of settings"),
+        (
+            {"objective": {"gsc": {"warmup_epochs": 3}}},
+            "objective.gsc.warmup_epochs: 3 leaves no epoch with soft labels; "
+            "allowed: less than training.num_train_epochs (3)",
+        ),
+        (
+            {"objective": {"gsc": {}}, "selection": {"mask_false_negatives": True}},
+            "objective.gsc: does not go with selection.mask_false_negatives",
+        ),
+        ({"training": {"gsc": {}}}, "training.gsc: is set by objective.gsc (value {}); write it there"),
+        (
+            {"selection": {"strategy": "gsc", "options": {"beta": 1.5}}},
+            "selection.options.beta: 1.5 is not allowed; allowed: a number in (0, 1]",
+        ),
+        (
+            {"selection": {"strategy": "ncr", "options": {"beta": 0.5}}},
+            "selection.options.beta: unknown key (value 0.5); allowed for ncr: seed",
+        ),
+        (
+            {"selection": {"strategy": "ncr", "warmup_epochs": 0}},
+            "selection.warmup_epochs: 0 leaves no history to select by; allowed: at least 1",
+        ),
+        (
             {"evaluation": {"zero_shot": {"classes": ["a"], "templates": ["a photo"]}}},
             "evaluation.zero_shot.templates: 'a photo' is not allowed; allowed: text with {} for the class name",
         ),
@@ -275,7 +316,8 @@ def test_every_setting_is_explained(section):
         (
             {"compare": {"strategies": ["none", "luck"]}},
             "compare.strategies: 'luck' is not a strategy; "
-            "allowed: dissect, random, small_loss, big_loss, clipscore, none, dissect:warmup, dissect:momentum",
+            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, none, dissect:warmup, "
+            "dissect:momentum",
         ),
         ({"compare": {"strategies": ["random:momentum"]}}, "compare.strategies: 'random:momentum' is not a strategy"),
         ({"compare": {"strategies": ["dissect", "dissect:warmup"]}}, "'dissect:warmup' is there twice"),
@@ -508,7 +550,7 @@ def test_training_arguments_gather_the_sections():
             | {"shuffle_buffer": 100},
             selection={"ratio": 0.3, "record": True, "options": {"variant": "momentum"}, "mask_false_negatives": True}
             | {"scope": "global"},
-            objective={"grad_cache_chunk_size": 16},
+            objective={"grad_cache_chunk_size": 16, "gsc": None},
             evaluation={"batch_size": 64},
             training={"seed": 3, "learning_rate": 0.01},
         )
@@ -524,6 +566,7 @@ def test_training_arguments_gather_the_sections():
         "selection_options": {"variant": "momentum"},
         "mask_false_negatives": True,
         "grad_cache_chunk_size": 16,
+        "gsc": None,
         "scoring_batch_size": None,
         "record_selection": True,
         "max_bad_fraction": 0.01,
@@ -545,6 +588,26 @@ def test_training_arguments_gather_the_sections():
     assert "per_device_eval_batch_size" not in arguments
     arguments["selection_options"]["variant"] = "changed"
     assert named.selection.options == {"variant": "momentum"}
+
+
+def test_soft_labels_have_the_same_defaults_in_a_recipe_and_in_python():
+    recipe = Recipe.from_dict(minimal(objective={"gsc": {}}))
+    assert recipe.objective.gsc == GscSection()
+    assert recipe.training_arguments()["gsc"] == DissectTrainingArguments("unused", gsc={}).gsc
+    changed = Recipe.from_dict(minimal()).with_overrides(["objective.gsc.beta=0.5"])
+    assert changed.objective.gsc == GscSection(beta=0.5)
+    assert changed.with_overrides(["objective.gsc=null"]).objective.gsc is None
+
+
+def test_every_option_that_a_recipe_allows_is_one_of_the_strategy():
+    for strategy, options in {
+        "dissect": {"variant": "momentum", "momentum": 0.5, "warmup_on": "all"},
+        "gsc": {"beta": 0.5, "temperature": 0.1, "masked": False, "scaling": "quantile", "seed": 3},
+        "ncr": {"seed": 3},
+    }.items():
+        recipe = Recipe.from_dict(minimal(selection={"strategy": strategy, "options": options}))
+        made = DissectTrainingArguments(**recipe.training_arguments()).make_strategy()
+        assert made.name == strategy
 
 
 def test_shipped_names_and_a_file_of_the_same_name(tmp_path, monkeypatch):

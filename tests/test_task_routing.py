@@ -166,16 +166,16 @@ def test_the_router_is_decorrelated_in_training_and_not_in_evaluation(family, tm
         losses[mode] = trainer.compute_loss(model, batch).item()
         torch.manual_seed(1)
         outputs = model(**forward_inputs(model, batch))
-        plain = trainer.contrastive_loss(outputs).item()
+        plain = trainer.objective.contrastive_loss(outputs).item()
         extra = mola_routing(model).decorrelation_loss(batch["task_id"]).item()
         assert extra > 0.01
         assert losses[mode] == pytest.approx(plain + (extra if mode else 0), rel=1e-5)
-    trainer.decorrelation.pop_logs()
+    trainer.objective.decorrelation.pop_logs()
     before = {name: part.detach().clone() for name, part in trainer.model.named_parameters() if "mola_router" in name}
     trainer.train()
     logged = [entry["decorrelation_loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 3 and all(0 < value < 1 for value in logged)
-    assert any("eval" in key for key in trainer.evaluate()) and not trainer.decorrelation.pop_logs()
+    assert any("eval" in key for key in trainer.evaluate()) and not trainer.objective.decorrelation.pop_logs()
     moved = [
         name for name, part in trainer.model.named_parameters() if name in before and (part != before[name]).any()
     ]

@@ -355,7 +355,7 @@ def test_a_custom_strategy_writes_its_own_column(tmp_path):
             visits = ledger.read("visits", scores.sample_id).nan_to_num(0)
             return Selection(visits.argsort(stable=True)[:k].sort().values)
 
-        def record(self, sample_id, correlation, ledger):
+        def record(self, sample_id, correlation, ledger, measured=None):
             ledger.write("visits", sample_id, ledger.read("visits", sample_id).nan_to_num(0) + 1)
 
     trainer = make_trainer(tmp_path, strategy=Alternate(), num_train_epochs=3)

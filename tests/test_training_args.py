@@ -55,6 +55,16 @@ def test_options_given_are_not_changed():
     assert options == {"variant": "momentum"}
 
 
+def test_soft_labels_are_asked_for_by_name_also_as_json():
+    assert arguments().gsc is None and arguments().make_gsc() is None
+    complete = {"gamma": 0.01, "beta": 0.7, "temperature": 0.07, "warmup_epochs": 1, "masked": True}
+    complete["scaling"] = "min-max"
+    given = {}
+    assert arguments(gsc=given).gsc == complete == arguments(gsc="{}").gsc and given == {}
+    gsc = arguments(gsc='{"beta": 0.5, "scaling": "quantile"}', seed=7).make_gsc()
+    assert (gsc.beta, gsc.scaling, gsc.seed, gsc.labels.beta, gsc.labels.seed) == (0.5, "quantile", 7, 0.5, 7)
+
+
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.5, 1.01, 2, float("nan"), float("inf"), "half", None, True])
 def test_a_ratio_outside_of_its_range_is_told(ratio):
     with pytest.raises(ValueError, match=r"selection_ratio=.*: must be above 0 and at most 1\."):
@@ -103,6 +113,12 @@ def test_the_ratio_is_without_effect_where_all_pairs_are_kept():
         ({"scoring_batch_size": 0}, "scoring_batch_size=0: must be an integer of at least 1, or None"),
         ({"scoring_batch_size": "8"}, "scoring_batch_size='8': must be an integer"),
         ({"max_caption_length": 2}, "max_caption_length=2: must be an integer of at least 3, or None"),
+        ({"gsc": {"gama": 0.1}}, "gsc=.*gama.*unexpected keyword argument 'gama'"),
+        ({"gsc": {"beta": 2}}, "beta=2"),
+        ({"gsc": False}, "gsc=False: must be a dict, or JSON of one"),
+        ({"gsc": "yes"}, "gsc='yes': must be a dict, or JSON of one"),
+        ({"gsc": {}, "mask_false_negatives": True}, "gsc=.*does not go with mask_false_negatives"),
+        ({"gsc": {"warmup_epochs": 3}}, "gsc: warmup_epochs=3 leaves no epoch with soft labels in num_train_epochs=3"),
     ],
 )
 def test_impossible_values_are_told(settings, message):

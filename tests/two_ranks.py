@@ -56,7 +56,40 @@ def check_global_scope(folder: Path) -> None:
         check_equal(trainer)
 
 
-GLOBAL_RUNS = {"dissect": {"variant": "momentum"}, "small_loss": {}, "random": {}}
+GLOBAL_RUNS = {"dissect": {"variant": "momentum"}, "small_loss": {}, "gsc": {}, "random": {}}
+
+
+def check_soft_labels(folder: Path) -> None:
+    """Both processes end with the labels of the one process that test_ranks.py runs on the candidates of both."""
+    trainer = soft_label_trainer(folder, batch_size=8)
+    trainer.train()
+    check_equal(trainer)
+    trainer.ledger.save(folder / f"ledger-{trainer.ranks.own}.safetensors")
+
+
+def soft_label_trainer(folder: Path, *, batch_size: int) -> DissectTrainer:
+    model, processor = tiny_models.tiny_clip()
+    folder.mkdir(parents=True, exist_ok=True)
+    return DissectTrainer(
+        model=model,
+        processing_class=processor,
+        train_dataset=shuffle_captions(tiny_models.tiny_pairs(64), rate=0.25),
+        args=DissectTrainingArguments(
+            str(folder),
+            selection_strategy="none",
+            gsc={"gamma": 0.5},
+            ddp_find_unused_parameters=False,  # so that no parameter may be without a gradient
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=3,
+            optim="sgd",
+            learning_rate=0.05,
+            save_strategy="no",
+            save_run_folder=False,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+    )
 
 
 def global_trainer(folder: Path, options: dict, *, strategy: str, batch_size: int) -> DissectTrainer:
@@ -247,6 +280,7 @@ if __name__ == "__main__":
     for variant in ("router", "grad"):
         check_adapter(place / variant, variant)
     check_global_scope(place / "global")
+    check_soft_labels(place / "labels")
     check_stream(place / "stream")
     check_other_number_of_processes(place / "one-process")
     recipe = write_tiny_recipe(place / f"tiny-{Accelerator().process_index}.yaml", training={"max_steps": 2})

@@ -2,14 +2,17 @@
 
 from hf_dissect.selection.clipscore import ClipScore
 from hf_dissect.selection.dissect import Dissect
+from hf_dissect.selection.gsc import Gsc
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
+from hf_dissect.selection.ncr import Ncr
 from hf_dissect.selection.scoring import CandidateScores, score
+from hf_dissect.selection.soft_labels import SoftLabels
 from hf_dissect.selection.strategy import SCOPES, Selection, SelectionStrategy
 from hf_dissect.selection.uniform import KeepAll, Random
 
 STRATEGIES: dict[str, type[SelectionStrategy]] = {
-    strategy.name: strategy for strategy in (Dissect, Random, SmallLoss, BigLoss, ClipScore, KeepAll)
+    strategy.name: strategy for strategy in (Dissect, Random, SmallLoss, BigLoss, ClipScore, Ncr, Gsc, KeepAll)
 }
 
 
@@ -34,6 +37,7 @@ __all__ = [
     "SampleLedger",
     "Selection",
     "SelectionStrategy",
+    "SoftLabels",
     "make_strategy",
     "score",
 ]

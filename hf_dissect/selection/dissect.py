@@ -59,7 +59,7 @@ class Dissect(SelectionStrategy):
         # Each warm-up epoch overwrites the scores of the one before: only the last is worth its forward passes.
         return epoch >= self.warmup_epochs - 1
 
-    def on_epoch_begin(self, epoch: int) -> None:
+    def on_epoch_begin(self, epoch: int, ledger: SampleLedger) -> None:
         self._epoch = epoch
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
@@ -73,7 +73,7 @@ class Dissect(SelectionStrategy):
             return keep_random(scores.num_candidates, k, self.generator)
         return keep_largest(torch.where(known, differential, differential[known].median()), k)
 
-    def record(self, sample_id: torch.Tensor, correlation: torch.Tensor, ledger: SampleLedger) -> None:
+    def record(self, sample_id, correlation, ledger, measured=None) -> None:
         if self.variant == "momentum":
             history = ledger.read("history", sample_id)
             average = self.momentum * history + (1 - self.momentum) * correlation

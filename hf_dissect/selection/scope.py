@@ -1,7 +1,7 @@
 """Among which candidates a strategy chooses when several processes train: each among its own, or all among all."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -21,12 +21,14 @@ class Kept:
         weights: float32 `(c,)` of the per-pair losses, or None for equal weights.
         priority: float32 `(n,)`, the value the rule ranked by; None when it ranked by nothing.
         counts: how many each rank keeps.
+        measured: what the strategy measured of the `n` candidates, `(n,)` each, under the same names on every rank.
     """
 
     indices: torch.Tensor
     weights: torch.Tensor | None
     priority: torch.Tensor | None
     counts: list[int]
+    measured: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def select_among_own(
@@ -52,7 +54,8 @@ def select_among_own(
     kept = slice(fewest)
     weights = None if selection.weights is None else selection.weights[kept]
     indices = selection.indices[kept]
-    return Kept(indices, weights, selection.priority, [len(indices)] * len(sizes))
+    measured = strategy.measure(candidates, ledger) if _are_scored(candidates) else {}
+    return Kept(indices, weights, selection.priority, [len(indices)] * len(sizes), measured)
 
 
 def select_among_all(
@@ -77,23 +80,26 @@ def select_among_all(
     indices = selection.indices[equal]
     ends = torch.tensor(sizes).cumsum(0)
     places = torch.searchsorted(indices, torch.cat([torch.zeros(1, dtype=torch.int64), ends])).tolist()
-    own, start = slice(places[ranks.own], places[ranks.own + 1]), int(ends[ranks.own]) - sizes[ranks.own]
+    own, end = slice(places[ranks.own], places[ranks.own + 1]), int(ends[ranks.own])
+    brought = slice(end - sizes[ranks.own], end)
+    measured = strategy.measure(everyone, ledger) if _are_scored(candidates) else {}
     return Kept(
-        indices[own] - start,
+        indices[own] - brought.start,
         None if selection.weights is None else selection.weights[equal][own],
-        None if selection.priority is None else selection.priority[start : start + sizes[ranks.own]],
+        None if selection.priority is None else selection.priority[brought],
         [end - begin for begin, end in zip(places, places[1:], strict=False)],
+        {name: values[brought] for name, values in measured.items()},
     )
 
 
 def told_to_all(
     candidates: CandidateScores, kept: Kept, is_clean: torch.Tensor | None, sizes: list[int], ranks: Ranks
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What every rank is to know of the candidates of all, `(sum of sizes,)` each, in one exchange.
 
     Returns:
         `sample_id`, `kept`, `priority` (NaN where the rule ranked by nothing), and where they are known `correlation`
-        and `is_clean`.
+        and `is_clean`; and what the strategy measured.
     """
     size = candidates.num_candidates
     columns = {
@@ -101,11 +107,17 @@ def told_to_all(
         "kept": torch.zeros(size, dtype=torch.bool).index_fill(0, kept.indices, True),
         "priority": torch.full((size,), torch.nan) if kept.priority is None else kept.priority.float(),
     }
-    if candidates.image_embeds is not None:
+    if _are_scored(candidates):
         columns["correlation"] = candidates.correlation
     if is_clean is not None:
         columns["is_clean"] = is_clean
-    return ranks.gather_columns(columns, sizes)
+    measured = {f"measured.{name}": values for name, values in kept.measured.items()}
+    told = ranks.gather_columns(columns | measured, sizes)
+    return {name: told[name] for name in columns}, {name: told[f"measured.{name}"] for name in kept.measured}
+
+
+def _are_scored(candidates: CandidateScores) -> bool:
+    return candidates.image_embeds is not None
 
 
 def _nothing(sizes: list[int]) -> Kept:

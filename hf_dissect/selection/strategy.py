@@ -1,5 +1,6 @@
 """The contract of a selection rule: scores and history in, the candidates worth a gradient out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,8 +53,15 @@ class SelectionStrategy:
         """Whether candidates of this epoch (counted from 0) must be scored by a forward pass before selecting."""
         return True
 
-    def on_epoch_begin(self, epoch: int) -> None:
-        """Told at the start of each epoch (counted from 0), and at a resume."""
+    def update(self, ledger: SampleLedger) -> None:
+        """Renew what holds for a whole epoch, such as labels, from what `record` left in the own ledger columns.
+
+        Called exactly once an epoch from the second on, before its `on_epoch_begin`, on every rank with the same
+        ledger; not at a resume in the middle of an epoch.
+        """
+
+    def on_epoch_begin(self, epoch: int, ledger: SampleLedger) -> None:
+        """Told at the start of each epoch (counted from 0), and at a resume in its middle."""
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Choose `k` of the `B` candidates.
@@ -65,8 +73,30 @@ class SelectionStrategy:
         """
         raise NotImplementedError
 
-    def record(self, sample_id: torch.Tensor, correlation: torch.Tensor, ledger: SampleLedger) -> None:
-        """Update the own ledger columns after a selection, with the candidates' ids and correlations of all ranks."""
+    def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
+        """Further figures of each scored candidate, float32 `(B,)` on the CPU, that `record` is to know of all ranks.
+
+        Args:
+            scores, ledger: as of `select`: with the selection scope "local" the candidates of this rank, with "global"
+                those of all.
+        """
+        return {}
+
+    def record(
+        self,
+        sample_id: torch.Tensor,
+        correlation: torch.Tensor,
+        ledger: SampleLedger,
+        measured: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Update the own ledger columns after a selection, or after a training step of unscored pairs.
+
+        Args:
+            sample_id, correlation: int64 and float32 `(n,)`, of the candidates of all ranks.
+            ledger: to be written to, the same way on all ranks.
+            measured: what `measure` gave, `(n,)` each; empty or None where it was not asked, as the pairs were not
+                scored or a rank had no candidates.
+        """
 
 
 def keep_largest(priority: torch.Tensor, k: int) -> Selection:

@@ -15,7 +15,10 @@ def scores() -> CandidateScores:
 
 @pytest.fixture
 def ledger() -> SampleLedger:
-    return SampleLedger(200, columns=("correlation", "history"))
+    return SampleLedger(
+        200,
+        columns=("correlation", *sorted({column for strategy in STRATEGIES.values() for column in strategy.columns})),
+    )
 
 
 def written_out_losses(scores: CandidateScores) -> torch.Tensor:
@@ -40,7 +43,7 @@ def test_correlation_is_the_clipped_cosine_in_per_cent(scores):
 def test_every_strategy_keeps_k_different_candidates_in_order(name, scores, ledger):
     strategy = make_strategy(name)
     for epoch in range(3):
-        strategy.on_epoch_begin(epoch)
+        strategy.on_epoch_begin(epoch, ledger)
         kept = strategy.select(scores, ledger, 5).indices
         assert len(kept) == (12 if name == "none" else 5)
         assert kept.tolist() == sorted(set(kept.tolist()))
@@ -85,9 +88,9 @@ def test_warmup_variant_freezes_the_last_warmup_score_and_keeps_the_largest_fall
     strategy = make_strategy("dissect", warmup_epochs=2)
     assert [strategy.needs_scores(epoch) for epoch in range(4)] == [False, True, True, True]
     history = scores.correlation + torch.linspace(-5, 5, 12)[torch.randperm(12)]
-    strategy.on_epoch_begin(1)
+    strategy.on_epoch_begin(1, ledger)
     strategy.record(scores.sample_id, history, ledger)
-    strategy.on_epoch_begin(2)
+    strategy.on_epoch_begin(2, ledger)
     selection = strategy.select(scores, ledger, 5)
     fall = history - scores.correlation
     assert selection.indices.equal(fall.argsort(descending=True)[:5].sort().values)
@@ -111,7 +114,7 @@ def test_a_pair_without_history_is_neutral(scores, ledger):
     strategy = make_strategy("dissect", warmup_epochs=1)
     fall = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0, -1])
     ledger.write("history", scores.sample_id[:11], scores.correlation[:11] + fall)
-    strategy.on_epoch_begin(1)
+    strategy.on_epoch_begin(1, ledger)
     priority = strategy.select(scores, ledger, 6).priority
     assert priority[11] == pytest.approx(4.0, abs=1e-3)
     assert 11 in strategy.select(scores, ledger, 7).indices

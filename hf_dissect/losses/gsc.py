@@ -1,0 +1,223 @@
+"""GSC: a contrastive loss that trusts each pair as far as its geometry agrees with that of the others."""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from hf_dissect.losses.contrastive import MAX_LOGITS
+from hf_dissect.losses.exchange import gather_columns, gather_with_grad, rank_and_world_size
+from hf_dissect.losses.logit_rows import at_least_float32, row_blocks, softmax_rows
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_SIGNAL = 0.01
+"""A label below this leaves a pair next to no gradient."""
+
+
+class GscLoss:
+    """Loss of geometrical structure consistency (CVPR 2024, arXiv 2405.16996) over the pairs of all ranks.
+
+    With images `I_i`, texts `T_i` and soft labels `y_i` of all `N` pairs:
+
+    - cross-modal: the cross-entropy of the true pair at a fixed temperature, mean of the two directions;
+    - intra-modal: `-log softmax_j(G_ij)_ii` with `G = A_img A_txt^T`, in which `A_img_ij = (I_i . I_j) y_j` and
+      `A_txt_ij` likewise are the structures within the modalities. As `G_ij = I_i M T_j` with
+      `M = sum_k y_k^2 I_k T_k^T`, no structure is ever held.
+
+    The loss is the mean of `y_i * (cross-modal + gamma * intra-modal)`. Each rank computes the rows of its own pairs:
+    the mean over ranks, which DDP takes of the gradients, is the loss of the union of the batches.
+
+    Args:
+        gamma: weight of the intra-modal part, at least 0.
+        temperature: of the cross-modal similarities, above 0. The model's own scale gets no gradient.
+        max_logits: most logits of a block of rows; with more than one block none is kept for the backward pass.
+
+    Raises:
+        ValueError: an argument is outside of what is listed.
+    """
+
+    def __init__(self, gamma: float = 0.01, temperature: float = 0.07, max_logits: int = MAX_LOGITS):
+        if not 0 <= gamma < float("inf"):
+            raise ValueError(f"gamma={gamma}: the weight of the intra-modal loss must be at least 0 and finite.")
+        check_temperature(temperature)
+        self.gamma = gamma
+        self.temperature = temperature
+        self.max_logits = max_logits
+        self._told = False
+
+    def __call__(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Compute the loss of one batch of `b` pairs per rank, equally many on every rank.
+
+        Args:
+            image_embeds, text_embeds: `(b, D)`, of unit length; computed with in at least single precision.
+            labels: `(b,)` in [0, 1], without gradient, on any device.
+
+        Returns:
+            A scalar with gradient.
+
+        Raises:
+            ValueError: not one label a pair.
+        """
+        self._tell_of_lost_signal(labels)
+        pairs = _Pairs.of_all_ranks(image_embeds, text_embeds, labels)
+        return self._loss(pairs, pairs.cross_modal(self.temperature, self.max_logits))
+
+    def with_evidence(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor, *, masked: bool = True
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and, at little more cost, the evidence for the next labels; see `__call__` and `gsc_evidence`.
+
+        Args:
+            image_embeds, text_embeds, labels: of the loss.
+            masked: whether the structures that the evidence is taken from are masked by the labels (the paper).
+        """
+        self._tell_of_lost_signal(labels)
+        pairs = _Pairs.of_all_ranks(image_embeds, text_embeds, labels)
+        cross_modal = pairs.cross_modal(self.temperature, self.max_logits)
+        return self._loss(pairs, cross_modal), _evidence(pairs, cross_modal, masked)
+
+    def _loss(self, pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        losses = sum(cross_modal) / 2
+        if self.gamma:
+            losses = losses + self.gamma * pairs.intra_modal(self.max_logits)
+        return (pairs.labels * losses).mean()
+
+    def _tell_of_lost_signal(self, labels: torch.Tensor) -> None:
+        if not self._told and len(labels) and labels.max() < WITHOUT_SIGNAL:
+            self._told = True
+            logger.warning(
+                "All %d soft labels of a batch are below %g: it teaches next to nothing.", len(labels), WITHOUT_SIGNAL
+            )
+
+
+@torch.no_grad()
+def gsc_evidence(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    temperature: float = 0.07,
+    across_ranks: bool = True,
+) -> dict[str, torch.Tensor]:
+    """What the geometry of a batch says of each pair: the inputs of its next soft label (see `SoftLabels`).
+
+    Args:
+        image_embeds, text_embeds: `(b, D)`, of unit length; with several ranks equally many on each.
+        labels: `(b,)` by which the structures within the modalities are masked (the paper); None: all count alike.
+        temperature: of the softmax, above 0.
+        across_ranks: compare with the pairs of all ranks, not of this one only.
+
+    Returns:
+        In at least single precision on the CPU, `(b,)` each: `agreement`, the softmax probability of the true pair,
+        mean of the two directions; `structure`, the cosine of the pair's rows `A_img_i` and `A_txt_i`.
+
+    Raises:
+        ValueError: not one label a pair, or an impossible temperature.
+    """
+    check_temperature(temperature)
+    labels = image_embeds.new_ones(len(image_embeds)) if labels is None else labels
+    gathered = _Pairs.of_all_ranks if across_ranks else _Pairs.of_this_rank
+    pairs = gathered(image_embeds, text_embeds, labels)
+    return _evidence(pairs, pairs.cross_modal(temperature, MAX_LOGITS), masked=True)
+
+
+@torch.no_grad()
+def _evidence(
+    pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor], masked: bool
+) -> dict[str, torch.Tensor]:
+    agreement = sum(losses.neg().exp() for losses in cross_modal) / 2
+    return {"agreement": agreement.cpu(), "structure": pairs.structure_cosines(masked).cpu()}
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The `b` pairs of this rank among the `N` that they are compared with, in which they begin at `first`."""
+
+    images: torch.Tensor
+    texts: torch.Tensor
+    labels: torch.Tensor
+    all_images: torch.Tensor
+    all_texts: torch.Tensor
+    all_labels: torch.Tensor
+    first: int
+
+    @classmethod
+    def of_this_rank(cls, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor) -> "_Pairs":
+        if labels.shape != image_embeds.shape[:1]:
+            raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(image_embeds)} pairs; give one a pair.")
+        images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
+        own = images, texts, labels.detach().to(images)
+        return cls(*own, *own, first=0)
+
+    @classmethod
+    def of_all_ranks(cls, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor) -> "_Pairs":
+        own = cls.of_this_rank(image_embeds, text_embeds, labels)
+        return cls(
+            *(own.images, own.texts, own.labels),
+            *(gather_with_grad(own.images), gather_with_grad(own.texts), gather_columns(own.labels[None])[0]),
+            first=rank_and_world_size()[0] * len(own.images),
+        )
+
+    def cross_modal(self, temperature: float, max_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropies `(b,)` of the texts among the images and of the images among the texts."""
+        scale = 1 / temperature
+        if self.all_texts is self.texts and len(self.texts) ** 2 <= max_logits:  # one product for both directions
+            with self._full_precision():
+                logits = (self.texts * scale) @ self.images.T
+            return softmax_rows(logits, 0, None), softmax_rows(logits.t(), 0, None)
+        return (
+            self._losses_of_rows(self.texts * scale, self.all_images, max_logits),
+            self._losses_of_rows(self.images * scale, self.all_texts, max_logits),
+        )
+
+    @cached_property
+    def across(self) -> torch.Tensor:
+        """`I_i M` with the labels as mask, `(b, D)`: its products with the texts are `G`."""
+        with self._full_precision():
+            return self.images @ self._moments(self.all_images, self.all_texts)
+
+    def intra_modal(self, max_logits: int) -> torch.Tensor:
+        """`-log softmax_j(G_ij)_ii`, `(b,)`."""
+        return self._losses_of_rows(self.across, self.all_texts, max_logits)
+
+    def structure_cosines(self, masked: bool) -> torch.Tensor:
+        """`cos(A_img_i, A_txt_i)`, `(b,)`."""
+
+        def products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            return (rows * columns).sum(-1)
+
+        with self._full_precision():
+            of_images = products(self.images @ self._moments(self.all_images, self.all_images, masked), self.images)
+            of_texts = products(self.texts @ self._moments(self.all_texts, self.all_texts, masked), self.texts)
+            across = self.across if masked else self.images @ self._moments(self.all_images, self.all_texts, masked)
+        tiny = torch.finfo(across.dtype).tiny  # where all labels vanish
+        return products(across, self.texts) / of_images.clamp_min(tiny).sqrt() / of_texts.clamp_min(tiny).sqrt()
+
+    def _moments(self, rows: torch.Tensor, columns: torch.Tensor, masked: bool = True) -> torch.Tensor:
+        """`sum_k y_k^2 a_k b_k^T` of `(N, D)`: between its sides stand the products of the rows of two structures."""
+        return (rows * self.all_labels.square()[:, None] if masked else rows).T @ columns
+
+    def _losses_of_rows(self, rows: torch.Tensor, columns: torch.Tensor, max_logits: int) -> torch.Tensor:
+        """`-log softmax(rows @ columns.T)` of the true pairs, `(b,)`; of more than one block none is kept."""
+        blocks = list(row_blocks(len(rows), len(columns), max_logits))
+        computed = _softmax_block
+        if len(blocks) > 1:
+            computed = partial(checkpoint, _softmax_block, use_reentrant=False, preserve_rng_state=False)
+        with self._full_precision():
+            return torch.cat([computed(rows[block], columns, self.first + block.start) for block in blocks])
+
+    def _full_precision(self) -> torch.autocast:
+        return torch.autocast(self.images.device.type, enabled=False)
+
+
+def _softmax_block(rows: torch.Tensor, columns: torch.Tensor, first: int) -> torch.Tensor:
+    return softmax_rows(rows @ columns.T, first, None)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError for a temperature that is not above 0 and finite."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: must be above 0 and finite.")

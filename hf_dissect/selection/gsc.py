@@ -1,0 +1,64 @@
+"""Online selection by GSC's soft labels: the pairs whose geometry agrees best with that of the others."""
+
+import torch
+
+from hf_dissect.losses.gsc import check_temperature, gsc_evidence
+from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.scoring import CandidateScores
+from hf_dissect.selection.soft_labels import SoftLabels
+from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+
+
+class Gsc(SelectionStrategy):
+    """Keeps the candidates with the largest soft labels (CVPR 2024, arXiv 2405.16996).
+
+    The paper weights the loss by the labels (`hf_dissect.losses.GscLoss`); to keep the largest of them is its form as
+    a selection rule. Evidence is the geometry of each candidate batch. Where all labels of a batch are the same,
+    as before the first update, the candidates are selected at random.
+
+    Args:
+        beta: weight of the new value in the labels' moving averages, in (0, 1].
+        temperature: of the cross-modal similarities, above 0.
+        masked: the labels mask the structures that their evidence is taken from (the paper); else all pairs count.
+        scaling: of the structures before the mixture is fitted, "min-max" (the paper) or "quantile".
+        seed: of the mixture's start.
+
+    Raises:
+        ValueError: an argument is outside of what is listed.
+    """
+
+    name = "gsc"
+    columns = SoftLabels.columns
+
+    def __init__(
+        self,
+        beta: float = 0.7,
+        temperature: float = 0.07,
+        masked: bool = True,
+        scaling: str = "min-max",
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_temperature(temperature)
+        self.soft_labels = SoftLabels(beta, scaling, seed)
+        self.temperature = temperature
+        self.masked = masked
+
+    def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        labels = self.soft_labels.of(ledger, scores.sample_id)
+        if labels.min() == labels.max():
+            return keep_random(len(labels), k, self.generator)
+        return keep_largest(labels, k)
+
+    def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
+        labels = self.soft_labels.of(ledger, scores.sample_id) if self.masked else None
+        return gsc_evidence(
+            scores.image_embeds, scores.text_embeds, labels, temperature=self.temperature, across_ranks=False
+        )
+
+    def record(self, sample_id, correlation, ledger, measured=None) -> None:
+        if measured:
+            self.soft_labels.record(ledger, sample_id, measured["agreement"], measured["structure"])
+
+    def update(self, ledger: SampleLedger) -> None:
+        self.soft_labels.update(ledger)
