@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from results_file import show_and_write
 from transformers import CLIPConfig, CLIPModel
 
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
@@ -137,10 +138,7 @@ def main() -> None:
             mib_per_pair = row["step_mib"]["mean"] / batch
             shown = ", ".join(f"{figure} {row[figure]['mean']:.2f}" for figure in FIGURES)
             print(f"{name:10} batch {batch:6}  inputs_mib {row['inputs_mib']:.1f}, {shown}", flush=True)
-    print(json.dumps(results, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    show_and_write(results, options.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ what a machine that others use as well leaves comparable.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results_file import show_and_write
 from transformers import AutoConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from hf_dissect import Recipe
@@ -126,10 +126,7 @@ def main() -> None:
     results["torch"] = torch.__version__
     for kind, build in (("loss_alone", loss_alone), ("whole_step", whole_step)):
         results[kind] = summary(measure({name: build(name, options) for name in OBJECTIVES}, options.rounds))
-    print(json.dumps(results, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    show_and_write(results, options.output)
 
 
 if __name__ == "__main__":

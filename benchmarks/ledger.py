@@ -10,7 +10,6 @@ are wall-clock. Memory is that of this process, read from /proc (Linux).
 """
 
 import argparse
-import json
 import re
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from results_file import show_and_write
 
 from hf_dissect import SampleLedger
 
@@ -140,10 +140,7 @@ def main() -> None:
     column_bytes = sum(rows.column(name).nbytes for name in COLUMNS)
     results["row_numbers"]["bytes_per_pair_and_column"] = column_bytes / options.pairs / len(COLUMNS)
 
-    print(json.dumps(results, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    show_and_write(results, options.output)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from results_file import show_and_write
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetForImageClassification
 
@@ -139,10 +140,7 @@ def main() -> None:
                 "ratio_to_lora_min": min(ratios),
                 "ratio_to_lora_max": max(ratios),
             }
-    print(json.dumps(results, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    show_and_write(results, options.output)
 
 
 if __name__ == "__main__":

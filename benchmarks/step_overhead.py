@@ -8,13 +8,13 @@ time of `train()`, data included, are given: the second is what a machine that o
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from results_file import show_and_write
 from transformers import Trainer, TrainingArguments
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, load_model_and_processor, make_scenes
@@ -108,10 +108,7 @@ def main() -> None:
                 "ratio_to_plain_min": min(ratios),
                 "ratio_to_plain_max": max(ratios),
             }
-    print(json.dumps(results, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    show_and_write(results, options.output)
 
 
 if __name__ == "__main__":

@@ -183,10 +183,13 @@ class ResumableTrainer(Trainer):
         """Sum of this rank's losses since the last log, and the step of that log."""
         return float(self._tr_loss), self._globalstep_last_logged
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, *further):
-        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *further)
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         self._checkpoint_step = self.state.global_step
-        resume_from_checkpoint = further[1]
         if resume_from_checkpoint is None:
             return trained
         step = moved_step(self, read_run_state(resume_from_checkpoint), num_update_steps_per_epoch)

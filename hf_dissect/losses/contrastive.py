@@ -1,17 +1,15 @@
 """The contrastive losses of CLIP and SigLIP, weighted per pair and with the negatives of all ranks."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from hf_dissect.losses.exchange import gather_columns, gather_with_grad, rank_and_world_size
 from hf_dissect.losses.logit_rows import (
     at_least_float32,
     false_negatives,
     logits_of,
-    row_blocks,
+    losses_in_blocks,
     sigmoid_rows,
     softmax_rows,
 )
@@ -97,24 +95,12 @@ class ContrastiveLoss:
     def _softmax(self, embeds, all_embeds, scale, bias, keys, all_keys) -> torch.Tensor:
         """The losses `(b,)` of the rank's own rows in one direction."""
         offset = rank_and_world_size()[0] * len(embeds)
-        blocks = list(row_blocks(len(embeds), len(all_embeds), self.max_logits))
-        computed = _softmax_block
-        if len(blocks) > 1:
-            computed = partial(checkpoint, _softmax_block, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat(
-            [
-                computed(
-                    embeds[rows],
-                    all_embeds,
-                    scale,
-                    bias,
-                    offset + rows.start,
-                    None if keys is None else keys[:, rows],
-                    all_keys,
-                )
-                for rows in blocks
-            ]
-        )
+
+        def losses_of(rows: slice) -> torch.Tensor:
+            mask = None if keys is None else false_negatives(keys[:, rows], all_keys)
+            return softmax_rows(logits_of(embeds[rows], all_embeds, scale, bias), offset + rows.start, mask)
+
+        return losses_in_blocks(losses_of, len(embeds), len(all_embeds), self.max_logits)
 
 
 def per_pair_loss(logits: torch.Tensor, *, kind: str = "softmax", mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,11 +117,6 @@ def per_pair_loss(logits: torch.Tensor, *, kind: str = "softmax", mask: torch.Te
     if kind == "sigmoid":
         return sigmoid_rows(logits, 0, mask)
     return (softmax_rows(logits, 0, mask) + softmax_rows(logits.t(), 0, mask)) / 2
-
-
-def _softmax_block(embeds, all_embeds, scale, bias, first, keys, all_keys) -> torch.Tensor:
-    mask = None if keys is None else false_negatives(keys, all_keys)
-    return softmax_rows(logits_of(embeds, all_embeds, scale, bias), first, mask)
 
 
 def _weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

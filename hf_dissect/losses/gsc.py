@@ -2,14 +2,13 @@
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from hf_dissect.losses.contrastive import MAX_LOGITS
 from hf_dissect.losses.exchange import gather_columns, gather_with_grad, rank_and_world_size
-from hf_dissect.losses.logit_rows import at_least_float32, row_blocks, softmax_rows
+from hf_dissect.losses.logit_rows import at_least_float32, losses_in_blocks, softmax_rows
 
 logger = logging.getLogger(__name__)
 
@@ -202,19 +201,15 @@ class _Pairs:
 
     def _losses_of_rows(self, rows: torch.Tensor, columns: torch.Tensor, max_logits: int) -> torch.Tensor:
         """`-log softmax(rows @ columns.T)` of the true pairs, `(b,)`; of more than one block none is kept."""
-        blocks = list(row_blocks(len(rows), len(columns), max_logits))
-        computed = _softmax_block
-        if len(blocks) > 1:
-            computed = partial(checkpoint, _softmax_block, use_reentrant=False, preserve_rng_state=False)
+
+        def losses_of(block: slice) -> torch.Tensor:
+            return softmax_rows(rows[block] @ columns.T, self.first + block.start, None)
+
         with self._full_precision():
-            return torch.cat([computed(rows[block], columns, self.first + block.start) for block in blocks])
+            return losses_in_blocks(losses_of, len(rows), len(columns), max_logits)
 
     def _full_precision(self) -> torch.autocast:
         return torch.autocast(self.images.device.type, enabled=False)
-
-
-def _softmax_block(rows: torch.Tensor, columns: torch.Tensor, first: int) -> torch.Tensor:
-    return softmax_rows(rows @ columns.T, first, None)
 
 
 def check_temperature(temperature: float) -> None:

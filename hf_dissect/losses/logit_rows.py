@@ -1,9 +1,11 @@
 """The losses of rows of logits, each row one pair's, in blocks of rows small enough to hold."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def softmax_rows(logits: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:
@@ -49,6 +51,21 @@ def row_blocks(num_rows: int, num_columns: int, max_logits: int) -> Iterator[sli
     """Cut the rows so that a block has at most `max_logits` logits, and at least one row."""
     step = max(1, max_logits // num_columns)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+def losses_in_blocks(
+    losses_of: Callable[[slice], torch.Tensor], num_rows: int, num_columns: int, max_logits: int
+) -> torch.Tensor:
+    """Losses `(num_rows,)` of blocks of rows (see `row_blocks`); of more than one block none is kept for the backward
+    pass, which computes it again.
+
+    Args:
+        losses_of: losses `(r,)` of the rows of a slice; draws no random numbers.
+    """
+    blocks = list(row_blocks(num_rows, num_columns, max_logits))
+    if len(blocks) > 1:
+        losses_of = partial(checkpoint, losses_of, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([losses_of(rows) for rows in blocks])
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

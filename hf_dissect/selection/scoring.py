@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from hf_dissect.losses.contrastive import per_pair_loss
+from hf_dissect.losses.contrastive import MAX_LOGITS, per_pair_loss
+from hf_dissect.losses.logit_rows import row_blocks, sigmoid_rows, softmax_rows
 from hf_dissect.models import logit_scale_and_bias
 
 
@@ -61,10 +62,6 @@ class CandidateScores:
         )
 
 
-LOGITS_AT_ONCE = 2**24
-"""Logits held at a time when the candidates of many ranks are compared: 64 MiB of float32."""
-
-
 @torch.no_grad()
 def losses_of_rows(
     image_embeds: torch.Tensor,
@@ -88,17 +85,15 @@ def losses_of_rows(
     Returns:
         float32 `(n,)` on the CPU.
     """
-    own = torch.arange(offset, offset + len(image_embeds), device=image_embeds.device)
     losses = []
-    for rows in torch.arange(len(own), device=own.device).split(max(1, LOGITS_AT_ONCE // len(all_image_embeds))):
+    for rows in row_blocks(len(image_embeds), len(all_image_embeds), MAX_LOGITS):
+        first = offset + rows.start
         per_text = text_embeds[rows] @ all_image_embeds.T * scale + bias
         if kind == "sigmoid":
-            sign = torch.full_like(per_text, -1).scatter_(1, own[rows, None], 1)
-            losses.append(-F.logsigmoid(sign * per_text).sum(-1))
-            continue
-        per_image = image_embeds[rows] @ all_text_embeds.T * scale
-        both = [F.cross_entropy(logits, own[rows], reduction="none") for logits in (per_text, per_image)]
-        losses.append((both[0] + both[1]) / 2)
+            losses.append(sigmoid_rows(per_text, first, None))
+        else:
+            per_image = image_embeds[rows] @ all_text_embeds.T * scale
+            losses.append((softmax_rows(per_text, first, None) + softmax_rows(per_image, first, None)) / 2)
     return torch.cat(losses).float().cpu() if losses else torch.zeros(0)
 
 
