@@ -19,6 +19,7 @@ _HOMES = {
     "Selection": "hf_dissect.selection",
     "SelectionCollator": "hf_dissect.data_collator",
     "SelectionStrategy": "hf_dissect.selection",
+    "TwinDualEncoder": "hf_dissect.twin_encoder",
     "load_model_and_processor": "hf_dissect.models",
     "load_splits": "hf_dissect.data",
     "make_scenes": "hf_dissect.data",

@@ -24,6 +24,7 @@ TABLE_COLUMNS = {
     "zero_shot_accuracy@1": "zero-shot",
     "noise_kept": "mismatched kept",
     "ranking_auroc": "AUROC of rule",
+    "label_auroc": "AUROC of labels",
     "noise_detection_auroc": "AUROC of model",
     "steps": "steps",
     "train_s": "seconds",
@@ -35,6 +36,7 @@ TABLE_DECIMALS = {
     "zero_shot_accuracy@1": 3,
     "noise_kept": 3,
     "ranking_auroc": 3,
+    "label_auroc": 3,
     "noise_detection_auroc": 3,
     "steps": 0,
     "train_s": 0,
@@ -43,6 +45,7 @@ TABLE_LEGEND = (
     "recall sum: R@1 + R@5 + R@10 in both directions on the test split, at most 600.\n"
     "mismatched kept: share of mismatched pairs among the kept ones, last epoch.\n"
     "AUROC of rule: how well the strategy's own ranking tells clean from mismatched candidates, last epoch.\n"
+    "AUROC of labels: the same for the final soft labels (gsc) or the last division (ncr), over all labelled pairs.\n"
     "AUROC of model: the same for the correlation under the final weights, over all training pairs.\n"
     "seconds: data, scoring and training; scoring is charged, evaluation is not."
 )
@@ -146,6 +149,7 @@ def _figures(run: dict[str, Any]) -> dict[str, Any]:
         "noise_kept": selection.get("noise_kept_last_epoch"),
         "noise_kept_whole_run": selection.get("noise_kept"),
         "ranking_auroc": selection.get("ranking_auroc_last_epoch"),
+        "label_auroc": selection.get("label_auroc", selection.get("p_clean_auroc")),
         "steps": run["steps"],
         "train_s": times["data_s"] + times["scoring_s"] + times["training_s"],
         "scoring_s": times["scoring_s"],

@@ -32,6 +32,12 @@ def bare_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def networks_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Returns the dual encoders that the model, wrapped or not, consists of: itself, or the two of twins."""
+    bare = bare_model(model)
+    return getattr(bare, "networks", (bare,))
+
+
 def check_dual_encoder(model: nn.Module) -> None:
     """Makes sure that the model, wrapped or not, embeds images and captions separately.
 
@@ -62,14 +68,17 @@ def freeze_tower(model: nn.Module, tower: str) -> int:
         tower: "vision" or "text".
 
     Returns:
-        How many parameters (numbers, not tensors) the frozen tower has.
+        How many parameters (numbers, not tensors) the frozen tower has; of twins, both towers.
 
     Raises:
         ValueError: if `tower` is neither, or the model keeps its towers under names that are not known.
     """
     if tower not in TOWERS:
         raise ValueError(f"freeze must be one of {', '.join(TOWERS)} or None, got {tower!r}")
-    bare = bare_model(model)
+    return sum(_freeze_tower(network, tower) for network in networks_of(model))
+
+
+def _freeze_tower(bare: nn.Module, tower: str) -> int:
     modules = [getattr(bare, name) for name in TOWERS[tower] if isinstance(getattr(bare, name, None), nn.Module)]
     if not modules:
         raise ValueError(
@@ -162,8 +171,10 @@ def logit_scale_parameter(model: nn.Module) -> nn.Parameter | None:
 def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what makes logits of cosines, `logits = cosine * scale + bias`, as scalars with gradient.
 
-    A model without a learnt scale has scale 1, one without a bias has bias 0.
+    A model without a learnt scale has scale 1, one without a bias has bias 0. Of twins both are `(2,)`.
     """
+    if len(networks_of(model)) > 1:
+        return tuple(map(torch.stack, zip(*map(logit_scale_and_bias, networks_of(model)), strict=True)))
     bare, parameter = bare_model(model), logit_scale_parameter(model)
     if parameter is None:
         scale = torch.ones((), device=next(bare.parameters()).device)
@@ -183,10 +194,11 @@ def clamp_logit_scale_(model: nn.Module) -> None:
     [0.01, 1]. A frozen scale is left alone, and so is that of a sigmoid model: SigLIP (arXiv 2303.15343) is trained
     without a bound, and its published checkpoints stand above 100.
     """
-    parameter = logit_scale_parameter(model)
-    if parameter is None or not parameter.requires_grad or contrastive_kind(model) == "sigmoid":
-        return
-    if parameter is getattr(bare_model(model), "temperature", None):
-        parameter.clamp_(*TEMPERATURE_RANGE)
-    else:
-        parameter.clamp_(0, LARGEST_LOG_SCALE)
+    for network in networks_of(model):
+        parameter = logit_scale_parameter(network)
+        if parameter is None or not parameter.requires_grad or contrastive_kind(network) == "sigmoid":
+            continue
+        if parameter is getattr(network, "temperature", None):
+            parameter.clamp_(*TEMPERATURE_RANGE)
+        else:
+            parameter.clamp_(0, LARGEST_LOG_SCALE)

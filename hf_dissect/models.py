@@ -36,6 +36,7 @@ from hf_dissect.model_families import (
     logit_scale_and_bias,
     logit_scale_parameter,
     max_text_length,
+    networks_of,
     text_padding,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "logit_scale_and_bias",
     "logit_scale_parameter",
     "max_text_length",
+    "networks_of",
     "same_architecture",
     "text_padding",
 ]

@@ -42,6 +42,7 @@ def find_conflicts(recipe: "Recipe") -> Iterator[Fault]:
     yield from _selection(recipe)
     yield from _options(recipe)
     yield from _gsc(recipe)
+    yield from _twins(recipe)
     yield from _evaluation(recipe)
     yield from _zero_shot(recipe)
     yield from _training(recipe)
@@ -169,6 +170,28 @@ def _options(recipe: "Recipe") -> Iterator[Fault]:
             )
         elif problem := problem_with(value, **allowed[name]):
             yield (key,), problem
+
+
+def _twins(recipe: "Recipe") -> Iterator[Fault]:
+    gsc, model = recipe.objective.gsc, recipe.model
+    if gsc is None or not gsc.dual:
+        if model.second_name_or_path:
+            yield (
+                ("model.second_name_or_path", "objective.gsc"),
+                f"{show(model.second_name_or_path)} would not be read: objective.gsc.dual is not true; set that, or "
+                "model.second_name_or_path to null",
+            )
+    elif recipe.adapter is not None:
+        yield (
+            ("objective.gsc.dual", "adapter"),
+            "true trains two whole networks; set it to false, or adapter to null",
+        )
+    elif model.second_name_or_path and model.config is not None:
+        yield (
+            ("model.second_name_or_path", "model.config"),
+            f"{show(model.second_name_or_path)} would not fit a model from scratch; set it to null, and the second "
+            "network is one more of random weights",
+        )
 
 
 def _gsc(recipe: "Recipe") -> Iterator[Fault]:

@@ -57,6 +57,11 @@ class ModelSection:
         None, "The tower whose weights stay as they are, and that gets no adapter.", choices=("vision", "text")
     )
     trust_remote_code: bool = setting(False, "Whether code from the model's repository may run.")
+    second_name_or_path: str | None = setting(
+        None,
+        "Hub id or folder that the second network of objective.gsc.dual starts from; null: with config, one more of "
+        "random weights.",
+    )
 
 
 @dataclasses.dataclass
@@ -137,6 +142,9 @@ class GscSection:
     masked: bool = setting(True, "Whether the labels weight the structures that the evidence comes from.")
     scaling: str = setting(
         "min-max", "How structures are scaled before the mixture is fitted.", choices=("min-max", "quantile")
+    )
+    dual: bool = setting(
+        False, "Whether two networks train, each with the other's labels (GSC+); costs twice as much."
     )
 
 

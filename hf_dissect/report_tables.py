@@ -11,7 +11,7 @@ MISSING = "–"
 _RECALL = r"(?=.*(?:\b|_)(?:r|recall)@)"
 # Columns come in this order, the ones most asked for first; what matches nothing (median ranks) comes last.
 _ORDER = (r".*recall_sum", rf"{_RECALL}.*image_to_text.*", rf"{_RECALL}.*text_to_image.*", rf"{_RECALL}.*")
-_ORDER += (r"noise_kept", r"total_s", r"scoring_share", r".*zero_shot.*", r".*noise.*")
+_ORDER += (r"noise_kept", r"total_s", r"scoring_share", r".*zero_shot.*", r"label_auroc", r".*noise.*")
 _LOWER_IS_BETTER = re.compile(r".*(rank|noise_kept|loss).*|.*_s")
 _HIGHER_IS_BETTER = re.compile(r".*(recall|r@|auroc|auc|precision|recognised|accuracy|top_?\d).*")
 _SHARE = re.compile(r".*(_share|noise_kept|noise_candidates|noise_rate)|kept_share")
@@ -20,6 +20,7 @@ _LABELS = {
     "kept_share": "Kept share",
     "total_s": "Wall-clock",
     "scoring_share": "Time for scoring",
+    "label_auroc": "Label AUROC",
     "noise_detection_auroc": "Noise AUROC",
     "noise_detection_roc_auc": "Noise AUROC",
     "noise_detection_average_precision": "Noise average precision",
@@ -103,11 +104,12 @@ def final_figures(metrics: Mapping) -> dict:
 
 def run_figures(metrics: Mapping) -> dict:
     """The row of one run in the results table, out of its `metrics.json`."""
-    times = mapping(metrics.get("times"))
+    times, selection = mapping(metrics.get("times")), mapping(metrics.get("selection"))
     total, scoring = finite(times.get("total_s")), finite(times.get("scoring_s"))
     return {
         **final_figures(metrics),
-        "noise_kept": mapping(metrics.get("selection")).get("noise_kept"),
+        "noise_kept": selection.get("noise_kept"),
+        "label_auroc": selection.get("label_auroc", selection.get("p_clean_auroc")),
         "total_s": total,
         "scoring_share": scoring / total if total and scoring is not None else None,
     }

@@ -18,6 +18,7 @@ from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.model_card import write_model_card
+from hf_dissect.objective import label_columns
 from hf_dissect.report import PairSample, RunSummary, write_report
 from hf_dissect.report_data import replace_file
 from hf_dissect.selection import SampleLedger
@@ -32,10 +33,6 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
 _PRIVATE_SETTINGS = {"output_dir", "logging_dir", "hub_token", "hub_model_id", "run_name", "resume_from_checkpoint"}
-_LABELS = {
-    "label_auroc": ("y_cm", "y_im"),
-    "p_clean_auroc": ("p_clean",),
-}  # the ledger columns they are the minimum of
 _DERIVED_SETTINGS = {"dataloader_pin_memory", "report_to"}  # what the machine has decides them
 
 
@@ -113,13 +110,15 @@ def label_figures(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch
     """How well the final labels of pairs `(n,)` tell matched from mismatched ones; pairs without a label are left out.
 
     Returns:
-        `label_auroc` of the soft labels `min(y_cm, y_im)`, and `p_clean_auroc`, as far as the ledger has the columns.
+        `label_auroc` of the soft labels (of two networks, their mean) and `p_clean_auroc`, as far as the ledger has
+        the columns.
     """
     figures = {}
-    for name, columns in _LABELS.items():
-        if set(columns) <= set(ledger.columns):
-            labels = torch.stack([ledger.read(column, sample_id) for column in columns]).amin(0)
-            figures[name] = noise_detection_metrics(labels, is_clean)["auroc"]
+    if labels := label_columns(ledger):
+        soft_labels = [torch.minimum(*(ledger.read(column, sample_id) for column in columns)) for columns in labels]
+        figures["label_auroc"] = noise_detection_metrics(torch.stack(soft_labels).mean(0), is_clean)["auroc"]
+    if "p_clean" in ledger.columns:
+        figures["p_clean_auroc"] = noise_detection_metrics(ledger.read("p_clean", sample_id), is_clean)["auroc"]
     return figures
 
 

@@ -14,12 +14,13 @@ from hf_dissect.adapters import add_adapter
 from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
 from hf_dissect.evaluation import evaluate_zero_shot
-from hf_dissect.models import load_model_and_processor
+from hf_dissect.models import freeze_tower, load_model_and_processor, networks_of
 from hf_dissect.progress import RunProgress
-from hf_dissect.recipe import DataSection, Recipe, ZeroShotSection
+from hf_dissect.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
 from hf_dissect.run_folder import write_run_folder
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training_args import DissectTrainingArguments
+from hf_dissect.twin_encoder import TwinDualEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,38 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
 
 
 def _model_and_processor(recipe: Recipe, captions: Iterable[str]) -> tuple[Any, Any]:
-    if recipe.adapter is None:
-        return load_model_and_processor(**dataclasses.asdict(recipe.model), captions=captions)
-    # Frozen last: no adapter is put into the tower, and none may train its weights.
-    whole = dataclasses.replace(recipe.model, freeze=None)
-    model, processor = load_model_and_processor(**dataclasses.asdict(whole), captions=captions)
-    return add_adapter(model, recipe.adapter, recipe.model.freeze), processor
+    # With an adapter frozen last: no adapter is put into the tower, and none may train its weights.
+    section = recipe.model if recipe.adapter is None else dataclasses.replace(recipe.model, freeze=None)
+    model, processor = _load(section, captions)
+    if recipe.adapter is not None:
+        return add_adapter(model, recipe.adapter, recipe.model.freeze), processor
+    if recipe.objective.gsc is not None and recipe.objective.gsc.dual:
+        return _twins(model, recipe.model), processor
+    return model, processor
+
+
+def _load(section: ModelSection, captions: Iterable[str] | None = None) -> tuple[Any, Any]:
+    arguments = dataclasses.asdict(section)
+    del arguments["second_name_or_path"]
+    return load_model_and_processor(**arguments, captions=captions)
+
+
+def _twins(first: Any, section: ModelSection) -> Any:
+    """The model with a second one beside it that starts differently; a saved pair of twins goes on as it is."""
+    if len(networks_of(first)) == 2:
+        return first
+    if section.config is not None:
+        second = type(first)(first.config).eval()
+        if section.freeze:
+            freeze_tower(second, section.freeze)
+    elif section.second_name_or_path and section.second_name_or_path != section.name_or_path:
+        second, _ = _load(dataclasses.replace(section, name_or_path=section.second_name_or_path))
+    else:
+        raise ValueError(
+            f"objective.gsc.dual: both networks would start as {section.name_or_path} and stay the same; name another "
+            "trained model of the same tokens and image size with model.second_name_or_path, or set it to false."
+        )
+    return TwinDualEncoder.of(first, second)
 
 
 def run_recipe(

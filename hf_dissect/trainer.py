@@ -19,6 +19,7 @@ from hf_dissect.models import (
     clamp_logit_scale_,
     contrastive_kind,
     logit_scale_and_bias,
+    networks_of,
     text_padding,
 )
 from hf_dissect.non_finite import NonFiniteLossError, check_finite
@@ -40,7 +41,7 @@ from hf_dissect.training_data import (
     pairs_for,
     stream_loader,
     training_pairs,
-    warn_if_never_selected,
+    warn_if_warm_up_outlasts,
 )
 
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
@@ -120,7 +121,9 @@ class DissectTrainer(ResumableTrainer, EvaluatingTrainer):
             )
         self.recipe = recipe
         self.kind = contrastive_kind(self.model)
-        self.objective = Objective(self.kind, args.mask_false_negatives, args.make_gsc())
+        self.objective = Objective(
+            self.kind, args.mask_false_negatives, args.make_gsc(), num_networks=len(networks_of(self.model))
+        )
         self.strategy = args.make_strategy() if strategy is None else strategy
         columns = dict.fromkeys(("correlation", *self.strategy.columns, *self.objective.columns))
         self.ledger = SampleLedger(getattr(train_dataset, "num_samples", None), columns=tuple(columns))
@@ -297,7 +300,10 @@ class DissectTrainer(ResumableTrainer, EvaluatingTrainer):
         """Train as the Trainer does (see `ResumableTrainer`); with `save_run_folder`, leave a complete run folder."""
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        warn_if_never_selected(self.train_dataset, getattr(self.strategy, "warmup_epochs", 0), self.args)
+        warmup_epochs = {"train on a random subset": getattr(self.strategy, "warmup_epochs", 0)}
+        if self.objective.gsc is not None:
+            warmup_epochs["train by the contrastive loss, without soft labels"] = self.objective.gsc.warmup_epochs
+        warn_if_warm_up_outlasts(self.train_dataset, warmup_epochs, self.args)
         try:
             with self.times.measure("training"):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -130,20 +131,26 @@ def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed:
         )
 
 
-def warn_if_never_selected(pairs: Any, warmup_epochs: int, args: DissectTrainingArguments) -> None:
-    """Say so when `max_steps` ends a run before the warm-up of its strategy does."""
+def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args: DissectTrainingArguments) -> None:
+    """Say so when `max_steps` ends a run before a warm-up does.
+
+    Args:
+        pairs: the training data; of a stream the length of an epoch is unknown.
+        warmup_epochs: of what warms up, what the steps of the warm-up do (such as "train on a random subset").
+        args: of the run.
+    """
     count = num_pairs(pairs)
-    if args.max_steps <= 0 or not count or not warmup_epochs:
+    if args.max_steps <= 0 or not count:
         return
-    epochs = args.max_steps / math.ceil(
-        count / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
-    )
-    if epochs <= warmup_epochs:
-        logger.warning(
-            "max_steps=%d ends after %.1f epochs, before the warm-up of %d epochs does: every step trains on a random "
-            "subset. Train longer, warm up shorter, or use the momentum variant.",
-            *(args.max_steps, epochs, warmup_epochs),
-        )
+    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    epochs = args.max_steps / math.ceil(count / batch)
+    for deed, warmup in warmup_epochs.items():
+        if 0 < warmup and epochs <= warmup:
+            logger.warning(
+                "max_steps=%d ends after %.1f epochs, before the warm-up of %d epochs does: all steps %s. "
+                "Train longer, or warm up shorter.",
+                *(args.max_steps, epochs, warmup, deed),
+            )
 
 
 def num_pairs(pairs: Any) -> int | None:

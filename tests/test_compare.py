@@ -42,6 +42,16 @@ def test_the_table_is_mean_and_deviation_over_seeds(tmp_path):
     assert len({run["final"]["loss"] for run in comparison["runs"]}) == 4
 
 
+def test_the_table_tells_how_well_labels_separate(tmp_path):
+    recipe = tiny_recipe(tmp_path, selection={"warmup_epochs": 1})
+    rows = {row["strategy"]: row for row in compare(recipe, ["gsc", "ncr", "none"], [0])["table"]}
+    metrics = [json.loads((tmp_path / f"{name}-seed0" / "metrics.json").read_text()) for name in ("gsc", "ncr")]
+    assert rows["gsc"]["label_auroc"]["mean"] == metrics[0]["selection"]["label_auroc"]
+    assert rows["ncr"]["label_auroc"]["mean"] == metrics[1]["selection"]["p_clean_auroc"]
+    assert rows["none"]["label_auroc"]["mean"] is None
+    assert "Label AUROC" in (tmp_path / "report.html").read_text()
+
+
 def test_the_start_is_that_of_the_seed_for_every_strategy(tmp_path):
     # Without a learning rate the weights at the end are those of the start.
     compare(tiny_recipe(tmp_path, training={"learning_rate": 0.0, "max_steps": 1}), ["none", "dissect"], [0, 1])

@@ -30,7 +30,7 @@ def clip():
 
 @pytest.fixture
 def ledger() -> SampleLedger:
-    ledger = SampleLedger(40, columns=GscObjective.columns)
+    ledger = SampleLedger(40, columns=GscObjective().columns)
     ledger.write("y_cm", IDS[:4], torch.tensor([0.9, 0.2, 0.5, 1.0]))
     ledger.write("y_im", IDS[:4], torch.tensor([0.7, 0.8, 0.5, 0.0]))
     return ledger

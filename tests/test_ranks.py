@@ -35,9 +35,11 @@ def one_process_runs(folder: Path) -> None:
     trainer.args.max_steps, trainer.args.num_train_epochs = -1, 3
     trainer.args.save_strategy, trainer.args.save_steps = "steps", 6
     trainer.train()
-    trainer = two_ranks.soft_label_trainer(folder / "alone" / "labels", batch_size=16)
-    trainer.train()
-    trainer.ledger.save(folder / "alone" / "labels" / "ledger.safetensors")
+    for dual in (False, True):
+        place = folder / "alone" / "labels" / f"dual-{dual}"
+        trainer = two_ranks.soft_label_trainer(place, batch_size=16, dual=dual)
+        trainer.train()
+        trainer.ledger.save(place / "ledger.safetensors")
 
 
 def check_global_scope(folder: Path) -> None:
@@ -56,11 +58,12 @@ def check_global_scope(folder: Path) -> None:
 
 def check_soft_labels(folder: Path) -> None:
     """The evidence and the labels are those of one process, whose batch is that of both."""
-    alone = load_file(folder / "alone" / "labels" / "ledger.safetensors")
-    assert alone["column.y_cm"].unique().numel() > 50
-    for rank in range(2):
-        together = load_file(folder / "labels" / f"ledger-{rank}.safetensors")
-        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+    for dual in (False, True):
+        alone = load_file(folder / "alone" / "labels" / f"dual-{dual}" / "ledger.safetensors")
+        assert alone["column.y_cm_2" if dual else "column.y_cm"].unique().numel() > 50
+        for rank in range(2):
+            together = load_file(folder / "labels" / f"dual-{dual}" / f"ledger-{rank}.safetensors")
+            torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
 def test_two_processes_train_compare_and_agree(tmp_path):

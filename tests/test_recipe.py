@@ -236,7 +236,7 @@ def test_every_setting_is_explained(section):
         (
             {"objective": {"gsc": {"gama": 0.1}}},
             "objective.gsc.gama: unknown key (value 0.1); allowed: gamma, beta, temperature, warmup_epochs, masked, "
-            "scaling; did you mean 'gamma'?",
+            "scaling, dual; did you mean 'gamma'?",
         ),
         ({"objective": {"gsc": {"beta": 0}}}, "objective.gsc.beta: 0 is not allowed; allowed: a number in (0, 1]"),
         ({"objective": {"gsc": {"gamma": -0.1}}}, "objective.gsc.gamma: -0.1 is not allowed; allowed: at least 0"),

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_dissect import DissectTrainingArguments, PairDataset
 from hf_dissect.data.pair_stream import PairStream
-from hf_dissect.training_data import num_pairs, pairs_for, training_pairs, warn_if_never_selected
+from hf_dissect.training_data import num_pairs, pairs_for, training_pairs, warn_if_warm_up_outlasts
 
 
 def arguments(tmp_path, **settings) -> DissectTrainingArguments:
@@ -67,5 +67,6 @@ def test_a_run_that_ends_in_its_warm_up_is_told(max_steps, warmup_epochs, accumu
     )
     pairs = pairs_for("train_dataset", tiny_models.tiny_pairs(64), args)
     with caplog.at_level(logging.WARNING):
-        warn_if_never_selected(pairs, warmup_epochs, args)
-    assert (f"before the warm-up of {warmup_epochs} epochs does" in caplog.text) == warned
+        warn_if_warm_up_outlasts(pairs, {"do this": warmup_epochs, "do that": 0}, args)
+    assert (f"before the warm-up of {warmup_epochs} epochs does: all steps do this." in caplog.text) == warned
+    assert len(caplog.records) == warned

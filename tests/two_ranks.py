@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tiny_recipe import write_tiny_recipe
 from transformers import TrainerCallback
 
-from hf_dissect import DissectTrainer, DissectTrainingArguments
+from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
 from hf_dissect.cli import main
 from hf_dissect.data import shuffle_captions
 from hf_dissect.interruption import StoppedBySignal
@@ -61,14 +61,17 @@ GLOBAL_RUNS = {"dissect": {"variant": "momentum"}, "small_loss": {}, "gsc": {}, 
 
 def check_soft_labels(folder: Path) -> None:
     """Both processes end with the labels of the one process that test_ranks.py runs on the candidates of both."""
-    trainer = soft_label_trainer(folder, batch_size=8)
-    trainer.train()
-    check_equal(trainer)
-    trainer.ledger.save(folder / f"ledger-{trainer.ranks.own}.safetensors")
+    for dual in (False, True):
+        trainer = soft_label_trainer(folder / f"dual-{dual}", batch_size=8, dual=dual)
+        trainer.train()
+        check_equal(trainer)
+        trainer.ledger.save(folder / f"dual-{dual}" / f"ledger-{trainer.ranks.own}.safetensors")
 
 
-def soft_label_trainer(folder: Path, *, batch_size: int) -> DissectTrainer:
+def soft_label_trainer(folder: Path, *, batch_size: int, dual: bool) -> DissectTrainer:
     model, processor = tiny_models.tiny_clip()
+    if dual:
+        model = TwinDualEncoder.of(model, tiny_models.tiny_clip(seed=1)[0])
     folder.mkdir(parents=True, exist_ok=True)
     return DissectTrainer(
         model=model,
@@ -77,7 +80,7 @@ def soft_label_trainer(folder: Path, *, batch_size: int) -> DissectTrainer:
         args=DissectTrainingArguments(
             str(folder),
             selection_strategy="none",
-            gsc={"gamma": 0.5},
+            gsc={"gamma": 0.5, "dual": dual},
             ddp_find_unused_parameters=False,  # so that no parameter may be without a gradient
             per_device_train_batch_size=batch_size,
             num_train_epochs=3,

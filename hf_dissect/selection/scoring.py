@@ -130,7 +130,8 @@ def score(
             image_embeds.append(F.normalize(outputs["image_embeds"].float(), dim=-1))
             text_embeds.append(F.normalize(outputs["text_embeds"].float(), dim=-1))
     scale, bias = logit_scale_and_bias(model)
-    return CandidateScores(sample_id.cpu(), torch.cat(image_embeds), torch.cat(text_embeds), scale, bias, kind)
+    embeds = torch.cat(image_embeds), torch.cat(text_embeds)
+    return CandidateScores(sample_id.cpu(), *embeds, scale.mean(), bias.mean(), kind)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ class SoftLabels:
         beta: weight of the new value in both moving averages, in (0, 1].
         scaling: of the structures before the mixture is fitted, see `upper_component_posterior`.
         seed: of the mixture's start.
+        suffix: of the ledger columns, where several labels are kept side by side.
+
+    Attributes:
+        evidence_columns, label_columns: ledger columns of agreement and structure, and of `y_cm` and `y_im`.
+        columns: all of them.
 
     Raises:
         ValueError: an argument is outside of what is listed.
@@ -36,41 +42,44 @@ class SoftLabels:
 
     columns = ("agreement", "structure", "y_cm", "y_im")
 
-    def __init__(self, beta: float = 0.7, scaling: str = "min-max", seed: int = 0):
+    def __init__(self, beta: float = 0.7, scaling: str = "min-max", seed: int = 0, suffix: str = ""):
         if not 0 < beta <= 1:
             raise ValueError(f"beta={beta}: the weight of the new label must be above 0 and at most 1.")
         check_mixture(scaling, seed)
         self.beta = beta
         self.scaling = scaling
         self.seed = seed
+        self.columns = tuple(column + suffix for column in SoftLabels.columns)
+        self.evidence_columns, self.label_columns = self.columns[:2], self.columns[2:]
 
     def of(self, ledger: SampleLedger, sample_id: torch.Tensor) -> torch.Tensor:
         """Labels of pairs, int64 `(B,)`: float32 `(B,)` in [0, 1] on the CPU, 1 for a pair without any."""
-        return torch.minimum(_known(ledger.read("y_cm", sample_id)), _known(ledger.read("y_im", sample_id)))
+        return torch.minimum(*(_known(ledger.read(column, sample_id)) for column in self.label_columns))
+
+    def as_columns(self, evidence: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Evidence (`hf_dissect.losses.gsc_evidence`) under the names of its ledger columns."""
+        return dict(zip(self.evidence_columns, (evidence["agreement"], evidence["structure"]), strict=True))
 
     def record(
         self, ledger: SampleLedger, sample_id: torch.Tensor, agreement: torch.Tensor, structure: torch.Tensor
     ) -> None:
         """Note the evidence of pairs, `(B,)` each (`hf_dissect.losses.gsc_evidence`), over that of earlier visits."""
-        ledger.write("agreement", sample_id, agreement)
-        ledger.write("structure", sample_id, structure)
+        for column, values in zip(self.evidence_columns, (agreement, structure), strict=True):
+            ledger.write(column, sample_id, values)
 
     def update(self, ledger: SampleLedger) -> None:
         """Renew the labels of the pairs with evidence, and forget the evidence. On all ranks the same."""
-        agreement = ledger.column("agreement")
+        agreement, structure = map(ledger.column, self.evidence_columns)
         (seen,) = (~agreement.isnan()).nonzero(as_tuple=True)
         if not len(seen):
             return
-        posterior = upper_component_posterior(
-            ledger.column("structure")[seen].numpy(), scaling=self.scaling, seed=self.seed
-        )
-        evidence = {"y_cm": agreement[seen], "y_im": torch.from_numpy(posterior)}
+        posterior = upper_component_posterior(structure[seen].numpy(), scaling=self.scaling, seed=self.seed)
         sample_id = ledger.ids[seen]
-        for name, new in evidence.items():
-            old = _known(ledger.column(name)[seen])
-            ledger.write(name, sample_id, self.beta * new + (1 - self.beta) * old)
-        for name in ("agreement", "structure"):
-            ledger.write(name, sample_id, torch.full((len(seen),), torch.nan))
+        for column, new in zip(self.label_columns, (agreement[seen], torch.from_numpy(posterior)), strict=True):
+            old = _known(ledger.column(column)[seen])
+            ledger.write(column, sample_id, self.beta * new + (1 - self.beta) * old)
+        for column in self.evidence_columns:
+            ledger.write(column, sample_id, torch.full((len(seen),), torch.nan))
 
 
 def upper_component_posterior(values: np.ndarray, *, scaling: str = "min-max", seed: int = 0) -> np.ndarray:
