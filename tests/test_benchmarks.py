@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny_models
 from datasets import ClassLabel, concatenate_datasets
 
 from hf_dissect import make_scenes
@@ -62,6 +64,28 @@ def test_differential():
     results = run_benchmark("differential", "run")
     assert {warmup: list(row) for warmup, row in results["differential"].items()} == {"1": ["1", "2"], "2": ["2"]}
     assert all(0 <= auroc <= 1 for auroc in results["correlation"].values())
+
+
+def test_noisy_correspondence():
+    random = np.random.default_rng(0)
+    for split, count in {"train": 32, "validation": 8, "test": 8}.items():
+        rows = tiny_models.tiny_pairs(count, captions_per_image=5)
+        rows.add_column("image_id", list(range(count))).to_parquet(f"{split}.parquet")
+    features = {split: random.normal(size=(count, 1024)) for split, count in {"train": 32, "test": 8}.items()}
+    np.savez("mobilenet_v1_features.npz", **features, validation=features["test"])
+    order = np.arange(160).reshape(32, 5)
+    order[:12] = np.roll(order[:12], 1, axis=0)
+    np.save("caption_order_noise40.npy", order.ravel().astype(np.int32))
+    small = ["training.num_train_epochs=2", "training.per_device_train_batch_size=32", "model.vocab_size=600"]
+    arguments = ["--data", ".", "--noise", 40, "--seeds", 0, *(part for pair in small for part in ("--set", pair))]
+    results = run_benchmark("noisy_correspondence", *arguments, "--methods", "none,oracle")
+    assert [run["steps"] for run in results["runs"]] == [10, 10]
+    results = run_benchmark("noisy_correspondence", *arguments, "--methods", "none,ncr,gsc+")
+    found = {run["method"]: run for run in results["runs"]}
+    assert list(found) == ["none", "oracle", "ncr", "gsc+"]  # the first is not repeated
+    assert all(len(run["epochs"]["test"]) == 2 and 0 <= run["last"] <= 600 for run in found.values())
+    assert found["gsc+"]["detection"] == found["gsc+"]["label_auroc"]
+    assert found["ncr"]["detection"] == found["ncr"]["p_clean_auroc"]
 
 
 def test_grad_cache():
