@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from hf_dissect.training_data import num_pairs
 
 if TYPE_CHECKING:
+    from hf_dissect.durable_trainer import DurableTrainer
     from hf_dissect.resumable_trainer import ResumableTrainer
 
 logger = logging.getLogger(__name__)
@@ -81,13 +82,13 @@ def restore_run_state(trainer: "ResumableTrainer", folder: str | Path) -> None:
         trainer.bad_rows.restore(*(rank["bad_rows"] for rank in ranks))
 
 
-def candidates_per_update(trainer: "ResumableTrainer") -> int:
+def candidates_per_update(trainer: "DurableTrainer") -> int:
     """Candidates of all ranks that one optimiser step looks at."""
     args = trainer.args
     return args.train_batch_size * args.gradient_accumulation_steps * trainer.ranks.count
 
 
-def moved_step(trainer: "ResumableTrainer", state: dict[str, Any] | None, steps_per_epoch: int) -> int | None:
+def moved_step(trainer: "DurableTrainer", state: dict[str, Any] | None, steps_per_epoch: int) -> int | None:
     """The step a run of epochs goes on at when a step looks at another number of candidates than it did before.
 
     Args:
