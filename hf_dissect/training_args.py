@@ -124,7 +124,7 @@ class DissectTrainingArguments(TrainingArguments):
         if self.gsc is not None:
             defaults = {setting.name: setting.default for setting in fields(GscObjective) if setting.name != "seed"}
             self.gsc = defaults | _options("gsc", self.gsc, such_as='{"gamma": 0.01}')
-        if _is_one_of_several_without_accelerator():
+        if is_one_of_several_without_accelerator():
             self.use_cpu = True  # else each process would train alone, and write over the others
         super().__post_init__()
         if self.device.type == "cpu":
@@ -204,7 +204,8 @@ class DissectTrainingArguments(TrainingArguments):
         }
 
 
-def _is_one_of_several_without_accelerator() -> bool:
+def is_one_of_several_without_accelerator() -> bool:
+    """Whether processes were started together where torch sees no accelerator: they have to be told to use CPUs."""
     chosen = "ACCELERATE_TORCH_DEVICE" in os.environ
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not chosen and not torch.accelerator.is_available()
 

@@ -1,0 +1,44 @@
+"""Distillation from modalities that exist at training time only, after AMID (CVPR 2023, arXiv 2306.07646).
+
+The paper's equations, networks and settings are not available to us: what is here is a reconstruction from its
+abstract. Importing this package makes the students and the small encoders known to `AutoModel`; it does not import the
+Trainer.
+"""
+
+import importlib
+
+from hf_dissect.distillation.encoders import (
+    FrameSequenceEncoder,
+    FrameSequenceEncoderConfig,
+    SequenceEncoder,
+    SequenceEncoderConfig,
+    standardisation,
+)
+from hf_dissect.distillation.student import StudentConfig, StudentForClassification
+
+# Imported on first use: a saved student needs no Trainer.
+_HOMES = {
+    "AuxiliaryDistillationArguments": "hf_dissect.distillation.arguments",
+    "AuxiliaryDistillationTrainer": "hf_dissect.distillation.trainer",
+    "DistillationRecipe": "hf_dissect.distillation.recipe",
+    "METHODS": "hf_dissect.distillation.terms",
+    "TermWeights": "hf_dissect.distillation.terms",
+    "recall_at_1": "hf_dissect.distillation.evaluation",
+}
+
+__all__ = [
+    "FrameSequenceEncoder",
+    "FrameSequenceEncoderConfig",
+    "SequenceEncoder",
+    "SequenceEncoderConfig",
+    "StudentConfig",
+    "StudentForClassification",
+    "standardisation",
+    *_HOMES,
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

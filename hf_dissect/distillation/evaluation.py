@@ -1,0 +1,58 @@
+"""What the networks of a distillation can do: accuracy, and retrieval of rows of the same class."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from hf_dissect.distillation.collator import RowState
+
+
+def prediction_metrics(
+    predictions: Mapping[str, np.ndarray], label: np.ndarray, row_state: np.ndarray
+) -> dict[str, float]:
+    """Accuracies and the student's retrieval over a set of `n` rows.
+
+    Args:
+        predictions: `NAME_logits` `(n, C)` of student, teacher and auxiliaries, `student_embeds` `(n, E)`.
+        label: int64 `(n,)`.
+        row_state: int8 `(n,)`; teacher and auxiliaries are judged on complete rows, the student on all that it reads.
+
+    Returns:
+        `student_accuracy`, `teacher_accuracy`, `auxiliary_NAME_accuracy` and `retrieval_R@1`, shares in [0, 1].
+    """
+    usable, complete = row_state < RowState.LABEL_MISSING, row_state == RowState.COMPLETE
+    metrics = {}
+    for name, values in predictions.items():
+        network = name.removesuffix("_logits").replace(".", "_")
+        counted = usable if network == "student" else complete
+        if name.endswith("_logits") and counted.any():
+            metrics[f"{network}_accuracy"] = float((values.argmax(-1) == label)[counted].mean())
+    if usable.sum() > 1:
+        embeds, labels = torch.as_tensor(predictions["student_embeds"][usable]), torch.as_tensor(label[usable])
+        metrics["retrieval_R@1"] = recall_at_1(embeds, labels)
+    return metrics
+
+
+def recall_at_1(
+    queries: torch.Tensor,
+    query_labels: torch.Tensor,
+    gallery: torch.Tensor | None = None,
+    gallery_labels: torch.Tensor | None = None,
+) -> float:
+    """Share of queries whose nearest row of the gallery, by cosine, is of their class.
+
+    Args:
+        queries: `(n, E)` of unit length.
+        query_labels: int64 `(n,)`.
+        gallery, gallery_labels: `(m, E)` and `(m,)`; without them, the other queries are the gallery.
+    """
+    itself = gallery is None
+    gallery, gallery_labels = (queries, query_labels) if itself else (gallery, gallery_labels)
+    right = 0
+    for start in range(0, len(queries), 1024):
+        cosines = queries[start : start + 1024].float() @ gallery.float().T
+        if itself:
+            cosines.diagonal(start).fill_(-torch.inf)
+        right += (gallery_labels[cosines.argmax(1)] == query_labels[start : start + 1024]).sum().item()
+    return right / len(queries)

@@ -1,0 +1,78 @@
+"""The InfoNCE lower bound of mutual information, with the negatives of all ranks and of past batches."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hf_dissect.distillation.rows import mean_over_rows
+from hf_dissect.losses.exchange import gather_columns, gather_with_grad, rank_and_world_size
+
+
+@dataclass(frozen=True)
+class InformationEstimate:
+    """The loss with gradient, and the bound on the mutual information in nats, `log N - L_NCE`."""
+
+    loss: torch.Tensor
+    bound: torch.Tensor
+
+
+class MemoryBank:
+    """The compared vectors of past batches as further negatives, first in, first out.
+
+    Their encoders have moved on since: a large bank makes the bound tighter and its negatives staler. The bank holds
+    the same on all ranks.
+
+    Args:
+        capacity: pairs held.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.vectors: torch.Tensor | None = None  # (2, n, size)
+
+    def add(self, compared: torch.Tensor, counted: torch.Tensor) -> None:
+        """Take in the counted rows of `(2, B, size)` of all ranks, the oldest of the bank making room."""
+        everywhere = torch.stack([gather_columns(part.detach().T).T for part in compared])
+        everywhere = everywhere[:, gather_columns(counted.to(torch.uint8)[None])[0].bool()]
+        held = everywhere if self.vectors is None else torch.cat([self.vectors.to(everywhere.device), everywhere], 1)
+        self.vectors = held[:, -self.capacity :].contiguous()
+
+
+def information_loss(
+    compared: torch.Tensor, counted: torch.Tensor, temperature: float, bank: MemoryBank | None = None
+) -> InformationEstimate:
+    """Contrast each x with its y among the y of all counted rows, and each y likewise.
+
+    `I(X;Y) >= log N - L_NCE` (van den Oord et al., arXiv 1807.03748, section 2.3), where N is the number of candidates,
+    the true one included; the mean over both directions is taken. Candidates from a bank count in N.
+
+    Args:
+        compared: `(2, B, size)`, x first, of unit length, equally many rows on every rank.
+        counted: bool `(B,)`; other rows are neither contrasted nor candidates.
+        temperature: that the cosines are divided by.
+        bank: of past pairs; it is read here and not changed.
+
+    Returns:
+        Scalars whose averages over the ranks are those of the union of the rows.
+    """
+    with torch.autocast(compared.device.type, enabled=False):
+        compared = compared.float()
+        first = rank_and_world_size()[0] * compared.shape[1]
+        true = torch.arange(first, first + compared.shape[1], device=compared.device)
+        present = gather_columns(counted.to(torch.uint8)[None])[0].bool()
+        losses, candidates = [], present.sum()
+        for place, (own, other) in enumerate((compared, compared.flip(0))):
+            logits = own @ gather_with_grad(other).T / temperature
+            logits = logits.masked_fill(
+                ~present & (torch.arange(len(present), device=own.device) != true[:, None]), -torch.inf
+            )
+            if bank is not None and bank.vectors is not None:
+                logits = torch.cat([logits, own @ bank.vectors[1 - place].to(own).T / temperature], dim=1)
+            losses.append(F.cross_entropy(logits, true, reduction="none"))
+        if bank is not None and bank.vectors is not None:
+            candidates = candidates + bank.vectors.shape[1]
+        loss = mean_over_rows(sum(losses) / 2, counted)
+        bound = candidates.clamp_min(1).log() - loss.detach()
+    return InformationEstimate(loss, torch.where(candidates > 0, bound, math.nan))

@@ -1,0 +1,50 @@
+"""The names and weights of the terms of the objective, and the sets of them that stand for methods."""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+TASK_TERMS = ("student_task", "teacher_task", "auxiliary_task")
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Weight of each term; a term of weight 0 is not computed, and networks that only it needs are not built.
+
+    Attributes:
+        student_task, teacher_task, auxiliary_task: the task losses of S, T and A.
+        information_student: -I(T;S), by its InfoNCE bound.
+        information_auxiliary: -I(T;A), likewise, the mean over the auxiliary modalities.
+        conditional_entropy: H(T|S), adversarially.
+        hinton: Kullback-Leibler divergence of the softened predictions, the teacher's being the target.
+        contrastive: the InfoNCE loss of S against T as it is, without gradient to T (in the style of CRD).
+    """
+
+    student_task: float = 1.0
+    teacher_task: float = 0.0
+    auxiliary_task: float = 0.0
+    information_student: float = 0.0
+    information_auxiliary: float = 0.0
+    conditional_entropy: float = 0.0
+    hinton: float = 0.0
+    contrastive: float = 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term but the student's own task looks at teacher or auxiliary."""
+        return any(value for name, value in asdict(self).items() if name != "student_task")
+
+    @property
+    def needs_generator(self) -> bool:
+        return self.conditional_entropy > 0
+
+
+TERMS = tuple(field.name for field in fields(TermWeights))
+
+_TEACHER = TermWeights(teacher_task=1.0, auxiliary_task=1.0)
+METHODS = {
+    "student": TermWeights(),
+    "hinton": replace(_TEACHER, hinton=1.0),
+    "crd": replace(_TEACHER, contrastive=1.0),
+    "mi_student_only": replace(_TEACHER, information_student=1.0),
+    "amid": replace(_TEACHER, information_student=1.0, information_auxiliary=1.0, conditional_entropy=1.0),
+}
+"""Each method as the terms that make it."""
