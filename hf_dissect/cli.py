@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_dissect.launch_configs import read_summary, shipped_launch_configs
-from hf_dissect.recipe import Recipe, RecipeError, read_description, shipped_recipes
+from hf_dissect.recipe import Recipe, RecipeError, load_settings, read_description, shipped_recipes
 from hf_dissect.version import __version__
 
 EPILOGS = {
@@ -93,6 +93,9 @@ def _is_for_the_user(error: Exception) -> bool:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if "distillation" in load_settings(options.recipe)[0]:
+        _distil(options)
+        return
     recipe = Recipe.load(options.recipe, options.overrides)
     _quiet_libraries()
     from hf_dissect.run_recipe import free_output_dir, run_recipe
@@ -104,6 +107,21 @@ def _train(options: argparse.Namespace) -> None:
         print(f"\n{_retrieval_table(metrics['final'])}\n")
         _print_selection(metrics)
         print(f"model   {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
+
+
+def _distil(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from hf_dissect.distillation.recipe import DistillationRecipe
+    from hf_dissect.distillation.run_folder import figures_table
+    from hf_dissect.distillation.run_recipe import run_distillation
+    from hf_dissect.run_recipe import free_output_dir
+
+    recipe = _with_output_dir(DistillationRecipe.load(options.recipe, options.overrides), options.output_dir)
+    recipe = recipe if options.resume else free_output_dir(recipe)
+    metrics = run_distillation(recipe, resume=options.resume)
+    if _is_first_process():
+        print(f"\n{figures_table(metrics)}\n")
+        print(f"student {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

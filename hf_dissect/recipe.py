@@ -47,6 +47,7 @@ __all__ = [
     "ZeroShotSection",
     "parse_strategy",
     "read_description",
+    "read_settings",
     "shipped_recipes",
 ]
 
@@ -89,7 +90,7 @@ class Recipe:
             RecipeError: the file cannot be read, or has faults; all of them are listed.
         """
         path = _find(path_or_shipped_name)
-        return cls._build(_read(path), str(path), overrides)
+        return cls._build(read_settings(path), str(path), overrides)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], source: str = "recipe") -> "Recipe":
@@ -105,7 +106,9 @@ class Recipe:
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {"name": ""}
         for key, value in settings.items():
-            if key not in fields:
+            if key == "distillation":
+                faults.add(key, "makes this the recipe of a distillation, which only `hf-dissect train` carries out")
+            elif key not in fields:
                 faults.add_unknown(str(key), value, fields)
             elif key == "training":
                 values[key] = read_training(value, faults)
@@ -188,7 +191,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def read_description(path: str | Path) -> str:
     """The description in a recipe's file, the rest unchecked (that would need torch); `RecipeError` if unreadable."""
-    return str(_read(Path(path)).get("description", ""))
+    return str(read_settings(Path(path)).get("description", ""))
 
 
 def _find(path_or_shipped_name: str | Path) -> Path:
@@ -200,8 +203,8 @@ def _find(path_or_shipped_name: str | Path) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a file, as it stands there."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe's file, as it stands there, unchecked; `RecipeError` if unreadable."""
     content = _read_bytes(path)
     if len(content) > MAX_BYTES:
         raise RecipeError(str(path), [f"is larger than {MAX_BYTES} bytes; a recipe is a small YAML file"])
@@ -261,3 +264,17 @@ def _apply_override(settings: dict[str, Any], override: str, faults: Faults) -> 
             faults.add(key, f"{above} is {show(place)}, not a mapping; give it as a whole: {above}=...")
             return
     place[name] = value
+
+
+def load_settings(
+    path_or_shipped_name: str | Path, overrides: Sequence[str] = (), faults: Faults | None = None
+) -> tuple[dict[str, Any], str]:
+    """The mapping in a recipe with the overrides applied, otherwise unchecked, and the file's name for errors.
+
+    What is wrong with an override goes to `faults`; `RecipeError` if the file cannot be read.
+    """
+    path = _find(path_or_shipped_name)
+    settings = read_settings(path)
+    for override in overrides:
+        _apply_override(settings, override, faults)
+    return settings, str(path)

@@ -45,7 +45,7 @@ def information_loss(
 ) -> InformationEstimate:
     """Contrast each x with its y among the y of all counted rows, and each y likewise.
 
-    `I(X;Y) >= log N - L_NCE` (van den Oord et al., arXiv 1807.03748, section 2.3), where N is the number of candidates,
+    `I(X;Y) >= log N - L_NCE` (van den Oord et al., arXiv 1807.03748, section 2.3) with N candidates,
     the true one included; the mean over both directions is taken. Candidates from a bank count in N.
 
     Args:

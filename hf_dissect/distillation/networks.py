@@ -193,5 +193,5 @@ class DistillationNetworks(nn.Module):
 
 
 def standardised(features: torch.Tensor) -> torch.Tensor:
-    """Each row of `(B, D)` at zero mean and unit deviation, in single precision: no scale tells real from generated."""
+    """Each row of `(B, D)` at zero mean and unit deviation, in single precision: no scale tells whose it is."""
     return nn.functional.layer_norm(features.float(), features.shape[-1:])

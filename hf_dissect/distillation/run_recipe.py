@@ -1,0 +1,224 @@
+"""Carries out a recipe of a distillation: data, encoders and trainer are built, trained, evaluated and saved."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.trainer_callback import ProgressCallback
+
+import hf_dissect.distillation.encoders  # noqa: F401  (makes the small encoders known by their model_type)
+from hf_dissect.checkpoints import last_complete_checkpoint
+from hf_dissect.data.loading import load_splits
+from hf_dissect.distillation.arguments import AuxiliaryDistillationArguments
+from hf_dissect.distillation.collator import array_shape
+from hf_dissect.distillation.columns import Columns
+from hf_dissect.distillation.encoders import standardisation
+from hf_dissect.distillation.recipe import DistillationDataSection, DistillationRecipe, ModalitySection
+from hf_dissect.distillation.run_folder import write_distillation_folder
+from hf_dissect.distillation.trainer import AuxiliaryDistillationTrainer
+from hf_dissect.progress import RunProgress
+from hf_dissect.tokenizer_training import train_tokenizer
+
+VOCABULARY = 4096
+
+
+def run_distillation(recipe: DistillationRecipe, *, resume: bool = False) -> dict[str, Any]:
+    """Train and evaluate as a recipe says and leave a complete run folder.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        ValueError: there is no checkpoint to resume from, or settings and data do not fit.
+    """
+    checkpoint = last_complete_checkpoint(recipe.output_dir) if resume else None
+    if resume and checkpoint is None:
+        raise ValueError(f"No checkpoint to resume from in {recipe.output_dir}.")
+    splits = load_columns(recipe.data)
+    trainer = build_trainer(recipe, splits)
+    trainer.args.save_run_folder = False  # written below, with the figures of the test split
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except BaseException:
+        if (progress := trainer.pop_callback(RunProgress)) is not None:
+            progress.close()  # left open, the bar would be drawn once more behind the error
+        raise
+    return write_distillation_folder(trainer, test_dataset=splits.get("test"))
+
+
+def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> AuxiliaryDistillationTrainer:
+    """The trainer of a recipe, ready to train (`ValueError` when settings and data do not fit)."""
+    arguments = AuxiliaryDistillationArguments(**recipe.training_arguments())
+    wanted = recipe.modalities() if arguments.weights.needs_teacher else {recipe.student.column: recipe.student}
+    encoders, processors = {}, {}
+    for column, section in wanted.items():
+        set_seed(arguments.seed)  # the weights of an encoder from scratch depend on the seed alone
+        _check_column(column, splits["train"])
+        encoders[column], processor = load_encoder(section, splits["train"])
+        if processor is not None:
+            processors[column] = processor
+    trainer = AuxiliaryDistillationTrainer(
+        encoders.pop(recipe.student.column),
+        arguments,
+        encoders,
+        splits["train"],
+        splits.get("validation"),
+        processors=processors,
+        recipe=recipe,
+    )
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RunProgress())
+    return trainer
+
+
+def load_columns(section: DistillationDataSection) -> dict[str, Columns]:
+    """The splits that a section describes: "train" and, where there are any, "validation" and "test"."""
+    if section.source == "npz":
+        columns: Columns = read_arrays(section.path)
+    else:
+        names = ("source", "path", "name", "train_split", "validation_split", "test_split")
+        given = {name: getattr(section, name) for name in names}
+        if section.group_column is not None:
+            given |= {"validation_split": None, "test_split": None}
+        splits = load_splits(**given)
+        columns = splits["train"]
+    if section.group_column is not None:
+        splits = split_by_group(columns, section)
+    rows = {"train": section.max_train_rows}
+    return {name: _first_rows(part, rows.get(name, section.max_eval_rows)) for name, part in splits.items()}
+
+
+def read_arrays(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file, or of the only one in a folder, by name; nothing in it is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or the folder has several.
+    """
+    files = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(
+            f"data.path {path!r}: there is no .npz file of arrays; name one, or a folder with one."
+        )
+    if len(files) > 1:
+        raise ValueError(f"data.path {path!r} holds several .npz files; name one: {', '.join(f.name for f in files)}.")
+    try:
+        with np.load(files[0], allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"data.path {str(files[0])!r} is no file of plain arrays ({error}).") from error
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(
+            f"data.path {str(files[0])!r}: the arrays differ in length ({told}); row i of each must belong "
+            "to the same sample."
+        )
+    return arrays
+
+
+def split_by_group(columns: Columns, section: DistillationDataSection) -> dict[str, Columns]:
+    """The rows whose group is among those of each split."""
+    _check_column(section.group_column, columns, "data.group_column")
+    values = np.asarray(columns[section.group_column]).tolist()
+    splits = {}
+    for name in ("train", "validation", "test"):
+        groups = getattr(section, f"{name}_groups")
+        if absent := [group for group in groups if group not in values]:
+            known = ", ".join(map(str, sorted(set(values), key=str)[:20]))
+            raise ValueError(
+                f"data.{name}_groups: no row has {absent[0]!r} in {section.group_column}; there are {known}."
+            )
+        if groups:
+            splits[name] = _take(columns, [row for row, value in enumerate(values) if value in groups])
+    return splits
+
+
+def load_encoder(section: ModalitySection, columns: Columns) -> tuple[PreTrainedModel, Any]:
+    """The encoder of a modality, and its image processor or tokenizer; None for arrays.
+
+    Of a dual encoder such as CLIP the tower is taken that reads the kind of modality.
+    """
+    values = columns[section.column]
+    if section.config is not None:
+        return _from_scratch(section, values)
+    options = {"trust_remote_code": section.trust_remote_code}
+    model = AutoModel.from_pretrained(section.name_or_path, dtype=torch.float32, **options)
+    towers = {"image": "vision_model", "text": "text_model"}
+    if section.kind in towers and hasattr(model.config, "vision_config"):
+        model = getattr(model, towers[section.kind])
+    return model, _processor(section, section.processor or section.name_or_path)
+
+
+def _from_scratch(section: ModalitySection, values: Any) -> tuple[PreTrainedModel, Any]:
+    settings = dict(section.config)
+    if settings["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(f"{section.column}: config.model_type {settings['model_type']!r} is no architecture known.")
+    processor = _processor(section, section.processor) if section.processor else None
+    if section.kind == "text":
+        texts = (value[0] if isinstance(value, list) and value else value for value in values)
+        texts = [text for text in texts if isinstance(text, str)]
+        processor = processor or train_tokenizer(texts, settings["model_type"], settings.get("vocab_size", VOCABULARY))
+        settings |= {"vocab_size": len(processor)} | {
+            name: getattr(processor, name)
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+            if getattr(processor, name) is not None
+        }
+        processor.model_max_length = settings.get("max_position_embeddings", processor.model_max_length)
+    config = AutoConfig.for_model(**settings)
+    if section.kind == "image" and processor is None:
+        side = getattr(config, "image_size", 224)
+        processor = CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False)
+    if section.kind == "array" and section.standardise and hasattr(config, "input_mean"):
+        for name, numbers in _standardisation(values, config.num_channels, section.column).items():
+            setattr(config, name, numbers)
+    return AutoModel.from_config(config), processor
+
+
+def _processor(section: ModalitySection, source: str) -> Any:
+    if section.kind == "array":
+        return None
+    kind = AutoImageProcessor if section.kind == "image" else AutoTokenizer
+    options = {"backend": "pil"} if "backend" in inspect.signature(kind.from_pretrained).parameters else {}
+    return kind.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
+
+
+def _standardisation(values: Any, num_channels: int, column: str) -> dict[str, list[float]]:
+    shape = array_shape(values, column)
+    arrays = [np.asarray(value, np.float32) for value in values if value is not None]
+    sound = [array for array in arrays if array.shape == shape and np.isfinite(array).all()]
+    if not sound or np.prod(shape) % num_channels:
+        raise ValueError(f"{column}: arrays of {shape} have no {num_channels} channels; mend config.num_channels.")
+    return standardisation(torch.from_numpy(np.stack(sound)), num_channels)
+
+
+def _check_column(column: str, columns: Columns, key: str = "the recipe") -> None:
+    names = list(columns.column_names if isinstance(columns, Dataset) else columns)
+    if column not in names:
+        raise ValueError(f"{key}: there is no column {column!r}; there are {', '.join(map(repr, names))}.")
+
+
+def _take(columns: Columns, rows: list[int]) -> Columns:
+    if isinstance(columns, Dataset):
+        return columns.select(rows)
+    return {name: values[rows] for name, values in columns.items()}
+
+
+def _first_rows(columns: Columns, count: int | None) -> Columns:
+    length = len(columns) if isinstance(columns, Dataset) else len(next(iter(columns.values())))
+    return columns if count is None or count >= length else _take(columns, list(range(count)))
