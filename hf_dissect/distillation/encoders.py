@@ -82,7 +82,15 @@ class FrameSequenceEncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class SequenceEncoder(PreTrainedModel):
+class _SmallEncoder(PreTrainedModel):
+    """Begins with torch's own initial weights: those of transformers, 0.02 times normal, are meant for wide models."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+class SequenceEncoder(_SmallEncoder):
     """Convolutions over time, pooled by mean and maximum. Normalises by groups: a row never depends on its batch."""
 
     config: SequenceEncoderConfig
@@ -126,7 +134,7 @@ class SequenceEncoder(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=self.pool(hidden))
 
 
-class FrameSequenceEncoder(PreTrainedModel):
+class FrameSequenceEncoder(_SmallEncoder):
     """The same convolutions on each frame, a coarse grid of them, a convolution over time, and pooling."""
 
     config: FrameSequenceEncoderConfig
