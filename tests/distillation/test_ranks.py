@@ -1,0 +1,28 @@
+"""Two processes train as one does on the rows of both."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_modalities import tiny_trainer, weights_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+from distilling_ranks import SETTINGS, columns, logged  # noqa: E402
+
+
+def test_two_processes_train_as_one_on_the_rows_of_both(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).parent / "distilling_ranks.py"), str(tmp_path)]
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    one = tiny_trainer(tmp_path / "one", columns(), per_device_train_batch_size=8, **SETTINGS)
+    one.train()
+    assert torch.allclose(two["weights"], weights_of(one), atol=1e-5)
+    for of_two, of_one in zip(two["logs"], logged(one), strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-3, abs=1e-4)
