@@ -135,6 +135,30 @@ def test_mola_pacs():
     assert results["methods"]["hard-sharing"]["ratio"] == 1
 
 
+def test_amid_utd_mhad():
+    random = np.random.default_rng(0)
+    subject = np.arange(64) % 8 + 1
+    np.savez(
+        "utd.npz",
+        depth=random.integers(0, 255, (64, 2, 12, 16), dtype=np.uint8),
+        skeleton=random.normal(size=(64, 8, 20, 3)).astype(np.float32),
+        inertial=random.normal(size=(64, 8, 6)).astype(np.float32),
+        action=np.arange(64) // 8 % 4,
+        subject=subject,
+    )
+    small = ["training.num_train_epochs=1", "training.per_device_train_batch_size=8", "training.logging_steps=1"]
+    small += ["training.logging_strategy=steps", "student.config.shift=1", "student.config.grid=[1, 1]"]
+    methods = ["student", "mi_student_only", "amid", "amid without conditional_entropy"]
+    arguments = ["--data", ".", "--seeds", "0", "--methods", ",".join(methods)]
+    results = run_benchmark("amid_utd_mhad", *arguments, *(part for pair in small for part in ("--set", pair)))
+    assert list(results["methods"]) == methods
+    assert "teacher" not in results["methods"]["student"] and "teacher" in results["methods"]["amid"]
+    assert all(0 <= run["R@1"] <= 1 and 0 <= run["student"] <= 1 for run in results["runs"])
+    diagnostics = [set(run["diagnostics"]) for run in results["runs"]]
+    assert diagnostics[0] == set() and "discriminator_accuracy" in diagnostics[2] - diagnostics[3]
+    assert results["recipe"]["data"]["train_groups"] == [1, 3, 5]
+
+
 def test_faults():
     run_script("faults", "--trials", 1, "--faults", "kill,nan", "--output-dir", ".")
     rows = json.loads(Path("results/faults.json").read_text())["faults"]

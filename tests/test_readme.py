@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -34,6 +35,9 @@ STREAM = ["data.source=webdataset", "data.path=shards", "data.validation_split=n
 PAPER = [SCRATCH, *SMALL, *STREAM, "model.tokenizer=clip", "model.max_caption_length=16", "data.num_workers=0"]
 PAPER += ["data.image_column=image", "data.caption_column=caption", "training.bf16=false"]
 PAPER += ["training.eval_strategy=no"]
+
+UTD = ["training.per_device_train_batch_size=8", "training.max_steps=2", "training.use_cpu=true"]
+UTD += ["student.config.grid=[1, 1]"]
 
 # What is added to each command to make it small; None for the targets of make, which are looked up only.
 COMMANDS = {
@@ -63,6 +67,12 @@ COMMANDS = {
     'hf-dissect evaluate runs/mine --data /data/pets --classes cat,dog --template "a photo of a {}."': [],
     "hf-dissect compare quickstart --strategies none,random,dissect,dissect:momentum --seeds 0,1,2"
     " --output-dir runs/four": [*SCENES, "model.max_caption_length=16", "evaluation.zero_shot=null"],
+    "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
+    "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
+    "hf-dissect train amid-clip data.path=/data/birds": [
+        *("student.name_or_path=clip", "auxiliaries.caption.name_or_path=clip", "training.save_strategy=no"),
+        *("training.per_device_train_batch_size=8", "training.max_steps=2", "training.use_cpu=true"),
+    ],
 }
 
 
@@ -95,6 +105,18 @@ def data(tmp_path_factory) -> Path:
         make_scenes(24, split=split, captions_per_image=2).to_parquet(place / "flickr8k" / f"{split}.parquet")
     pets = make_scene_classes(6).remove_columns("label").add_column("label", [0, 1] * 3)
     pets.cast_column("label", ClassLabel(names=["cat", "dog"])).to_parquet(place / "pets.parquet")
+    (place / "birds").mkdir()
+    for split in ("train", "validation", "test"):
+        birds = make_scenes(16, split=split).add_column("label", ["wren", "robin"] * 8)
+        birds.to_parquet(place / "birds" / f"{split}.parquet")
+    np.savez(
+        place / "utd_mhad.npz",
+        depth=np.zeros((32, 2, 8, 8), np.uint8),
+        skeleton=np.ones((32, 4, 20, 3), np.float32),
+        inertial=np.ones((32, 4, 6), np.float32),
+        action=np.arange(32) // 8,
+        subject=np.arange(32) % 8 + 1,
+    )
     for part in tiny_models.tiny_clip():
         part.save_pretrained(place / "clip")
     (place / "shards").mkdir()
@@ -120,11 +142,14 @@ def test_commands_run_in_the_order_of_the_readme(data, tmp_path, monkeypatch, ca
         words = words[1:] if words[0] == "hf-dissect" else words[words.index("hf_dissect.cli") + 1 :]
         words = [word.replace("/data/flickr8k", str(data / "flickr8k")) for word in words]
         words = [word.replace("/data/pets", str(data / "pets.parquet")) for word in words]
+        words = [word.replace("/data/utd_mhad", str(data / "utd_mhad.npz")) for word in words]
+        words = [word.replace("/data/birds", str(data / "birds")) for word in words]
         if "--resume" in words:
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
-        *("mine", "mine-2", "mine-3", "mine-4", "mine-5", "flickr8k-local", "cc3m", "cc3m-2", "four")
+        *("mine", "mine-2", "mine-3", "mine-4", "mine-5", "flickr8k-local", "cc3m", "cc3m-2", "four"),
+        *("amid-utd-mhad", "amid-utd-mhad-2", "amid-clip"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
     assert steps == [2, 4]

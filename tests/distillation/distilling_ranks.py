@@ -36,7 +36,9 @@ def logged(trainer) -> list[dict[str, float]]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    trainer = tiny_trainer(folder, columns(), per_device_train_batch_size=4, save_strategy="steps", save_steps=3, **SETTINGS)
+    trainer = tiny_trainer(
+        folder, columns(), per_device_train_batch_size=4, save_strategy="steps", save_steps=3, **SETTINGS
+    )
     trainer.train()
     weights = weights_of(trainer)
     both = trainer.ranks.gather(weights[None])
