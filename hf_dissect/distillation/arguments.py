@@ -14,6 +14,7 @@ RANGES = {
     "retrieval_temperature": "(0, inf)",
     "hinton_temperature": "(0, inf)",
     "memory_bank": "[0, inf)",
+    "generator_anchor": "[0, inf)",
     "discriminator_learning_rate": "(0, inf)",
     "discriminator_size": "[1, inf)",
     "teacher_size": "[1, inf)",
@@ -51,6 +52,8 @@ class AuxiliaryDistillationArguments(TrainingArguments):
         temperature: of the cosines in the information terms.
         memory_bank: past pairs that the information terms contrast with as well; 0: the batch alone.
         hinton_temperature: softens the predictions that Hinton's term compares.
+        generator_anchor: weight, within the conditional entropy, of the generator's squared error; 0: the adversary
+            alone, which is unstable.
         teacher_learns: whether the information terms train the teacher, too. Without that there is no short cut, and
             no teacher that adapts.
         classification_weight, retrieval_weight: of the two parts of each task loss.
@@ -91,6 +94,7 @@ class AuxiliaryDistillationArguments(TrainingArguments):
     temperature: float = setting(0.1, "Of the cosines in the information terms.")
     memory_bank: int = setting(0, "Past pairs that are negatives as well; 0: none.")
     hinton_temperature: float = setting(4.0, "Softens the predictions of Hinton's term.")
+    generator_anchor: float = setting(1.0, "Of the generator's squared error, beside the adversary.")
     teacher_learns: bool = setting(True, "Whether the information terms train the teacher, too.")
     classification_weight: float = setting(1.0, "Of the cross-entropy in each task loss.")
     retrieval_weight: float = setting(0.0, "Of the supervised contrastive loss in each task loss.")

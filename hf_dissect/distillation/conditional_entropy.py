@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_dissect.distillation.rows import mean_over_rows
 from hf_dissect.losses.exchange import rank_and_world_size
@@ -14,6 +15,9 @@ from hf_dissect.losses.exchange import rank_and_world_size
 
 class Discriminator(nn.Module):
     """Tells teacher's features from generated ones, given the student's features.
+
+    Its layers are spectrally normalised (arXiv 1802.05957). That bounds the gradient that the student gets: without it
+    a confident discriminator drowns the student's task.
 
     Args:
         teacher_size, student_size: of the features.
@@ -23,11 +27,11 @@ class Discriminator(nn.Module):
     def __init__(self, teacher_size: int, student_size: int, hidden_size: int = 128):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(teacher_size + student_size, hidden_size),
+            spectral_norm(nn.Linear(teacher_size + student_size, hidden_size)),
             nn.LeakyReLU(0.2),
-            nn.Linear(hidden_size, hidden_size),
+            spectral_norm(nn.Linear(hidden_size, hidden_size)),
             nn.LeakyReLU(0.2),
-            nn.Linear(hidden_size, 1),
+            spectral_norm(nn.Linear(hidden_size, 1)),
         )
 
     def forward(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -38,7 +42,11 @@ class Discriminator(nn.Module):
 def generator_loss(
     discriminator: nn.Module, generated: torch.Tensor, student: torch.Tensor, counted: torch.Tensor
 ) -> torch.Tensor:
-    """How far generated features are from passing for the teacher's: `-log D(G(s), s)` (non-saturating).
+    """How far generated features are from passing for the teacher's: `log(1 - D(G(s), s))`, the minimax form.
+
+    Its gradient fades where the discriminator is sure, and so leaves the student in peace while the generator, led by
+    the anchor, is still far from t; that of the usual `-log D` is then largest, the same for all rows, and drowns the
+    student's task.
 
     The gradient reaches the student through G alone: as a condition, s is given to D as it is, lest the student learn
     to withhold what tells real from generated.
@@ -49,7 +57,16 @@ def generator_loss(
         counted: bool `(B,)`.
     """
     logits = discriminator(generated.float(), student.detach().float())
-    return mean_over_rows(F.softplus(-logits), counted)
+    return mean_over_rows(-F.softplus(logits), counted)
+
+
+def anchor_loss(generated: torch.Tensor, real: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of `(B, D_t)` per number: of features at unit deviation, 1 is the error of knowing nothing.
+
+    Up to constants it bounds H(T|S) from above, with a Gaussian about G(s) in the place of p(t|s). Without it, G and D
+    chase each other in a direction that all rows share, and the student's features collapse along it.
+    """
+    return mean_over_rows((generated.float() - real.detach().float()).square().mean(-1), counted)
 
 
 def discriminator_loss(

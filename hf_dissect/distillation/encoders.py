@@ -212,17 +212,18 @@ class _Standardise(nn.Module):
 
 
 class _Pool(nn.Module):
-    """Mean and maximum over time `(B, T, D)`, brought to features `(B, hidden_size)`."""
+    """Mean and maximum over time `(B, T, D)`, brought to features `(B, hidden_size)` of unit deviation."""
 
     def __init__(self, size: int, hidden_size: int, dropout: float):
         super().__init__()
         self.norm = nn.LayerNorm(2 * size)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(2 * size, hidden_size)
+        self.features_norm = nn.LayerNorm(hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         pooled = torch.cat([hidden.mean(1), hidden.amax(1)], dim=-1)
-        return self.linear(self.dropout(self.norm(pooled)))
+        return self.features_norm(self.linear(self.dropout(self.norm(pooled))))
 
 
 def _layer(convolution: type[nn.Module], width: int, channels: int, kernel_size: int, stride: int = 2) -> nn.Module:

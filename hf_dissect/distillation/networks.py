@@ -61,19 +61,22 @@ class Comparison(nn.Module):
 
 
 class Generator(nn.Module):
-    """Predicts the teacher's features, brought to zero mean and unit deviation, from the student's."""
+    """Predicts the teacher's features, brought to zero mean and unit deviation, from the student's.
+
+    Nothing in it is normalised: that would divide by the small deviations of the beginning, and the gradient that
+    reaches the student would drown that of its task.
+    """
 
     def __init__(self, student_size: int, teacher_size: int):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.LayerNorm(student_size),
             nn.Linear(student_size, 2 * teacher_size),
             nn.GELU(),
             nn.Linear(2 * teacher_size, teacher_size),
         )
 
     def forward(self, student: torch.Tensor) -> torch.Tensor:
-        return standardised(self.layers(student))
+        return self.layers(student).float()
 
 
 class DistillationNetworks(nn.Module):

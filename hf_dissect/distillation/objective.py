@@ -3,7 +3,7 @@
 import torch
 
 from hf_dissect.distillation.arguments import AuxiliaryDistillationArguments
-from hf_dissect.distillation.conditional_entropy import Adversary, generator_loss
+from hf_dissect.distillation.conditional_entropy import Adversary, anchor_loss, generator_loss
 from hf_dissect.distillation.diagnostics import Meter
 from hf_dissect.distillation.mutual_information import InformationEstimate, MemoryBank, information_loss
 from hf_dissect.distillation.task_losses import classification_loss, hinton_loss, retrieval_loss
@@ -106,11 +106,15 @@ class DistillationObjective:
             meter.add("information_auxiliary", sum(estimate.bound for estimate in estimates) / len(estimates))
             terms["information_auxiliary"] = sum(estimate.loss for estimate in estimates) / len(estimates)
         if weights.conditional_entropy:
-            with self.adversary.fixed() as discriminator:
-                terms["conditional_entropy"] = generator_loss(
-                    discriminator, found["generated"], found["student_features"], complete
-                )
+            terms["conditional_entropy"] = self._conditional_entropy(found, complete, meter)
         return terms
+
+    def _conditional_entropy(self, found: Outputs, complete: torch.Tensor, meter: Meter) -> torch.Tensor:
+        with self.adversary.fixed() as discriminator:
+            deception = generator_loss(discriminator, found["generated"], found["student_features"], complete)
+        error = anchor_loss(found["generated"], found["real"], complete)
+        meter.add("generator_error", error)
+        return deception + self.args.generator_anchor * error
 
     def _information(self, found: Outputs, name: str, complete: torch.Tensor) -> InformationEstimate:
         bank = self.banks.setdefault(name, MemoryBank(self.args.memory_bank)) if self.args.memory_bank else None

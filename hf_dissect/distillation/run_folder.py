@@ -78,7 +78,7 @@ def figures_table(metrics: dict[str, Any]) -> str:
 
 def _last_diagnostics(log_history: list[dict]) -> dict[str, float]:
     logged = next((entry for entry in reversed(log_history) if "loss" in entry), {})
-    known = ("information_", "discriminator_", "loss_")
+    known = ("information_", "discriminator_", "generator_", "loss_")
     return {name: value for name, value in logged.items() if name.startswith(known) or name.endswith("_accuracy")}
 
 

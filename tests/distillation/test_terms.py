@@ -11,6 +11,7 @@ from torch import nn
 from hf_dissect.distillation.conditional_entropy import (
     Adversary,
     Discriminator,
+    anchor_loss,
     discriminator_loss,
     generator_loss,
 )
@@ -90,7 +91,7 @@ def test_generator_and_discriminator_are_trained_against_each_other():
     real, generated, student = (torch.randn(5, 2, requires_grad=True) for _ in range(3))
     logits = (generated.sum(1) + 2 * student.sum(1))[COUNTED].detach().numpy()
     loss = generator_loss(_Sum().requires_grad_(False), generated, student, COUNTED)
-    assert loss.item() == pytest.approx(np.log1p(np.exp(-logits)).mean(), rel=1e-5)
+    assert loss.item() == pytest.approx(-np.log1p(np.exp(logits)).mean(), rel=1e-5)
     loss.backward()
     assert generated.grad[COUNTED].ne(0).all() and student.grad is None  # s as a condition gets no gradient
     generated.grad = None
@@ -102,6 +103,14 @@ def test_generator_and_discriminator_are_trained_against_each_other():
     assert accuracy.item() == pytest.approx(((true > 0).mean() + (logits < 0).mean()) / 2)
     loss.backward()
     assert discriminator.scale.grad != 0 and real.grad is None and generated.grad is None
+
+
+def test_the_anchor_is_the_squared_error_of_the_generator_alone():
+    generated, real = (torch.randn(5, 3, requires_grad=True) for _ in range(2))
+    loss = anchor_loss(generated, real, COUNTED)
+    assert loss.item() == pytest.approx((generated - real)[COUNTED].square().mean().item(), rel=1e-5)
+    loss.backward()
+    assert real.grad is None and generated.grad[COUNTED].ne(0).all()
 
 
 def test_the_adversary_learns_to_tell_and_goes_on_from_its_state():
