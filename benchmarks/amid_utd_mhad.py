@@ -47,22 +47,30 @@ FIGURES = {
 def recipe_of(method: str, seed: int, options: argparse.Namespace, folder: str) -> DistillationRecipe:
     """The shipped recipe with a method, a seed and the groups of the split."""
     train, tested = SPLITS[options.split]
+    base = "amid" if method in ABLATIONS else method
     settings = [
         f"data.path={json.dumps(str(options.data))}",
         f"data.train_groups={train}",
         f"data.validation_groups={tested}",
         "data.test_groups=[]",
-        f"distillation.method={'amid' if method in ABLATIONS else method}",
+        f"distillation.method={base}",
         f"training.seed={seed}",
         f"training.output_dir={folder}",
         "training.eval_strategy='no'",
         "training.disable_tqdm=true",
         "training.use_cpu=true",
-        *options.set,
+        *(setting for setting in options.set if _concerns(setting, base)),
     ]
     if method in ABLATIONS:
         settings.append(f"distillation.term_weights.{ABLATIONS[method]}=0")
     return DistillationRecipe.load("amid-utd-mhad", settings)
+
+
+def _concerns(setting: str, method: str) -> bool:
+    """A weight is set for those methods only that have its term."""
+    key = setting.partition("=")[0]
+    term = key.removeprefix("distillation.term_weights.")
+    return term == key or getattr(METHODS[method], term) > 0
 
 
 def run(method: str, seed: int, options: argparse.Namespace) -> dict:
@@ -122,7 +130,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", default="validation", choices=tuple(SPLITS))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=[*METHODS, *ABLATIONS])
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="of the recipe")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="of the recipe; distillation.term_weights.TERM concerns the methods that have the term",
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if unknown := set(options.methods) - {*METHODS, *ABLATIONS}:

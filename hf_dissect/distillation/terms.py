@@ -45,6 +45,6 @@ METHODS = {
     "hinton": replace(_TEACHER, hinton=1.0),
     "crd": replace(_TEACHER, contrastive=1.0),
     "mi_student_only": replace(_TEACHER, information_student=1.0),
-    "amid": replace(_TEACHER, information_student=1.0, information_auxiliary=1.0, conditional_entropy=1.0),
+    "amid": replace(_TEACHER, information_student=1.0, information_auxiliary=1.0, conditional_entropy=0.2),
 }
 """Each method as the terms that make it."""
