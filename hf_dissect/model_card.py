@@ -33,7 +33,7 @@ __all__ = ["TAGS", "ModelFacts", "name_model", "write_model_card"]
 _TEMPLATE = "dissect.md.jinja"
 # Installed inside the package; in a source tree at its top level.
 _FOLDERS = (Path(__file__).parent / "model_cards", Path(__file__).parent.parent / "model_cards")
-_MODEL_ID = re.compile(r"^model_id = .*$", re.MULTILINE)
+_MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def write_model_card(
 
 def name_model(card: str, model_id: str) -> str:
     """The text of a card whose loading snippet names `model_id`, an id of the Hub, instead of the card's folder."""
-    return _MODEL_ID.sub(lambda _: f"model_id = {json.dumps(model_id)}", card, count=1)
+    return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
 
 
 def _template_folder() -> Path:

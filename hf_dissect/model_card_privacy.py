@@ -14,7 +14,7 @@ _AROUND_WORDS = "\"'`()[]{}<>,;:="
 
 def hub_id(name: str | None) -> str | None:
     """`name` where it can be an id of the Hub, None otherwise: the path of a local folder tells a reader nothing."""
-    if not name or Path(name).exists():
+    if not name or _TOKEN.search(name) or Path(name).exists():
         return None
     try:
         validate_repo_id(name)

@@ -104,7 +104,7 @@ def result_rows(metrics: Mapping) -> Rows:
     """The final figures but those of the noise, the most asked for first."""
     figures = {key: value for key, value in final_figures(metrics).items() if not key.startswith(_DETECTION)}
     table = results_table([("", figures)], corner="")
-    return [(name, cell.text + cell.spread) for name, cell in zip(table.columns, table.rows[0], strict=True)]
+    return told([(name, cell.text + cell.spread) for name, cell in zip(table.columns, table.rows[0], strict=True)])
 
 
 def noise_rows(metrics: Mapping) -> Rows:
