@@ -162,6 +162,9 @@ def test_the_trainer_writes_no_card_of_its_own(tmp_path):
     trainer = trainer_of(tmp_path / "run", *tiny_models.tiny_clip())
     trainer.train()
     before = (tmp_path / "run" / "README.md").read_text("utf-8")
+    (tmp_path / "run" / "README.md").write_text("of someone else")
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)  # a push begins with it
+    assert (tmp_path / "run" / "README.md").read_text("utf-8") == before
     trainer.create_model_card(model_name="x", tags=["mine", *trainer.model.model_tags])  # as push_to_hub calls it
     after = (tmp_path / "run" / "README.md").read_text("utf-8")
     assert after.replace("- mine\n", "") == before
