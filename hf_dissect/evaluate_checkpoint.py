@@ -14,7 +14,7 @@ from hf_dissect.data.pair_columns import CAPTION_COLUMNS
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models import load_model_and_processor
 from hf_dissect.recipe import DataSection, Recipe
-from hf_dissect.run_folder import final_results
+from hf_dissect.run_folder import without_speed
 from hf_dissect.run_recipe import load_split, zero_shot_figures
 from hf_dissect.task_routing import number_tasks_as_saved
 from hf_dissect.trainer import DissectTrainer
@@ -118,7 +118,7 @@ def _retrieval(
         pairs = as_pairs(rows, **arguments.column_names())
         number_tasks_as_saved(pairs, checkpoint)
         trainer = DissectTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor)
-        return final_results(trainer.evaluate(metric_key_prefix="final"))
+        return without_speed(trainer.evaluate(metric_key_prefix="test"), "test")
 
 
 def _recipe_of(checkpoint: str) -> Recipe | None:

@@ -4,23 +4,55 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_dissect.model_card_citations import bibtex, cited_papers
+from hf_dissect.model_card_metadata import TAGS, card_metadata
+from hf_dissect.model_card_privacy import hub_dataset, hub_id, may_be_published
+from hf_dissect.model_card_rows import (
+    adapter_rows,
+    data_rows,
+    hyperparameter_rows,
+    noise_rows,
+    result_rows,
+    told,
+    training_rows,
+)
 from hf_dissect.report_data import replace_file
-from hf_dissect.report_tables import final_figures, format_number, mapping, results_table, run_figures
+from hf_dissect.report_tables import mapping
 
-TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
+if TYPE_CHECKING:
+    from hf_dissect.recipe import Recipe
+
+__all__ = ["TAGS", "ModelFacts", "name_model", "write_model_card"]
+
 _TEMPLATE = "dissect.md.jinja"
 # Installed inside the package; in a source tree at its top level.
 _FOLDERS = (Path(__file__).parent / "model_cards", Path(__file__).parent.parent / "model_cards")
+_MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
-SELECTION_SETTINGS = {"selection_ratio", "selection_warmup_epochs", "selection_options", "mask_false_negatives"}
-"""Settings of a run that a card may show: none of them can hold a path."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a reader must know of a model to run it.
+
+    Args:
+        model_type: of its configuration; of twins, of that of the first.
+        loss: "softmax" or "sigmoid": what makes probabilities of its logits.
+        padding: "longest" or "max_length": how its captions are padded.
+        feature_size: dimension of the stored features that it reads instead of pictures; None for pictures.
+        twins: whether it is a `TwinDualEncoder`.
+    """
+
+    model_type: str = "clip"
+    loss: str = "softmax"
+    padding: str = "longest"
+    feature_size: int | None = None
+    twins: bool = False
 
 
 def write_model_card(
@@ -28,103 +60,113 @@ def write_model_card(
     *,
     metrics: Mapping,
     base_model: str | None = None,
-    recipe_name: str | None = None,
+    recipe: "Recipe | None" = None,
+    model: ModelFacts | None = None,
     model_id: str | None = None,
+    evaluated: str = "test",
+    progress: str | None = None,
+    picture: str | None = None,
+    picture_text: str = "",
+    told_by_user: Mapping | None = None,
 ) -> Path:
     """Write the card of one run to `path` (its `README.md`), and return the path.
 
     Args:
         path: the file to write.
-        metrics: the content of the run's `metrics.json`.
+        metrics: the content of the run's `metrics.json`, as far as it is known.
         base_model: what training started from, None for a model from scratch. Only an id of the Hub is named in the
             card: the path of a local folder would tell a reader nothing, and others too much. Of an adapter it is the
             base model that it is put on.
-        recipe_name: name of the recipe, if one was used.
-        model_id: id under which the model can be loaded; by default the folder of `path` is meant.
+        recipe: of the run, if it has one.
+        model: how the model is run; a CLIP by default.
+        model_id: id under which the model can be loaded; by default the folder of the card is meant, see `name_model`.
+        evaluated: the split that the final figures are of, "test" or "validation".
+        progress: how far a run has come that is not finished, such as "step 40 of 200".
+        picture: name of the picture with the run's curves, in the folder of the card.
+        picture_text: what it shows, for readers who cannot see it.
+        told_by_user: `license`, `language`, `tags` and `datasets` for the metadata. No license is told otherwise.
 
     Raises:
         FileNotFoundError: the card template is neither in the package nor in the source tree.
     """
-    folder = next((folder for folder in _FOLDERS if (folder / _TEMPLATE).is_file()), None)
-    if folder is None:
-        raise FileNotFoundError(f"No {_TEMPLATE} in any of {[str(f) for f in _FOLDERS]}. Install hf_dissect again.")
+    folder = _template_folder()
+    metrics = json.loads(json.dumps(metrics, default=str))  # names instead of enumerations, as in the file
+    model = model or ModelFacts()
     adapter = mapping(metrics.get("adapter"))
-    hub_id = base_model if base_model is not None and _is_hub_id(base_model) else None
-    metadata = {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "zero-shot-image-classification",
-        "tags": [*TAGS, *(("peft", adapter["type"]) if adapter else ())],
-        **({"base_model": hub_id} if hub_id else {}),
-    }
-    table = results_table([("", final_figures(metrics))], corner="")
+    base_id = hub_id(base_model)
+    title = _title(recipe, metrics)
+    metadata = card_metadata(
+        metrics,
+        name=title,
+        recipe=recipe,
+        evaluated=evaluated,
+        base_model=base_id,
+        reads_features=model.feature_size is not None,
+        told=told_by_user or {},
+    )
+    locked = model.feature_size is not None or (recipe is not None and recipe.model.freeze is not None)
+    papers = cited_papers(metrics, model_type=model.model_type, locked_tower=locked)
     environment = Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["inline"] = _inline
     card = environment.get_template(_TEMPLATE).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
-        title=recipe_name or metrics.get("name") or "CLIP trained with hf_dissect",
+        metadata=metadata.to_yaml(),
+        title=title,
+        description=_description(recipe),
+        progress=progress,
         selects=metrics.get("strategy") != "none",
-        base_model=hub_id,
+        base_model=base_id,
         from_scratch=base_model is None,
-        training=_training(metrics, recipe_name),
-        results=[(name, cell.text + cell.spread) for name, cell in zip(table.columns, table.rows[0], strict=True)],
+        dataset=None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path),
+        data=data_rows(metrics, recipe),
+        training=[*adapter_rows(adapter), *training_rows(metrics, recipe)],
+        hyperparameters=hyperparameter_rows(metrics),
+        picture=picture,
+        picture_text=picture_text,
+        evaluated=evaluated,
+        results=result_rows(metrics),
+        noise=noise_rows(metrics),
+        versions=told(list(mapping(metrics.get("versions")).items())),
         model_id=model_id or ".",
+        model=model,
+        trusts_code=recipe is not None and recipe.model.trust_remote_code,
         adapter=_adapter(adapter),
+        citations=bibtex(papers, folder / "citations.bib"),
     )
     return replace_file(path, card)
 
 
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
+def name_model(card: str, model_id: str) -> str:
+    """The text of a card whose loading snippet names `model_id`, an id of the Hub, instead of the card's folder."""
+    return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
 
 
-def _training(metrics: Mapping, recipe_name: str | None) -> list[tuple[str, str]]:
-    """Rows of the training table; what the run did not record is left out."""
-    settings = {"strategy": metrics.get("strategy")}
-    for key, value in mapping(metrics.get("settings")).items():
-        if key in SELECTION_SETTINGS:
-            settings[key.removeprefix("selection_")] = value
-    times, figures = mapping(metrics.get("times")), run_figures(metrics)
-    rows = [
-        ("Recipe", recipe_name),
-        *((f"Selection: {key}", value) for key, value in settings.items()),
-        ("Training pairs", metrics.get("num_pairs")),
-        ("Optimiser steps", metrics.get("steps")),
-        ("Seed", metrics.get("seed")),
-        ("Mismatched pairs among kept", _known("noise_kept", figures["noise_kept"])),
-        ("Wall-clock", _known("total_s", times.get("total_s"))),
-        ("Time for scoring", _known("scoring_share", figures["scoring_share"])),
-    ]
-    return [(k, v if isinstance(v, str) else json.dumps(v, default=str)) for k, v in rows if v not in (None, {}, [])]
+def _template_folder() -> Path:
+    folder = next((folder for folder in _FOLDERS if (folder / _TEMPLATE).is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(f"No {_TEMPLATE} in any of {[str(f) for f in _FOLDERS]}. Install hf_dissect again.")
+    return folder
+
+
+def _title(recipe: "Recipe | None", metrics: Mapping) -> str:
+    names = (None if recipe is None else recipe.name, metrics.get("name"), "CLIP trained with hf_dissect")
+    return next(" ".join(str(name).split()) for name in names if name and may_be_published(name))
+
+
+def _description(recipe: "Recipe | None") -> str:
+    return recipe.description if recipe is not None and may_be_published(recipe.description) else ""
 
 
 def _adapter(adapter: Mapping) -> dict | None:
-    """What the card says of the adapter; None where the model has none."""
+    """What the card's text and snippet need to know of the adapter; None where the model has none."""
     if not adapter:
         return None
-    settings = mapping(adapter.get("settings"))
     is_mola = adapter["type"] == "mola"
-    rows = [
-        ("Adapter", "MoLA, mixture of low-rank adapters" if is_mola else adapter["type"]),
-        *(
-            (f"Adapter: {key}", value if isinstance(value, str) else json.dumps(value))
-            for key, value in settings.items()
-        ),
-        ("Trained parameters", f"{adapter.get('trained_parameters', 0):,}"),
-    ]
-    return {"is_mola": is_mola, "routes_by_task": settings.get("variant") == "grad" and is_mola, "rows": rows}
-
-
-def _known(key: str, value: object) -> str | None:
-    return None if value is None else format_number(value, key)
+    variant = mapping(adapter.get("settings")).get("variant")
+    return {"is_mola": is_mola, "routes_by_task": is_mola and variant == "grad"}
 
 
 def _inline(text: object) -> str:
-    """`text` on one line, without what Markdown or HTML would take for a table cell's end, a tag or a link."""
-    line = " ".join(str(text).split())
-    return re.sub(r"[|<>\[\]`\\]", lambda match: f"&#{ord(match[0])};", line)
+    """`text` on one line, without what Markdown or HTML would take for markup, a table cell's end, a tag or a link."""
+    return re.sub(r"[&|<>\[\]`\\*]", lambda match: f"&#{ord(match[0])};", " ".join(str(text).split()))

@@ -168,6 +168,7 @@ class Recipe:
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `hf_dissect.DissectTrainingArguments`, gathered from the sections."""
         arguments = copy.deepcopy(self.training) | {"output_dir": self.output_dir}
+        arguments.setdefault("run_name", Path(self.output_dir).name)  # in trackers, which may need a name to go on
         settings = self.to_dict()
         for argument, key in ARGUMENT_SOURCES.items():
             section, name = key.split(".")

@@ -122,12 +122,17 @@ def thumbnail(image: Image.Image | None) -> str | None:
 
 def replace_file(path: str | os.PathLike, text: str) -> Path:
     """Write `text` as UTF-8 under a temporary name and move it to `path`, so that no reader meets half a file."""
+    # A caption may hold lone surrogates, which UTF-8 cannot express.
+    return replace_bytes(path, text.encode("utf-8", "replace"))
+
+
+def replace_bytes(path: str | os.PathLike, content: bytes) -> Path:
+    """Write `content` as `replace_file` writes text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # A caption may hold lone surrogates, which UTF-8 cannot express.
-        temporary.write_bytes(text.encode("utf-8", "replace"))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

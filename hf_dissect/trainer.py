@@ -13,6 +13,7 @@ from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.evaluating_trainer import EvaluatingTrainer
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import TAGS
+from hf_dissect.model_card_callback import CardedTrainer
 from hf_dissect.models import (
     bare_model,
     check_dual_encoder,
@@ -47,7 +48,7 @@ from hf_dissect.training_data import (
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
 
 
-class DissectTrainer(ResumableTrainer, EvaluatingTrainer):
+class DissectTrainer(ResumableTrainer, EvaluatingTrainer, CardedTrainer):
     """Trains a CLIP-like dual encoder on the pairs that its selection strategy keeps.
 
     Args:

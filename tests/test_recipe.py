@@ -578,6 +578,7 @@ def test_training_arguments_gather_the_sections():
         "max_caption_length": 20,
         "shuffle_buffer": 100,
         "dataloader_num_workers": 2,
+        "run_name": "small",
         "per_device_eval_batch_size": 64,
     }
     named = recipe.with_overrides(
