@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
 _PRIVATE_SETTINGS = {"output_dir", "logging_dir", "hub_token", "hub_model_id", "run_name", "resume_from_checkpoint"}
+_PRIVATE_SETTINGS |= {"initial_ledger"}
 _LABELS = {
     "label_auroc": ("y_cm", "y_im"),
     "p_clean_auroc": ("p_clean",),
@@ -64,7 +65,8 @@ def write_run_folder(
     Returns:
         The content of `metrics.json`.
     """
-    trainer.save_model()  # first, so that nothing that follows can cost the trained model
+    # First, so that nothing that follows can cost the trained model; not pushed before the rest is there.
+    trainer.save_model(_internal_call=True)
     final = {} if more_figures is None else more_figures()
     dataset = test_dataset if test_dataset is not None else trainer.eval_dataset
     if retrieval and dataset is not None:
@@ -80,6 +82,8 @@ def write_run_folder(
         metrics["selection"].update(label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"]))
     if trainer.args.should_save:
         _write_files(trainer, metrics)
+    if trainer.args.push_to_hub:
+        trainer.push_run_folder()
     return metrics
 
 
