@@ -25,7 +25,8 @@ def use(hub: LoopbackHub, home: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(transformers.utils.hub, "_hf_api", None)
-    patch.setattr(huggingface_hub.hf_api, "api", huggingface_hub.HfApi(endpoint=hub.address))
+    # The functions of the package, such as file_exists, are methods of this one.
+    patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.address)
     patch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
     patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     patch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)

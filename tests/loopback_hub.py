@@ -95,12 +95,15 @@ class Fault:
     how: int | str = 500
     """A status, "reset" (the connection breaks in the middle of the body) or "lost" (after the work was done)."""
     seen: int = 0
+    struck: int = 0
 
     def strikes(self, method: str, path: str) -> bool:
         if method != self.method or not re.search(self.path, path):
             return False
         self.seen += 1
-        return self.nth <= self.seen < self.nth + self.times
+        strikes = self.nth <= self.seen < self.nth + self.times
+        self.struck += strikes
+        return strikes
 
 
 class LoopbackHub(http.server.ThreadingHTTPServer):
@@ -130,6 +133,11 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def storage(self) -> str:
+        """Where large files come from: as at the Hub, a host of its own, for the client passes it no token."""
+        return f"http://localhost:{self.server_port}"
 
     def model(self, repo_id: str) -> Repository:
         return self.repositories["model", repo_id]
@@ -372,7 +380,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         if blob.is_lfs:
             self.server.stored.setdefault(blob.sha256, blob.content)
             headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
-            headers["Location"] = f"{self.server.address}/lfs/{blob.sha256}"
+            headers["Location"] = f"{self.server.storage}/lfs/{blob.sha256}"
             return self._send(302, b"", headers)
         self._content(blob.content, blob.git_oid, headers)
 

@@ -1,14 +1,10 @@
 """Publishes a finished run as a model repository: weights, processor, recipe, figures and card, in one commit."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_dissect.checkpoints import UNFINISHED_FOLDER
 from hf_dissect.hub.published_files import WEIGHTS, is_published, published_files
 from hf_dissect.hub.repository import HubError, Repository
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +77,6 @@ def check_finished(folder: Path) -> None:
         return
     if runs := sorted(path.parent.name for path in folder.glob("*/metrics.json")):
         raise HubError(f"{folder} holds several runs; push one of them, such as {folder / runs[0]}.")
-    checkpoints = any(folder.glob("checkpoint-*")) or (folder / UNFINISHED_FOLDER).is_dir()
-    way_out = "let it end first (--resume goes on)" if checkpoints else "name the folder that a run was written to"
+    has_begun = any(folder.glob("checkpoint-*"))
+    way_out = "let it end first (--resume goes on)" if has_begun else "name the folder that a run was written to"
     raise HubError(f"{folder} holds no finished run, which has a model and metrics.json; {way_out}.")
