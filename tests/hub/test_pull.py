@@ -1,4 +1,4 @@
-"""A recipe of the Hub repeats the run, writes below runs/ only, and brings no code, push, report, path or token along."""
+"""A recipe of the Hub repeats its run, writes below runs/ only, and brings no code, push, path or token along."""
 
 import json
 import os
