@@ -26,8 +26,7 @@ def write_tables(ledger: SavedLedger, folder: Path) -> list[Path]:
 
     The pairs are in the order of their ids; those without any score are left out.
     """
-    seen = torch.stack([~values.isnan() for values in ledger.columns.values()]).any(0)
-    (places,) = seen.nonzero(as_tuple=True)
+    (places,) = scored(ledger).nonzero(as_tuple=True)
     places = places[ledger.ids[places].argsort()]
     names = sorted(ledger.columns)
     header = {"num_samples": ledger.num_samples, "columns": names}
@@ -44,6 +43,11 @@ def write_tables(ledger: SavedLedger, folder: Path) -> list[Path]:
                 columns = [pa.array(values[name], mask=np.isnan(values[name])) for name in names]
                 writer.write_table(pa.table([pa.array(ledger.ids[group].numpy()), *columns], schema=schema))
     return files
+
+
+def scored(ledger: SavedLedger) -> torch.Tensor:
+    """Which pairs have any score, bool `(n,)`."""
+    return torch.stack([~values.isnan() for values in ledger.columns.values()]).any(0)
 
 
 def read_scores(source: str) -> SavedLedger:

@@ -18,8 +18,8 @@ from hf_dissect.recipe import read_settings
 
 logger = logging.getLogger(__name__)
 
-STAGING_FOLDER = "being_pushed"
-"""Where, inside a run folder, the files of a checkpoint are held until they are on the Hub."""
+STAGING_PREFIX = "pushing-"
+"""Of the folders, inside a run folder, that hold the files of a checkpoint until they are on the Hub."""
 
 _NOT_IN_CHECKPOINTS = (
     "training_args.bin",
@@ -103,7 +103,8 @@ class PublishingTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if is_free := self.push_in_progress is None or self.push_in_progress.is_done():
-            shutil.rmtree(Path(self.args.output_dir, STAGING_FOLDER), ignore_errors=True)  # of a run that was killed
+            for left in Path(self.args.output_dir).glob(f"{STAGING_PREFIX}*"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         staged = self._stage(Path(checkpoint_folder))
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         so_far = f"step {self.state.global_step}" if by_steps else f"epoch {round(self.state.epoch)}"
@@ -115,7 +116,7 @@ class PublishingTrainer(Trainer):
 
     def _stage(self, checkpoint: Path) -> Path:
         """Hold the files of a checkpoint, which may be rotated away before they are sent, by other names."""
-        staged = Path(self.args.output_dir, STAGING_FOLDER, checkpoint.name)
+        staged = Path(self.args.output_dir, f"{STAGING_PREFIX}{checkpoint.name}")
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(checkpoint, staged, copy_function=_link, ignore=shutil.ignore_patterns(*_NOT_IN_CHECKPOINTS))
         return staged
@@ -127,15 +128,14 @@ class PublishingTrainer(Trainer):
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 self._send_whole(staged, f"{message}, checkpoint")
         except (OSError, ValueError) as error:
-            logger.warning("%s was not pushed, and training goes on: %s", staged.name, error)
+            checkpoint = staged.name.removeprefix(STAGING_PREFIX)
+            logger.warning("%s was not pushed, and training goes on: %s", checkpoint, error)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-            if not any(staged.parent.iterdir()):
-                staged.parent.rmdir()
 
     def _send_whole(self, staged: Path, message: str) -> None:
         keeps_all = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-        below = staged.name if keeps_all else "last-checkpoint"
+        below = staged.name.removeprefix(STAGING_PREFIX) if keeps_all else "last-checkpoint"
         files = {}
         for path in sorted(path for path in staged.rglob("*") if path.is_file()):
             name, content = path.relative_to(staged).as_posix(), path

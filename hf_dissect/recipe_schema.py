@@ -116,9 +116,6 @@ class SelectionSection:
     )
     warmup_epochs: int = setting(1, "Epochs that record scores before the warm-up variant selects.", within="[0, inf)")
     options: dict[str, Any] = setting({}, "Keywords of the strategy, such as variant: momentum.")
-    ledger: str | None = setting(
-        None, "Scores of the same pairs to begin with: a run folder, Parquet files, or hub:USER/REPO; null: none."
-    )
     mask_false_negatives: bool = setting(
         False, "Pairs of a batch that share an image or a caption are not each other's negatives."
     )
@@ -127,6 +124,9 @@ class SelectionSection:
     )
     record: bool = setting(False, "Write selection.parquet: every candidate of every step.")
     max_bad_fraction: float = setting(0.01, "Share of unreadable rows above which the run stops.", within="[0, 1]")
+    ledger: str | None = setting(
+        None, "Scores of the same pairs to begin with: a run folder, Parquet files, or hub:USER/REPO; null: none."
+    )
 
 
 @dataclasses.dataclass

@@ -38,4 +38,4 @@ def _push(options: argparse.Namespace) -> None:
     done = push_run(options.folder, options.repo_id, private=options.private, revision=options.revision)
     print(f"{len(done.files)} files  {done.url}")
     if done.left_out:
-        print(f"left out of recipe.yaml, as it is of this machine: {', '.join(done.left_out)}", file=sys.stderr)
+        print(f"left out, as it is of this machine: {', '.join(done.left_out)}", file=sys.stderr)

@@ -13,7 +13,7 @@ from hf_dissect.hub.published_files import check_private
 from hf_dissect.hub.push import Push
 from hf_dissect.hub.repository import HubError, Repository
 from hf_dissect.hub.shared_recipe import shareable
-from hf_dissect.ledger_tables import ID_COLUMN, write_tables
+from hf_dissect.ledger_tables import ID_COLUMN, scored, write_tables
 from hf_dissect.recipe import read_settings
 from hf_dissect.run_state import LEDGER_FILE
 from hf_dissect.selection.ledger import SavedLedger, read_ledger
@@ -56,7 +56,7 @@ def push_ledger(
     if not (folder / LEDGER_FILE).is_file():
         raise HubError(f"{folder} has no {LEDGER_FILE}; name the folder of a run, such as runs/quickstart.")
     ledger = read_ledger(folder / LEDGER_FILE)
-    if all(values.isnan().all() for values in ledger.columns.values()):
+    if not scored(ledger).any():
         raise HubError(f"{folder}: its ledger holds no score; the run has scored no pair yet.")
     recipe_file = folder / "recipe.yaml"
     settings = shareable(read_settings(recipe_file))[0] if recipe_file.is_file() else {}
@@ -82,7 +82,7 @@ def ledger_card(ledger: SavedLedger, settings: Mapping[str, Any], repo_id: str) 
     """
     data, selection = (settings.get(name) or {} for name in ("data", "selection"))
     hub_data = data.get("path") if data.get("source") == "hub" else None
-    count = len(ledger.ids)
+    count = int(scored(ledger).sum())
     metadata = {
         "pretty_name": f"Scores of pairs: {settings.get('name', repo_id.split('/')[-1])}",
         "tags": ["hf_dissect", "sample-selection", "image-text", "clip"],

@@ -50,8 +50,8 @@ def published_files(
         cards_in: where the card and its picture are; `folder` by default.
 
     Returns:
-        Path in the repository -> the file, or its content where that differs from the file's; and the dotted keys of
-        the recipe's settings that stay behind, as they are of one machine only.
+        Path in the repository -> the file, or its content where that differs from the file's; and what stays behind,
+        as it is of one machine only: dotted keys of the recipe, and the name of an adapter's base.
 
     Raises:
         HubError: a file still names a place of this machine, or holds a token.
@@ -71,6 +71,8 @@ def published_files(
     for name in found:
         if name == "metrics.json" or Path(name).name in _CONFIGURATIONS:
             found[name] = without_paths(found[name])
+    if found.get("adapter_config.json") != names.get("adapter_config.json"):
+        left_out.append(f"base_model_name_or_path of {folder / 'adapter_config.json'}")
     check_private(found, folder)
     return found, left_out
 

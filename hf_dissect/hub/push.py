@@ -15,7 +15,7 @@ class Push:
         url: of the repository, for a browser.
         repo_id: `USER/REPO`.
         files: paths in the repository.
-        left_out: settings of the recipe that stayed behind, as they are of one machine only.
+        left_out: what stayed behind, as it is of one machine only: settings of the recipe, an adapter's base.
     """
 
     url: str

@@ -14,8 +14,9 @@ from tiny_recipe import tiny_recipe
 from transformers import AutoModel, CLIPModel
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, load_model_and_processor
+from hf_dissect.hub.push import push_run
 from hf_dissect.hub.repository import HubError
-from hf_dissect.publishing_trainer import STAGING_FOLDER
+from hf_dissect.publishing_trainer import STAGING_PREFIX
 from hf_dissect.run_recipe import build_trainer, run_recipe
 
 MOLA = {"type": "mola", "variant": "router", "num_experts": 2, "r": 2, "target_modules": "all-linear"}
@@ -51,7 +52,7 @@ def test_strategies(hub: LoopbackHub, tmp_path, strategy):
     for secret in (str(folder), str(tmp_path), "zaphod", TOKEN):
         # The state of an optimiser is zipped and holds none of our texts.
         assert not [path for path, content in pushed.files.items() if secret.encode() in content], secret
-    assert not (folder / STAGING_FOLDER).exists()
+    assert not list(folder.glob(f"{STAGING_PREFIX}*"))
 
 
 def test_each_save_publishes_the_model_of_its_step(hub: LoopbackHub, tmp_path):
@@ -128,3 +129,28 @@ def test_an_adapter_is_loaded_from_the_hub_with_its_base(hub: LoopbackHub, tmp_p
     batch = tiny_models.tiny_inputs(base, processor, tiny_models.CAPTIONS[:4])
     with torch.no_grad():
         assert torch.equal(pushed(**batch).logits_per_text, local(**batch).logits_per_text)
+
+
+def test_an_adapter_of_a_local_base_does_not_name_its_folder(hub: LoopbackHub, tmp_path):
+    for part in tiny_models.tiny_clip():
+        part.save_pretrained(tmp_path / "zaphod" / "clip")
+    model = {"name_or_path": str(tmp_path / "zaphod" / "clip"), "config": None}
+    recipe = tiny_recipe(tmp_path / "run", model=model, evaluation={"noise_detection": False})
+    run_recipe(recipe.with_overrides([f"adapter={json.dumps(MOLA)}"]))
+    done = push_run(tmp_path / "run", "ada/adapter")
+    assert "model.name_or_path" in done.left_out and "base_model_name_or_path" in done.left_out[-1]
+    files = hub.model("ada/adapter").files
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    assert not [name for name, content in files.items() if b"zaphod" in content]
+    base = CLIPModel.from_pretrained(tmp_path / "zaphod" / "clip")
+    assert type(PeftModel.from_pretrained(base, "ada/adapter")) is PeftModel
+
+
+def test_a_push_that_fails_at_the_end_leaves_a_complete_run(hub: LoopbackHub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.faults = [Fault("POST", "/commit/", times=100)]
+    folder = tmp_path / "run"
+    with pytest.raises(HubError, match=f"publish it later by: hf-dissect push {folder} ada/pushed"):
+        run_recipe(pushing_recipe(folder, save_strategy="no"))
+    hub.faults = []
+    assert set(push_run(folder, "ada/pushed").files) == RUN_FILES

@@ -243,7 +243,7 @@ def test_a_run_of_local_files_leaves_their_places_out(hub, own_run, capsys):
         recipe.read_text().replace("source: scenes\n  path: null", "source: folder\n  path: /data/pairs")
     )
     assert main(["push", str(own_run), "ada/tiny"]) == 0
-    assert "left out of recipe.yaml, as it is of this machine: " in (shown := capsys.readouterr().err)
+    assert "left out, as it is of this machine: " in (shown := capsys.readouterr().err)
     assert "training.output_dir" in shown and "data.path" in shown
     published = hub.model("ada/tiny").files["recipe.yaml"].decode()
     assert "yours to set: data.path (such as data.path=...)" in published and "/data/pairs" not in published
