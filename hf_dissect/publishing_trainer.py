@@ -12,7 +12,7 @@ from transformers.utils import PushInProgress
 
 from hf_dissect.hub.published_files import CARD_FILE, RECIPE_FILE, without_paths
 from hf_dissect.hub.push import Push, publish
-from hf_dissect.hub.repository import Repository
+from hf_dissect.hub.repository import HubError, Repository
 from hf_dissect.hub.shared_recipe import published_recipe
 from hf_dissect.recipe import read_settings
 
@@ -85,9 +85,13 @@ class PublishingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
         folder, repository = Path(self.args.output_dir), self._repository
-        if blocking:
+        if not blocking:
+            return repository.api.run_as_future(publish, repository, folder, message=commit_message)
+        try:
             return publish(repository, folder, message=commit_message)
-        return repository.api.run_as_future(publish, repository, folder, message=commit_message)
+        except HubError as error:
+            again = f"hf-dissect push {folder} {repository.repo_id}"
+            raise HubError(f"{error} The run itself is complete; publish it later by: {again}") from error
 
     def _open_another(self, token: str | None, revision: str | None, private: bool | None) -> None:
         given, self.args.hub_revision = self.args.hub_revision, revision or self.args.hub_revision

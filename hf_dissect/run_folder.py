@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
-_PRIVATE_SETTINGS = {"output_dir", "logging_dir", "hub_token", "hub_model_id", "run_name", "resume_from_checkpoint"}
-_PRIVATE_SETTINGS |= {
-    "initial_ledger",
-    "push_to_hub",
-    "hub_strategy",
-    "hub_always_push",
-    "hub_private_repo",
-    "hub_revision",
+_PRIVATE_SETTINGS = {
+    *("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "initial_ledger"),
+    *(
+        "push_to_hub",
+        "hub_token",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_revision",
+        "hub_private_repo",
+        "hub_always_push",
+    ),
 }
 _LABELS = {
     "label_auroc": ("y_cm", "y_im"),

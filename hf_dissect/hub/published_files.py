@@ -72,7 +72,7 @@ def published_files(
         if name == "metrics.json" or Path(name).name in _CONFIGURATIONS:
             found[name] = without_paths(found[name])
     if found.get("adapter_config.json") != names.get("adapter_config.json"):
-        left_out.append(f"base_model_name_or_path of {folder / 'adapter_config.json'}")
+        left_out.append("base_model_name_or_path of the adapter")
     check_private(found, folder)
     return found, left_out
 

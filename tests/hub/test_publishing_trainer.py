@@ -138,7 +138,7 @@ def test_an_adapter_of_a_local_base_does_not_name_its_folder(hub: LoopbackHub, t
     recipe = tiny_recipe(tmp_path / "run", model=model, evaluation={"noise_detection": False})
     run_recipe(recipe.with_overrides([f"adapter={json.dumps(MOLA)}"]))
     done = push_run(tmp_path / "run", "ada/adapter")
-    assert "model.name_or_path" in done.left_out and "base_model_name_or_path" in done.left_out[-1]
+    assert "model.name_or_path" in done.left_out and "base_model_name_or_path of the adapter" in done.left_out
     files = hub.model("ada/adapter").files
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
     assert not [name for name, content in files.items() if b"zaphod" in content]
