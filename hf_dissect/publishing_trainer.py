@@ -82,6 +82,8 @@ class PublishingTrainer(Trainer):
         """Publish the run folder as it is, see `push_to_hub`."""
         if not self.is_world_process_zero():
             return None
+        if self.hub_model_id is None:
+            self.init_hf_repo()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
         folder, repository = Path(self.args.output_dir), self._repository
@@ -94,6 +96,7 @@ class PublishingTrainer(Trainer):
             raise HubError(f"{error} The run itself is complete; publish it later by: {again}") from error
 
     def _open_another(self, token: str | None, revision: str | None, private: bool | None) -> None:
+        self._finish_current_push()
         given, self.args.hub_revision = self.args.hub_revision, revision or self.args.hub_revision
         try:
             self.init_hf_repo(token, private)
