@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_dissect.commands import push, push_ledger
+from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.launch_configs import read_summary, shipped_launch_configs
 from hf_dissect.recipe import Recipe, RecipeError, read_description, shipped_recipes
 from hf_dissect.version import __version__
@@ -20,10 +22,12 @@ EPILOGS = {
   hf-dissect train flickr8k-local data.path=/data/flickr8k
   hf-dissect train runs/quickstart/recipe.yaml       repeat a run from its own folder
   hf-dissect train quickstart --resume               continue from the last checkpoint
+  hf-dissect train hub:ada/mine                      repeat a run that was published
   accelerate launch -m hf_dissect.cli train cc3m     several GPUs; see hf-dissect recipes --accelerate""",
     "evaluate": """examples:
   hf-dissect evaluate runs/quickstart                the data of the run's own recipe
   hf-dissect evaluate runs/x --data /data/flickr8k --split test
+  hf-dissect evaluate hub:ada/mine                   a published run, on the data of its recipe
   hf-dissect evaluate openai/clip-vit-base-patch32 --data /data/pets --classes cat,dog --label-column species""",
     "compare": """examples:
   hf-dissect compare recipes/quickstart.yaml
@@ -93,7 +97,7 @@ def _is_for_the_user(error: Exception) -> bool:
 
 
 def _train(options: argparse.Namespace) -> None:
-    recipe = Recipe.load(options.recipe, options.overrides)
+    recipe = _recipe(options, options.overrides)
     _quiet_libraries()
     from hf_dissect.run_recipe import free_output_dir, run_recipe
 
@@ -138,7 +142,7 @@ def _compare(options: argparse.Namespace) -> None:
         overrides.append(f"compare.strategies={json.dumps([part.strip() for part in options.strategies.split(',')])}")
     if options.seeds is not None:
         overrides.append(f"compare.seeds=[{options.seeds}]")
-    recipe = Recipe.load(options.recipe, overrides)
+    recipe = _recipe(options, overrides)
     _quiet_libraries()
     from hf_dissect.compare import TABLE_COLUMNS, TABLE_DECIMALS, TABLE_LEGEND, compare
     from hf_dissect.evaluation import format_results_table
@@ -169,6 +173,14 @@ def _recipes(options: argparse.Namespace) -> None:
     width = max(map(len, shipped))
     for name, path in shipped.items():
         print(f"{name:{width}}  {describe(path)}")
+
+
+def _recipe(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
+    if not is_hub_address(options.recipe):
+        return Recipe.load(options.recipe, overrides)
+    from hf_dissect.hub.pull import pull_recipe
+
+    return pull_recipe(HubAddress.parse(options.recipe), overrides, options.output_dir)
 
 
 def _with_output_dir(recipe: Recipe, output_dir: str | None) -> Recipe:
@@ -282,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train a model as a recipe says.")
     compare = command("compare", _compare, "Run a recipe with several strategies and seeds and print a table.")
     for part in (train, compare):
-        part.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+        part.add_argument("recipe", help="YAML file, name of a shipped recipe, or hub:USER/REPO")
         part.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
         part.add_argument("--output-dir", help="run folder (default: runs/<name of the recipe>)")
     train.set_defaults(after_interrupt="If a checkpoint was written, --resume continues from it.")
@@ -296,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = command("evaluate", _evaluate, "Retrieval and zero-shot figures of a saved model.")
-    evaluate.add_argument("checkpoint", help="run folder, checkpoint folder or Hub id")
+    evaluate.add_argument("checkpoint", help="run folder, checkpoint folder, Hub id or hub:USER/REPO")
     evaluate.add_argument("--data", help="folder, file, .tar shards, Hub data set id or scenes (default: the run's)")
     evaluate.add_argument("--split", default="test", help="split of the data (default: test)")
     evaluate.add_argument("--image-column", help="column of the images")
@@ -316,6 +328,8 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument(
         "--accelerate", action="store_true", help="the configurations of accelerate launch instead of the recipes"
     )
+    push.add_parser(commands)
+    push_ledger.add_parser(commands)
     return parser
 
 

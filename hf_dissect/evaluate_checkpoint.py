@@ -12,8 +12,10 @@ import datasets
 from hf_dissect.data import as_pairs
 from hf_dissect.data.pair_columns import CAPTION_COLUMNS
 from hf_dissect.evaluation import evaluate_zero_shot
+from hf_dissect.hub.address import HubAddress, is_hub_address
+from hf_dissect.hub.pull import download_model, pull_recipe
 from hf_dissect.models import load_model_and_processor
-from hf_dissect.recipe import DataSection, Recipe
+from hf_dissect.recipe import DataSection, Recipe, RecipeError
 from hf_dissect.run_folder import without_speed
 from hf_dissect.run_recipe import load_split, zero_shot_figures
 from hf_dissect.task_routing import number_tasks_as_saved
@@ -44,7 +46,7 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint.
 
     Args:
-        checkpoint: run folder, `checkpoint-N` folder or Hub id.
+        checkpoint: run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to have the recipe there as well.
         data: "scenes", a local folder or file, tar shards, or a Hub data set id; None for the data of the recipe that
             lies in the checkpoint's folder.
         split: of the data.
@@ -65,7 +67,9 @@ def evaluate_checkpoint(
     Raises:
         ValueError: the data have neither, or there is no recipe to take the data from.
     """
-    recipe = _recipe_of(checkpoint)
+    recipe = _recipe_of(checkpoint) if data is None else None
+    if is_hub_address(checkpoint):
+        checkpoint = str(download_model(HubAddress.parse(checkpoint)))
     section = _data_section(checkpoint, data, recipe)
     section = dataclasses.replace(
         section,
@@ -122,6 +126,11 @@ def _retrieval(
 
 
 def _recipe_of(checkpoint: str) -> Recipe | None:
+    if is_hub_address(checkpoint):
+        try:
+            return pull_recipe(HubAddress.parse(checkpoint))
+        except RecipeError as error:
+            raise ValueError(f"{error}\nName the data with --data.") from error
     for folder in (Path(checkpoint), Path(checkpoint).parent):
         if (folder / "recipe.yaml").is_file():
             return Recipe.load(folder / "recipe.yaml")

@@ -47,6 +47,7 @@ __all__ = [
     "ZeroShotSection",
     "parse_strategy",
     "read_description",
+    "read_settings",
     "shipped_recipes",
 ]
 
@@ -89,12 +90,12 @@ class Recipe:
             RecipeError: the file cannot be read, or has faults; all of them are listed.
         """
         path = _find(path_or_shipped_name)
-        return cls._build(_read(path), str(path), overrides)
+        return cls._build(read_settings(path), str(path), overrides)
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any], source: str = "recipe") -> "Recipe":
+    def from_dict(cls, settings: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
         """Check plain settings, nested as in the YAML file; `source` names them in errors (`RecipeError`)."""
-        return cls._build(copy.deepcopy(settings), source, ())
+        return cls._build(copy.deepcopy(settings), source, overrides)
 
     @classmethod
     def _build(cls, settings: dict[str, Any], source: str, overrides: Sequence[str]) -> "Recipe":
@@ -189,7 +190,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def read_description(path: str | Path) -> str:
     """The description in a recipe's file, the rest unchecked (that would need torch); `RecipeError` if unreadable."""
-    return str(_read(Path(path)).get("description", ""))
+    return str(read_settings(Path(path)).get("description", ""))
 
 
 def _find(path_or_shipped_name: str | Path) -> Path:
@@ -201,8 +202,8 @@ def _find(path_or_shipped_name: str | Path) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a file, as it stands there."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe's file, as it stands there, unchecked; `RecipeError` if unreadable."""
     content = _read_bytes(path)
     if len(content) > MAX_BYTES:
         raise RecipeError(str(path), [f"is larger than {MAX_BYTES} bytes; a recipe is a small YAML file"])

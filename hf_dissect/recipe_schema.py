@@ -129,6 +129,9 @@ class SelectionSection:
     )
     record: bool = setting(False, "Write selection.parquet: every candidate of every step.")
     max_bad_fraction: float = setting(0.01, "Share of unreadable rows above which the run stops.", within="[0, 1]")
+    ledger: str | None = setting(
+        None, "Scores of the same pairs to begin with: a run folder, Parquet files, or hub:USER/REPO; null: none."
+    )
 
 
 @dataclasses.dataclass

@@ -31,7 +31,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
-_PRIVATE_SETTINGS = {"output_dir", "logging_dir", "hub_token", "hub_model_id", "run_name", "resume_from_checkpoint"}
+_PRIVATE_SETTINGS = {
+    *("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "initial_ledger"),
+    *(
+        "push_to_hub",
+        "hub_token",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_revision",
+        "hub_private_repo",
+        "hub_always_push",
+    ),
+}
 _DERIVED_SETTINGS = {"dataloader_pin_memory", "report_to"}  # what the machine has decides them
 
 
@@ -61,7 +72,8 @@ def write_run_folder(
     Returns:
         The content of `metrics.json`.
     """
-    trainer.save_model()  # first, so that nothing that follows can cost the trained model
+    # First, so that nothing that follows can cost the trained model; not pushed before the rest is there.
+    trainer.save_model(_internal_call=True)
     final = {} if more_figures is None else more_figures()
     unlogged = dict(final)
     dataset = test_dataset if test_dataset is not None else trainer.eval_dataset
@@ -82,8 +94,10 @@ def write_run_folder(
         metrics["selection"].update(label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"]))
     if trainer.args.should_save:
         _write_files(trainer, metrics)
-    # Last: PEFT writes a card of its own beside each adapter it saves.
+    # After all else: PEFT writes a card of its own beside each adapter it saves.
     trainer.model_card.finish(metrics, evaluated="validation" if test_dataset is None else "test")
+    if trainer.args.push_to_hub:
+        trainer.push_run_folder()
     return metrics
 
 

@@ -11,6 +11,7 @@ from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
 from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.evaluating_trainer import EvaluatingTrainer
+from hf_dissect.initial_ledger import begin_with_ledger
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import TAGS
 from hf_dissect.model_card_callback import CardedTrainer
@@ -25,6 +26,7 @@ from hf_dissect.models import (
 )
 from hf_dissect.non_finite import NonFiniteLossError, check_finite
 from hf_dissect.objective import Objective
+from hf_dissect.publishing_trainer import PublishingTrainer
 from hf_dissect.ranks import Ranks
 from hf_dissect.resumable_trainer import ResumableTrainer
 from hf_dissect.run_folder import write_run_folder
@@ -48,7 +50,7 @@ from hf_dissect.training_data import (
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
 
 
-class DissectTrainer(ResumableTrainer, EvaluatingTrainer, CardedTrainer):
+class DissectTrainer(ResumableTrainer, PublishingTrainer, EvaluatingTrainer, CardedTrainer):
     """Trains a CLIP-like dual encoder on the pairs that its selection strategy keeps.
 
     Args:
@@ -305,6 +307,8 @@ class DissectTrainer(ResumableTrainer, EvaluatingTrainer, CardedTrainer):
         if self.objective.gsc is not None:
             warmup_epochs["train by the contrastive loss, without soft labels"] = self.objective.gsc.warmup_epochs
         warn_if_warm_up_outlasts(self.train_dataset, warmup_epochs, self.args)
+        if self.args.initial_ledger is not None and not resume_from_checkpoint:
+            begin_with_ledger(self, self.args.initial_ledger)
         try:
             with self.times.measure("training"):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)

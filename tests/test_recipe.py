@@ -564,6 +564,7 @@ def test_training_arguments_gather_the_sections():
         "selection_scope": "global",
         "selection_warmup_epochs": 1,
         "selection_options": {"variant": "momentum"},
+        "initial_ledger": None,
         "mask_false_negatives": True,
         "grad_cache_chunk_size": 16,
         "gsc": None,
