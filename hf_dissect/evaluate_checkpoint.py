@@ -111,7 +111,7 @@ def _retrieval(
 def evaluating_trainer(
     checkpoint: str, model: Any, processor: Any, rows: Any, section: DataSection, batch_size: int, num_workers: int
 ) -> Iterator[DissectTrainer]:
-    """A trainer that has `rows` as pairs in its `eval_dataset` and leaves no file behind; see `evaluate_checkpoint`."""
+    """A trainer whose `eval_dataset` are `rows` as pairs, and that leaves no file; see `evaluate_checkpoint`."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = DissectTrainingArguments(
             folder,

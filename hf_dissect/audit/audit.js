@@ -180,7 +180,7 @@ function toggle(item, mark) {
 
 function countMarks() {
   element("download").disabled = marks.size === 0;
-  element("download").textContent = marks.size ? `Download ${marks.size.toLocaleString("en")} marks` : "Download marks";
+  element("download").textContent = `Download marks (${marks.size.toLocaleString("en")})`;
 }
 
 function download() {
@@ -281,7 +281,9 @@ function markCurrent(mark) {
 function press(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.closest("input, select")) {
-    if (event.key === "Escape") move(current);
+    if (event.key !== "Escape") return;
+    event.preventDefault(); // or the search field would be emptied
+    move(current);
     return;
   }
   if (!Object.hasOwn(KEYS, event.key)) return;

@@ -27,7 +27,10 @@ _MEASURES = {
     "correlation": ("correlation", 2, False),
     "row": ("row in the data", 0, False),
 }
-_LEDGER_MEASURES = {"ledger_drop": ("fall since training", 2, True)}
+_LEDGER_MEASURES = {
+    "ledger_differential": ("differential", 2, False),
+    "ledger_label": ("soft label", 3, False),
+}
 
 
 def write_page(

@@ -32,6 +32,12 @@ logger = logging.getLogger(__name__)
 SCORES_FILE, PAGE_FILE, THUMBNAILS = "scores.parquet", "audit.html", "thumbnails"
 MAX_PAGE_PAIRS = 100_000
 THRESHOLD = 0.5
+NOTE = (
+    "The score tells how much more likely image and caption occur together than by chance (pointwise mutual "
+    "information, in nats, as the model sees it): the lowest are the likeliest to be mismatched. p(mismatched) "
+    "compares it with the scores of images with captions of other pairs. A model that has learnt mismatched pairs by "
+    "heart finds none of them."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,21 +249,13 @@ def _write(
     )
 
 
-NOTE = (
-    "The score tells how much more likely image and caption occur together than by chance (pointwise mutual "
-    "information, in nats, as the model sees it): the lowest are the likeliest to be mismatched. p(mismatched) compares "
-    "it with the scores of images with captions of other pairs. A model that has learnt mismatched pairs by heart "
-    "finds none of them."
-)
-
-
 def _facts(result: AuditResult, num_readable: int, model: str) -> Sequence[tuple[str, str]]:
     likely = int((result.table["p_mismatched"].to_numpy(zero_copy_only=False) > THRESHOLD).sum())
     facts = [
         ("Pairs", f"{num_readable:,}"),
         ("Unreadable", f"{len(result.bad_rows):,}"),
         ("Estimated mismatched", f"{result.mismatched_share:.1%}"),
-        (f"With p(mismatched) above {THRESHOLD}", f"{likely:,}"),
+        (f"Above p = {THRESHOLD}", f"{likely:,}"),
         ("Model", model),
     ]
     return facts if result.auroc is None else [*facts, ("AUROC of the score", f"{result.auroc:.3f}")]
