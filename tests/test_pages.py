@@ -248,7 +248,7 @@ def test_a_hundred_thousand_pairs_are_browsable(context, tmp_path):
     assert captions(visit) == texts[-50:] and status(visit) == "99,951–100,000 of 100,000 pairs"
     assert visit.page.locator("#list img").count() == 0
     print(f"{path.stat().st_size / 1e6:.1f} MB, opened in {opened:.1f} s, filtered in {filtered:.1f} s")
-    assert opened < 20 and filtered < 10  # seconds; far more than it takes on a machine that does nothing else
+    assert opened < 30 and filtered < 15  # seconds; far more than it takes on a machine that does nothing else
     visit.check()
 
 

@@ -63,6 +63,8 @@ COMMANDS = {
     'hf-dissect evaluate runs/mine --data /data/pets --classes cat,dog --template "a photo of a {}."': [],
     "hf-dissect compare quickstart --strategies none,random,dissect,dissect:momentum --seeds 0,1,2"
     " --output-dir runs/four": [*SCENES, "model.max_caption_length=16", "evaluation.zero_shot=null"],
+    "hf-dissect audit runs/mine": [],
+    "hf-dissect audit runs/mine --data /data/flickr8k --export-clean flickr8k-clean --keep 0.8": [],
 }
 
 

@@ -4,13 +4,13 @@ const PAGE_SIZE = 50;
 const ROWS_A_FOLDER = 1000;
 const BARS = 60;
 
-const data = JSON.parse(document.getElementById("pairs").textContent);
+const element = (id) => document.getElementById(id);
+const data = JSON.parse(element("pairs").textContent);
 const size = data.caption.length;
 const unpictured = data.unpictured === null ? null : new Set(data.unpictured);
 const measures = new Map(data.measures.map((measure) => [measure.key, measure]));
-const element = (id) => document.getElementById(id);
 const orders = new Map(); // measure -> indices of the pairs by rising value
-const storage = `hf_dissect.audit.${data.audit}`;
+const storage = `hf_dissect.audit.${element("pairs").dataset.audit}`;
 const marks = new Map(Object.entries(stored(storage, {})));
 let lowered = null; // captions for the text filter, made when it is first used
 let descending = false;

@@ -74,7 +74,7 @@ def write_page(
         "folder": pictures,
         "unpictured": None if pictures is None else list(unpictured),
     }
-    content["audit"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    pairs = _as_data_block(content)
     page = environment.get_template("audit.html.jinja").render(
         title=title,
         version=__version__,
@@ -84,7 +84,8 @@ def write_page(
         style=Markup((folder / "audit.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        pairs=_as_data_block(content),
+        pairs=pairs,
+        audit=hashlib.sha256(pairs.encode("utf-8", "replace")).hexdigest()[:16],
     )
     return replace_file(path, page)
 

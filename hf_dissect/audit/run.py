@@ -19,7 +19,6 @@ from hf_dissect.audit.scores import match_scores, mismatched_share, p_mismatched
 from hf_dissect.audit.table import score_table, write_table
 from hf_dissect.audit.thumbnails import write_thumbnails
 from hf_dissect.data.bad_rows import BadRows
-from hf_dissect.data.images import is_feature_vector
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.evaluate_checkpoint import data_section, evaluating_trainer, recipe_of
 from hf_dissect.evaluation import noise_detection_metrics
@@ -129,7 +128,7 @@ def audit(
     if not is_first:
         return result
     name = Path(data).name if data is not None else recipe.name
-    _write(result, pairs, f"Audit of {name}, split {split}", Path(checkpoint).name, max_page_pairs, num_workers)
+    _write(result, pairs, f"Audit of {name}, split {split}", _model_name(checkpoint), max_page_pairs, num_workers)
     if export_to is None:
         return result
     kept = np.zeros(len(pairs), bool)
@@ -212,6 +211,12 @@ def _kept(scores: dict[str, Any], keep: float | None, threshold: float | None) -
     return kept
 
 
+def _model_name(checkpoint: str) -> str:
+    """The Hub id, or the name of the folder: the page may go to others, who need not know where it lay."""
+    folder = Path(checkpoint).expanduser()
+    return folder.resolve().name if folder.exists() else checkpoint
+
+
 def _free_folder(folder: Path) -> Path:
     """The folder, or `<folder>-2`, `-3`, ... when it holds an audit already: none is overwritten."""
     names = itertools.chain([folder], (Path(f"{folder}-{number}") for number in itertools.count(2)))
@@ -229,9 +234,9 @@ def _write(
     write_table(table, folder / SCORES_FILE)
     num_readable = len(table) - len(result.bad_rows)
     shown = table.slice(0, min(num_readable, max_page_pairs))
-    has_pictures = _has_pictures(pairs)
-    indices = _indices(pairs, shown) if has_pictures else []
-    unpictured = write_thumbnails(folder / THUMBNAILS, pairs, indices, num_workers) if has_pictures else []
+    unpictured = []
+    if pairs.has_pictures:
+        unpictured = write_thumbnails(folder / THUMBNAILS, pairs, _indices(pairs, shown), num_workers)
     notes = [NOTE]
     if len(shown) < num_readable:
         notes.append(f"The {len(shown):,} most suspicious pairs are shown; scores.parquet has all {len(table):,}.")
@@ -244,7 +249,7 @@ def _write(
         facts=_facts(result, num_readable, model),
         notes=notes,
         bad_rows=result.bad_rows,
-        pictures=THUMBNAILS if has_pictures else None,
+        pictures=THUMBNAILS if pairs.has_pictures else None,
         unpictured=unpictured,
     )
 
@@ -259,10 +264,6 @@ def _facts(result: AuditResult, num_readable: int, model: str) -> Sequence[tuple
         ("Model", model),
     ]
     return facts if result.auroc is None else [*facts, ("AUROC of the score", f"{result.auroc:.3f}")]
-
-
-def _has_pictures(pairs: PairDataset) -> bool:
-    return pairs.picture(0) is not None or not is_feature_vector(pairs[0]["image"])
 
 
 def _indices(pairs: PairDataset, shown: pa.Table) -> np.ndarray:

@@ -118,6 +118,11 @@ class PairDataset(torch.utils.data.Dataset):
         return self.columns.clean is not None
 
     @property
+    def has_pictures(self) -> bool:
+        """Whether there are pictures to look at: a model of stored features does without."""
+        return self._pictures is not None
+
+    @property
     def row_of_pair(self) -> np.ndarray:
         """Row of each pair in the table, int `(len(self),)`."""
         return np.arange(len(self.rows)) if self._row is None else self._row

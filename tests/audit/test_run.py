@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from tiny_recipe import tiny_recipe
 
-from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger, make_scenes
+from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger, load_model_and_processor, make_scenes
 from hf_dissect.audit import audit
 from hf_dissect.audit.ledger_columns import ledger_columns, open_ledger
 from hf_dissect.cli import main
@@ -168,6 +168,32 @@ def test_several_captions_a_picture(run, tmp_path):
         pictures == shown
         and "The 20 most suspicious pairs are shown" in (tmp_path / "audit" / "audit.html").read_text()
     )
+
+
+def test_a_model_of_stored_features_needs_no_pictures(tmp_path):
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, processor = load_model_and_processor(
+        config={
+            "model_type": "vision-text-dual-encoder",
+            "projection_dim": 8,
+            "vision_config": {"model_type": "precomputed_features", "hidden_size": 6},
+            "text_config": {"model_type": "bert", **tower, "max_position_embeddings": 16},
+        },
+        captions=make_scenes(64)["caption"],
+        vocab_size=600,
+    )
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    vectors = np.random.default_rng(0).normal(size=(12, 6)).tolist()
+    datasets.Dataset.from_dict({"image_features": vectors, "caption": make_scenes(12)["caption"]}).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    folder = tmp_path / "audit"
+    result = audit(str(tmp_path / "model"), data=str(tmp_path / "x.parquet"), output_dir=folder)
+    assert len(result.table) == 12 and result.auroc is None and "is_clean" not in result.table.column_names
+    assert sorted(path.name for path in folder.iterdir()) == ["audit.html", "scores.parquet"]
+    page = (folder / "audit.html").read_text()
+    assert '"unpictured":null' in page and str(tmp_path) not in page
 
 
 def test_the_command_tells_what_it_found(run, tmp_path, monkeypatch, capsys):
