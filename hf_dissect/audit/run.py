@@ -112,9 +112,9 @@ def audit(
     with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
         pairs = trainer.eval_dataset
         embeddings = embed_pairs(trainer, pairs)
-        is_first = trainer.is_world_process_zero()
+        is_first, device = trainer.is_world_process_zero(), trainer.args.device
     logit_scale, _ = logit_scale_and_bias(model)
-    scores, share = _scores(embeddings, torch.as_tensor(logit_scale).item())
+    scores, share = _scores(embeddings, torch.as_tensor(logit_scale).item(), device, progress=is_first)
     if given_ledger is not None:
         more = _ledger_columns(given_ledger, embeddings, pairs)
     elif data is None and split == "train":
@@ -164,7 +164,9 @@ def _good(embeddings: PairEmbeddings) -> torch.Tensor:
     return embeddings.bad_reason == 0
 
 
-def _scores(embeddings: PairEmbeddings, logit_scale: float) -> tuple[dict[str, Any], float]:
+def _scores(
+    embeddings: PairEmbeddings, logit_scale: float, device: torch.device, progress: bool
+) -> tuple[dict[str, Any], float]:
     good = _good(embeddings)
     image, text = embeddings.image[good], embeddings.text[good]
     matches = match_scores(
@@ -173,6 +175,8 @@ def _scores(embeddings: PairEmbeddings, logit_scale: float) -> tuple[dict[str, A
         logit_scale=logit_scale,
         image_key=embeddings.image_key[good],
         caption_key=embeddings.caption_key[good],
+        device=device,
+        progress=progress,
     )
     correlation = ((image * text).sum(1) * 100).clamp_min(0)
     scores = {"correlation": correlation, "score": matches.score, "p_mismatched": p_mismatched(matches)}

@@ -1,9 +1,14 @@
 """How much more an image and its caption have to do with each other than with the rest of the data set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
+
+from hf_dissect.evaluation.embeddings import as_embeddings
 
 NUM_REFERENCES = 4096
 FEWEST_PAIRS = 10
@@ -36,6 +41,8 @@ def match_scores(
     num_references: int = NUM_REFERENCES,
     seed: int = 0,
     block_size: int = 1024,
+    device: torch.device | None = None,
+    progress: bool = False,
 ) -> MatchScores:
     """Score pairs against a random sample of the others.
 
@@ -53,20 +60,26 @@ def match_scores(
         num_references: other pairs to compare with; memory and time grow with it, not with `n`.
         seed: of their choice.
         block_size: pairs scored at a time.
+        device: where they are; None for where the embeddings lie.
+        progress: whether to show a bar.
 
     Raises:
-        ValueError: fewer than 10 pairs.
+        ValueError: fewer than 10 pairs; embeddings that are not finite; one image or one caption for all.
     """
     count = len(image_embeds)
     if count < FEWEST_PAIRS:
         raise ValueError(f"{count} readable pairs are too few to compare them with each other; give at least 10.")
+    image_embeds, text_embeds = as_embeddings("image_embeds", image_embeds), as_embeddings("text_embeds", text_embeds)
     image_key = torch.arange(count) if image_key is None else image_key
     caption_key = torch.arange(count) if caption_key is None else caption_key
     generator = torch.Generator().manual_seed(seed)
     references = torch.randperm(count, generator=generator)[:num_references]
     keys = (image_key, caption_key)
-    of_image = _typical_logit(image_embeds, text_embeds, keys, references, logit_scale, block_size)
-    of_text = _typical_logit(text_embeds, image_embeds, keys, references, logit_scale, block_size)
+    blocks = torch.arange(count).split(block_size)
+    compare = partial(_typical_logit, keys=keys, references=references, logit_scale=logit_scale, device=device)
+    with tqdm(total=2 * count, desc="comparing pairs", unit="pair", disable=not progress) as bar:
+        of_image = compare(image_embeds, text_embeds, blocks=blocks, bar=bar)
+        of_text = compare(text_embeds, image_embeds, blocks=blocks, bar=bar)
     logit = (image_embeds * text_embeds).sum(1) * logit_scale
     chance = []
     for shift in torch.randint(1, count, (_RECOMBINATIONS,), generator=generator).tolist():
@@ -79,20 +92,25 @@ def match_scores(
 def _typical_logit(
     own: torch.Tensor,
     others: torch.Tensor,
+    *,
     keys: tuple[torch.Tensor, torch.Tensor],
     references: torch.Tensor,
     logit_scale: float,
-    block_size: int,
+    blocks: Sequence[torch.Tensor],
+    device: torch.device | None,
+    bar: tqdm,
 ) -> torch.Tensor:
     """Log of the mean exponentiated logit of each of `own` with those of `others` that are its references, `(n,)`."""
+    compared = others[references].to(device).T
     typical = []
-    for rows in torch.arange(len(own)).split(block_size):
-        logits = own[rows] @ others[references].T * logit_scale
+    for rows in blocks:
+        logits = own[rows].to(device) @ compared * logit_scale
         related = torch.zeros_like(logits, dtype=torch.bool)
         for key in keys:
-            related |= key[rows, None] == key[references]
+            related |= key[rows, None].to(device) == key[references].to(device)
         known = (~related).sum(1)
-        typical.append(logits.masked_fill_(related, -torch.inf).logsumexp(1) - known.log())
+        typical.append((logits.masked_fill_(related, -torch.inf).logsumexp(1) - known.log()).to(own.device))
+        bar.update(len(rows))
     values = torch.cat(typical)
     known = values.isfinite()
     if not known.any():

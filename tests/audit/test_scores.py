@@ -102,7 +102,11 @@ def test_a_caption_that_most_pairs_share_gets_a_finite_score():
         match_scores(image, text, logit_scale=10.0, caption_key=torch.zeros(30).long())
 
 
-def test_too_few_pairs_are_refused():
+def test_too_few_pairs_and_a_diverged_model_are_refused():
+    image, text, _ = embeddings(10, 0.0)
+    image[3] = torch.nan
+    with pytest.raises(ValueError, match="image_embeds holds NaN or infinite numbers in 1 of 10 rows"):
+        match_scores(image, text, logit_scale=10.0)
     image, text, _ = embeddings(9, 0.0)
     with pytest.raises(ValueError, match="9 readable pairs are too few"):
         match_scores(image, text, logit_scale=10.0)
