@@ -101,7 +101,7 @@ def audit(
             `export_to` is not empty; fewer than 10 readable pairs.
     """
     _check_export(export_to, keep, threshold)
-    recipe = recipe_of(checkpoint)
+    recipe = recipe_of(checkpoint) if data is None else None
     section = _section(checkpoint, data, recipe, max_rows)
     named = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
     named["image_features"] = image_features
