@@ -5,11 +5,14 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_dissect.commands import push, push_ledger
+from hf_dissect.commands import audit, push, push_ledger
+from hf_dissect.commands.process import is_first_process as _is_first_process
+from hf_dissect.commands.process import not_negative as _not_negative
+from hf_dissect.commands.process import positive as _positive
+from hf_dissect.commands.process import quiet_libraries as _quiet_libraries
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.launch_configs import read_summary, shipped_launch_configs
 from hf_dissect.recipe import Recipe, RecipeError, read_description, shipped_recipes
@@ -235,41 +238,11 @@ def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _not_negative(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: an integer of at least {least}")
-    return int(text)
-
-
-def _is_first_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _leave_process_group() -> None:
     """What torch asks for at the end of a process that trained together with others."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _quiet_libraries() -> None:
-    """One progress bar a run is enough: the libraries' own bars for a file or two say nothing."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    # Said by peft's use of transformers for every adapter; nothing that a user could change.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -322,6 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=_positive, default=64, help="pairs a forward pass (default: 64)")
     evaluate.add_argument("--num-workers", type=_not_negative, default=0, help="processes that decode (default: 0)")
     evaluate.add_argument("--output", help="also write the figures to this JSON file")
+
+    audit.add_parser(commands)
 
     recipes = command("recipes", _recipes, "List the shipped recipes or accelerate configurations, or print one.")
     recipes.add_argument("name", nargs="?", help="print this one instead of the list")

@@ -102,6 +102,12 @@ class RunSummary:
 
 def thumbnail(image: Image.Image | None) -> str | None:
     """`image` as base64 JPEG of at most 160 px without metadata, or None where it is absent or cannot be decoded."""
+    jpeg = thumbnail_jpeg(image)
+    return None if jpeg is None else base64.b64encode(jpeg).decode("ascii")
+
+
+def thumbnail_jpeg(image: Image.Image | None) -> bytes | None:
+    """What `thumbnail` gives, as the content of a JPEG file."""
     if image is None:
         return None
     try:
@@ -117,7 +123,7 @@ def thumbnail(image: Image.Image | None) -> str | None:
         image.save(buffer, "JPEG", comment=b"", **options)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         return None
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
 
 
 def replace_file(path: str | os.PathLike, text: str) -> Path:

@@ -7,14 +7,14 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
+from hf_dissect.cards.callback import CardedTrainer
+from hf_dissect.cards.model_card import TAGS
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
 from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.evaluating_trainer import EvaluatingTrainer
 from hf_dissect.initial_ledger import begin_with_ledger
 from hf_dissect.losses import grad_cached_backward
-from hf_dissect.model_card import TAGS
-from hf_dissect.model_card_callback import CardedTrainer
 from hf_dissect.models import (
     bare_model,
     check_dual_encoder,

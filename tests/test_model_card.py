@@ -8,8 +8,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
-from hf_dissect.model_card import ModelFacts, name_model, write_model_card
-from hf_dissect.model_card_privacy import hub_dataset, may_be_published
+from hf_dissect.cards.model_card import ModelFacts, name_model, write_model_card
+from hf_dissect.cards.privacy import hub_dataset, may_be_published
 from hf_dissect.recipe import Recipe
 
 METRICS = {

@@ -70,6 +70,8 @@ COMMANDS = {
     "hf-dissect evaluate hub:USER/mine --data /data/flickr8k --split validation": [],
     "hf-dissect push-ledger runs/mine USER/mine-scores": [],
     "hf-dissect train mine.yaml selection.ledger=hub:USER/mine-scores selection.warmup_epochs=0": FINETUNE,
+    "hf-dissect audit runs/mine": [],
+    "hf-dissect audit runs/mine --data /data/flickr8k --export-clean flickr8k-clean --keep 0.8": [],
 }
 
 

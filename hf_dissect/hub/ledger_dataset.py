@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hf_dissect.card_templates import render_card
+from hf_dissect.cards.templates import render_card
 from hf_dissect.hub.published_files import check_private
 from hf_dissect.hub.push import Push
 from hf_dissect.hub.repository import HubError, Repository

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import get_token
 
+from hf_dissect.cards.model_card import name_model
 from hf_dissect.hub.repository import HubError
 from hf_dissect.hub.shared_recipe import is_local_path, published_recipe
 from hf_dissect.recipe import read_settings
@@ -35,7 +36,6 @@ PUBLISHED = (*LOADED, RECIPE_FILE, "metrics.json", *_CARDS)
 """Patterns of all files that are published: no checkpoint, ledger, log, report with pictures, nor anything pickled."""
 
 _LARGEST_TEXT = 50_000_000
-_PLACE_IN_SNIPPET = re.compile(r'^(model_id = |.*from_pretrained\((?:\w+, )?)"\."', re.MULTILINE)
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -64,7 +64,7 @@ def published_files(
         found = {name: path for name, path in found.items() if name not in _CARDS}
         found |= {name: cards_in / name for name in _CARDS if (cards_in / name).is_file()}
     if CARD_FILE in found:
-        found[CARD_FILE] = _card(found[CARD_FILE], repo_id)
+        found[CARD_FILE] = name_model(found[CARD_FILE].read_text(encoding="utf-8"), repo_id).encode()
     if RECIPE_FILE in found:
         text, left_out = published_recipe(read_settings(found[RECIPE_FILE]), repo_id)
         found[RECIPE_FILE] = text.encode()
@@ -132,11 +132,6 @@ def _private_texts(folder: Path) -> dict[str, re.Pattern[bytes]]:
     if token := get_token():
         patterns["your token"] = re.compile(re.escape(token.encode()))
     return patterns | {"a token of the Hub": _TOKEN}
-
-
-def _card(file: Path, repo_id: str) -> bytes:
-    """The card, with the repository in place of the folder that its snippets load from."""
-    return _PLACE_IN_SNIPPET.sub(rf'\1"{repo_id}"', file.read_text(encoding="utf-8")).encode()
 
 
 def _cleaned(value: Any, key: str = "") -> Any:

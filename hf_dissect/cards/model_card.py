@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from hf_dissect.model_card_citations import bibtex, cited_papers
-from hf_dissect.model_card_metadata import TAGS, card_metadata
-from hf_dissect.model_card_privacy import hub_dataset, hub_id, may_be_published
-from hf_dissect.model_card_rows import (
+from hf_dissect.cards.citations import bibtex, cited_papers
+from hf_dissect.cards.metadata import TAGS, card_metadata
+from hf_dissect.cards.privacy import hub_dataset, hub_id, may_be_published
+from hf_dissect.cards.rows import (
     adapter_rows,
     data_rows,
     hyperparameter_rows,
@@ -22,6 +20,7 @@ from hf_dissect.model_card_rows import (
     told,
     training_rows,
 )
+from hf_dissect.cards.templates import render_card, template_folder
 from hf_dissect.report_data import replace_file
 from hf_dissect.report_tables import mapping
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["TAGS", "ModelFacts", "name_model", "write_model_card"]
 
 _TEMPLATE = "dissect.md.jinja"
-# Installed inside the package; in a source tree at its top level.
-_FOLDERS = (Path(__file__).parent / "model_cards", Path(__file__).parent.parent / "model_cards")
 _MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
@@ -89,7 +86,6 @@ def write_model_card(
     Raises:
         FileNotFoundError: the card template is neither in the package nor in the source tree.
     """
-    folder = _template_folder()
     metrics = json.loads(json.dumps(metrics, default=str))  # names instead of enumerations, as in the file
     model = model or ModelFacts()
     adapter = mapping(metrics.get("adapter"))
@@ -106,11 +102,8 @@ def write_model_card(
     )
     locked = model.feature_size is not None or (recipe is not None and recipe.model.freeze is not None)
     papers = cited_papers(metrics, model_type=model.model_type, locked_tower=locked)
-    environment = Environment(
-        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["inline"] = _inline
-    card = environment.get_template(_TEMPLATE).render(
+    card = render_card(
+        _TEMPLATE,
         metadata=metadata.to_yaml(),
         title=title,
         description=_description(recipe),
@@ -132,7 +125,7 @@ def write_model_card(
         model=model,
         trusts_code=recipe is not None and recipe.model.trust_remote_code,
         adapter=_adapter(adapter),
-        citations=bibtex(papers, folder / "citations.bib"),
+        citations=bibtex(papers, template_folder() / "citations.bib"),
     )
     return replace_file(path, card)
 
@@ -140,13 +133,6 @@ def write_model_card(
 def name_model(card: str, model_id: str) -> str:
     """The text of a card whose loading snippet names `model_id`, an id of the Hub, instead of the card's folder."""
     return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
-
-
-def _template_folder() -> Path:
-    folder = next((folder for folder in _FOLDERS if (folder / _TEMPLATE).is_file()), None)
-    if folder is None:
-        raise FileNotFoundError(f"No {_TEMPLATE} in any of {[str(f) for f in _FOLDERS]}. Install hf_dissect again.")
-    return folder
 
 
 def _title(recipe: "Recipe | None", metrics: Mapping) -> str:
@@ -165,8 +151,3 @@ def _adapter(adapter: Mapping) -> dict | None:
     is_mola = adapter["type"] == "mola"
     variant = mapping(adapter.get("settings")).get("variant")
     return {"is_mola": is_mola, "routes_by_task": is_mola and variant == "grad"}
-
-
-def _inline(text: object) -> str:
-    """`text` on one line, without what Markdown or HTML would take for markup, a table cell's end, a tag or a link."""
-    return re.sub(r"[&|<>\[\]`\\*]", lambda match: f"&#{ord(match[0])};", " ".join(str(text).split()))

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hf_dissect.model_card_metadata import DATA_NAMES
-from hf_dissect.model_card_privacy import hub_dataset, may_be_published
+from hf_dissect.cards.metadata import DATA_NAMES
+from hf_dissect.cards.privacy import hub_dataset, may_be_published
 from hf_dissect.report_tables import final_figures, format_number, mapping, results_table, run_figures
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_dissect.model_card_privacy import hub_dataset, may_be_published
+from hf_dissect.cards.privacy import hub_dataset, may_be_published
 from hf_dissect.report_plots import finite
 from hf_dissect.report_tables import final_figures, label, mapping
 

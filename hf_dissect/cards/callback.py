@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dissect.adapters import base_of_adapter
+from hf_dissect.cards.model_card import ModelFacts, write_model_card
 from hf_dissect.feature_encoder import PrecomputedFeaturesConfig
-from hf_dissect.model_card import ModelFacts, write_model_card
 from hf_dissect.models import bare_model, contrastive_kind, networks_of, text_padding
 from hf_dissect.report_picture import PICTURE, draw_run
 from hf_dissect.run_folder import metrics_of_this_process, without_speed
@@ -84,7 +84,7 @@ class ModelCardCallback(TrainerCallback):
 
 
 class CardedTrainer(Trainer):
-    """A Trainer whose model card is that of `hf_dissect.model_card`. What it tells is made by `DissectTrainer`."""
+    """A Trainer with the model card of `hf_dissect.cards.model_card`. What it tells is made by `DissectTrainer`."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
