@@ -31,6 +31,7 @@ _FOUND_BESIDE_THE_DATA = ("image_features", "noise_permutation")
 # Section and name of each setting that names a file, a folder or a repository.
 _PLACES = (
     ("model", "name_or_path"),
+    ("model", "second_name_or_path"),
     ("model", "tokenizer"),
     ("data", "path"),
     *(("data", name) for name in _FOUND_BESIDE_THE_DATA),
@@ -110,7 +111,9 @@ def _is_public(value: Any, at_hub: bool) -> bool:
 
 
 def _may_be_at_hub(section: dict[str, Any], name: str) -> bool:
-    return name in ("name_or_path", "tokenizer") or (name == "path" and section.get("source") == "hub")
+    return name in ("name_or_path", "second_name_or_path", "tokenizer") or (
+        name == "path" and section.get("source") == "hub"
+    )
 
 
 def _drop_loaders(part: dict[str, Any] | list[Any], key: str) -> list[str]:

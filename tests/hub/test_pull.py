@@ -178,6 +178,7 @@ def test_a_run_from_the_hub_sends_nothing_to_it(hub, workplace):
 
 LOCAL = {
     ("model", "name_or_path"): "~/models/private",
+    ("model", "second_name_or_path"): "runs/other/../private",
     ("model", "tokenizer"): "/home/zaphod/tokenizer",
     ("data", "path"): "/home/zaphod/.cache/huggingface/token",
     ("data", "image_features"): "/home/zaphod/features.npz",
@@ -195,6 +196,7 @@ def test_no_place_of_a_machine_is_shared(key):
 
 PUBLIC = {
     ("model", "name_or_path"): "openai/clip-vit-base-patch32",
+    ("model", "second_name_or_path"): "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
     ("data", "path"): "hf://datasets/ada/pairs/train-{000..009}.tar",
     ("selection", "ledger"): "hub:ada/scores@v1",
 }
