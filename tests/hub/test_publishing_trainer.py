@@ -21,7 +21,7 @@ from hf_dissect.run_recipe import build_trainer, run_recipe
 
 MOLA = {"type": "mola", "variant": "router", "num_experts": 2, "r": 2, "target_modules": "all-linear"}
 RUN_FILES = {"README.md", "config.json", "model.safetensors", "processor_config.json", "recipe.yaml"}
-RUN_FILES |= {"tokenizer.json", "tokenizer_config.json", "metrics.json"}
+RUN_FILES |= {"tokenizer.json", "tokenizer_config.json", "metrics.json", "report.png"}
 
 
 def pushing_recipe(folder: Path, **training):
