@@ -71,9 +71,11 @@ def _figures(found: PairEmbeddings, scale: float) -> dict[str, float]:
     keys = {"image_key": found.image_key, "caption_key": found.caption_key}
     matches = match_scores(found.image, found.text, logit_scale=scale, **keys)
     mismatched = ~found.is_clean.numpy()
+    values = matches.score.numpy()
+    without_outliers = values.clip(*np.quantile(values, (0.01, 0.99)))
     probability = {
         "strangers": p_mismatched(matches),
-        "gaussian_mixture": 1 - upper_component_posterior(matches.score.numpy(), scaling="quantile"),
+        "gaussian_mixture": 1 - upper_component_posterior(without_outliers),
     }
     figures = {
         "share_by_strangers": mismatched_share(matches),

@@ -24,8 +24,6 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "gsc": {
         "beta": {"expected": float, "within": "(0, 1]"},
         "temperature": {"expected": float, "within": "(0, inf)"},
-        "masked": {"expected": bool},
-        "scaling": {"expected": str, "choices": ("min-max", "quantile")},
         "seed": {"expected": int, "within": "[0, 4294967295]"},
     },
     "ncr": {"seed": {"expected": int, "within": "[0, 4294967295]"}},

@@ -142,10 +142,6 @@ class GscSection:
     beta: float = setting(0.7, "Share of the new evidence in a label, at each epoch.", within="(0, 1]")
     temperature: float = setting(0.07, "Of the softmax over the cosines, in place of the model's.", within="(0, inf)")
     warmup_epochs: int = setting(1, "Epochs that train by the contrastive loss first.", within="[0, inf)")
-    masked: bool = setting(True, "Whether the labels weight the structures that the evidence comes from.")
-    scaling: str = setting(
-        "min-max", "How structures are scaled before the mixture is fitted.", choices=("min-max", "quantile")
-    )
     dual: bool = setting(
         False, "Whether two networks train, each with the other's labels (GSC+); costs twice as much."
     )
