@@ -242,6 +242,7 @@ def _leave_process_group() -> None:
     """What torch asks for at the end of a process that trained together with others."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()  # the first process writes more than the others; who leaves before it may be aborted
         distributed.destroy_process_group()
 
 

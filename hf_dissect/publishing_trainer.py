@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
-from hf_dissect.hub.published_files import CARD_FILE, RECIPE_FILE, without_paths
+from hf_dissect.hub.published_files import CARD_FILE, CARDS, RECIPE_FILE, without_paths
 from hf_dissect.hub.push import Push, publish
 from hf_dissect.hub.repository import HubError, Repository
 from hf_dissect.hub.shared_recipe import published_recipe
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 STAGING_PREFIX = "pushing-"
 """Of the folders, inside a run folder, that hold the files of a checkpoint until they are on the Hub."""
 
+_CARDS_FOLDER = "cards"
 _NOT_IN_CHECKPOINTS = (
     "training_args.bin",
     CARD_FILE,
@@ -122,30 +123,35 @@ class PublishingTrainer(Trainer):
             self.push_in_progress.jobs.append(job)
 
     def _stage(self, checkpoint: Path) -> Path:
-        """Hold the files of a checkpoint, which may be rotated away before they are sent, by other names."""
+        """Hold a checkpoint, and the card as it is now, by other names: both may be gone before they are sent."""
         staged = Path(self.args.output_dir, f"{STAGING_PREFIX}{checkpoint.name}")
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.copytree(checkpoint, staged, copy_function=_link, ignore=shutil.ignore_patterns(*_NOT_IN_CHECKPOINTS))
+        left_out = shutil.ignore_patterns(*_NOT_IN_CHECKPOINTS)
+        shutil.copytree(checkpoint, staged / checkpoint.name, copy_function=_link, ignore=left_out)
+        (staged / _CARDS_FOLDER).mkdir()
+        for card in (Path(self.args.output_dir, name) for name in CARDS):
+            if card.is_file():
+                _link(card, staged / _CARDS_FOLDER / card.name)
         return staged
 
     def _publish_checkpoint(self, staged: Path, message: str) -> None:
         """Publish the model of a checkpoint and, if asked for, the checkpoint itself; a failure ends no training."""
+        checkpoint = staged / staged.name.removeprefix(STAGING_PREFIX)
         try:
-            publish(self._repository, staged, message=message, cards_in=Path(self.args.output_dir))
+            publish(self._repository, checkpoint, message=message, cards_in=staged / _CARDS_FOLDER)
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-                self._send_whole(staged, f"{message}, checkpoint")
+                self._send_whole(checkpoint, f"{message}, checkpoint")
         except (OSError, ValueError) as error:
-            checkpoint = staged.name.removeprefix(STAGING_PREFIX)
-            logger.warning("%s was not pushed, and training goes on: %s", checkpoint, error)
+            logger.warning("%s was not pushed, and training goes on: %s", checkpoint.name, error)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _send_whole(self, staged: Path, message: str) -> None:
+    def _send_whole(self, checkpoint: Path, message: str) -> None:
         keeps_all = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-        below = staged.name.removeprefix(STAGING_PREFIX) if keeps_all else "last-checkpoint"
+        below = checkpoint.name if keeps_all else "last-checkpoint"
         files = {}
-        for path in sorted(path for path in staged.rglob("*") if path.is_file()):
-            name, content = path.relative_to(staged).as_posix(), path
+        for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+            name, content = path.relative_to(checkpoint).as_posix(), path
             if path.name == RECIPE_FILE:
                 content = published_recipe(read_settings(path), self._repository.repo_id)[0].encode()
             elif path.name.endswith(("config.json", "trainer_state.json")):

@@ -15,7 +15,7 @@ from hf_dissect.hub.shared_recipe import is_local_path, published_recipe
 from hf_dissect.recipe import read_settings
 
 RECIPE_FILE, CARD_FILE = "recipe.yaml", "README.md"
-_CARDS = (CARD_FILE, "report.png", "report.svg")
+CARDS = (CARD_FILE, "report.png", "report.svg")
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _CONFIGURATIONS = (
     "config.json",
@@ -32,7 +32,7 @@ _TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", *_PIECE
 _BASE = tuple(f"base_model/{name}" for name in (*WEIGHTS[:2], "config.json", "generation_config.json"))
 LOADED = (*WEIGHTS, *_CONFIGURATIONS, *_TOKENIZER, *_BASE, "tasks.json")
 """Patterns of the files that a model is loaded from."""
-PUBLISHED = (*LOADED, RECIPE_FILE, "metrics.json", *_CARDS)
+PUBLISHED = (*LOADED, RECIPE_FILE, "metrics.json", *CARDS)
 """Patterns of all files that are published: no checkpoint, ledger, log, report with pictures, nor anything pickled."""
 
 _LARGEST_TEXT = 50_000_000
@@ -61,8 +61,8 @@ def published_files(
     found: dict[str, Path | bytes] = {name: path for name, path in names.items() if is_published(name)}
     left_out: list[str] = []
     if cards_in is not None:
-        found = {name: path for name, path in found.items() if name not in _CARDS}
-        found |= {name: cards_in / name for name in _CARDS if (cards_in / name).is_file()}
+        found = {name: path for name, path in found.items() if name not in CARDS}
+        found |= {name: cards_in / name for name in CARDS if (cards_in / name).is_file()}
     if CARD_FILE in found:
         found[CARD_FILE] = name_model(found[CARD_FILE].read_text(encoding="utf-8"), repo_id).encode()
     if RECIPE_FILE in found:
