@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_dissect.commands import audit, push, push_ledger
-from hf_dissect.commands.process import is_first_process as _is_first_process
-from hf_dissect.commands.process import not_negative as _not_negative
-from hf_dissect.commands.process import positive as _positive
-from hf_dissect.commands.process import quiet_libraries as _quiet_libraries
+from hf_dissect.commands.process import is_first_process, not_negative, positive, quiet_libraries
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.launch_configs import read_summary, shipped_launch_configs
 from hf_dissect.recipe import Recipe, RecipeError, read_description, shipped_recipes
@@ -55,7 +52,7 @@ FIGURES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for settings or data that cannot work."""
     options = _parse(arguments)
-    level = logging.WARNING if _is_first_process() else logging.ERROR  # each process would say the same
+    level = logging.WARNING if is_first_process() else logging.ERROR  # each process would say the same
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         options.run(options)
@@ -101,20 +98,20 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def _train(options: argparse.Namespace) -> None:
     recipe = _recipe(options, options.overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from hf_dissect.run_recipe import free_output_dir, run_recipe
 
     recipe = _with_output_dir(recipe, options.output_dir)
     recipe = recipe if options.resume else free_output_dir(recipe)
     metrics = run_recipe(recipe, resume=options.resume)
-    if _is_first_process():
+    if is_first_process():
         print(f"\n{_retrieval_table(metrics['final'])}\n")
         _print_selection(metrics)
         print(f"model   {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from hf_dissect.evaluate_checkpoint import DEFAULT_TEMPLATES, evaluate_checkpoint
 
     figures = evaluate_checkpoint(
@@ -132,7 +129,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    if not _is_first_process():
+    if not is_first_process():
         return
     print(_retrieval_table(figures))
     if options.output:
@@ -146,7 +143,7 @@ def _compare(options: argparse.Namespace) -> None:
     if options.seeds is not None:
         overrides.append(f"compare.seeds=[{options.seeds}]")
     recipe = _recipe(options, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from hf_dissect.compare import TABLE_COLUMNS, TABLE_DECIMALS, TABLE_LEGEND, compare
     from hf_dissect.evaluation import format_results_table
     from hf_dissect.run_recipe import free_output_dir
@@ -154,7 +151,7 @@ def _compare(options: argparse.Namespace) -> None:
     recipe = _with_output_dir(recipe, options.output_dir)
     recipe = recipe if options.overwrite or options.resume else free_output_dir(recipe)
     comparison = compare(recipe, resume=options.resume, announce=_announce)
-    if not _is_first_process():
+    if not is_first_process():
         return
     known = {
         key: name for key, name in TABLE_COLUMNS.items() if any(_has(row.get(key)) for row in comparison["table"])
@@ -193,7 +190,7 @@ def _with_output_dir(recipe: Recipe, output_dir: str | None) -> Recipe:
 
 
 def _announce(text: str) -> None:
-    if _is_first_process():
+    if is_first_process():
         print(f"\n{text}", flush=True)
 
 
@@ -292,9 +289,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--classes", help="class names: comma-separated, or a file with one a line")
     evaluate.add_argument("--template", action="append", help="caption of a class, {} is its name; may be repeated")
     evaluate.add_argument("--image-features", help=".npz of stored features, for models that read those")
-    evaluate.add_argument("--max-rows", type=_positive, help="evaluate the first rows only")
-    evaluate.add_argument("--batch-size", type=_positive, default=64, help="pairs a forward pass (default: 64)")
-    evaluate.add_argument("--num-workers", type=_not_negative, default=0, help="processes that decode (default: 0)")
+    evaluate.add_argument("--max-rows", type=positive, help="evaluate the first rows only")
+    evaluate.add_argument("--batch-size", type=positive, default=64, help="pairs a forward pass (default: 64)")
+    evaluate.add_argument("--num-workers", type=not_negative, default=0, help="processes that decode (default: 0)")
     evaluate.add_argument("--output", help="also write the figures to this JSON file")
 
     audit.add_parser(commands)

@@ -22,10 +22,8 @@ STAGING_PREFIX = "pushing-"
 """Of the folders, inside a run folder, that hold the files of a checkpoint until they are on the Hub."""
 
 _CARDS_FOLDER = "cards"
-_NOT_IN_CHECKPOINTS = (
-    "training_args.bin",
-    CARD_FILE,
-)  # a pickle with paths and the token in it; PEFT's draft of a card
+# A pickle with paths and the token in it; PEFT's draft of a card.
+_NOT_IN_CHECKPOINTS = ("training_args.bin", CARD_FILE)
 
 
 class PublishingTrainer(Trainer):

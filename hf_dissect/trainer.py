@@ -30,7 +30,7 @@ from hf_dissect.publishing_trainer import PublishingTrainer
 from hf_dissect.ranks import Ranks
 from hf_dissect.resumable_trainer import ResumableTrainer
 from hf_dissect.run_folder import write_run_folder
-from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
+from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, correlation_of, score
 from hf_dissect.selection.scope import Kept, select_among_all, select_among_own, share_out, told_to_all
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.task_routing import check_tasks, forward_inputs, representations
@@ -279,8 +279,7 @@ class DissectTrainer(ResumableTrainer, PublishingTrainer, EvaluatingTrainer, Car
         evidence = self.objective.evidence(outputs, sample_id, self.ledger)
         columns = {"sample_id": sample_id, **evidence}
         if not self._scores_candidates():
-            cosine = (outputs["image_embeds"] * outputs["text_embeds"]).sum(-1).detach().float()
-            columns["correlation"] = (cosine * 100).clamp_min(0)
+            columns["correlation"] = correlation_of(outputs["image_embeds"], outputs["text_embeds"]).detach()
         if len(columns) == 1:
             return
         told = self.ranks.gather_columns(columns, [len(sample_id)] * self.ranks.count)

@@ -7,8 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_dissect.data.pairs import PairDataset
-from hf_dissect.selection import score
-from hf_dissect.task_routing import forward_inputs
+from hf_dissect.pair_scores import score_batches
 
 if TYPE_CHECKING:
     from hf_dissect.trainer import DissectTrainer
@@ -40,16 +39,9 @@ class PairEmbeddings:
 def embed_pairs(trainer: "DissectTrainer", pairs: PairDataset) -> PairEmbeddings:
     """Embed every pair under the trainer's current weights; on all ranks the same."""
     parts = []
-    batches = trainer.get_eval_dataloader(pairs)
-    for batch in tqdm(batches, desc="reading pairs", unit="batch", disable=not trainer.is_world_process_zero()):
-        batch = trainer._prepare_inputs(batch)
-        scores = score(
-            trainer.model,
-            forward_inputs(trainer.model, batch),
-            batch["sample_id"],
-            kind=trainer.kind,
-            autocast=trainer.accelerator.autocast,
-        )
+    silent = not trainer.is_world_process_zero()
+    batches = tqdm(trainer.get_eval_dataloader(pairs), desc="reading pairs", unit="batch", disable=silent)
+    for batch, scores in score_batches(trainer, batches):
         part = {name: batch[name] for name in _KEPT if name in batch}
         part |= {"image": scores.image_embeds, "text": scores.text_embeds}
         gathered = trainer.accelerator.gather_for_metrics(part)

@@ -1,16 +1,15 @@
 """What a run remembers of the pairs that are audited, where it trained on the same ones."""
 
-import json
 import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from hf_dissect.run_state import LEDGER_FILE
 from hf_dissect.selection import SampleLedger
+from hf_dissect.selection.ledger import read_ledger
 from hf_dissect.selection.soft_labels import SoftLabels
 
-LEDGER_FILE = "ledger.safetensors"
 _EVIDENCE = ("agreement", "structure")  # of an epoch that is not over; of no meaning afterwards
 
 
@@ -25,14 +24,10 @@ def open_ledger(path: str | os.PathLike) -> SampleLedger:
     path = path / LEDGER_FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"No ledger at {path}; name the folder of a finished run.")
-    try:
-        with safe_open(path, "pt") as file:
-            num_samples = json.loads((file.metadata() or {})["num_samples"])
-            columns = [name.removeprefix("column.") for name in file.keys() if name.startswith("column.")]
-        ledger = SampleLedger(num_samples, columns=tuple(columns))
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable ledger: {error}") from error
-    ledger.load(path)
+    saved = read_ledger(path)
+    ledger = SampleLedger(saved.num_samples, columns=tuple(saved.columns))
+    for name, values in saved.columns.items():
+        ledger.write(name, saved.ids, values)
     return ledger
 
 

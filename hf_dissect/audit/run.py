@@ -1,7 +1,6 @@
 """One audit from a model and a data set to a folder of results."""
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from hf_dissect.audit.embeddings import PairEmbeddings, embed_pairs
 from hf_dissect.audit.export import CleanExport, check_folder, export_clean
-from hf_dissect.audit.ledger_columns import LEDGER_FILE, ledger_columns, open_ledger
+from hf_dissect.audit.ledger_columns import ledger_columns, open_ledger
 from hf_dissect.audit.page import write_page
 from hf_dissect.audit.scores import match_scores, mismatched_share, p_mismatched
 from hf_dissect.audit.table import score_table, write_table
@@ -26,7 +25,9 @@ from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.pull import download_model
 from hf_dissect.models import load_model_and_processor, logit_scale_and_bias
 from hf_dissect.recipe import DataSection, Recipe
-from hf_dissect.run_recipe import load_split
+from hf_dissect.run_recipe import first_free, load_split
+from hf_dissect.run_state import LEDGER_FILE
+from hf_dissect.selection import correlation_of
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +184,11 @@ def _scores(
         device=device,
         progress=progress,
     )
-    correlation = ((image * text).sum(1) * 100).clamp_min(0)
-    scores = {"correlation": correlation, "score": matches.score, "p_mismatched": p_mismatched(matches)}
+    scores = {
+        "correlation": correlation_of(image, text),
+        "score": matches.score,
+        "p_mismatched": p_mismatched(matches),
+    }
     return scores, mismatched_share(matches)
 
 
@@ -195,7 +199,7 @@ def _auroc(embeddings: PairEmbeddings, score: torch.Tensor) -> float | None:
 
 
 def _ledger_columns(ledger: Any, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:
-    correlation = ((embeddings.image * embeddings.text).sum(1) * 100).clamp_min(0)
+    correlation = correlation_of(embeddings.image, embeddings.text)
     by_row = pairs.num_samples is not None
     return ledger_columns(ledger, embeddings.sample_id, correlation, by_row=by_row)
 
@@ -228,8 +232,7 @@ def _model_name(checkpoint: str) -> str:
 
 def _free_folder(folder: Path) -> Path:
     """The folder, or `<folder>-2`, `-3`, ... when it holds an audit already: none is overwritten."""
-    names = itertools.chain([folder], (Path(f"{folder}-{number}") for number in itertools.count(2)))
-    free = next(path for path in names if not (path / SCORES_FILE).exists())
+    free = first_free(folder, lambda path: (path / SCORES_FILE).exists())
     if free != folder:
         logger.warning("%s already holds an audit; this one goes to %s.", folder, free)
     return free

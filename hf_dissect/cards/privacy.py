@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from hf_dissect.hub.address import is_repo_id
+from hf_dissect.hub.shared_recipe import is_local_path
 
-_PATH = re.compile(r"~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\|file:")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _HUB_FILES = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 _AROUND_WORDS = "\"'`()[]{}<>,;:="
@@ -14,11 +14,7 @@ _AROUND_WORDS = "\"'`()[]{}<>,;:="
 
 def hub_id(name: str | None) -> str | None:
     """`name` where it can be an id of the Hub, None otherwise: the path of a local folder tells a reader nothing."""
-    if not name or _TOKEN.search(name) or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
+    if not name or _TOKEN.search(name) or Path(name).exists() or not is_repo_id(name):
         return None
     return name
 
@@ -43,7 +39,7 @@ def may_be_published(value: object) -> bool:
 
 
 def _is_place(word: str) -> bool:
-    if _PATH.match(word) or "://" in word:
+    if is_local_path(word) or "://" in word:
         return True
     separated = "/" in word or "\\" in word
     return separated and len(word) < 256 and Path(word).exists()

@@ -141,7 +141,6 @@ def _cleaned(value: Any, key: str = "") -> Any:
         return [_cleaned(part) for part in value]
     if not isinstance(value, str):
         return value
-    is_folder = (
-        key.endswith("name_or_path") and value and Path(value).exists()
-    )  # which else reads as a name of the Hub
+    # A relative folder else reads as a name of the Hub.
+    is_folder = key.endswith("name_or_path") and value and Path(value).exists()
     return None if is_folder or (is_local_path(value) and len(Path(value).parts) > 1) else value
