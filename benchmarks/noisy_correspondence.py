@@ -56,9 +56,9 @@ METHODS = {
     "ncr": ["selection.strategy=ncr", "selection.warmup_epochs=1"],
     "dissect": ["selection.strategy=dissect", "selection.warmup_epochs=4"],
     "gsc": GSC,
-    "gsc-robust": [*GSC, "objective.gsc.masked=false", "objective.gsc.scaling=quantile"],
     "gsc-without-labels": [*GSC, "objective.gsc.beta=1e-9"],  # its loss and temperature alone
     "gsc+": [*GSC, "objective.gsc.dual=true"],
+    "gsc+-without-labels": [*GSC, "objective.gsc.dual=true", "objective.gsc.beta=1e-9"],  # what two networks gain
     "oracle": ALL_PAIRS,
 }
 OPINIONS = ("label_auroc", "p_clean_auroc", "ranking_auroc", "model_auroc")

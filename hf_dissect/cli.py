@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_dissect.commands import audit, push, push_ledger
+from hf_dissect.commands.process import is_first_process, not_negative, positive, quiet_libraries
+from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.launch_configs import read_summary, shipped_launch_configs
 from hf_dissect.recipe import Recipe, RecipeError, load_settings, read_description, shipped_recipes
 from hf_dissect.version import __version__
@@ -20,10 +22,12 @@ EPILOGS = {
   hf-dissect train flickr8k-local data.path=/data/flickr8k
   hf-dissect train runs/quickstart/recipe.yaml       repeat a run from its own folder
   hf-dissect train quickstart --resume               continue from the last checkpoint
+  hf-dissect train hub:ada/mine                      repeat a run that was published
   accelerate launch -m hf_dissect.cli train cc3m     several GPUs; see hf-dissect recipes --accelerate""",
     "evaluate": """examples:
   hf-dissect evaluate runs/quickstart                the data of the run's own recipe
   hf-dissect evaluate runs/x --data /data/flickr8k --split test
+  hf-dissect evaluate hub:ada/mine                   a published run, on the data of its recipe
   hf-dissect evaluate openai/clip-vit-base-patch32 --data /data/pets --classes cat,dog --label-column species""",
     "compare": """examples:
   hf-dissect compare recipes/quickstart.yaml
@@ -48,7 +52,7 @@ FIGURES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for settings or data that cannot work."""
     options = _parse(arguments)
-    level = logging.WARNING if _is_first_process() else logging.ERROR  # each process would say the same
+    level = logging.WARNING if is_first_process() else logging.ERROR  # each process would say the same
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         options.run(options)
@@ -93,24 +97,24 @@ def _is_for_the_user(error: Exception) -> bool:
 
 
 def _train(options: argparse.Namespace) -> None:
-    if "distillation" in load_settings(options.recipe)[0]:
+    if not is_hub_address(options.recipe) and "distillation" in load_settings(options.recipe)[0]:
         _distil(options)
         return
-    recipe = Recipe.load(options.recipe, options.overrides)
-    _quiet_libraries()
+    recipe = _recipe(options, options.overrides)
+    quiet_libraries()
     from hf_dissect.run_recipe import free_output_dir, run_recipe
 
     recipe = _with_output_dir(recipe, options.output_dir)
     recipe = recipe if options.resume else free_output_dir(recipe)
     metrics = run_recipe(recipe, resume=options.resume)
-    if _is_first_process():
+    if is_first_process():
         print(f"\n{_retrieval_table(metrics['final'])}\n")
         _print_selection(metrics)
         print(f"model   {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
 
 
 def _distil(options: argparse.Namespace) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from hf_dissect.distillation.recipe import DistillationRecipe
     from hf_dissect.distillation.run_folder import figures_table
     from hf_dissect.distillation.run_recipe import run_distillation
@@ -119,13 +123,13 @@ def _distil(options: argparse.Namespace) -> None:
     recipe = _with_output_dir(DistillationRecipe.load(options.recipe, options.overrides), options.output_dir)
     recipe = recipe if options.resume else free_output_dir(recipe)
     metrics = run_distillation(recipe, resume=options.resume)
-    if _is_first_process():
+    if is_first_process():
         print(f"\n{figures_table(metrics)}\n")
         print(f"student {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from hf_dissect.evaluate_checkpoint import DEFAULT_TEMPLATES, evaluate_checkpoint
 
     figures = evaluate_checkpoint(
@@ -143,7 +147,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    if not _is_first_process():
+    if not is_first_process():
         return
     print(_retrieval_table(figures))
     if options.output:
@@ -156,8 +160,8 @@ def _compare(options: argparse.Namespace) -> None:
         overrides.append(f"compare.strategies={json.dumps([part.strip() for part in options.strategies.split(',')])}")
     if options.seeds is not None:
         overrides.append(f"compare.seeds=[{options.seeds}]")
-    recipe = Recipe.load(options.recipe, overrides)
-    _quiet_libraries()
+    recipe = _recipe(options, overrides)
+    quiet_libraries()
     from hf_dissect.compare import TABLE_COLUMNS, TABLE_DECIMALS, TABLE_LEGEND, compare
     from hf_dissect.evaluation import format_results_table
     from hf_dissect.run_recipe import free_output_dir
@@ -165,7 +169,7 @@ def _compare(options: argparse.Namespace) -> None:
     recipe = _with_output_dir(recipe, options.output_dir)
     recipe = recipe if options.overwrite or options.resume else free_output_dir(recipe)
     comparison = compare(recipe, resume=options.resume, announce=_announce)
-    if not _is_first_process():
+    if not is_first_process():
         return
     known = {
         key: name for key, name in TABLE_COLUMNS.items() if any(_has(row.get(key)) for row in comparison["table"])
@@ -189,6 +193,14 @@ def _recipes(options: argparse.Namespace) -> None:
         print(f"{name:{width}}  {describe(path)}")
 
 
+def _recipe(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
+    if not is_hub_address(options.recipe):
+        return Recipe.load(options.recipe, overrides)
+    from hf_dissect.hub.pull import pull_recipe
+
+    return pull_recipe(HubAddress.parse(options.recipe), overrides, options.output_dir)
+
+
 def _with_output_dir(recipe: Recipe, output_dir: str | None) -> Recipe:
     from hf_dissect.run_recipe import in_folder
 
@@ -196,7 +208,7 @@ def _with_output_dir(recipe: Recipe, output_dir: str | None) -> Recipe:
 
 
 def _announce(text: str) -> None:
-    if _is_first_process():
+    if is_first_process():
         print(f"\n{text}", flush=True)
 
 
@@ -241,41 +253,12 @@ def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _not_negative(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: an integer of at least {least}")
-    return int(text)
-
-
-def _is_first_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _leave_process_group() -> None:
     """What torch asks for at the end of a process that trained together with others."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()  # the first process writes more than the others; who leaves before it may be aborted
         distributed.destroy_process_group()
-
-
-def _quiet_libraries() -> None:
-    """One progress bar a run is enough: the libraries' own bars for a file or two say nothing."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    # Said by peft's use of transformers for every adapter; nothing that a user could change.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -300,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train a model as a recipe says.")
     compare = command("compare", _compare, "Run a recipe with several strategies and seeds and print a table.")
     for part in (train, compare):
-        part.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+        part.add_argument("recipe", help="YAML file, name of a shipped recipe, or hub:USER/REPO")
         part.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
         part.add_argument("--output-dir", help="run folder (default: runs/<name of the recipe>)")
     train.set_defaults(after_interrupt="If a checkpoint was written, --resume continues from it.")
@@ -314,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = command("evaluate", _evaluate, "Retrieval and zero-shot figures of a saved model.")
-    evaluate.add_argument("checkpoint", help="run folder, checkpoint folder or Hub id")
+    evaluate.add_argument("checkpoint", help="run folder, checkpoint folder, Hub id or hub:USER/REPO")
     evaluate.add_argument("--data", help="folder, file, .tar shards, Hub data set id or scenes (default: the run's)")
     evaluate.add_argument("--split", default="test", help="split of the data (default: test)")
     evaluate.add_argument("--image-column", help="column of the images")
@@ -324,16 +307,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--classes", help="class names: comma-separated, or a file with one a line")
     evaluate.add_argument("--template", action="append", help="caption of a class, {} is its name; may be repeated")
     evaluate.add_argument("--image-features", help=".npz of stored features, for models that read those")
-    evaluate.add_argument("--max-rows", type=_positive, help="evaluate the first rows only")
-    evaluate.add_argument("--batch-size", type=_positive, default=64, help="pairs a forward pass (default: 64)")
-    evaluate.add_argument("--num-workers", type=_not_negative, default=0, help="processes that decode (default: 0)")
+    evaluate.add_argument("--max-rows", type=positive, help="evaluate the first rows only")
+    evaluate.add_argument("--batch-size", type=positive, default=64, help="pairs a forward pass (default: 64)")
+    evaluate.add_argument("--num-workers", type=not_negative, default=0, help="processes that decode (default: 0)")
     evaluate.add_argument("--output", help="also write the figures to this JSON file")
+
+    audit.add_parser(commands)
 
     recipes = command("recipes", _recipes, "List the shipped recipes or accelerate configurations, or print one.")
     recipes.add_argument("name", nargs="?", help="print this one instead of the list")
     recipes.add_argument(
         "--accelerate", action="store_true", help="the configurations of accelerate launch instead of the recipes"
     )
+    push.add_parser(commands)
+    push_ledger.add_parser(commands)
     return parser
 
 

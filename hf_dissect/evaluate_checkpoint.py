@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import datasets
 from hf_dissect.data import as_pairs
 from hf_dissect.data.pair_columns import CAPTION_COLUMNS
 from hf_dissect.evaluation import evaluate_zero_shot
+from hf_dissect.hub.address import HubAddress, is_hub_address
+from hf_dissect.hub.pull import download_model, pull_recipe
 from hf_dissect.models import load_model_and_processor
-from hf_dissect.recipe import DataSection, Recipe
-from hf_dissect.run_folder import final_results
+from hf_dissect.recipe import DataSection, Recipe, RecipeError
+from hf_dissect.run_folder import without_speed
 from hf_dissect.run_recipe import load_split, zero_shot_figures
 from hf_dissect.task_routing import number_tasks_as_saved
 from hf_dissect.trainer import DissectTrainer
@@ -44,7 +47,7 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint.
 
     Args:
-        checkpoint: run folder, `checkpoint-N` folder or Hub id.
+        checkpoint: run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to have the recipe there as well.
         data: "scenes", a local folder or file, tar shards, or a Hub data set id; None for the data of the recipe that
             lies in the checkpoint's folder.
         split: of the data.
@@ -65,8 +68,10 @@ def evaluate_checkpoint(
     Raises:
         ValueError: the data have neither, or there is no recipe to take the data from.
     """
-    recipe = _recipe_of(checkpoint)
-    section = _data_section(checkpoint, data, recipe)
+    recipe = recipe_of(checkpoint) if data is None else None
+    if is_hub_address(checkpoint):
+        checkpoint = str(download_model(HubAddress.parse(checkpoint)))
+    section = data_section(checkpoint, data, recipe)
     section = dataclasses.replace(
         section,
         image_column=image_column or section.image_column,
@@ -102,6 +107,15 @@ def evaluate_checkpoint(
 def _retrieval(
     checkpoint: str, model, processor, rows, section: DataSection, batch_size: int, num_workers: int
 ) -> dict[str, float]:
+    with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
+        return without_speed(trainer.evaluate(metric_key_prefix="test"), "test")
+
+
+@contextmanager
+def evaluating_trainer(
+    checkpoint: str, model: Any, processor: Any, rows: Any, section: DataSection, batch_size: int, num_workers: int
+) -> Iterator[DissectTrainer]:
+    """A trainer whose `eval_dataset` are `rows` as pairs, and that leaves no file; see `evaluate_checkpoint`."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = DissectTrainingArguments(
             folder,
@@ -112,23 +126,34 @@ def _retrieval(
             caption_column=section.caption_column,
             id_column=section.id_column,
             task_column=section.task_column,
+            clean_column=section.clean_column,
             max_bad_fraction=1.0,
             report_to="none",
         )
         pairs = as_pairs(rows, **arguments.column_names())
         number_tasks_as_saved(pairs, checkpoint)
-        trainer = DissectTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor)
-        return final_results(trainer.evaluate(metric_key_prefix="final"))
+        yield DissectTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor)
 
 
-def _recipe_of(checkpoint: str) -> Recipe | None:
+def recipe_of(checkpoint: str) -> Recipe | None:
+    """The recipe that lies in the folder of a run or of one of its checkpoints, or on the Hub, if there is one."""
+    if is_hub_address(checkpoint):
+        try:
+            return pull_recipe(HubAddress.parse(checkpoint))
+        except RecipeError as error:
+            raise ValueError(f"{error}\nName the data with --data.") from error
     for folder in (Path(checkpoint), Path(checkpoint).parent):
         if (folder / "recipe.yaml").is_file():
             return Recipe.load(folder / "recipe.yaml")
     return None
 
 
-def _data_section(checkpoint: str, data: str | None, recipe: Recipe | None) -> DataSection:
+def data_section(checkpoint: str, data: str | None, recipe: Recipe | None) -> DataSection:
+    """What `data` names, see `evaluate_checkpoint`; None for the data of the checkpoint's recipe.
+
+    Raises:
+        ValueError: neither data nor a recipe.
+    """
     if data is None:
         if recipe is None:
             raise ValueError(f"{checkpoint} has no recipe.yaml to take the data from; name the data with --data.")

@@ -37,8 +37,6 @@ class GscObjective:
         beta: share of the new evidence in a label, in (0, 1].
         temperature: of the softmax over the cosines; the model's own is neither used nor trained by this loss.
         warmup_epochs: epochs that train by the contrastive loss while evidence is recorded.
-        masked: whether the labels weight the columns of the structures that the evidence comes from, as in the paper.
-        scaling: of the structures to [0, 1] before the mixture is fitted, "min-max" (the paper's) or "quantile".
         dual: whether two networks take each other's labels; the model is then a `TwinDualEncoder`.
         seed: of the mixture.
 
@@ -53,20 +51,17 @@ class GscObjective:
     beta: float = 0.7
     temperature: float = 0.07
     warmup_epochs: int = 1
-    masked: bool = True
-    scaling: str = "min-max"
     dual: bool = False
     seed: int = 0
 
     def __post_init__(self):
         if isinstance(self.warmup_epochs, bool) or not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs={self.warmup_epochs!r}: must be an integer of at least 0.")
-        for name in ("masked", "dual"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false.")
+        if not isinstance(self.dual, bool):
+            raise ValueError(f"dual={self.dual!r}: must be true or false.")
         self._last_evidence: dict[str, torch.Tensor] | None = None
         suffixes = SUFFIXES if self.dual else SUFFIXES[:1]
-        self._labels = [SoftLabels(self.beta, self.scaling, self.seed, suffix) for suffix in suffixes]
+        self._labels = [SoftLabels(self.beta, self.seed, suffix) for suffix in suffixes]
         self.columns = tuple(column for labels in self._labels for column in labels.columns)
         self._loss = GscLoss(self.gamma, self.temperature)
 
@@ -86,7 +81,7 @@ class GscObjective:
             if weights is not None:
                 losses.append(self._loss(*embeds, labels.to(weights) * weights))
                 continue
-            loss, evidence = self._loss.with_evidence(*embeds, labels, masked=self.masked)
+            loss, evidence = self._loss.with_evidence(*embeds, labels)
             losses.append(loss)
             self._last_evidence.update(own.as_columns(evidence))
         return sum(losses)
@@ -103,7 +98,6 @@ class GscObjective:
             return columns
         columns = {}
         for own, embeds, labels in self._networks(outputs, sample_id, ledger):
-            labels = labels if self.masked else None
             columns.update(own.as_columns(gsc_evidence(*embeds, labels, temperature=self.temperature)))
         return columns
 

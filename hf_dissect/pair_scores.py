@@ -1,10 +1,11 @@
 """Scores of a whole data set under the final weights, to see which of its pairs the model takes for mismatched."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_dissect.selection import score
+from hf_dissect.selection import CandidateScores, score
 from hf_dissect.task_routing import forward_inputs
 
 if TYPE_CHECKING:
@@ -19,18 +20,28 @@ def score_all_pairs(trainer: "DissectTrainer", pairs: Any) -> dict[str, torch.Te
         CPU and the same on all ranks.
     """
     parts = []
-    for batch in trainer.get_eval_dataloader(pairs):
-        batch = trainer._prepare_inputs(batch)
-        scores = score(
-            trainer.model,
-            forward_inputs(trainer.model, batch),
-            batch["sample_id"],
-            kind=trainer.kind,
-            autocast=trainer.accelerator.autocast,
-        )
+    for batch, scores in score_batches(trainer, trainer.get_eval_dataloader(pairs)):
         part = {name: batch[name] for name in ("sample_id", "bad_reason", "is_clean") if name in batch}
         part["correlation"] = scores.correlation.to(trainer.args.device)
         parts.append(trainer.accelerator.gather_for_metrics(part))
     scored = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     good = scored.pop("bad_reason") == 0
     return {name: values[good] for name, values in scored.items()}
+
+
+def score_batches(
+    trainer: "DissectTrainer", batches: Iterable[Mapping[str, torch.Tensor]]
+) -> Iterator[tuple[Mapping[str, torch.Tensor], CandidateScores]]:
+    """Each batch of an evaluation loader on the trainer's device, with the scores of its pairs."""
+    for batch in batches:
+        batch = trainer._prepare_inputs(batch)
+        yield (
+            batch,
+            score(
+                trainer.model,
+                forward_inputs(trainer.model, batch),
+                batch["sample_id"],
+                kind=trainer.kind,
+                autocast=trainer.accelerator.autocast,
+            ),
+        )

@@ -93,9 +93,9 @@ class Recipe:
         return cls._build(read_settings(path), str(path), overrides)
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any], source: str = "recipe") -> "Recipe":
+    def from_dict(cls, settings: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
         """Check plain settings, nested as in the YAML file; `source` names them in errors (`RecipeError`)."""
-        return cls._build(copy.deepcopy(settings), source, ())
+        return cls._build(copy.deepcopy(settings), source, overrides)
 
     @classmethod
     def _build(cls, settings: dict[str, Any], source: str, overrides: Sequence[str]) -> "Recipe":
@@ -171,6 +171,7 @@ class Recipe:
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `hf_dissect.DissectTrainingArguments`, gathered from the sections."""
         arguments = copy.deepcopy(self.training) | {"output_dir": self.output_dir}
+        arguments.setdefault("run_name", Path(self.output_dir).name)  # in trackers, which may need a name to go on
         settings = self.to_dict()
         for argument, key in ARGUMENT_SOURCES.items():
             section, name = key.split(".")

@@ -18,6 +18,7 @@ ARGUMENT_SOURCES = {
     "selection_scope": "selection.scope",
     "selection_warmup_epochs": "selection.warmup_epochs",
     "selection_options": "selection.options",
+    "initial_ledger": "selection.ledger",
     "mask_false_negatives": "selection.mask_false_negatives",
     "grad_cache_chunk_size": "objective.grad_cache_chunk_size",
     "gsc": "objective.gsc",

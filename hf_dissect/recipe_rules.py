@@ -24,8 +24,6 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "gsc": {
         "beta": {"expected": float, "within": "(0, 1]"},
         "temperature": {"expected": float, "within": "(0, inf)"},
-        "masked": {"expected": bool},
-        "scaling": {"expected": str, "choices": ("min-max", "quantile")},
         "seed": {"expected": int, "within": "[0, 4294967295]"},
     },
     "ncr": {"seed": {"expected": int, "within": "[0, 4294967295]"}},
@@ -139,10 +137,10 @@ def _selection(recipe: "Recipe") -> Iterator[Fault]:
     epochs, steps = _training_value(recipe, "num_train_epochs"), _training_value(recipe, "max_steps")
     is_dissect = selection.strategy == "dissect"
     warms_up = is_dissect and selection.options.get("variant", "warmup") == "warmup" or selection.strategy == "ncr"
-    if warms_up and selection.warmup_epochs == 0:
-        way_out = ", or selection.options.variant: momentum" if is_dissect else ""
+    if warms_up and selection.warmup_epochs == 0 and not (is_dissect and selection.ledger):
+        way_out = ", or selection.options.variant: momentum, or selection.ledger" if is_dissect else ""
         yield (
-            ("selection.warmup_epochs", "selection.strategy", "selection.options"),
+            ("selection.warmup_epochs", "selection.strategy", "selection.options", "selection.ledger"),
             f"0 leaves no history to select by; allowed: at least 1{way_out}",
         )
     if warms_up and steps <= 0 and selection.warmup_epochs >= epochs:

@@ -129,6 +129,9 @@ class SelectionSection:
     )
     record: bool = setting(False, "Write selection.parquet: every candidate of every step.")
     max_bad_fraction: float = setting(0.01, "Share of unreadable rows above which the run stops.", within="[0, 1]")
+    ledger: str | None = setting(
+        None, "Scores of the same pairs to begin with: a run folder, Parquet files, or hub:USER/REPO; null: none."
+    )
 
 
 @dataclasses.dataclass
@@ -139,10 +142,6 @@ class GscSection:
     beta: float = setting(0.7, "Share of the new evidence in a label, at each epoch.", within="(0, 1]")
     temperature: float = setting(0.07, "Of the softmax over the cosines, in place of the model's.", within="(0, inf)")
     warmup_epochs: int = setting(1, "Epochs that train by the contrastive loss first.", within="[0, inf)")
-    masked: bool = setting(True, "Whether the labels weight the structures that the evidence comes from.")
-    scaling: str = setting(
-        "min-max", "How structures are scaled before the mixture is fitted.", choices=("min-max", "quantile")
-    )
     dual: bool = setting(
         False, "Whether two networks train, each with the other's labels (GSC+); costs twice as much."
     )

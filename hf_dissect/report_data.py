@@ -102,6 +102,12 @@ class RunSummary:
 
 def thumbnail(image: Image.Image | None) -> str | None:
     """`image` as base64 JPEG of at most 160 px without metadata, or None where it is absent or cannot be decoded."""
+    jpeg = thumbnail_jpeg(image)
+    return None if jpeg is None else base64.b64encode(jpeg).decode("ascii")
+
+
+def thumbnail_jpeg(image: Image.Image | None) -> bytes | None:
+    """What `thumbnail` gives, as the content of a JPEG file."""
     if image is None:
         return None
     try:
@@ -117,17 +123,22 @@ def thumbnail(image: Image.Image | None) -> str | None:
         image.save(buffer, "JPEG", comment=b"", **options)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         return None
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
 
 
 def replace_file(path: str | os.PathLike, text: str) -> Path:
     """Write `text` as UTF-8 under a temporary name and move it to `path`, so that no reader meets half a file."""
+    # A caption may hold lone surrogates, which UTF-8 cannot express.
+    return replace_bytes(path, text.encode("utf-8", "replace"))
+
+
+def replace_bytes(path: str | os.PathLike, content: bytes) -> Path:
+    """Write `content` as `replace_file` writes text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # A caption may hold lone surrogates, which UTF-8 cannot express.
-        temporary.write_bytes(text.encode("utf-8", "replace"))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ def line_panel(
     """
     with _figure(columns) as (figure, axes):
         for curve in curves:
-            x, y = _thinned(curve.x, curve.y)
+            x, y = thinned(curve.x, curve.y)
             scale = 100 if percent else 1
             axes.plot(
                 x,
@@ -146,7 +146,8 @@ def histogram_problem(histogram: Mapping | None) -> str | None:
     return None
 
 
-def _thinned(x: Sequence[float], y: Sequence[float]) -> Points:
+def thinned(x: Sequence[float], y: Sequence[float]) -> Points:
+    """At most `MAX_POINTS` points of a curve, each the mean of a block."""
     if len(x) <= MAX_POINTS:
         return list(x), list(y)
     block = math.ceil(len(x) / MAX_POINTS)

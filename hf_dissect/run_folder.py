@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from hf_dissect.adapters import base_of_adapter, describe_adapter
+from hf_dissect.adapters import describe_adapter
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.evaluation import noise_detection_metrics
-from hf_dissect.model_card import write_model_card
 from hf_dissect.objective import label_columns
 from hf_dissect.report import PairSample, RunSummary, write_report
 from hf_dissect.report_data import replace_file
@@ -32,7 +31,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
-_PRIVATE_SETTINGS = {"output_dir", "logging_dir", "hub_token", "hub_model_id", "run_name", "resume_from_checkpoint"}
+_PRIVATE_SETTINGS = {
+    *("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "initial_ledger"),
+    *(
+        "push_to_hub",
+        "hub_token",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_revision",
+        "hub_private_repo",
+        "hub_always_push",
+    ),
+}
 _DERIVED_SETTINGS = {"dataloader_pin_memory", "report_to"}  # what the machine has decides them
 
 
@@ -48,7 +58,8 @@ def write_run_folder(
     """Evaluate the trained model and write the run folder; called on all ranks, written by the first.
 
     The folder gets the model (or its adapter) and processor, `ledger.safetensors`, `recipe.yaml` when the run has one,
-    `metrics.json`, `report.html`, `report_data.json` (what the report is made of) and a model card, `README.md`.
+    `metrics.json`, `report.html`, `report_data.json` (what the report is made of), and a model card, `README.md`, with
+    its picture, `report.png`. The final figures are logged as `test_*`, so that trackers show them, too.
 
     Args:
         trainer: after `train`.
@@ -61,28 +72,44 @@ def write_run_folder(
     Returns:
         The content of `metrics.json`.
     """
-    trainer.save_model()  # first, so that nothing that follows can cost the trained model
+    # First, so that nothing that follows can cost the trained model; not pushed before the rest is there.
+    trainer.save_model(_internal_call=True)
     final = {} if more_figures is None else more_figures()
+    unlogged = dict(final)
     dataset = test_dataset if test_dataset is not None else trainer.eval_dataset
     if retrieval and dataset is not None:
-        final.update(final_results(trainer.evaluate(dataset, metric_key_prefix="final")))
+        final.update(without_speed(trainer.evaluate(dataset, metric_key_prefix="test"), "test"))
     scored = None
     if noise_detection and getattr(trainer.train_dataset, "knows_truth", False):
         with trainer.times.measure("evaluation"):
             scored = trainer.score_pairs(trainer.train_dataset)
         found = noise_detection_metrics(scored["correlation"], scored["is_clean"])
-        final.update({f"noise_detection_{key}": value for key, value in found.items()})
+        found = {f"noise_detection_{key}": value for key, value in found.items()}
+        final.update(found)
+        unlogged.update(found)
+    if unlogged:
+        trainer.log({f"test_{key}": float(value) for key, value in unlogged.items()})
     metrics = run_metrics(trainer, name or trainer.strategy.name, final)
     if scored is not None:
         metrics["selection"].update(label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"]))
     if trainer.args.should_save:
         _write_files(trainer, metrics)
+    # After all else: PEFT writes a card of its own beside each adapter it saves.
+    trainer.model_card.finish(metrics, evaluated="validation" if test_dataset is None else "test")
+    if trainer.args.push_to_hub:
+        trainer.push_run_folder()
     return metrics
 
 
 def run_metrics(trainer: "DissectTrainer", name: str, final: dict[str, Any]) -> dict[str, Any]:
     """The content of `metrics.json`: final figures, selection, times, bad rows, settings and versions."""
-    seconds = {f"{part}_s": trainer.times[part] for part in ("data", "scoring", "training", "evaluation")}
+    return {**metrics_of_this_process(trainer, name, final), "bad_rows": _bad_rows_of_all_ranks(trainer)}
+
+
+def metrics_of_this_process(trainer: "DissectTrainer", name: str, final: dict[str, Any]) -> dict[str, Any]:
+    """What `run_metrics` gives, as far as one process knows it: without the bad rows."""
+    spent = trainer.times.so_far()
+    seconds = {f"{part}_s": spent.get(part, 0.0) for part in ("data", "scoring", "training", "evaluation")}
     selection = dict(trainer.monitor.run.figures())
     last = trainer.monitor.last_epoch.sums.figures()
     selection.update({f"{key}_last_epoch": value for key, value in last.items()})
@@ -99,7 +126,6 @@ def run_metrics(trainer: "DissectTrainer", name: str, final: dict[str, Any]) -> 
             "selection": selection,
             "times": {"total_s": sum(seconds.values()), **seconds},
             **({} if (adapter := describe_adapter(trainer.model)) is None else {"adapter": adapter}),
-            "bad_rows": _bad_rows_of_all_ranks(trainer),
             "settings": changed_settings(trainer.args),
             "versions": {"python": platform.python_version(), **_versions()},
         }
@@ -162,17 +188,6 @@ def _write_files(trainer: "DissectTrainer", metrics: dict[str, Any]) -> None:
     )
     summary.save(folder / "report_data.json")
     write_report(folder / "report.html", [summary], title=_title(trainer, metrics["name"]))
-    recipe = trainer.recipe
-    base_model = None if recipe is None else recipe.model.name_or_path
-    if "adapter" in metrics:
-        base_model = base_of_adapter(trainer.model)
-    # Last: PEFT writes a card of its own beside each adapter it saves.
-    write_model_card(
-        folder / "README.md",
-        metrics=metrics,
-        base_model=base_model,
-        recipe_name=None if recipe is None else recipe.name,
-    )
 
 
 def _title(trainer: "DissectTrainer", name: str) -> str:
@@ -200,10 +215,10 @@ def write_json(path: Path, content: Any) -> None:
     replace_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def final_results(figures: dict[str, float]) -> dict[str, float]:
-    """Of an evaluation with the prefix "final": what was measured, without the prefix and without the speed."""
+def without_speed(figures: dict[str, float], prefix: str) -> dict[str, float]:
+    """Of an evaluation with a prefix such as "test": what was measured, without the prefix and without the speed."""
     speed = ("_runtime", "_per_second", "_preparation_time", "epoch")
-    return {key.removeprefix("final_"): value for key, value in figures.items() if not key.endswith(speed)}
+    return {key.removeprefix(f"{prefix}_"): value for key, value in figures.items() if not key.endswith(speed)}
 
 
 def _versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,17 @@ def load_split(section: DataSection, split: str, *, whole: bool = True) -> Any:
 def free_output_dir(recipe: Recipe) -> Recipe:
     """The recipe, moved to `<output_dir>-2`, `-3`, ... when its folder already holds a run: none is overwritten."""
     folder = Path(recipe.output_dir)
-    if not holds_a_run(folder):
+    free = first_free(folder, holds_a_run)
+    if free == folder:
         return recipe
-    free = next(path for n in itertools.count(2) if not holds_a_run(path := Path(f"{folder}-{n}")))
     logger.warning("%s already holds a run; this one goes to %s.", folder, free)
     return in_folder(recipe, free)
+
+
+def first_free(folder: Path, is_taken: Callable[[Path], bool]) -> Path:
+    """The folder itself, or the first of `<folder>-2`, `-3`, ... that is not taken."""
+    names = itertools.chain([folder], (Path(f"{folder}-{number}") for number in itertools.count(2)))
+    return next(path for path in names if not is_taken(path))
 
 
 def in_folder(recipe: Recipe, folder: str | Path) -> Recipe:

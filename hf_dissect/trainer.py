@@ -7,12 +7,14 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
+from hf_dissect.cards.callback import CardedTrainer
+from hf_dissect.cards.model_card import TAGS
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
 from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.evaluating_trainer import EvaluatingTrainer
+from hf_dissect.initial_ledger import begin_with_ledger
 from hf_dissect.losses import grad_cached_backward
-from hf_dissect.model_card import TAGS
 from hf_dissect.models import (
     bare_model,
     check_dual_encoder,
@@ -24,10 +26,11 @@ from hf_dissect.models import (
 )
 from hf_dissect.non_finite import NonFiniteLossError, check_finite
 from hf_dissect.objective import Objective
+from hf_dissect.publishing_trainer import PublishingTrainer
 from hf_dissect.ranks import Ranks
 from hf_dissect.resumable_trainer import ResumableTrainer
 from hf_dissect.run_folder import write_run_folder
-from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, score
+from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, correlation_of, score
 from hf_dissect.selection.scope import Kept, select_among_all, select_among_own, share_out, told_to_all
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.task_routing import check_tasks, forward_inputs, representations
@@ -47,7 +50,7 @@ from hf_dissect.training_data import (
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
 
 
-class DissectTrainer(ResumableTrainer, EvaluatingTrainer):
+class DissectTrainer(ResumableTrainer, PublishingTrainer, EvaluatingTrainer, CardedTrainer):
     """Trains a CLIP-like dual encoder on the pairs that its selection strategy keeps.
 
     Args:
@@ -276,8 +279,7 @@ class DissectTrainer(ResumableTrainer, EvaluatingTrainer):
         evidence = self.objective.evidence(outputs, sample_id, self.ledger)
         columns = {"sample_id": sample_id, **evidence}
         if not self._scores_candidates():
-            cosine = (outputs["image_embeds"] * outputs["text_embeds"]).sum(-1).detach().float()
-            columns["correlation"] = (cosine * 100).clamp_min(0)
+            columns["correlation"] = correlation_of(outputs["image_embeds"], outputs["text_embeds"]).detach()
         if len(columns) == 1:
             return
         told = self.ranks.gather_columns(columns, [len(sample_id)] * self.ranks.count)
@@ -304,6 +306,8 @@ class DissectTrainer(ResumableTrainer, EvaluatingTrainer):
         if self.objective.gsc is not None:
             warmup_epochs["train by the contrastive loss, without soft labels"] = self.objective.gsc.warmup_epochs
         warn_if_warm_up_outlasts(self.train_dataset, warmup_epochs, self.args)
+        if self.args.initial_ledger is not None and not resume_from_checkpoint:
+            begin_with_ledger(self, self.args.initial_ledger)
         try:
             with self.times.measure("training"):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)

@@ -31,6 +31,9 @@ class DissectTrainingArguments(TrainingArguments):
         selection_warmup_epochs: epochs before `dissect`'s warm-up variant begins to select by differential, and `ncr`
             by its mixture.
         selection_options: further keywords of the strategy, e.g. `{"variant": "momentum", "momentum": 0.9}`.
+        initial_ledger: scores of the same pairs to begin with: a run folder, a checkpoint, Parquet files, or
+            `hub:USER/REPO`, a data set that `hf-dissect push-ledger` published. With them, `selection_warmup_epochs`
+            of `dissect` may be 0. A resumed run goes on with its own ledger.
         scoring_batch_size: candidates per scoring forward; None for all `B` at once.
         record_selection: write `selection.parquet`, one row per candidate and step. Every candidate is then scored,
             also for strategies that would not need it.
@@ -77,6 +80,9 @@ class DissectTrainingArguments(TrainingArguments):
     )
     selection_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Further keywords of the strategy as JSON, e.g. {"variant": "momentum"}.'}
+    )
+    initial_ledger: str | None = field(
+        default=None, metadata={"help": "Scores to begin with: a run folder, Parquet files, or hub:USER/REPO."}
     )
     scoring_batch_size: int | None = field(
         default=None, metadata={"help": "Candidates per scoring forward; all at once by default."}
@@ -182,6 +188,8 @@ class DissectTrainingArguments(TrainingArguments):
         options = dict(self.selection_options)
         if self.selection_strategy in ("dissect", "ncr"):
             options.setdefault("warmup_epochs", self.selection_warmup_epochs)
+        if self.selection_strategy == "dissect":
+            options.setdefault("history_given", self.initial_ledger is not None)
         return make_strategy(self.selection_strategy, **options)
 
     def make_gsc(self) -> GscObjective | None:

@@ -93,7 +93,7 @@ def test_the_card_is_written_last_and_says_how_to_load(run):
     card = (folder / "README.md").read_text()
     is_mola = recipe.adapter["type"] == "mola"
     assert card.startswith("---\nlibrary_name: peft\n") and "sample-selection" in card
-    assert f"- {recipe.adapter['type']}\n" in card and 'subfolder="base_model"' in card
+    assert f"- {recipe.adapter['type']}\n" in card and '{"subfolder": "base_model"}' in card
     assert "PeftModel.from_pretrained(base" in card and "| Adapter: r | 2 |" in card
     assert ("import hf_dissect" in card) == is_mola == ("2406.09679" in card) == ("2402.08562" in card)
     assert ("| Adapter: variant | grad |" in card) == ("model.set_task(0)" in card)

@@ -88,6 +88,21 @@ def test_noisy_correspondence():
     assert found["ncr"]["detection"] == found["ncr"]["p_clean_auroc"]
 
 
+def test_audit_scores():
+    tower = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2"
+    settings = [
+        f"model.config.vision_config={tower}, image_size: 32, patch_size: 16}}",
+        f"model.config.text_config={tower}, max_position_embeddings: 32}}",
+        "data.scenes_train=64",
+        "data.scenes_validation=8",
+        "data.scenes_test=8",
+        "training.num_train_epochs=1",
+        "training.per_device_train_batch_size=32",
+    ]
+    results = run_benchmark("audit_scores", *settings, "--seeds", 1, "--pairs", 40)
+    assert "auroc_score" not in results["0% mismatched"] and 0 <= results["40% mismatched"]["auroc_score"]["mean"] <= 1
+
+
 def test_grad_cache():
     results = run_benchmark("grad_cache", "--chunk", 4, "--factors", 2, "--repeats", 1)
     cached, plain = results["grad_cache"]["2x"], results["plain"]["2x"]

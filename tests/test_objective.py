@@ -77,14 +77,13 @@ def test_the_scale_of_the_model_is_left_alone_but_has_a_gradient(clip, ledger):
     assert gradient == 0  # None would keep DDP waiting
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_the_evidence_is_that_of_the_pairs_and_their_labels(masked, clip, ledger):
+def test_the_evidence_is_that_of_the_pairs_and_their_labels(clip, ledger):
     outputs = clip[1]
-    evidence = Objective("softmax", gsc=GscObjective(temperature=0.2, masked=masked)).evidence(outputs, IDS, ledger)
+    evidence = Objective("softmax", gsc=GscObjective(temperature=0.2)).evidence(outputs, IDS, ledger)
     images, texts = outputs["image_embeds"].detach(), outputs["text_embeds"].detach()
     logits = texts @ images.T / 0.2
     agreement = (logits.softmax(1).diagonal() + logits.softmax(0).diagonal()) / 2
-    masks = LABELS if masked else 1
+    masks = LABELS
     structure = F.cosine_similarity(images @ images.T * masks, texts @ texts.T * masks)
     torch.testing.assert_close(evidence, {"agreement": agreement, "structure": structure})
     assert Objective("softmax").evidence(outputs, IDS, ledger) == {}
@@ -93,7 +92,7 @@ def test_the_evidence_is_that_of_the_pairs_and_their_labels(masked, clip, ledger
 def test_impossible_settings_are_told():
     with pytest.raises(ValueError, match="gsc: .* model trains with the sigmoid loss; use a model of the softmax"):
         Objective("sigmoid", gsc=GscObjective())
-    for settings in ({"warmup_epochs": -1}, {"warmup_epochs": True}, {"masked": 1}, {"beta": 0}, {"gamma": -1.0}):
+    for settings in ({"warmup_epochs": -1}, {"warmup_epochs": True}, {"dual": 1}, {"beta": 0}, {"gamma": -1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
             GscObjective(**settings)
 
@@ -145,7 +144,7 @@ def test_labels_are_the_moving_averages_of_what_the_steps_showed(tmp_path):
         selection_strategy="none",
         per_device_train_batch_size=64,
         learning_rate=0.0,
-        gsc={"beta": 0.6, "masked": False, "temperature": 0.05},
+        gsc={"beta": 0.6, "temperature": 0.05},
     )
     trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(64)])

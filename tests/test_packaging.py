@@ -28,7 +28,7 @@ USE_WHAT_IS_SHIPPED = """
 import hf_dissect
 from hf_dissect.distillation import DistillationRecipe
 from hf_dissect.evaluation import load
-from hf_dissect.model_card import write_model_card
+from hf_dissect.cards.model_card import write_model_card
 from hf_dissect.recipe import Recipe, shipped_recipes
 from hf_dissect.report import RunSummary, write_report
 

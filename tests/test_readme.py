@@ -9,12 +9,14 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import hub_client
 import numpy as np
 import pytest
 import tiny_models
 import torch
 import yaml
 from datasets import ClassLabel
+from loopback_hub import serving
 from tiny_recipe import tiny_settings
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, make_scenes
@@ -67,6 +69,13 @@ COMMANDS = {
     'hf-dissect evaluate runs/mine --data /data/pets --classes cat,dog --template "a photo of a {}."': [],
     "hf-dissect compare quickstart --strategies none,random,dissect,dissect:momentum --seeds 0,1,2"
     " --output-dir runs/four": [*SCENES, "model.max_caption_length=16", "evaluation.zero_shot=null"],
+    "hf-dissect push runs/mine USER/mine --private": [],
+    "hf-dissect train hub:USER/mine data.path=/data/flickr8k": FINETUNE,
+    "hf-dissect evaluate hub:USER/mine --data /data/flickr8k --split validation": [],
+    "hf-dissect push-ledger runs/mine USER/mine-scores": [],
+    "hf-dissect train mine.yaml selection.ledger=hub:USER/mine-scores selection.warmup_epochs=0": FINETUNE,
+    "hf-dissect audit runs/mine": [],
+    "hf-dissect audit runs/mine --data /data/flickr8k --export-clean flickr8k-clean --keep 0.8": [],
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
     "hf-dissect train amid-clip data.path=/data/birds": [
@@ -129,10 +138,18 @@ def data(tmp_path_factory) -> Path:
     return place
 
 
-def test_commands_run_in_the_order_of_the_readme(data, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def hub():
+    """A Hub on this machine."""
+    with serving() as running:
+        yield running
+
+
+def test_commands_run_in_the_order_of_the_readme(data, hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("clip", "shards"):
         (tmp_path / name).symlink_to(data / name)
+    hub_client.use(hub, tmp_path / "huggingface", monkeypatch)
     (recipe,) = blocks("yaml")
     Path("mine.yaml").write_text(recipe.replace("/data/flickr8k", str(data / "flickr8k")))
     for command, added in COMMANDS.items():
@@ -142,14 +159,15 @@ def test_commands_run_in_the_order_of_the_readme(data, tmp_path, monkeypatch, ca
         words = words[1:] if words[0] == "hf-dissect" else words[words.index("hf_dissect.cli") + 1 :]
         words = [word.replace("/data/flickr8k", str(data / "flickr8k")) for word in words]
         words = [word.replace("/data/pets", str(data / "pets.parquet")) for word in words]
+        words = [word.replace("USER/", "ada/") for word in words]
         words = [word.replace("/data/utd_mhad", str(data / "utd_mhad.npz")) for word in words]
         words = [word.replace("/data/birds", str(data / "birds")) for word in words]
         if "--resume" in words:
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
-        *("mine", "mine-2", "mine-3", "mine-4", "mine-5", "flickr8k-local", "cc3m", "cc3m-2", "four"),
-        *("amid-utd-mhad", "amid-utd-mhad-2", "amid-clip"),
+        *("mine", "mine-2", "mine-3", "mine-4", "mine-5", "mine-6", "mine-7", "flickr8k-local", "cc3m", "cc3m-2"),
+        *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-clip"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
     assert steps == [2, 4]

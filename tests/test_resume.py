@@ -163,6 +163,9 @@ def test_the_checkpoint_of_the_last_step_of_an_epoch_has_the_figures_of_the_epoc
 # ---- killed while a checkpoint is written ----
 
 
+CARD = ("README.md", "report.png")  # written at each save
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
@@ -184,6 +187,7 @@ def test_killed_while_saving(place, killed, whole):
     assert {path.name for path in folder.iterdir()} == {
         *(f"checkpoint-{step}" for step in (3, 6, 9, 12, 15, 16)),
         "selection.parquet",
+        *CARD,
     }
 
 
@@ -296,7 +300,7 @@ def test_a_full_disk_costs_nothing_but_the_checkpoint(what, tmp_path, whole):
     message = str(told.value)
     assert "checkpoint of step 6 could not be written" in message and str(tmp_path / "checkpoint-3") in message
     assert str(told.value.__cause__) in message
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "selection_parts"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "selection_parts", *CARD}
     assert resumed(tmp_path) == whole
 
 

@@ -57,12 +57,11 @@ def test_options_given_are_not_changed():
 
 def test_soft_labels_are_asked_for_by_name_also_as_json():
     assert arguments().gsc is None and arguments().make_gsc() is None
-    complete = {"gamma": 0.01, "beta": 0.7, "temperature": 0.07, "warmup_epochs": 1, "masked": True}
-    complete |= {"scaling": "min-max", "dual": False}
+    complete = {"gamma": 0.01, "beta": 0.7, "temperature": 0.07, "warmup_epochs": 1, "dual": False}
     given = {}
     assert arguments(gsc=given).gsc == complete == arguments(gsc="{}").gsc and given == {}
-    gsc = arguments(gsc='{"beta": 0.5, "scaling": "quantile"}', seed=7).make_gsc()
-    assert (gsc.beta, gsc.scaling, gsc.seed) == (0.5, "quantile", 7)
+    gsc = arguments(gsc='{"beta": 0.5, "gamma": 0.1}', seed=7).make_gsc()
+    assert (gsc.beta, gsc.gamma, gsc.seed) == (0.5, 0.1, 7)
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.5, 1.01, 2, float("nan"), float("inf"), "half", None, True])

@@ -117,6 +117,21 @@ class PairDataset(torch.utils.data.Dataset):
     def knows_truth(self) -> bool:
         return self.columns.clean is not None
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there are pictures to look at: a model of stored features does without."""
+        return self._pictures is not None
+
+    @property
+    def row_of_pair(self) -> np.ndarray:
+        """Row of each pair in the table, int `(len(self),)`."""
+        return np.arange(len(self.rows)) if self._row is None else self._row
+
+    @property
+    def place_of_pair(self) -> np.ndarray:
+        """Place of each pair's caption among those of its row, int `(len(self),)`."""
+        return np.zeros(len(self.rows), np.uint8) if self._caption is None else self._caption
+
     def __len__(self) -> int:
         return len(self.rows) if self._row is None else len(self._row)
 

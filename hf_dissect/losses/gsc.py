@@ -65,18 +65,17 @@ class GscLoss:
         return self._loss(pairs, pairs.cross_modal(self.temperature, self.max_logits))
 
     def with_evidence(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor, *, masked: bool = True
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and, at little more cost, the evidence for the next labels; see `__call__` and `gsc_evidence`.
 
         Args:
             image_embeds, text_embeds, labels: of the loss.
-            masked: whether the structures that the evidence is taken from are masked by the labels (the paper).
         """
         self._tell_of_lost_signal(labels)
         pairs = _Pairs.of_all_ranks(image_embeds, text_embeds, labels)
         cross_modal = pairs.cross_modal(self.temperature, self.max_logits)
-        return self._loss(pairs, cross_modal), _evidence(pairs, cross_modal, masked)
+        return self._loss(pairs, cross_modal), _evidence(pairs, cross_modal)
 
     def _loss(self, pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         losses = sum(cross_modal) / 2
@@ -96,7 +95,7 @@ class GscLoss:
 def gsc_evidence(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
-    labels: torch.Tensor | None = None,
+    labels: torch.Tensor,
     *,
     temperature: float = 0.07,
     across_ranks: bool = True,
@@ -105,7 +104,7 @@ def gsc_evidence(
 
     Args:
         image_embeds, text_embeds: `(b, D)`, of unit length; with several ranks equally many on each.
-        labels: `(b,)` by which the structures within the modalities are masked (the paper); None: all count alike.
+        labels: `(b,)` in [0, 1] by which the structures within the modalities are masked.
         temperature: of the softmax, above 0.
         across_ranks: compare with the pairs of all ranks, not of this one only.
 
@@ -117,18 +116,15 @@ def gsc_evidence(
         ValueError: not one label a pair, or an impossible temperature.
     """
     check_temperature(temperature)
-    labels = image_embeds.new_ones(len(image_embeds)) if labels is None else labels
     gathered = _Pairs.of_all_ranks if across_ranks else _Pairs.of_this_rank
     pairs = gathered(image_embeds, text_embeds, labels)
-    return _evidence(pairs, pairs.cross_modal(temperature, MAX_LOGITS), masked=True)
+    return _evidence(pairs, pairs.cross_modal(temperature, MAX_LOGITS))
 
 
 @torch.no_grad()
-def _evidence(
-    pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor], masked: bool
-) -> dict[str, torch.Tensor]:
+def _evidence(pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
     agreement = sum(losses.neg().exp() for losses in cross_modal) / 2
-    return {"agreement": agreement.cpu(), "structure": pairs.structure_cosines(masked).cpu()}
+    return {"agreement": agreement.cpu(), "structure": pairs.structure_cosines().cpu()}
 
 
 @dataclass(frozen=True)
@@ -182,22 +178,21 @@ class _Pairs:
         """`-log softmax_j(G_ij)_ii`, `(b,)`."""
         return self._losses_of_rows(self.across, self.all_texts, max_logits)
 
-    def structure_cosines(self, masked: bool) -> torch.Tensor:
+    def structure_cosines(self) -> torch.Tensor:
         """`cos(A_img_i, A_txt_i)`, `(b,)`."""
 
         def products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             return (rows * columns).sum(-1)
 
         with self._full_precision():
-            of_images = products(self.images @ self._moments(self.all_images, self.all_images, masked), self.images)
-            of_texts = products(self.texts @ self._moments(self.all_texts, self.all_texts, masked), self.texts)
-            across = self.across if masked else self.images @ self._moments(self.all_images, self.all_texts, masked)
-        tiny = torch.finfo(across.dtype).tiny  # where all labels vanish
-        return products(across, self.texts) / of_images.clamp_min(tiny).sqrt() / of_texts.clamp_min(tiny).sqrt()
+            of_images = products(self.images @ self._moments(self.all_images, self.all_images), self.images)
+            of_texts = products(self.texts @ self._moments(self.all_texts, self.all_texts), self.texts)
+        tiny = torch.finfo(of_images.dtype).tiny  # where all labels vanish
+        return products(self.across, self.texts) / of_images.clamp_min(tiny).sqrt() / of_texts.clamp_min(tiny).sqrt()
 
-    def _moments(self, rows: torch.Tensor, columns: torch.Tensor, masked: bool = True) -> torch.Tensor:
+    def _moments(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """`sum_k y_k^2 a_k b_k^T` of `(N, D)`: between its sides stand the products of the rows of two structures."""
-        return (rows * self.all_labels.square()[:, None] if masked else rows).T @ columns
+        return (rows * self.all_labels.square()[:, None]).T @ columns
 
     def _losses_of_rows(self, rows: torch.Tensor, columns: torch.Tensor, max_logits: int) -> torch.Tensor:
         """`-log softmax(rows @ columns.T)` of the true pairs, `(b,)`; of more than one block none is kept."""

@@ -6,7 +6,7 @@ from hf_dissect.selection.gsc import Gsc
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
 from hf_dissect.selection.ncr import Ncr
-from hf_dissect.selection.scoring import CandidateScores, score
+from hf_dissect.selection.scoring import CandidateScores, correlation_of, score
 from hf_dissect.selection.soft_labels import SoftLabels
 from hf_dissect.selection.strategy import SCOPES, Selection, SelectionStrategy
 from hf_dissect.selection.uniform import KeepAll, Random
@@ -38,6 +38,7 @@ __all__ = [
     "Selection",
     "SelectionStrategy",
     "SoftLabels",
+    "correlation_of",
     "make_strategy",
     "score",
 ]

@@ -1,5 +1,8 @@
 """DISSect: the pairs whose correlation fell most against what it once was."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
@@ -22,9 +25,11 @@ class Dissect(SelectionStrategy):
     Args:
         variant: "warmup": the score of the last warm-up epoch, frozen, is the history. "momentum": a moving average of
             the scores at each visit, starting at the first one.
-        warmup_epochs: epochs before the selection proper begins ("warmup" variant only), at least 1.
+        warmup_epochs: epochs before the selection proper begins ("warmup" variant only), at least 1 unless the ledger
+            begins with a history.
         warmup_on: what trains during warm-up, a random "subset" of the selection ratio or "all" candidates.
         momentum: share of the old value in the moving average ("momentum" variant only), in [0, 1).
+        history_given: whether the ledger begins with a history, that of another run.
 
     Raises:
         ValueError: an argument is outside of what is listed.
@@ -32,17 +37,26 @@ class Dissect(SelectionStrategy):
 
     name = "dissect"
     columns = ("history",)
+    stand_ins: ClassVar[Mapping[str, str]] = {"history": "correlation"}
 
     def __init__(
-        self, variant: str = "warmup", warmup_epochs: int = 1, warmup_on: str = "subset", momentum: float = 0.9
+        self,
+        variant: str = "warmup",
+        warmup_epochs: int = 1,
+        warmup_on: str = "subset",
+        momentum: float = 0.9,
+        history_given: bool = False,
     ):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: dissect has the variants {', '.join(VARIANTS)}.")
         if warmup_on not in WARMUP_ON:
             raise ValueError(f"warmup_on={warmup_on!r}: choose one of {', '.join(WARMUP_ON)}.")
-        if variant == "warmup" and warmup_epochs < 1:
-            raise ValueError(f"warmup_epochs={warmup_epochs}: the warm-up variant needs at least 1 to have a history.")
+        if variant == "warmup" and warmup_epochs < 1 and not history_given:
+            raise ValueError(
+                f"warmup_epochs={warmup_epochs}: the warm-up variant needs at least 1 to have a history, or the "
+                "ledger of another run to begin with."
+            )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: must be at least 0 and below 1.")
         self.variant = variant

@@ -19,8 +19,6 @@ class Gsc(SelectionStrategy):
     Args:
         beta: weight of the new value in the labels' moving averages, in (0, 1].
         temperature: of the cross-modal similarities, above 0.
-        masked: the labels mask the structures that their evidence is taken from (the paper); else all pairs count.
-        scaling: of the structures before the mixture is fitted, "min-max" (the paper) or "quantile".
         seed: of the mixture's start.
 
     Raises:
@@ -34,15 +32,12 @@ class Gsc(SelectionStrategy):
         self,
         beta: float = 0.7,
         temperature: float = 0.07,
-        masked: bool = True,
-        scaling: str = "min-max",
         seed: int = 0,
     ):
         super().__init__()
         check_temperature(temperature)
-        self.soft_labels = SoftLabels(beta, scaling, seed)
+        self.soft_labels = SoftLabels(beta, seed)
         self.temperature = temperature
-        self.masked = masked
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         labels = self.soft_labels.of(ledger, scores.sample_id)
@@ -51,7 +46,7 @@ class Gsc(SelectionStrategy):
         return keep_largest(labels, k)
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
-        labels = self.soft_labels.of(ledger, scores.sample_id) if self.masked else None
+        labels = self.soft_labels.of(ledger, scores.sample_id)
         return gsc_evidence(
             scores.image_embeds, scores.text_embeds, labels, temperature=self.temperature, across_ranks=False
         )

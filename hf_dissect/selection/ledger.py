@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -104,33 +105,20 @@ class SampleLedger:
             FileNotFoundError: there is no such file.
             ValueError: the file is no ledger, is damaged, or belongs to another number of pairs or kind of ids.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"No ledger at {path}.")
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except Exception as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a sample ledger (format {header.get('format')!r}, expected {_FORMAT!r}).")
-        num_samples = json.loads(header["num_samples"])
-        if num_samples != self.num_samples:
+        saved = read_ledger(path)
+        if saved.num_samples != self.num_samples:
             raise ValueError(
-                f"{path} holds {'arbitrary ids' if num_samples is None else f'{num_samples} pairs'}, this run has "
-                f"{'arbitrary ids' if self.num_samples is None else f'{self.num_samples} pairs'}: it belongs to "
-                "another data set. Resume with the data of the first run, or start without a checkpoint."
+                f"{path} holds {_described(saved.num_samples)}, this run has {_described(self.num_samples)}: it "
+                "belongs to another data set. Resume with the data of the first run, or start without a checkpoint."
             )
-        self._restore(tensors)
-        return json.loads(header["metadata"])
+        self._restore(saved)
+        return saved.metadata
 
-    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _restore(self, saved: "SavedLedger") -> None:
         if self._index is not None:
-            self._index = IdIndex.of(tensors["ids"])
+            self._index = IdIndex.of(saved.ids)
         for name in self._columns:
-            saved = tensors.get(f"column.{name}")
-            values = torch.full((len(self),), torch.nan) if saved is None else saved
+            values = saved.columns.get(name, torch.full((len(self),), torch.nan))
             if self._index is None:
                 self._columns[name].copy_(values)
             else:
@@ -161,3 +149,48 @@ class SampleLedger:
             wrong = sample_id[(sample_id < 0) | (sample_id >= self.num_samples)][0].item()
             raise ValueError(f"sample_id {wrong} is outside 0 .. {self.num_samples - 1}, the row numbers of the data.")
         return sample_id
+
+
+@dataclass(frozen=True)
+class SavedLedger:
+    """A ledger as it stands in a file.
+
+    Attributes:
+        num_samples: number of pairs when ids are row numbers, None for arbitrary ids.
+        ids: int64 `(n,)`.
+        columns: name -> float32 `(n,)`, NaN where never written.
+        metadata: what was saved with it.
+    """
+
+    num_samples: int | None
+    ids: torch.Tensor
+    columns: dict[str, torch.Tensor]
+    metadata: dict[str, object]
+
+
+def read_ledger(path: str | os.PathLike) -> SavedLedger:
+    """Read what `SampleLedger.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no ledger, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No ledger at {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a sample ledger (format {header.get('format')!r}, expected {_FORMAT!r}).")
+    num_samples = json.loads(header["num_samples"])
+    ids = tensors.pop("ids") if num_samples is None else torch.arange(num_samples)
+    columns = {name.removeprefix("column."): values for name, values in tensors.items()}
+    return SavedLedger(num_samples, ids, columns, json.loads(header["metadata"]))
+
+
+def _described(num_samples: int | None) -> str:
+    return "arbitrary ids" if num_samples is None else f"{num_samples} pairs"

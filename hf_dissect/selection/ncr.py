@@ -4,7 +4,7 @@ import torch
 
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
-from hf_dissect.selection.soft_labels import check_mixture, upper_component_posterior
+from hf_dissect.selection.soft_labels import check_seed, upper_component_posterior
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
 
 
@@ -34,7 +34,7 @@ class Ncr(SelectionStrategy):
         super().__init__()
         if warmup_epochs < 1:
             raise ValueError(f"warmup_epochs={warmup_epochs}: ncr needs at least 1 to have losses to divide by.")
-        check_mixture("min-max", seed)
+        check_seed(seed)
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self._epoch = 0

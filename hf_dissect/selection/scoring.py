@@ -39,7 +39,7 @@ class CandidateScores:
     @cached_property
     def correlation(self) -> torch.Tensor:
         """`max(100 cos(image, text), 0)` of each pair, float32 `(B,)`, on the CPU (DISSect, predicted correlation)."""
-        return ((self.image_embeds * self.text_embeds).sum(-1) * 100).clamp_min(0).cpu()
+        return correlation_of(self.image_embeds, self.text_embeds).cpu()
 
     @cached_property
     def loss(self) -> torch.Tensor:
@@ -60,6 +60,11 @@ class CandidateScores:
             self.logit_bias,
             self.kind,
         )
+
+
+def correlation_of(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """`max(100 cos(image, text), 0)`, float32 `(B,)`, of embeddings `(B, D)` of unit length."""
+    return ((image_embeds * text_embeds).sum(-1).float() * 100).clamp_min(0)
 
 
 @torch.no_grad()

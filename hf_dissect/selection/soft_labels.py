@@ -11,7 +11,6 @@ from hf_dissect.selection.ledger import SampleLedger
 
 logger = logging.getLogger(__name__)
 
-SCALINGS = ("min-max", "quantile")
 FEWEST_PAIRS = 10
 SMALLEST_COMPONENT = 0.01
 """Share of the values; what is left of one value alone, or of a few outliers, is no component."""
@@ -28,7 +27,6 @@ class SoftLabels:
 
     Args:
         beta: weight of the new value in both moving averages, in (0, 1].
-        scaling: of the structures before the mixture is fitted, see `upper_component_posterior`.
         seed: of the mixture's start.
         suffix: of the ledger columns, where several labels are kept side by side.
 
@@ -42,12 +40,11 @@ class SoftLabels:
 
     columns = ("agreement", "structure", "y_cm", "y_im")
 
-    def __init__(self, beta: float = 0.7, scaling: str = "min-max", seed: int = 0, suffix: str = ""):
+    def __init__(self, beta: float = 0.7, seed: int = 0, suffix: str = ""):
         if not 0 < beta <= 1:
             raise ValueError(f"beta={beta}: the weight of the new label must be above 0 and at most 1.")
-        check_mixture(scaling, seed)
+        check_seed(seed)
         self.beta = beta
-        self.scaling = scaling
         self.seed = seed
         self.columns = tuple(column + suffix for column in SoftLabels.columns)
         self.evidence_columns, self.label_columns = self.columns[:2], self.columns[2:]
@@ -73,7 +70,7 @@ class SoftLabels:
         (seen,) = (~agreement.isnan()).nonzero(as_tuple=True)
         if not len(seen):
             return
-        posterior = upper_component_posterior(structure[seen].numpy(), scaling=self.scaling, seed=self.seed)
+        posterior = upper_component_posterior(structure[seen].numpy(), seed=self.seed)
         sample_id = ledger.ids[seen]
         for column, new in zip(self.label_columns, (agreement[seen], torch.from_numpy(posterior)), strict=True):
             old = _known(ledger.column(column)[seen])
@@ -82,29 +79,28 @@ class SoftLabels:
             ledger.write(column, sample_id, torch.full((len(seen),), torch.nan))
 
 
-def upper_component_posterior(values: np.ndarray, *, scaling: str = "min-max", seed: int = 0) -> np.ndarray:
+def upper_component_posterior(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Probability of each value to be of the upper of two Gaussian components.
 
-    The mixture is scikit-learn's, with the settings of the paper (and of DivideMix, arXiv 2002.07394): at most 10
-    iterations, tolerance 1e-2, 5e-4 added to the variances. It is fitted by one thread, so that all ranks get the same
-    numbers. Where there are no two components to be told apart, all are of the upper one, and a warning says why.
+    The values are scaled to [0, 1] by their minimum and maximum. The mixture is scikit-learn's, with the settings of
+    the paper (and of DivideMix, arXiv 2002.07394): at most 10 iterations, tolerance 1e-2, 5e-4 added to the variances.
+    It is fitted by one thread, so that all ranks get the same numbers. Where there are no two components to be told
+    apart, all are of the upper one, and a warning says why.
 
     Args:
         values: `(n,)`.
-        scaling: to [0, 1] before fitting: by "min-max" (the paper), or by the 1 % and 99 % "quantile" with what is
-            outside brought to the ends, so that a single outlier does not press all others together.
         seed: of the mixture's start.
 
     Returns:
         float64 `(n,)`.
 
     Raises:
-        ValueError: another scaling, or a negative seed.
+        ValueError: a seed that is negative or too large.
     """
-    check_mixture(scaling, seed)
+    check_seed(seed)
     values = np.asarray(values, np.float64)
     try:
-        return _upper_component(_to_unit_interval(values, scaling), seed)
+        return _upper_component(_to_unit_interval(values), seed)
     except _NoTwoComponentsError as error:
         logger.warning("No two components among %d pairs, which are all taken for matched: %s.", len(values), error)
         return np.ones(len(values))
@@ -114,15 +110,15 @@ class _NoTwoComponentsError(Exception):
     """Says why a mixture would tell nothing."""
 
 
-def _to_unit_interval(values: np.ndarray, scaling: str) -> np.ndarray:
+def _to_unit_interval(values: np.ndarray) -> np.ndarray:
     if len(values) < FEWEST_PAIRS:
         raise _NoTwoComponentsError(f"at least {FEWEST_PAIRS} are needed")
     if not np.isfinite(values).all():
         raise _NoTwoComponentsError(f"{(~np.isfinite(values)).sum()} values are not finite")
-    low, high = (values.min(), values.max()) if scaling == "min-max" else np.quantile(values, (0.01, 0.99))
+    low, high = values.min(), values.max()
     if high - low < SMALLEST_SPREAD:
         raise _NoTwoComponentsError(f"all values are the same, {low:g}")
-    return np.clip((values - low) / (high - low), 0, 1)
+    return (values - low) / (high - low)
 
 
 def _upper_component(values: np.ndarray, seed: int) -> np.ndarray:
@@ -144,10 +140,8 @@ def _upper_component(values: np.ndarray, seed: int) -> np.ndarray:
     return posteriors[:, mixture.means_.argmax()]
 
 
-def check_mixture(scaling: str, seed: int) -> None:
-    """Raise a ValueError for settings that `upper_component_posterior` does not know."""
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling={scaling!r}: choose one of {', '.join(SCALINGS)}.")
+def check_seed(seed: int) -> None:
+    """Raise a ValueError for a seed that scikit-learn does not take."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: must be at least 0 and below 2^32.")
 

@@ -36,6 +36,7 @@ class SelectionStrategy:
     Attributes:
         name: what recipes and arguments call it.
         columns: ledger columns it keeps, beside the `correlation` that is always recorded.
+        stand_ins: own column -> the one that is taken for it where a run begins with the ledger of another rule.
         keeps_all: whether every candidate trains (the selection ratio is then without effect).
         generator: source of its random choices, seeded anew from the run's seed and the step before each call of
             `select`, so that a resumed run chooses as the uninterrupted one and the training's random stream is
@@ -44,6 +45,7 @@ class SelectionStrategy:
 
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]] = ()
+    stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
 
     def __init__(self):

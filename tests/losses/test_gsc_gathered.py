@@ -32,7 +32,7 @@ def compute_on_rank() -> list[tuple]:
             loss, beside = GscLoss(GAMMA, TEMPERATURE, max_logits).with_evidence(*leaves, labels)
             loss.backward()
             alone = gsc_evidence(images, texts, labels, temperature=TEMPERATURE)
-            unmasked = gsc_evidence(images, texts, temperature=TEMPERATURE)
+            unmasked = gsc_evidence(images, texts, torch.ones_like(labels), temperature=TEMPERATURE)
             own = gsc_evidence(images, texts, labels, temperature=TEMPERATURE, across_ranks=False)
             found.append(
                 (

@@ -48,13 +48,12 @@ def test_equal_labels_select_at_random_by_the_own_generator(scores, ledger):
     assert chosen[0] == chosen[2] != chosen[1] and len(set(chosen[0])) == 6
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_evidence_of_the_candidates_becomes_their_labels(scores, ledger, masked):
+def test_evidence_of_the_candidates_becomes_their_labels(scores, ledger):
     y = torch.linspace(0.2, 1, PAIRS)
     set_labels(ledger, scores.sample_id, y, torch.ones(PAIRS))
-    strategy = make_strategy("gsc", masked=masked, temperature=0.2, beta=0.6)
+    strategy = make_strategy("gsc", temperature=0.2, beta=0.6)
     measured = strategy.measure(scores, ledger)
-    mask = y.double().numpy() if masked else np.ones(PAIRS)
+    mask = y.double().numpy()
     expected = written_out_gsc.evidence(
         scores.image_embeds.double().numpy(), scores.text_embeds.double().numpy(), mask, 0.2
     )
@@ -78,7 +77,7 @@ def test_pairs_that_train_unscored_leave_no_evidence(scores, ledger):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": 0}, "temperature=0"), ({"beta": 2}, "beta=2"), ({"scaling": "none"}, "scaling='none'")],
+    [({"temperature": 0}, "temperature=0"), ({"beta": 2}, "beta=2"), ({"seed": -1}, "seed=-1")],
 )
 def test_impossible_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

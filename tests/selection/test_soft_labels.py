@@ -36,11 +36,6 @@ def test_posterior_is_that_of_the_upper_component(seed):
     assert np.allclose(found, written_out_posterior(values, values.min(), values.max(), seed), rtol=0, atol=1e-10)
     upper = np.arange(200) % 5 >= 2
     assert found[upper].min() > 0.5 > found[~upper].max()
-    by_quantiles = written_out_posterior(values, *np.quantile(values.astype(np.float64), (0.01, 0.99)), seed)
-    assert np.allclose(
-        upper_component_posterior(values, scaling="quantile", seed=seed), by_quantiles, rtol=0, atol=1e-10
-    )
-    assert not np.allclose(by_quantiles, found, atol=1e-3)
 
 
 def test_the_seed_decides_where_the_mixture_starts():
@@ -52,12 +47,8 @@ def test_the_seed_decides_where_the_mixture_starts():
     assert np.array_equal(found[0], found[2]) and abs(found[0] - found[1]).max() > 0.1
 
 
-def test_an_outlier_hides_the_groups_from_min_max_but_not_from_quantiles():
-    values = np.append(two_groups(), -100)
-    upper = np.arange(200) % 5 >= 2
-    posterior = upper_component_posterior(values, scaling="quantile")[:200]
-    assert posterior[upper].min() > 0.5 > posterior[~upper].max()
-    assert (upper_component_posterior(values) == 1).all()
+def test_where_an_outlier_hides_the_groups_all_pairs_count():
+    assert (upper_component_posterior(np.append(two_groups(), -100)) == 1).all()
 
 
 def test_the_same_seed_gives_the_same_numbers_whatever_the_number_of_threads_and_the_global_random_state():
@@ -74,7 +65,6 @@ def test_the_same_seed_gives_the_same_numbers_whatever_the_number_of_threads_and
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("scaling", ["min-max", "quantile"])
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -85,9 +75,9 @@ def test_the_same_seed_gives_the_same_numbers_whatever_the_number_of_threads_and
         (np.append(np.linspace(0, 1, 48), [np.inf, -np.inf]), "2 values are not finite"),
     ],
 )
-def test_without_two_components_all_are_of_the_upper_one_and_the_reason_is_told(values, reason, scaling, caplog):
+def test_without_two_components_all_are_of_the_upper_one_and_the_reason_is_told(values, reason, caplog):
     with caplog.at_level(logging.WARNING):
-        assert np.array_equal(upper_component_posterior(values, scaling=scaling), np.ones(len(values)))
+        assert np.array_equal(upper_component_posterior(values), np.ones(len(values)))
     (record,) = caplog.records
     assert record.levelname == "WARNING" and reason in record.getMessage()
     assert f"among {len(values)} pairs" in record.getMessage()
@@ -182,7 +172,6 @@ def test_labels_outlast_saving_the_ledger(tmp_path):
     [
         ({"beta": 0.0}, "beta=0.0"),
         ({"beta": 1.1}, "beta=1.1"),
-        ({"scaling": "z-score"}, "scaling='z-score': choose one of min-max, quantile"),
         ({"seed": -1}, "seed=-1"),
     ],
 )

@@ -1,0 +1,111 @@
+"""Which score finds the mismatched pairs of data that a model has not seen, and which estimate of their number holds.
+
+A small CLIP is trained on drawn scenes with 40 % wrong captions as in the quickstart, by `small_loss`. New scenes with
+other shares of wrong captions are then audited. Figures are means and standard deviations over the seeds.
+"""
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from results_file import show_and_write
+
+from hf_dissect.audit.embeddings import PairEmbeddings, embed_pairs
+from hf_dissect.audit.scores import match_scores, mismatched_share, p_mismatched
+from hf_dissect.data import make_scenes, shuffle_captions
+from hf_dissect.evaluate_checkpoint import evaluating_trainer
+from hf_dissect.evaluation import noise_detection_metrics
+from hf_dissect.models import load_model_and_processor, logit_scale_and_bias
+from hf_dissect.recipe import Recipe
+from hf_dissect.run_recipe import in_folder, run_recipe
+from hf_dissect.selection.soft_labels import upper_component_posterior
+
+RATES = (0.0, 0.05, 0.1, 0.4, 0.7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=1024, help="pairs that are audited")
+    parser.add_argument("--output", type=Path, help="also write the results to this file")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in range(options.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            run_recipe(in_folder(_recipe(seed, options.overrides), folder))
+            for name, rows in _data_sets(options.pairs, seed).items():
+                for figure, value in _figures(*_embedded(folder, rows)).items():
+                    found.setdefault(name, {}).setdefault(figure, []).append(value)
+    show_and_write(
+        {name: {figure: _spread(values) for figure, values in of.items()} for name, of in found.items()},
+        options.output,
+    )
+
+
+def _recipe(seed: int, overrides: list[str]) -> Recipe:
+    settings = ["selection.strategy=small_loss", "selection.options={}", "evaluation.zero_shot=null"]
+    settings += [f"{key}={seed}" for key in ("training.seed", "data.noise_seed", "data.scenes_seed")]
+    return Recipe.load("quickstart", [*settings, "training.disable_tqdm=true", *overrides])
+
+
+def _data_sets(count: int, seed: int) -> dict:
+    scenes = make_scenes(count, seed=100 + seed, split="test")
+    return {f"{rate:.0%} mismatched": shuffle_captions(scenes, rate=rate, seed=seed) for rate in RATES}
+
+
+def _embedded(folder: str, rows) -> tuple[PairEmbeddings, float]:
+    model, processor = load_model_and_processor(name_or_path=folder)
+    scale, _ = logit_scale_and_bias(model)
+    with evaluating_trainer(
+        folder, model, processor, rows, Recipe.load(f"{folder}/recipe.yaml").data, 256, 0
+    ) as trainer:
+        return embed_pairs(trainer, trainer.eval_dataset), torch.as_tensor(scale).item()
+
+
+def _figures(found: PairEmbeddings, scale: float) -> dict[str, float]:
+    keys = {"image_key": found.image_key, "caption_key": found.caption_key}
+    matches = match_scores(found.image, found.text, logit_scale=scale, **keys)
+    mismatched = ~found.is_clean.numpy()
+    values = matches.score.numpy()
+    without_outliers = values.clip(*np.quantile(values, (0.01, 0.99)))
+    probability = {
+        "strangers": p_mismatched(matches),
+        "gaussian_mixture": 1 - upper_component_posterior(without_outliers),
+    }
+    figures = {
+        "share_by_strangers": mismatched_share(matches),
+        "share_by_gaussian_mixture": float(probability["gaussian_mixture"].mean()),
+    }
+    if mismatched.any():
+        cosine = (found.image * found.text).sum(1)
+        for name, score in {"cosine": cosine, "z_score": _z_score(found), "score": matches.score}.items():
+            figures[f"auroc_{name}"] = noise_detection_metrics(score, found.is_clean)["auroc"]
+        for name, values in probability.items():
+            flagged = values > 0.5
+            figures[f"precision_{name}"] = float(mismatched[flagged].mean()) if flagged.any() else float("nan")
+            figures[f"recall_{name}"] = float(flagged[mismatched].mean())
+    return figures
+
+
+def _z_score(found: PairEmbeddings) -> torch.Tensor:
+    """Deviations of the cosine from the mean of its image's and its caption's cosines with other pairs."""
+    cosine = found.image @ found.text.T
+    own = cosine.diagonal()
+    sides = [(own - side.mean(1)) / side.std(1) for side in (cosine, cosine.T)]
+    return (sides[0] + sides[1]) / 2
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "mean": round(float(np.mean(values)), 4),
+        "std": round(float(np.std(values, ddof=min(1, len(values) - 1))), 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The part of a card that the Hub reads: tags, ids of base model and data, and the evaluation results."""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from hf_dissect.cards.privacy import hub_dataset, may_be_published
+from hf_dissect.report_plots import finite
+from hf_dissect.report_tables import final_figures, label, mapping
+
+if TYPE_CHECKING:
+    from hf_dissect.recipe import Recipe
+
+TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
+DATA_NAMES = {
+    "scenes": "Drawn scenes of hf_dissect",
+    "hub": "Image-text pairs",
+    "folder": "Local image-text pairs",
+    "imagefolder": "Local image-text pairs",
+    "webdataset": "Image-text pairs in tar shards",
+}
+"""What data are called that have no id on the Hub, by their source in a recipe."""
+
+_RETRIEVAL = re.compile(r"(?!.*noise).*(?:r@\d+|recall_sum|median_rank).*", re.IGNORECASE)
+_ZERO_SHOT = re.compile(r"zero_shot_.*")
+
+
+def card_metadata(
+    metrics: Mapping,
+    *,
+    name: str,
+    recipe: "Recipe | None",
+    evaluated: str,
+    base_model: str | None,
+    reads_features: bool,
+    told: Mapping,
+) -> ModelCardData:
+    """The metadata of one run's card.
+
+    Args:
+        metrics: the content of the run's `metrics.json`.
+        name: of the model.
+        recipe: of the run, if it has one.
+        evaluated: the split that the final figures are of: "test" or "validation".
+        base_model: id of the Hub, None where there is none.
+        reads_features: whether the model reads stored features, so that no picture can be shown to it.
+        told: `license`, `language`, `tags` and `datasets` as the user gave them.
+    """
+    adapter = mapping(metrics.get("adapter"))
+    own = None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path)
+    results = eval_results(metrics, recipe, evaluated)
+    return ModelCardData(
+        license=told.get("license"),
+        language=told.get("language"),
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="feature-extraction" if reads_features else "zero-shot-image-classification",
+        tags=[*TAGS, *(("peft", adapter["type"]) if adapter else ()), *_listed(told.get("tags"))],
+        base_model=base_model,
+        datasets=list(dict.fromkeys([*([own] if own else []), *_listed(told.get("datasets"))])) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def eval_results(metrics: Mapping, recipe: "Recipe | None", evaluated: str) -> list[EvalResult]:
+    """Retrieval (recalls in per cent) and zero-shot accuracy (shares of 1) as results of the Hub."""
+    retrieval, zero_shot = _retrieval_data(recipe, evaluated), _zero_shot_data(recipe)
+    results = []
+    for key, value in final_figures(metrics).items():
+        number = finite(value)
+        if number is None or not may_be_published(key):
+            continue
+        if _ZERO_SHOT.fullmatch(key):
+            results.append(_result("zero-shot-image-classification", zero_shot, key, number))
+        elif _RETRIEVAL.fullmatch(key):
+            results.append(_result("image-text-retrieval", retrieval, key, number))
+    return results
+
+
+def _result(task: str, data: Mapping, key: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type=task,
+        task_name=task.replace("-", " ").capitalize(),
+        metric_type=" ".join(key.split()),
+        metric_name=" ".join(label(key).split()),
+        metric_value=value,
+        **data,
+    )
+
+
+def _retrieval_data(recipe: "Recipe | None", evaluated: str) -> dict:
+    if recipe is None:
+        return _data(None, None, evaluated)
+    data = recipe.data
+    return _data(data.source, data.path, getattr(data, f"{evaluated}_split"), data.name)
+
+
+def _zero_shot_data(recipe: "Recipe | None") -> dict:
+    section = None if recipe is None else recipe.evaluation.zero_shot
+    if section is None:
+        return _data(None, None, "test")
+    return _data(section.source if section.path else "scenes", section.path, section.split)
+
+
+def _data(source: str | None, path: str | None, split: str | None, config: str | None = None) -> dict:
+    """The fields of `EvalResult` that tell the data; a place on this machine is not among them."""
+    name = hub_dataset(source, path)
+    split = split if split and may_be_published(split) else None  # of files, it may be told by their names
+    return {
+        "dataset_type": name or source or "image-text-pairs",
+        "dataset_name": name or DATA_NAMES.get(source, "Image-text pairs"),
+        "dataset_config": config if name else None,
+        "dataset_split": split,
+    }
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

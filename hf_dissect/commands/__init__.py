@@ -1,0 +1,1 @@
+"""Commands of `hf-dissect`, one a module with `add_parser(subparsers)`."""

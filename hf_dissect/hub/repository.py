@@ -1,0 +1,214 @@
+"""Repositories of the Hub to write to and read from, with errors that say what to do and repeats that lose nothing."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_dissect.version import __version__
+
+logger = logging.getLogger(__name__)
+
+PAUSES = (1, 4, 15)
+"""Seconds before what broke off is tried again."""
+
+_Result = TypeVar("_Result")
+_WORDS = {"model": "model", "dataset": "data set"}
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)"
+
+
+class HubError(OSError):
+    """The Hub could not be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One that can be written to.
+
+    Attributes:
+        repo_id: `USER/REPO`.
+        repo_type: "model" or "dataset".
+        url: for a browser.
+        revision: the branch that is written to; None for the main one.
+        api: the client, with the token to use.
+    """
+
+    repo_id: str
+    repo_type: str
+    url: str
+    revision: str | None
+    api: HfApi
+
+    @classmethod
+    def open(
+        cls,
+        repo_id: str,
+        repo_type: str = "model",
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "Repository":
+        """Create the repository, and the branch, where there is none.
+
+        Args:
+            repo_id: `USER/REPO`, or a name alone for one of the user's own.
+            repo_type: "model" or "dataset".
+            private: of a new repository; None for the default of its owner.
+            revision: branch to write to.
+            token: of the user; None for the one that is logged in.
+
+        Raises:
+            HubError: nobody is logged in, the token may not write there, or `private` was asked for and the repository
+                is public.
+        """
+        api = client(token)
+        with told(repo_id, repo_type):
+            again(api.whoami)
+            url: RepoUrl = again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+            if private and not again(lambda: api.repo_info(url.repo_id, repo_type=repo_type)).private:
+                raise HubError(
+                    f"{url.repo_id} exists and is public; make it private in its settings first, or take another name."
+                )
+            if revision is not None:
+                again(lambda: api.create_branch(url.repo_id, repo_type=repo_type, branch=revision, exist_ok=True))
+        return cls(url.repo_id, repo_type, str(url), revision, api)
+
+    def upload(self, files: Mapping[str, Path | bytes], message: str, *, outdated: Callable[[str], bool]) -> list[str]:
+        """Publish files in one commit: all of them or, if it breaks off, none.
+
+        What has not changed is not sent, nor what an earlier attempt has sent already. A repository that is as it is
+        to be gets no commit.
+
+        Args:
+            files: path in the repository -> file, or its content.
+            message: of the commit.
+            outdated: whether a file of the repository that is not among `files` is to go.
+
+        Returns:
+            The paths in the repository that are gone.
+
+        Raises:
+            HubError: the Hub refused them, or could not be reached.
+        """
+        with told(self.repo_id, self.repo_type):
+            there = again(
+                lambda: self.api.list_repo_files(self.repo_id, repo_type=self.repo_type, revision=self.revision)
+            )
+            gone = sorted(path for path in there if path not in files and outdated(path))
+            again(
+                lambda: self.api.create_commit(
+                    self.repo_id,
+                    # Made anew for each attempt: an operation that was committed cannot be used again.
+                    operations=[*_additions(files), *map(CommitOperationDelete, gone)],
+                    commit_message=message,
+                    repo_type=self.repo_type,
+                    revision=self.revision,
+                )
+            )
+        return gone
+
+
+def client(token: str | None = None) -> HfApi:
+    """The client of the Hub, for the endpoint that the environment names."""
+    return HfApi(token=token, library_name="hf_dissect", library_version=__version__)
+
+
+def again(action: Callable[[], _Result]) -> _Result:
+    """Do something, and do it again after a while where the connection broke or the Hub was not itself."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except Exception as error:
+            if not _passes(error):
+                raise
+            logger.warning("The Hub could not be reached (%s); trying again in %s s.", _in_short(error), pause)
+            time.sleep(pause)
+    return action()
+
+
+@contextmanager
+def told(repo_id: str, repo_type: str = "model") -> Iterator[None]:
+    """Turn errors of the client into a `HubError` that says what to do."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        message = _advice(_cause(error), repo_id, _WORDS[repo_type])
+        if message is None:
+            raise
+        raise HubError(message) from error
+
+
+def _additions(files: Mapping[str, Path | bytes]) -> Iterable[CommitOperationAdd]:
+    return [CommitOperationAdd(path, content) for path, content in files.items()]
+
+
+def _cause(error: Exception) -> BaseException:
+    """What went wrong when a file was sent: the client wraps it."""
+    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+
+
+def _passes(error: Exception) -> bool:
+    """Whether to try again is all that can be done."""
+    cause = _cause(error)
+    if isinstance(cause, HfHubHTTPError):
+        return _status(cause) >= 500 or _status(cause) == 429
+    # The client reads an answer as JSON before it looks at its status.
+    return isinstance(cause, HTTPError | json.JSONDecodeError) and not isinstance(cause, OfflineModeIsEnabled)
+
+
+def _status(error: HfHubHTTPError) -> int:
+    return getattr(error.response, "status_code", 0)
+
+
+def _advice(error: BaseException, repo_id: str, what: str) -> str | None:
+    """What to tell the user; None for a fault of the program."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo_id}: the Hub is switched off by HF_HUB_OFFLINE; unset it."
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"{repo_id}: nobody is logged in at the Hub; {_LOG_IN}."
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"{repo_id}: the Hub could not be reached, and the cache has no copy; check the network, and try again."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such branch, tag or commit; check what stands behind the @, or --revision."
+    if isinstance(error, EntryNotFoundError):
+        return f"{repo_id} has no such file: {_in_short(error)}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo_id}: the Hub has no such {what}, or it is private; check the name, or {_LOG_IN}."
+    if isinstance(error, HfHubHTTPError) and _status(error) == 401:
+        return f"{repo_id}: the Hub does not know the token; {_LOG_IN}."
+    if isinstance(error, HfHubHTTPError) and _status(error) == 403:
+        return (
+            f"{repo_id}: the token may not write there; name a repository of your own or of your organisation, "
+            f"and {_LOG_IN}."
+        )
+    if isinstance(error, HfHubHTTPError | HTTPError | json.JSONDecodeError):
+        return (
+            f"{repo_id}: the Hub could not be used ({_in_short(error)}). What arrived is kept: run the same command "
+            "again, and only the rest is sent."
+        )
+    return None
+
+
+def _in_short(error: BaseException) -> str:
+    error: Any = _cause(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,136 @@
+"""What of a recipe two people may share: the settings of the experiment, and nothing of the machine it ran on.
+
+The same rules hold where a recipe is published and where one is taken from the Hub, as nobody knows who wrote that.
+"""
+
+import copy
+import re
+from pathlib import Path, PurePath
+from typing import Any
+
+from hf_dissect.hub.address import is_hub_address, is_repo_id
+from hf_dissect.recipe_yaml import format_yaml
+
+SHARED_TRAINING = frozenset(
+    """
+    adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bf16 bf16_full_eval data_seed dataloader_drop_last
+    dataloader_prefetch_factor eval_accumulation_steps eval_delay eval_on_start eval_steps eval_strategy fp16
+    fp16_full_eval full_determinism gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs
+    greater_is_better label_smoothing_factor learning_rate load_best_model_at_end logging_first_step logging_steps
+    logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps metric_for_best_model
+    num_train_epochs optim optim_args optim_target_modules per_device_eval_batch_size per_device_train_batch_size
+    save_steps save_strategy save_total_limit seed tf32 torch_empty_cache_steps train_sampling_strategy use_cpu
+    warmup_steps weight_decay
+    """.split()
+)
+"""Fields of `TrainingArguments` that make up an experiment. The others write files, send or fetch something, name
+accounts, or belong to a machine."""
+
+_ADDRESSES = ("https://", "http://", "hf://")
+_FOUND_BESIDE_THE_DATA = ("image_features", "noise_permutation")
+# Section and name of each setting that names a file, a folder or a repository.
+_PLACES = (
+    ("model", "name_or_path"),
+    ("model", "second_name_or_path"),
+    ("model", "tokenizer"),
+    ("data", "path"),
+    *(("data", name) for name in _FOUND_BESIDE_THE_DATA),
+    ("selection", "ledger"),
+    ("evaluation.zero_shot", "path"),
+)
+# Settings by which a library would fetch and run code, or read files, without asking.
+_LOADERS = frozenset(
+    """
+    adapters attn_implementation _attn_implementation auto_map auto_mapping corda_config experts_implementation
+    _experts_implementation megatron_config megatron_core quantization_config runtime_config tokenizer_kwargs
+    tokenizer_name_or_path trust_remote_code
+    """.split()
+)
+
+
+def shareable(settings: dict[str, Any], tokenizer: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The shared part of a recipe's settings.
+
+    Args:
+        settings: as in the YAML file; they may be faulty.
+        tokenizer: what stands in for one in a local folder, such as the repository that the model is published in.
+
+    Returns:
+        A copy of the settings, and the dotted keys of what was left out of it, in their order.
+    """
+    shared, left_out = copy.deepcopy(settings), []
+    training = _section(shared, "training")
+    for name in [name for name in training if name not in SHARED_TRAINING]:
+        if training.pop(name) is not None:
+            left_out.append(f"training.{name}")
+    for section, name in _PLACES:
+        part = _section(shared, section)
+        value = part.get(name)
+        if value is None or _is_public(value, at_hub=_may_be_at_hub(part, name)):
+            continue
+        part[name] = tokenizer if name == "tokenizer" else None
+        if name in _FOUND_BESIDE_THE_DATA:
+            part[name] = PurePath(str(value)).name
+        if name != "tokenizer" or tokenizer is None:
+            left_out.append(f"{section}.{name}")
+    left_out += _drop_loaders(_section(shared, "model.config"), "model.config")
+    left_out += _drop_loaders(_section(shared, "adapter"), "adapter")
+    return shared, left_out
+
+
+def asks_for_remote_code(settings: dict[str, Any]) -> bool:
+    """Whether a recipe says that code from its model's repository may run."""
+    return bool(_section(settings, "model").get("trust_remote_code"))
+
+
+def published_recipe(settings: dict[str, Any], repo_id: str) -> tuple[str, list[str]]:
+    """The text of `recipe.yaml` as it is published in `repo_id`, and the dotted keys of what was left out."""
+    shared, left_out = shareable(settings, tokenizer=repo_id)
+    lines = [f"# The recipe of this model. Repeat it with: hf-dissect train hub:{repo_id}"]
+    asked = [key for key in left_out if not key.startswith("training.")]
+    if asked:
+        lines.append(f"# They were of one machine and are yours to set: {', '.join(asked)} (such as {asked[0]}=...)")
+    return "\n".join(lines) + "\n" + format_yaml(shared), left_out
+
+
+def is_local_path(text: str) -> bool:
+    """Whether a text is written as a path of some machine: absolute, relative to a home or to a folder."""
+    return bool(re.match(r"/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:", text))
+
+
+def _is_public(value: Any, at_hub: bool) -> bool:
+    """Whether others can have what a setting names, and may know its name."""
+    if not isinstance(value, str):
+        return False
+    if is_hub_address(value):
+        return True
+    if value.startswith(_ADDRESSES):
+        # What follows a question mark may be a signature, what stands before an @ a password.
+        return "?" not in value and "@" not in value.partition("://")[2].partition("/")[0] and "::" not in value
+    return at_hub and not is_local_path(value) and is_repo_id(value) and not Path(value).exists()
+
+
+def _may_be_at_hub(section: dict[str, Any], name: str) -> bool:
+    return name in ("name_or_path", "second_name_or_path", "tokenizer") or (
+        name == "path" and section.get("source") == "hub"
+    )
+
+
+def _drop_loaders(part: dict[str, Any] | list[Any], key: str) -> list[str]:
+    """Take from settings, however deep, what loads code or names files; returns the keys of what was taken."""
+    dropped = []
+    for child, value in list(part.items() if isinstance(part, dict) else enumerate(part)):
+        if child in _LOADERS or (isinstance(value, str) and is_local_path(value)):
+            part[child] = None
+            dropped.append(f"{key}.{child}")
+        elif isinstance(value, dict | list):
+            dropped += _drop_loaders(value, f"{key}.{child}")
+    return dropped
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section, by its dotted name, for reading and writing; an empty one where there is none, or something else."""
+    part: Any = settings
+    for key in name.split("."):
+        part = part.get(key) if isinstance(part, dict) else None
+    return part if isinstance(part, dict) else {}
