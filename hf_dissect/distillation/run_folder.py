@@ -12,7 +12,7 @@ from hf_dissect.distillation.arguments import OWN_FIELDS
 from hf_dissect.distillation.diagnostics import RowCounts
 from hf_dissect.distillation.report import write_distillation_card, write_distillation_report
 from hf_dissect.evaluation import format_results_table
-from hf_dissect.run_folder import final_results, write_json
+from hf_dissect.run_folder import without_speed, write_json
 
 if TYPE_CHECKING:
     from hf_dissect.distillation.trainer import AuxiliaryDistillationTrainer
@@ -37,7 +37,7 @@ def write_distillation_folder(trainer: "AuxiliaryDistillationTrainer", test_data
     """
     trainer.save_model()  # first, so that nothing that follows can cost the trained model
     dataset = trainer.eval_dataset if test_dataset is None else test_dataset
-    final = {} if dataset is None else final_results(trainer.evaluate(dataset, metric_key_prefix="final"))
+    final = {} if dataset is None else without_speed(trainer.evaluate(dataset, metric_key_prefix="final"), "final")
     metrics = distillation_metrics(trainer, final)
     if trainer.args.should_save:
         folder = Path(trainer.args.output_dir)
