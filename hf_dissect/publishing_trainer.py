@@ -31,7 +31,12 @@ class PublishingTrainer(Trainer):
 
     With a `hub_strategy` of "checkpoint" or "all_checkpoints", whole checkpoints are sent as well, to go on from:
     all of their files but `training_args.bin`.
+
+    Attributes:
+        model_in_checkpoint: folder, within a checkpoint, of the model that is published; "" for the checkpoint itself.
     """
+
+    model_in_checkpoint = ""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or make sure that it can be written to (`HubError`)."""
@@ -136,7 +141,8 @@ class PublishingTrainer(Trainer):
         """Publish the model of a checkpoint and, if asked for, the checkpoint itself; a failure ends no training."""
         checkpoint = staged / staged.name.removeprefix(STAGING_PREFIX)
         try:
-            publish(self._repository, checkpoint, message=message, cards_in=staged / _CARDS_FOLDER)
+            model = checkpoint / self.model_in_checkpoint
+            publish(self._repository, model, message=message, cards_in=staged / _CARDS_FOLDER)
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 self._send_whole(checkpoint, f"{message}, checkpoint")
         except (OSError, ValueError) as error:

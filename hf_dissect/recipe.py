@@ -89,8 +89,7 @@ class Recipe:
         Raises:
             RecipeError: the file cannot be read, or has faults; all of them are listed.
         """
-        path = _find(path_or_shipped_name)
-        return cls._build(read_settings(path), str(path), overrides)
+        return cls._build(*load_settings(path_or_shipped_name), overrides)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
@@ -100,8 +99,7 @@ class Recipe:
     @classmethod
     def _build(cls, settings: dict[str, Any], source: str, overrides: Sequence[str]) -> "Recipe":
         faults = Faults()
-        for override in overrides:
-            _apply_override(settings, override, faults)
+        apply_overrides(settings, overrides, faults)
         find_unusable_numbers(settings, "", faults)
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {"name": ""}
@@ -242,8 +240,13 @@ def _read_bytes(path: Path) -> bytes:
         raise RecipeError(str(path), [f"cannot be read: {error}"]) from error
 
 
+def apply_overrides(settings: dict[str, Any], overrides: Sequence[str], faults: Faults) -> None:
+    """Set the values that `overrides` (`section.key=value`) name, in place; what is wrong goes to `faults`."""
+    for override in overrides:
+        _apply_override(settings, override, faults)
+
+
 def _apply_override(settings: dict[str, Any], override: str, faults: Faults) -> None:
-    """Set the one value that `override` (`section.key=value`) names, in place; what is wrong goes to `faults`."""
     key, equals, text = override.partition("=")
     key = key.strip()
     *sections, name = key.split(".")
@@ -267,15 +270,7 @@ def _apply_override(settings: dict[str, Any], override: str, faults: Faults) -> 
     place[name] = value
 
 
-def load_settings(
-    path_or_shipped_name: str | Path, overrides: Sequence[str] = (), faults: Faults | None = None
-) -> tuple[dict[str, Any], str]:
-    """The mapping in a recipe with the overrides applied, otherwise unchecked, and the file's name for errors.
-
-    What is wrong with an override goes to `faults`; `RecipeError` if the file cannot be read.
-    """
+def load_settings(path_or_shipped_name: str | Path) -> tuple[dict[str, Any], str]:
+    """The mapping in a recipe, unchecked, and the file's name for errors; `RecipeError` if it cannot be read."""
     path = _find(path_or_shipped_name)
-    settings = read_settings(path)
-    for override in overrides:
-        _apply_override(settings, override, faults)
-    return settings, str(path)
+    return read_settings(path), str(path)

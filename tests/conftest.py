@@ -1,6 +1,8 @@
-"""Makes every test offline, single-threaded and able to ask for a tiny model by name."""
+"""Makes every test offline, single-threaded and able to ask for a tiny model, or a Hub on this machine, by name."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # transformers, datasets and tokenizers read these once, at import: they must stand before any of those imports.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,11 +10,15 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hub_client
 import pytest
 import tiny_models
 import torch
 from datasets import Dataset
+from loopback_hub import LoopbackHub, serving
 from transformers import PreTrainedModel, ProcessorMixin
+
+from hf_dissect.hub import repository
 
 torch.set_num_threads(1)
 
@@ -39,3 +45,12 @@ def tiny_dual_encoder() -> tuple[PreTrainedModel, ProcessorMixin]:
 def tiny_pairs() -> Dataset:
     """64 small pictures with a caption each."""
     return tiny_models.tiny_pairs()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub with the users ada, who is logged in, and bob."""
+    monkeypatch.setattr(repository, "PAUSES", (0.01, 0.01))
+    with serving() as running:
+        hub_client.use(running, tmp_path / "huggingface", monkeypatch)
+        yield running

@@ -82,6 +82,10 @@ COMMANDS = {
         *("student.name_or_path=clip", "auxiliaries.caption.name_or_path=clip", "training.save_strategy=no"),
         *("training.per_device_train_batch_size=8", "training.max_steps=2", "training.use_cpu=true"),
     ],
+    "hf-dissect evaluate runs/amid-utd-mhad": [],
+    "hf-dissect push runs/amid-utd-mhad USER/student": [],
+    "hf-dissect train hub:USER/student data.path=/data/utd_mhad": [],
+    "hf-dissect evaluate hub:USER/student --data /data/utd_mhad": [],
 }
 
 
@@ -167,7 +171,7 @@ def test_commands_run_in_the_order_of_the_readme(data, hub, tmp_path, monkeypatc
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
         *("mine", "mine-2", "mine-3", "mine-4", "mine-5", "mine-6", "mine-7", "flickr8k-local", "cc3m", "cc3m-2"),
-        *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-clip"),
+        *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-utd-mhad-3", "amid-clip"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
     assert steps == [2, 4]

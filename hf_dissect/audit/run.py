@@ -19,6 +19,7 @@ from hf_dissect.audit.table import score_table, write_table
 from hf_dissect.audit.thumbnails import write_thumbnails
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PairDataset
+from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.evaluate_checkpoint import data_section, evaluating_trainer, recipe_of
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.hub.address import HubAddress, is_hub_address
@@ -104,6 +105,12 @@ def audit(
             `export_to` is not empty; fewer than 10 readable pairs.
     """
     _check_export(export_to, keep, threshold)
+    if is_student(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is the student of a distillation: it classifies and knows no captions, so it cannot audit "
+            "pairs; name a CLIP-like model. What the student can do is told by: hf-dissect evaluate "
+            f"{checkpoint}"
+        )
     recipe = recipe_of(checkpoint) if data is None else None
     model_name = _model_name(checkpoint)
     if is_hub_address(checkpoint):

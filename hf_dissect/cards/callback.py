@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dissect.adapters import base_of_adapter
@@ -25,12 +25,24 @@ CARD = "README.md"
 
 
 class ModelCardCallback(TrainerCallback):
-    """Writes the card of a `DissectTrainer`, and the picture that it shows, into the run folder."""
+    """Writes the card of a run into its folder; what stands there, a subclass tells."""
 
-    def __init__(self, trainer: "DissectTrainer"):
+    def __init__(self, trainer: Trainer):
         self._trainer = trainer
         self._results: tuple[dict[str, Any], str] | None = None  # metrics of a finished run, and of which split
         self._told: dict[str, Any] = {}
+
+    def metrics_so_far(self, last: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As `metrics.json` will tell them, with the figures of the last evaluation for the final ones."""
+        raise NotImplementedError
+
+    def write_card(self, **about: Any) -> None:
+        """Write the files.
+
+        Args:
+            about: `metrics`, `evaluated`, `progress` and `told_by_user` as of `write_model_card`.
+        """
+        raise NotImplementedError
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._results = None
@@ -53,28 +65,12 @@ class ModelCardCallback(TrainerCallback):
             told: `license`, `language`, `tags` and `datasets` for the metadata, here and in later cards.
         """
         self._told |= {name: value for name, value in told.items() if value is not None}
-        trainer = self._trainer
-        if not trainer.args.should_save:
+        if not self._trainer.args.should_save:
             return
-        state, folder = trainer.state, Path(trainer.args.output_dir)
-        shown = draw_run(folder / PICTURE, state.log_history, trainer.monitor.score_histogram())
-        metrics, evaluated = self._results or (_metrics_so_far(trainer), "validation")
-        card = {
-            "metrics": metrics,
-            "evaluated": evaluated,
-            "progress": None if self._results else f"step {state.global_step:,} of {state.max_steps:,}",
-            "base_model": _base_model(trainer, metrics),
-            "recipe": trainer.recipe,
-            "model": model_facts(trainer.model),
-            "model_id": trainer.hub_model_id,
-            "told_by_user": self._told,
-        }
-        picture = {} if shown is None else {"picture": PICTURE, "picture_text": shown}
-        write_model_card(folder / CARD, **card, **picture)
-        # PEFT puts a card of its own beside each adapter, which names the folder of the base model.
-        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / CARD
-        if not self._results and checkpoint.is_file():
-            write_model_card(checkpoint, **card)
+        state = self._trainer.state
+        metrics, evaluated = self._results or (self.metrics_so_far(_last_evaluation(state)), "validation")
+        progress = None if self._results else f"step {state.global_step:,} of {state.max_steps:,}"
+        self.write_card(metrics=metrics, evaluated=evaluated, progress=progress, told_by_user=self._told)
 
     def _try_to_write(self) -> None:
         try:
@@ -83,12 +79,41 @@ class ModelCardCallback(TrainerCallback):
             logger.warning("The model card could not be written (%s); training goes on.", error)
 
 
+class SelectionCard(ModelCardCallback):
+    """The card of a `DissectTrainer`, and the picture that it shows."""
+
+    _trainer: "DissectTrainer"
+
+    def metrics_so_far(self, last: Mapping[str, Any]) -> Mapping[str, Any]:
+        return metrics_of_this_process(self._trainer, self._trainer.strategy.name, last)
+
+    def write_card(self, **about: Any) -> None:
+        trainer = self._trainer
+        state, folder = trainer.state, Path(trainer.args.output_dir)
+        shown = draw_run(folder / PICTURE, state.log_history, trainer.monitor.score_histogram())
+        card = {
+            **about,
+            "base_model": _base_model(trainer, about["metrics"]),
+            "recipe": trainer.recipe,
+            "model": model_facts(trainer.model),
+            "model_id": trainer.hub_model_id,
+        }
+        picture = {} if shown is None else {"picture": PICTURE, "picture_text": shown}
+        write_model_card(folder / CARD, **card, **picture)
+        # PEFT puts a card of its own beside each adapter, which names the folder of the base model.
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / CARD
+        if about["progress"] is not None and checkpoint.is_file():
+            write_model_card(checkpoint, **card)
+
+
 class CardedTrainer(Trainer):
-    """A Trainer with the model card of `hf_dissect.cards.model_card`. What it tells is made by `DissectTrainer`."""
+    """A Trainer with a model card that is current; its subclasses say which, by `card_callback`."""
+
+    card_callback: type[ModelCardCallback] = SelectionCard
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.model_card = ModelCardCallback(self)
+        self.model_card = self.card_callback(self)
         self.add_callback(self.model_card)
 
     def create_model_card(
@@ -136,8 +161,7 @@ def _base_model(trainer: "DissectTrainer", metrics: Mapping) -> str | None:
     return bare_model(trainer.model).name_or_path or None
 
 
-def _metrics_so_far(trainer: "DissectTrainer") -> Mapping[str, Any]:
-    """As `metrics.json` will tell them, with the last evaluation for the final figures."""
-    evaluations = (entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+def _last_evaluation(state: TrainerState) -> Mapping[str, Any]:
+    evaluations = (entry for entry in reversed(state.log_history) if "eval_loss" in entry)
     last = {key: value for key, value in next(evaluations, {}).items() if key.startswith("eval_")}
-    return metrics_of_this_process(trainer, trainer.strategy.name, without_speed(last, "eval"))
+    return without_speed(last, "eval")

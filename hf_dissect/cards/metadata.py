@@ -56,9 +56,9 @@ def card_metadata(
         language=told.get("language"),
         library_name="peft" if adapter else "transformers",
         pipeline_tag="feature-extraction" if reads_features else "zero-shot-image-classification",
-        tags=[*TAGS, *(("peft", adapter["type"]) if adapter else ()), *_listed(told.get("tags"))],
+        tags=[*TAGS, *(("peft", adapter["type"]) if adapter else ()), *listed(told.get("tags"))],
         base_model=base_model,
-        datasets=list(dict.fromkeys([*([own] if own else []), *_listed(told.get("datasets"))])) or None,
+        datasets=list(dict.fromkeys([*([own] if own else []), *listed(told.get("datasets"))])) or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -73,13 +73,14 @@ def eval_results(metrics: Mapping, recipe: "Recipe | None", evaluated: str) -> l
         if number is None or not may_be_published(key):
             continue
         if _ZERO_SHOT.fullmatch(key):
-            results.append(_result("zero-shot-image-classification", zero_shot, key, number))
+            results.append(eval_result("zero-shot-image-classification", zero_shot, key, number))
         elif _RETRIEVAL.fullmatch(key):
-            results.append(_result("image-text-retrieval", retrieval, key, number))
+            results.append(eval_result("image-text-retrieval", retrieval, key, number))
     return results
 
 
-def _result(task: str, data: Mapping, key: str, value: float) -> EvalResult:
+def eval_result(task: str, data: Mapping, key: str, value: float) -> EvalResult:
+    """The figure `key` as a result of the Hub, on the data that `data_fields` tells."""
     return EvalResult(
         task_type=task,
         task_name=task.replace("-", " ").capitalize(),
@@ -92,19 +93,19 @@ def _result(task: str, data: Mapping, key: str, value: float) -> EvalResult:
 
 def _retrieval_data(recipe: "Recipe | None", evaluated: str) -> dict:
     if recipe is None:
-        return _data(None, None, evaluated)
+        return data_fields(None, None, evaluated)
     data = recipe.data
-    return _data(data.source, data.path, getattr(data, f"{evaluated}_split"), data.name)
+    return data_fields(data.source, data.path, getattr(data, f"{evaluated}_split"), data.name)
 
 
 def _zero_shot_data(recipe: "Recipe | None") -> dict:
     section = None if recipe is None else recipe.evaluation.zero_shot
     if section is None:
-        return _data(None, None, "test")
-    return _data(section.source if section.path else "scenes", section.path, section.split)
+        return data_fields(None, None, "test")
+    return data_fields(section.source if section.path else "scenes", section.path, section.split)
 
 
-def _data(source: str | None, path: str | None, split: str | None, config: str | None = None) -> dict:
+def data_fields(source: str | None, path: str | None, split: str | None, config: str | None = None) -> dict:
     """The fields of `EvalResult` that tell the data; a place on this machine is not among them."""
     name = hub_dataset(source, path)
     split = split if split and may_be_published(split) else None  # of files, it may be told by their names
@@ -116,5 +117,6 @@ def _data(source: str | None, path: str | None, split: str | None, config: str |
     }
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
+def listed(value: str | list[str] | None) -> list[str]:
+    """What a user gave as one text or as several."""
     return [value] if isinstance(value, str) else list(value or [])

@@ -25,11 +25,13 @@ from hf_dissect.report_data import replace_file
 from hf_dissect.report_tables import mapping
 
 if TYPE_CHECKING:
+    from hf_dissect.distillation.recipe import DistillationRecipe
     from hf_dissect.recipe import Recipe
 
-__all__ = ["TAGS", "ModelFacts", "name_model", "write_model_card"]
+__all__ = ["TAGS", "ModelFacts", "card_description", "card_title", "name_model", "write_model_card"]
 
 _TEMPLATE = "dissect.md.jinja"
+_TITLE = "CLIP trained with hf_dissect"
 _MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
@@ -90,7 +92,7 @@ def write_model_card(
     model = model or ModelFacts()
     adapter = mapping(metrics.get("adapter"))
     base_id = hub_id(base_model)
-    title = _title(recipe, metrics)
+    title = card_title(recipe, metrics)
     metadata = card_metadata(
         metrics,
         name=title,
@@ -106,7 +108,7 @@ def write_model_card(
         _TEMPLATE,
         metadata=metadata.to_yaml(),
         title=title,
-        description=_description(recipe),
+        description=card_description(recipe),
         progress=progress,
         selects=metrics.get("strategy") != "none",
         base_model=base_id,
@@ -135,12 +137,14 @@ def name_model(card: str, model_id: str) -> str:
     return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
 
 
-def _title(recipe: "Recipe | None", metrics: Mapping) -> str:
-    names = (None if recipe is None else recipe.name, metrics.get("name"), "CLIP trained with hf_dissect")
+def card_title(recipe: "Recipe | DistillationRecipe | None", metrics: Mapping, default: str = _TITLE) -> str:
+    """The name of recipe or run, if it may be published."""
+    names = (None if recipe is None else recipe.name, metrics.get("name"), default)
     return next(" ".join(str(name).split()) for name in names if name and may_be_published(name))
 
 
-def _description(recipe: "Recipe | None") -> str:
+def card_description(recipe: "Recipe | DistillationRecipe | None") -> str:
+    """The description in a recipe, if it may be published."""
     return recipe.description if recipe is not None and may_be_published(recipe.description) else ""
 
 

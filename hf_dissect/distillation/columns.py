@@ -11,6 +11,11 @@ from torch.utils.data import Dataset as TorchDataset
 Columns = Dataset | Mapping[str, Sequence]
 
 
+def column_names(columns: Columns) -> list[str]:
+    """The names of the columns, in their order."""
+    return list(columns.column_names if isinstance(columns, Dataset) else columns)
+
+
 class ModalityRows(TorchDataset):
     """Rows as dicts of the modalities, `label` and `row`, the row number.
 
@@ -38,7 +43,7 @@ class ModalityRows(TorchDataset):
         labels: Sequence[str] | None = None,
         optional: Sequence[str] = (),
     ):
-        names = list(columns.column_names if isinstance(columns, Dataset) else columns)
+        names = column_names(columns)
         for name in [*modalities, label_column]:
             if name not in names and name not in optional:
                 raise ValueError(f"There is no column {name!r}; there are {', '.join(map(repr, names))}.")

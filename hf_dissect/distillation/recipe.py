@@ -1,5 +1,6 @@
 """Turns a YAML file with a section `distillation` into the typed, checked settings of a run."""
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 from hf_dissect.distillation.arguments import OWN_FIELDS, distillation_problems
 from hf_dissect.distillation.terms import METHODS
-from hf_dissect.recipe import load_settings
+from hf_dissect.recipe import apply_overrides, load_settings
 from hf_dissect.recipe_fields import (
     Faults,
     RecipeError,
@@ -98,16 +99,15 @@ class DistillationRecipe:
     @classmethod
     def load(cls, path_or_shipped_name: str | Path, overrides: Sequence[str] = ()) -> "DistillationRecipe":
         """Read and check a recipe, as `hf_dissect.Recipe.load` does (`RecipeError` lists all faults)."""
-        faults = Faults()
-        settings, source = load_settings(path_or_shipped_name, overrides, faults)
-        return cls.from_dict(settings, source, faults)
+        return cls.from_dict(*load_settings(path_or_shipped_name), overrides)
 
     @classmethod
     def from_dict(
-        cls, settings: dict[str, Any], source: str = "recipe", faults: Faults | None = None
+        cls, settings: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
     ) -> "DistillationRecipe":
         """Check plain settings, nested as in the YAML file; `source` names them in errors (`RecipeError`)."""
-        faults = Faults() if faults is None else faults
+        faults, settings = Faults(), copy.deepcopy(settings)
+        apply_overrides(settings, overrides, faults)
         find_unusable_numbers(settings, "", faults)
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {"name": ""}
@@ -232,7 +232,7 @@ def _encoders(recipe: DistillationRecipe) -> Iterator[tuple[str, str]]:
 def _data(recipe: DistillationRecipe) -> Iterator[tuple[str, str]]:
     data = recipe.data
     if not data.path:
-        yield "data.path", f"missing; data.source {data.source} needs it"
+        yield "data.path", f"missing; data.source {data.source} needs one (data.path=...)"
     groups = {name: getattr(data, f"{name}_groups") for name in ("train", "validation", "test")}
     if data.group_column is None:
         for name, values in groups.items():

@@ -1,15 +1,12 @@
-"""Report and card of a distillation: how far the terms came, and what the student is."""
+"""Report of a distillation: how far the terms came."""
 
 import itertools
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_dissect.distillation.student import StudentForClassification
 from hf_dissect.report_data import replace_file
 from hf_dissect.report_plots import DASHES, Curve, line_panel, series
 from hf_dissect.version import __version__
@@ -48,26 +45,6 @@ def write_distillation_report(path: str | Path, metrics: Mapping[str, Any], log_
     return replace_file(path, page)
 
 
-def write_distillation_card(path: str | Path, metrics: Mapping[str, Any], student: StudentForClassification) -> Path:
-    """Write the model card of a student."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["inline"] = _inline
-    header = {
-        "library_name": "transformers",
-        "tags": ["hf_dissect", "knowledge-distillation", "amid", metrics["method"]],
-    }
-    card = environment.get_template("card.md.jinja").render(
-        header=yaml.safe_dump(header, sort_keys=False).strip(),
-        metrics=metrics,
-        encoder=type(student.encoder).__name__,
-        main_input=student.encoder.main_input_name,
-        labels=list(student.config.id2label.values()),
-    )
-    return replace_file(path, card)
-
-
 def _panels(log_history: list[dict]) -> list[dict]:
     uids, panels = map("f{}".format, itertools.count()), []
     for heading, ylabel, percent, lines in _PANELS:
@@ -82,8 +59,3 @@ def _panels(log_history: list[dict]) -> list[dict]:
             figure = line_panel(curves, uid=next(uids), ylabel=ylabel, alt=alt, columns=2, percent=percent)
             panels.append({"heading": heading, "figure": figure, "names": names})
     return panels
-
-
-def _inline(text: Any) -> str:
-    """Data as one line of markdown that means nothing but itself."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", " ".join(str(text).split()))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from accelerate.utils import gather_object
 
 from hf_dissect.distillation.arguments import OWN_FIELDS
 from hf_dissect.distillation.diagnostics import RowCounts
-from hf_dissect.distillation.report import write_distillation_card, write_distillation_report
+from hf_dissect.distillation.report import write_distillation_report
 from hf_dissect.evaluation import format_results_table
 from hf_dissect.run_folder import without_speed, write_json
 
@@ -26,7 +27,8 @@ def write_distillation_folder(trainer: "AuxiliaryDistillationTrainer", test_data
     """Evaluate the trained networks and write the run folder; called on all ranks, written by the first.
 
     The folder gets the student (`config.json`, `model.safetensors`), its encoder alone (`encoder/`), `recipe.yaml`
-    when the run has one, `metrics.json`, `report.html` and a model card, `README.md`.
+    when the run has one, `metrics.json`, `report.html` and a model card, `README.md`; with `push_to_hub` it is
+    published.
 
     Args:
         trainer: after `train`.
@@ -35,7 +37,8 @@ def write_distillation_folder(trainer: "AuxiliaryDistillationTrainer", test_data
     Returns:
         The content of `metrics.json`.
     """
-    trainer.save_model()  # first, so that nothing that follows can cost the trained model
+    # First, so that nothing that follows can cost the trained model; not pushed before the rest is there.
+    trainer.save_model(_internal_call=True)
     dataset = trainer.eval_dataset if test_dataset is None else test_dataset
     final = {} if dataset is None else without_speed(trainer.evaluate(dataset, metric_key_prefix="final"), "final")
     metrics = distillation_metrics(trainer, final)
@@ -43,12 +46,19 @@ def write_distillation_folder(trainer: "AuxiliaryDistillationTrainer", test_data
         folder = Path(trainer.args.output_dir)
         write_json(folder / "metrics.json", metrics)
         write_distillation_report(folder / "report.html", metrics, trainer.state.log_history)
-        write_distillation_card(folder / "README.md", metrics, trainer.student)
+    trainer.model_card.finish(metrics, evaluated="validation" if test_dataset is None else "test")
+    if trainer.args.push_to_hub:
+        trainer.push_run_folder()
     return metrics
 
 
 def distillation_metrics(trainer: "AuxiliaryDistillationTrainer", final: dict[str, float]) -> dict[str, Any]:
     """The content of `metrics.json`: final figures, the last logged diagnostics, rows, times, settings, versions."""
+    return metrics_of_this_process(trainer, final) | {"rows": _rows_of_all_ranks(trainer)}
+
+
+def metrics_of_this_process(trainer: "AuxiliaryDistillationTrainer", final: dict[str, float]) -> dict[str, Any]:
+    """What `distillation_metrics` gives, as far as one process knows it: with the rows that it has seen itself."""
     seconds = {f"{part}_s": trainer.times[part] for part in ("data", "training", "evaluation")}
     return {
         "name": trainer.args.method if trainer.recipe is None else trainer.recipe.name,
@@ -61,19 +71,20 @@ def distillation_metrics(trainer: "AuxiliaryDistillationTrainer", final: dict[st
         "final": final,
         "diagnostics": _last_diagnostics(trainer.state.log_history),
         "warnings": trainer.watch.warned,
-        "rows": _rows_of_all_ranks(trainer),
+        "rows": trainer.rows.summary(),
         "times": {"total_s": sum(seconds.values()), **seconds},
         "settings": {name: getattr(trainer.args, name) for name in (*_TRAINING, *OWN_FIELDS)},
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
     }
 
 
-def figures_table(metrics: dict[str, Any]) -> str:
-    """The final accuracies and R@1 in per cent, as text."""
-    row = {name: 100 * value for name, value in metrics["final"].items() if name.endswith(("_accuracy", "R@1"))}
+def figures_table(figures: Mapping[str, float], method: str | None = None) -> str:
+    """Accuracies and R@1 in per cent, as text; `method` names the row."""
+    row = {name: 100 * value for name, value in figures.items() if name.endswith(("_accuracy", "R@1"))}
     if not row:
         return "Nothing was evaluated: there are no validation or test rows."
-    return format_results_table([{"method": metrics["method"], **row}], ["method", *row], decimals=1)
+    named = {} if method is None else {"method": method}
+    return format_results_table([named | row], [*named, *row], decimals=1)
 
 
 def _last_diagnostics(log_history: list[dict]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data.loading import load_splits
 from hf_dissect.distillation.arguments import AuxiliaryDistillationArguments
 from hf_dissect.distillation.collator import array_shape
-from hf_dissect.distillation.columns import Columns
+from hf_dissect.distillation.columns import Columns, column_names
 from hf_dissect.distillation.encoders import standardisation
 from hf_dissect.distillation.recipe import DistillationDataSection, DistillationRecipe, ModalitySection
 from hf_dissect.distillation.run_folder import write_distillation_folder
@@ -89,18 +89,17 @@ def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> 
 def load_columns(section: DistillationDataSection) -> dict[str, Columns]:
     """The splits that a section describes: "train" and, where there are any, "validation" and "test"."""
     if section.source == "npz":
-        columns: Columns = read_arrays(section.path)
+        splits: dict[str, Columns] = {"train": read_arrays(section.path)}
     else:
         names = ("source", "path", "name", "train_split", "validation_split", "test_split")
         given = {name: getattr(section, name) for name in names}
         if section.group_column is not None:
             given |= {"validation_split": None, "test_split": None}
         splits = load_splits(**given)
-        columns = splits["train"]
     if section.group_column is not None:
-        splits = split_by_group(columns, section)
+        splits = split_by_group(splits["train"], section)
     rows = {"train": section.max_train_rows}
-    return {name: _first_rows(part, rows.get(name, section.max_eval_rows)) for name, part in splits.items()}
+    return {name: first_rows(part, rows.get(name, section.max_eval_rows)) for name, part in splits.items()}
 
 
 def read_arrays(path: str) -> dict[str, np.ndarray]:
@@ -145,8 +144,14 @@ def split_by_group(columns: Columns, section: DistillationDataSection) -> dict[s
                 f"data.{name}_groups: no row has {absent[0]!r} in {section.group_column}; there are {known}."
             )
         if groups:
-            splits[name] = _take(columns, [row for row, value in enumerate(values) if value in groups])
+            splits[name] = rows_of_groups(columns, section.group_column, groups)
     return splits
+
+
+def rows_of_groups(columns: Columns, group_column: str, groups: list[Any]) -> Columns:
+    """The rows whose value in a column is one of `groups`."""
+    values = np.asarray(columns[group_column]).tolist()
+    return _take(columns, [row for row, value in enumerate(values) if value in groups])
 
 
 def load_encoder(section: ModalitySection, columns: Columns) -> tuple[PreTrainedModel, Any]:
@@ -162,14 +167,14 @@ def load_encoder(section: ModalitySection, columns: Columns) -> tuple[PreTrained
     towers = {"image": "vision_model", "text": "text_model"}
     if section.kind in towers and hasattr(model.config, "vision_config"):
         model = getattr(model, towers[section.kind])
-    return model, _processor(section, section.processor or section.name_or_path)
+    return model, _processor_of(section, section.processor or section.name_or_path)
 
 
 def _from_scratch(section: ModalitySection, values: Any) -> tuple[PreTrainedModel, Any]:
     settings = dict(section.config)
     if settings["model_type"] not in CONFIG_MAPPING:
         raise ValueError(f"{section.column}: config.model_type {settings['model_type']!r} is no architecture known.")
-    processor = _processor(section, section.processor) if section.processor else None
+    processor = _processor_of(section, section.processor) if section.processor else None
     if section.kind == "text":
         texts = (value[0] if isinstance(value, list) and value else value for value in values)
         texts = [text for text in texts if isinstance(text, str)]
@@ -190,12 +195,15 @@ def _from_scratch(section: ModalitySection, values: Any) -> tuple[PreTrainedMode
     return AutoModel.from_config(config), processor
 
 
-def _processor(section: ModalitySection, source: str) -> Any:
-    if section.kind == "array":
-        return None
-    kind = AutoImageProcessor if section.kind == "image" else AutoTokenizer
-    options = {"backend": "pil"} if "backend" in inspect.signature(kind.from_pretrained).parameters else {}
-    return kind.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
+def _processor_of(section: ModalitySection, source: str) -> Any:
+    return None if section.kind == "array" else load_processor(section.kind, source, section.trust_remote_code)
+
+
+def load_processor(kind: str, source: str, trust_remote_code: bool = False) -> Any:
+    """The image processor (`kind` "image") or tokenizer ("text") in a folder or a repository of the Hub."""
+    loader = AutoImageProcessor if kind == "image" else AutoTokenizer
+    options = {"backend": "pil"} if "backend" in inspect.signature(loader.from_pretrained).parameters else {}
+    return loader.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
 def _standardisation(values: Any, num_channels: int, column: str) -> dict[str, list[float]]:
@@ -208,7 +216,7 @@ def _standardisation(values: Any, num_channels: int, column: str) -> dict[str, l
 
 
 def _check_column(column: str, columns: Columns, key: str = "the recipe") -> None:
-    names = list(columns.column_names if isinstance(columns, Dataset) else columns)
+    names = column_names(columns)
     if column not in names:
         raise ValueError(f"{key}: there is no column {column!r}; there are {', '.join(map(repr, names))}.")
 
@@ -219,6 +227,7 @@ def _take(columns: Columns, rows: list[int]) -> Columns:
     return {name: values[rows] for name, values in columns.items()}
 
 
-def _first_rows(columns: Columns, count: int | None) -> Columns:
+def first_rows(columns: Columns, count: int | None) -> Columns:
+    """The first `count` rows; None: all."""
     length = len(columns) if isinstance(columns, Dataset) else len(next(iter(columns.values())))
     return columns if count is None or count >= length else _take(columns, list(range(count)))

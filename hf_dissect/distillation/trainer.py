@@ -8,7 +8,9 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, set_seed
 
+from hf_dissect.cards.callback import CardedTrainer
 from hf_dissect.distillation.arguments import AuxiliaryDistillationArguments
+from hf_dissect.distillation.card import StudentCard
 from hf_dissect.distillation.collator import DistillationCollator, RowState, array_shape
 from hf_dissect.distillation.columns import Columns, ModalityRows
 from hf_dissect.distillation.conditional_entropy import Adversary, Discriminator, discriminator_loss
@@ -18,17 +20,17 @@ from hf_dissect.distillation.networks import DistillationNetworks, standardised
 from hf_dissect.distillation.objective import DistillationObjective
 from hf_dissect.distillation.run_folder import write_distillation_folder
 from hf_dissect.distillation.run_state import restore_distillation_state, save_distillation_state
+from hf_dissect.distillation.saved_student import STUDENT_FOLDER
 from hf_dissect.distillation.student import StudentForClassification, feature_size
 from hf_dissect.durable_trainer import DurableTrainer
-from hf_dissect.non_finite import check_finite, check_finite_weights
+from hf_dissect.hub.published_files import ENCODER_FOLDER
+from hf_dissect.non_finite import check_finite
+from hf_dissect.publishing_trainer import PublishingTrainer
 from hf_dissect.ranks import Ranks
 from hf_dissect.time_spent import TimeSpent
 
-ENCODER_FOLDER = "encoder"
-"""Where, beside the student, its encoder lies alone, for those who do not have this package."""
 
-
-class AuxiliaryDistillationTrainer(DurableTrainer):
+class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrainer):
     """Trains a student of one modality with others that exist at training time only.
 
     A teacher that fuses all modalities, an encoder of each auxiliary one, and the student learn together, by the terms
@@ -63,6 +65,8 @@ class AuxiliaryDistillationTrainer(DurableTrainer):
 
     # The loss is the mean over a micro-batch, to be divided by the number of accumulation steps.
     loss_is_scaled_for_ga = False
+    model_in_checkpoint = STUDENT_FOLDER
+    card_callback = StudentCard
 
     def __init__(
         self,
@@ -269,22 +273,23 @@ class AuxiliaryDistillationTrainer(DurableTrainer):
             write_distillation_folder(self)
         return output
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def _save_model_and_more(self, folder: Path, output_dir: str | None, _internal_call: bool) -> None:
         """Save the student; into a checkpoint, all networks, and the student beside them."""
         if self._unfinished is not None:
-            super().save_model(output_dir, _internal_call)
+            super()._save_model_and_more(folder, output_dir, _internal_call)
             return
-        folder = Path(output_dir or self.args.output_dir)
-        check_finite_weights(self.model, self.state.global_step, self.args.output_dir)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             super().write_beside_model(folder)
             self._save_student(folder)
+        if self.args.push_to_hub and not _internal_call:  # as the Trainer does
+            self.push_to_hub("Model save", revision=self.args.hub_revision)
 
     def write_beside_model(self, folder: Path) -> None:
-        """Write the recipe and the student."""
+        """Write the recipe and the student, which has the recipe beside it, too."""
         super().write_beside_model(folder)
-        self._save_student(folder / "student")
+        self._save_student(folder / STUDENT_FOLDER)
+        super().write_beside_model(folder / STUDENT_FOLDER)
 
     def _save_student(self, folder: Path) -> None:
         self.student.save_pretrained(folder)

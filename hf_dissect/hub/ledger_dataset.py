@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from hf_dissect.cards.templates import render_card
+from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.hub.published_files import check_private
 from hf_dissect.hub.push import Push
 from hf_dissect.hub.repository import HubError, Repository
@@ -50,9 +51,14 @@ def push_ledger(
         private, revision, token: as of `hf_dissect.hub.push.push_run`.
 
     Raises:
-        HubError: the folder has no ledger, or see `Repository.open` and `Repository.upload`.
+        HubError: the folder has no ledger, as of a distillation, or see `Repository.open` and `Repository.upload`.
     """
     folder = Path(run)
+    if is_student(folder):
+        raise HubError(
+            f"{folder} is the run of a distillation, which chooses no pairs and keeps no scores of them; publish its "
+            f"student by: hf-dissect push {folder} {repo_id}"
+        )
     if not (folder / LEDGER_FILE).is_file():
         raise HubError(f"{folder} has no {LEDGER_FILE}; name the folder of a run, such as runs/quickstart.")
     ledger = read_ledger(folder / LEDGER_FILE)

@@ -14,7 +14,7 @@ from hf_dissect.hub.repository import HubError
 from hf_dissect.hub.shared_recipe import is_local_path, published_recipe
 from hf_dissect.recipe import read_settings
 
-RECIPE_FILE, CARD_FILE = "recipe.yaml", "README.md"
+RECIPE_FILE, METRICS_FILE, CARD_FILE = "recipe.yaml", "metrics.json", "README.md"
 CARDS = (CARD_FILE, "report.png", "report.svg")
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _CONFIGURATIONS = (
@@ -27,12 +27,16 @@ _CONFIGURATIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+ENCODER_FOLDER = "encoder"
+"""Where, beside a student, its encoder lies alone."""
 _PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", *_PIECES, "chat_template.jinja")
 _BASE = tuple(f"base_model/{name}" for name in (*WEIGHTS[:2], "config.json", "generation_config.json"))
 LOADED = (*WEIGHTS, *_CONFIGURATIONS, *_TOKENIZER, *_BASE, "tasks.json")
 """Patterns of the files that a model is loaded from."""
-PUBLISHED = (*LOADED, RECIPE_FILE, "metrics.json", *CARDS)
+# Of a student, for those who do not have this package.
+_ENCODER = tuple(f"{ENCODER_FOLDER}/{name}" for name in (*WEIGHTS[:2], *_CONFIGURATIONS, *_TOKENIZER))
+PUBLISHED = (*LOADED, *_ENCODER, RECIPE_FILE, METRICS_FILE, *CARDS)
 """Patterns of all files that are published: no checkpoint, ledger, log, report with pictures, nor anything pickled."""
 
 _LARGEST_TEXT = 50_000_000
@@ -56,7 +60,7 @@ def published_files(
     Raises:
         HubError: a file still names a place of this machine, or holds a token.
     """
-    paths = [*folder.glob("*"), *(folder / "base_model").glob("*")]
+    paths = [path for place in ("", "base_model", ENCODER_FOLDER) for path in (folder / place).glob("*")]
     names = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
     found: dict[str, Path | bytes] = {name: path for name, path in names.items() if is_published(name)}
     left_out: list[str] = []
@@ -69,7 +73,7 @@ def published_files(
         text, left_out = published_recipe(read_settings(found[RECIPE_FILE]), repo_id)
         found[RECIPE_FILE] = text.encode()
     for name in found:
-        if name == "metrics.json" or Path(name).name in _CONFIGURATIONS:
+        if name == METRICS_FILE or Path(name).name in _CONFIGURATIONS:
             found[name] = without_paths(found[name])
     if found.get("adapter_config.json") != names.get("adapter_config.json"):
         left_out.append("base_model_name_or_path of the adapter")
@@ -112,7 +116,7 @@ def check_private(files: Mapping[str, Path | bytes], folder: Path) -> None:
 
 def _is_binary(name: str, source: Path | bytes) -> bool:
     # A vocabulary is made of pieces of any text.
-    vocabulary = name in _TOKENIZER[:-1]
+    vocabulary = Path(name).name in _TOKENIZER[:-1]
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     return vocabulary or name.endswith((".safetensors", ".png", ".parquet")) or size > _LARGEST_TEXT
 

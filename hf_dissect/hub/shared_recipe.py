@@ -28,7 +28,7 @@ accounts, or belong to a machine."""
 
 _ADDRESSES = ("https://", "http://", "hf://")
 _FOUND_BESIDE_THE_DATA = ("image_features", "noise_permutation")
-# Section and name of each setting that names a file, a folder or a repository.
+# Section and name of each setting that names a file, a folder or a repository; further ones in `_modalities`.
 _PLACES = (
     ("model", "name_or_path"),
     ("model", "second_name_or_path"),
@@ -38,6 +38,7 @@ _PLACES = (
     ("selection", "ledger"),
     ("evaluation.zero_shot", "path"),
 )
+_PUBLISHED_WITH_THE_MODEL = (("model", "tokenizer"), ("student", "processor"))
 # Settings by which a library would fetch and run code, or read files, without asking.
 _LOADERS = frozenset(
     """
@@ -46,14 +47,16 @@ _LOADERS = frozenset(
     tokenizer_name_or_path trust_remote_code
     """.split()
 )
+_REMOTE_CODE = "trust_remote_code"
 
 
-def shareable(settings: dict[str, Any], tokenizer: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The shared part of a recipe's settings.
+def shareable(settings: dict[str, Any], repo_id: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The shared part of a recipe's settings, also of one of a distillation.
 
     Args:
         settings: as in the YAML file; they may be faulty.
-        tokenizer: what stands in for one in a local folder, such as the repository that the model is published in.
+        repo_id: the repository that the model is published in; its tokenizer, or the student's processor, stands in
+            for one in a local folder.
 
     Returns:
         A copy of the settings, and the dotted keys of what was left out of it, in their order.
@@ -63,29 +66,34 @@ def shareable(settings: dict[str, Any], tokenizer: str | None = None) -> tuple[d
     for name in [name for name in training if name not in SHARED_TRAINING]:
         if training.pop(name) is not None:
             left_out.append(f"training.{name}")
-    for section, name in _PLACES:
-        part = _section(shared, section)
+    modalities = _modalities(shared)
+    places = [(section, _section(shared, section), name) for section, name in _PLACES]
+    places += [(key, part, name) for key, part in modalities.items() for name in ("name_or_path", "processor")]
+    for section, part, name in places:
         value = part.get(name)
         if value is None or _is_public(value, at_hub=_may_be_at_hub(part, name)):
             continue
-        part[name] = tokenizer if name == "tokenizer" else None
+        part[name] = repo_id if (section, name) in _PUBLISHED_WITH_THE_MODEL else None
         if name in _FOUND_BESIDE_THE_DATA:
             part[name] = PurePath(str(value)).name
-        if name != "tokenizer" or tokenizer is None:
+        if part[name] is None or name in _FOUND_BESIDE_THE_DATA:
             left_out.append(f"{section}.{name}")
     left_out += _drop_loaders(_section(shared, "model.config"), "model.config")
     left_out += _drop_loaders(_section(shared, "adapter"), "adapter")
+    for key, part in modalities.items():
+        left_out += _drop_loaders(_section(part, "config"), f"{key}.config")
     return shared, left_out
 
 
-def asks_for_remote_code(settings: dict[str, Any]) -> bool:
-    """Whether a recipe says that code from its model's repository may run."""
-    return bool(_section(settings, "model").get("trust_remote_code"))
+def remote_code_keys(settings: dict[str, Any]) -> list[str]:
+    """The dotted keys by which a recipe says that code from the repository of a model may run."""
+    sections = {"model": _section(settings, "model"), **_modalities(settings)}
+    return [f"{key}.{_REMOTE_CODE}" for key, part in sections.items() if part.get(_REMOTE_CODE)]
 
 
 def published_recipe(settings: dict[str, Any], repo_id: str) -> tuple[str, list[str]]:
     """The text of `recipe.yaml` as it is published in `repo_id`, and the dotted keys of what was left out."""
-    shared, left_out = shareable(settings, tokenizer=repo_id)
+    shared, left_out = shareable(settings, repo_id)
     lines = [f"# The recipe of this model. Repeat it with: hf-dissect train hub:{repo_id}"]
     asked = [key for key in left_out if not key.startswith("training.")]
     if asked:
@@ -111,9 +119,17 @@ def _is_public(value: Any, at_hub: bool) -> bool:
 
 
 def _may_be_at_hub(section: dict[str, Any], name: str) -> bool:
-    return name in ("name_or_path", "second_name_or_path", "tokenizer") or (
+    return name in ("name_or_path", "second_name_or_path", "tokenizer", "processor") or (
         name == "path" and section.get("source") == "hub"
     )
+
+
+def _modalities(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections of a distillation's student and auxiliaries, by their keys."""
+    auxiliaries = _section(settings, "auxiliaries")  # whose names may have dots
+    sections = {"student": settings.get("student")}
+    sections |= {f"auxiliaries.{name}": part for name, part in auxiliaries.items()}
+    return {key: part for key, part in sections.items() if isinstance(part, dict)}
 
 
 def _drop_loaders(part: dict[str, Any] | list[Any], key: str) -> list[str]:

@@ -216,7 +216,7 @@ def test_no_password_or_signature_is_shared(address):
 
 
 def test_the_tokenizer_of_a_published_run_is_that_of_its_repository():
-    shared, left_out = shareable({"model": {"tokenizer": "/data/tokenizer"}}, tokenizer="ada/tiny")
+    shared, left_out = shareable({"model": {"tokenizer": "/data/tokenizer"}}, "ada/tiny")
     assert shared["model"]["tokenizer"] == "ada/tiny" and left_out == []
 
 
