@@ -9,8 +9,9 @@ EPILOG = """examples:
   hf-dissect push runs/mine ada/mine --revision seed-1     another branch of the repository
 
 Published are the model or adapter (of a distillation the student, and its encoder alone), the processor, recipe.yaml
-without what is of this machine, metrics.json, the card and the report's picture; checkpoints, the ledger and report.html
-with its pictures stay here. A push that broke off is repeated with the same command: what arrived is not sent again."""
+without what is of this machine, metrics.json, the card and the report's picture; checkpoints, the ledger and
+report.html with its pictures stay here. A push that broke off is repeated with the same command: what arrived is not
+sent again."""
 
 
 def add_parser(subparsers) -> None:
