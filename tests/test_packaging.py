@@ -94,6 +94,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tree, wheel):
         "recipes/quickstart.yaml",
         "recipes/accelerate/multi-gpu.yaml",
         "model_cards/dissect.md.jinja",
+        "model_cards/student.md.jinja",
         "report.html.jinja",
         "trainer.py",
     ):

@@ -133,15 +133,12 @@ def _metadata(
 def _eval_results(
     metrics: Mapping[str, Any], recipe: "DistillationRecipe | None", evaluated: str, task: str
 ) -> list[EvalResult]:
-    if recipe is None:
-        data = data_fields(None, None, evaluated)
-    else:
+    data = data_fields(None, None, evaluated)
+    if recipe is not None:
         section = recipe.data
         split = evaluated if section.group_column else getattr(section, f"{evaluated}_split")
         data = data_fields(section.source, section.path, split, section.name)
-    if data["dataset_config"] is None and (
-        recipe is None or hub_dataset(recipe.data.source, recipe.data.path) is None
-    ):
+    if recipe is None or hub_dataset(recipe.data.source, recipe.data.path) is None:
         data |= {"dataset_type": "labelled-rows", "dataset_name": "Labelled rows"}
     final = metrics["final"]
     return [eval_result(task, data, key, final[key]) for key in _RESULTS if final.get(key) is not None]
