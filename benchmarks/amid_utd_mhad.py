@@ -2,6 +2,10 @@
 
     python benchmarks/amid_utd_mhad.py --data UTD [--seeds 0,1,2,3,4] [--split validation] [--output F.json]
     python benchmarks/amid_utd_mhad.py --data UTD --methods student,amid --seeds 0 --set training.num_train_epochs=10
+    python benchmarks/amid_utd_mhad.py --data UTD --labelled-trials 1     labels for one in four training rows
+    python benchmarks/amid_utd_mhad.py --output F.json --table            only print what is there
+
+Runs in F.json are not repeated, so that several calls can share it, one after the other.
 
 UTD is a folder with one .npz (see recipes/amid-utd-mhad.yaml, of which this uses networks and settings). Settings are
 chosen on subject 7, held out of the odd ones (--split validation); --split test trains on all odd subjects and tests
@@ -11,7 +15,13 @@ after the last step.
 - accuracy of the student, of the teacher that trained beside it, and of the auxiliaries;
 - R@1: the share of test rows whose nearest training row, by the student's features, is of their class (no subject is
   on both sides); `R@1 within` looks among the other test rows, where others of the same subject make it easy;
-- `amid without TERM`: the ablation.
+- `amid without TERM`: the ablation;
+- in the JSON, after training, on all training rows and on all test rows: the bounds on I(T;S) and I(T;A) with all of
+  them as candidates (log N is the most that a bound can say), and the generator's squared error (1 is the error of
+  knowing nothing).
+
+With `--labelled-trials N` only the first N of four recordings of each action by each subject keep their label; of the
+others, the terms that need none learn all the same.
 
 The teacher of "hinton" and "crd" gets its task losses alone: it is the upper bound, and what that of "mi_student_only"
 has to be compared with.
@@ -24,11 +34,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from results_file import show_and_write
 
-from hf_dissect.distillation import METHODS, DistillationRecipe, recall_at_1
+from hf_dissect.distillation import METHODS, AuxiliaryDistillationTrainer, DistillationRecipe, recall_at_1
+from hf_dissect.distillation.columns import ModalityRows
+from hf_dissect.distillation.conditional_entropy import anchor_loss
+from hf_dissect.distillation.mutual_information import information_loss
 from hf_dissect.distillation.run_recipe import build_trainer, load_columns
 
 SPLITS = {"validation": ([1, 3, 5], [7]), "test": ([1, 3, 5, 7], [2, 4, 6, 8])}
@@ -78,6 +91,8 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(method, seed, options, folder)
         splits = load_columns(recipe.data)
+        if options.labelled_trials is not None:
+            _take_labels(splits["train"], options.labelled_trials)
         trainer = build_trainer(recipe, splits)
         trainer.args.save_run_folder = False
         trainer.callback_handler.callbacks = [
@@ -94,8 +109,39 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict:
         figures["retrieval_R@1_train_gallery"] = recall_at_1(*trainer.embed(splits["validation"]), *gallery)
         logs = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
         diagnostics = {name: value for name, value in logs.items() if name.startswith(("information_", "discrim"))}
+        for split, rows in (("train", splits["train"]), ("test", splits["validation"])):
+            diagnostics |= {f"{name}_{split}_rows": value for name, value in known_of_teacher(trainer, rows).items()}
     kept = {name: figures[key] for name, key in FIGURES.items() if key in figures}
     return {"method": method, "seed": seed, "training_s": seconds, **kept, "diagnostics": diagnostics}
+
+
+def _take_labels(columns: dict, labelled_trials: int) -> None:
+    keeps = columns["trial"] <= labelled_trials
+    columns["action"] = np.where(keeps, columns["action"].astype(object), None)
+
+
+@torch.no_grad()
+def known_of_teacher(trainer: AuxiliaryDistillationTrainer, columns: dict) -> dict[str, float]:
+    """How much student and auxiliaries tell of the teacher's features over all rows of a set."""
+    trainer.model.eval()
+    parts: dict[str, list[torch.Tensor]] = {}
+    for batch in trainer.get_eval_dataloader(
+        ModalityRows(columns, trainer.modalities, "action", labels=trainer.labels)
+    ):
+        for name, values in trainer.model(batch["inputs"]).items():
+            if name.startswith("compared_") or name in ("generated", "real"):
+                parts.setdefault(name, []).append(values)
+    found = {name: torch.cat(values, dim=int(name.startswith("compared_"))) for name, values in parts.items()}
+    counted = torch.ones(len(columns["action"]), dtype=torch.bool)
+    bounds = {
+        name: information_loss(values, counted, trainer.args.temperature).bound.item()
+        for name, values in found.items()
+        if name.startswith("compared_")
+    }
+    told = {name.replace("compared_", "information_"): bound for name, bound in bounds.items()}
+    if "generated" in found:
+        told["generator_error"] = anchor_loss(found["generated"], found["real"], counted).item()
+    return told
 
 
 def summarise(runs: list[dict]) -> dict[str, dict]:
@@ -108,6 +154,11 @@ def summarise(runs: list[dict]) -> dict[str, dict]:
             if values := [run[name] for run in own if name in run]:
                 deviation = statistics.stdev(values) if len(values) > 1 else None
                 table[method][name] = {"mean": statistics.mean(values), "deviation": deviation}
+        names = dict.fromkeys(name for run in own for name in run["diagnostics"])
+        table[method]["diagnostics"] = {
+            name: statistics.mean(run["diagnostics"][name] for run in own if name in run["diagnostics"])
+            for name in names
+        }
         table[method]["training_s"] = statistics.mean(run["training_s"] for run in own)
     return table
 
@@ -126,7 +177,7 @@ def markdown(table: dict[str, dict]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="folder of the .npz, or the file")
     parser.add_argument("--split", default="validation", choices=tuple(SPLITS))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=[*METHODS, *ABLATIONS])
@@ -137,8 +188,12 @@ def parse() -> argparse.Namespace:
         metavar="section.key=value",
         help="of the recipe; distillation.term_weights.TERM concerns the methods that have the term",
     )
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--labelled-trials", type=int, choices=(1, 2, 3), help="recordings that keep their label")
+    parser.add_argument("--output", type=Path, help="JSON with all runs; those in it are not repeated")
+    parser.add_argument("--table", action="store_true", help="only print the table of the runs in --output")
     options = parser.parse_args()
+    if options.data is None and not options.table:
+        parser.error("--data is missing: the folder of UTD-MHAD")
     if unknown := set(options.methods) - {*METHODS, *ABLATIONS}:
         parser.error(f"--methods {','.join(sorted(unknown))}: there are {', '.join([*METHODS, *ABLATIONS])}")
     return options
@@ -147,19 +202,25 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    runs = []
-    for seed in options.seeds:
-        for method in options.methods:
-            runs.append(run(method, seed, options))
-            shown = ", ".join(f"{name} {100 * runs[-1][name]:.1f}" for name in FIGURES if name in runs[-1])
-            print(f"{method}, seed {seed}: {shown} ({runs[-1]['training_s']:.0f} s)", flush=True)
-    table = summarise(runs)
-    print(markdown(table))
-    if options.output:
-        settings = recipe_of("amid", 0, options, "run").to_dict()
-        del settings["data"]["path"]
-        results = {"split": options.split, "torch": torch.__version__, "recipe": settings}
-        show_and_write(results | {"methods": table, "runs": runs}, options.output)
+    runs = json.loads(options.output.read_text())["runs"] if options.output and options.output.exists() else []
+    done = {(run["method"], run["seed"]) for run in runs}
+    planned = [] if options.table else [(method, seed) for seed in options.seeds for method in options.methods]
+    for method, seed in [job for job in planned if job not in done]:
+        runs.append(run(method, seed, options))
+        shown = ", ".join(f"{name} {100 * runs[-1][name]:.1f}" for name in FIGURES if name in runs[-1])
+        print(f"{method}, seed {seed}: {shown} ({runs[-1]['training_s']:.0f} s)", flush=True)
+        if options.output:
+            write(runs, options)
+    print(markdown(summarise(runs)))
+
+
+def write(runs: list[dict], options: argparse.Namespace) -> None:
+    settings = recipe_of("amid", 0, options, "run").to_dict()
+    del settings["data"]["path"]
+    results = {"split": options.split, "labelled_trials": options.labelled_trials, "torch": torch.__version__}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    results |= {"recipe": settings, "methods": summarise(runs), "runs": runs}
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

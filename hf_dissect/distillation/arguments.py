@@ -75,7 +75,7 @@ class AuxiliaryDistillationArguments(TrainingArguments):
         student_column: column of the student's modality.
         label_column: column of the classes.
         max_caption_length: tokens that texts are cut to; None for the tokenizer's limit.
-        max_bad_fraction: training stops when more than this share of the rows cannot train the student.
+        max_bad_fraction: training stops when more than this share of the rows cannot be used.
 
     > Diagnostics
 
@@ -108,7 +108,7 @@ class AuxiliaryDistillationArguments(TrainingArguments):
     student_column: str = setting("image", "Column of the student's modality.")
     label_column: str = setting("label", "Column of the classes.")
     max_caption_length: int | None = setting(None, "Tokens that texts are cut to.")
-    max_bad_fraction: float = setting(0.01, "Share of rows that cannot train above which the run stops.")
+    max_bad_fraction: float = setting(0.01, "Share of unusable rows above which the run stops.")
     teacher_drop: float = setting(0.05, "Fall of the teacher's accuracy that is warned of.")
     discriminator_ceiling: float = setting(0.98, "Accuracy of the discriminator that is warned of.")
     save_run_folder: bool = setting(True, "Write student, metrics.json, report and card when training ends.")

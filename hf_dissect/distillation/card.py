@@ -152,6 +152,7 @@ def _training_rows(metrics: Mapping[str, Any], recipe: "DistillationRecipe | Non
             ("Data", None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path)),
             *((f"Weight of {name.replace('_', ' ')}", weight) for name, weight in weights.items() if weight),
             ("Complete training rows", rows["complete"]),
+            ("Rows without a label", rows["unlabelled"] or None),
             ("Rows without an auxiliary modality", rows["student_only"] or None),
             ("Rows that could not be used", rows["unusable"] or None),
             ("Optimiser steps", metrics["steps"]),

@@ -16,22 +16,37 @@ class RowState(IntEnum):
     """What a row is good for."""
 
     COMPLETE = 0
-    AUXILIARY_MISSING = 1
-    AUXILIARY_NOT_FINITE = 2
-    AUXILIARY_UNREADABLE = 3
-    LABEL_MISSING = 4
-    STUDENT_MISSING = 5
-    STUDENT_NOT_FINITE = 6
-    STUDENT_UNREADABLE = 7
+    LABEL_MISSING = 1
+    AUXILIARY_MISSING = 2
+    AUXILIARY_NOT_FINITE = 3
+    AUXILIARY_UNREADABLE = 4
+    LABEL_AND_AUXILIARY_MISSING = 5
+    STUDENT_MISSING = 6
+    STUDENT_NOT_FINITE = 7
+    STUDENT_UNREADABLE = 8
 
     @property
-    def trains_student(self) -> bool:
-        """Whether at least the student's task can be trained."""
-        return self < RowState.LABEL_MISSING
+    def usable(self) -> bool:
+        """Whether it can train anything."""
+        return self < RowState.LABEL_AND_AUXILIARY_MISSING
 
     @property
     def description(self) -> str:
         return self.name.lower().replace("_", " ")
+
+
+def row_masks(row_state: Any) -> tuple[Any, Any]:
+    """Which rows can train the student's task, and which of any label the terms that compare modalities.
+
+    Args:
+        row_state: tensor or array `(B,)` of `RowState`; rows of both are `COMPLETE`.
+
+    Returns:
+        `has_label` and `has_auxiliaries`, bool `(B,)`; the student can read the rows of either.
+    """
+    has_auxiliaries = row_state <= RowState.LABEL_MISSING
+    has_label = (row_state < RowState.LABEL_AND_AUXILIARY_MISSING) & (row_state != RowState.LABEL_MISSING)
+    return has_label, has_auxiliaries
 
 
 class _Unusable(ValueError):
@@ -80,8 +95,7 @@ class DistillationCollator:
                 try:
                     values.append(self._value(name, row[name]))
                 except _Unusable as problem:
-                    prefix = "STUDENT" if name == self.modalities[0] else "AUXILIARY"
-                    states[place] = max(states[place], RowState[f"{prefix}_{problem.kind}"])
+                    states[place] = self._state(states[place], name, problem.kind)
                     values.append(self._placeholder(name))
             inputs[name] = self._batch(name, values)
         return {
@@ -90,6 +104,14 @@ class DistillationCollator:
             "row": torch.tensor([row["row"] for row in rows]),
             "row_state": torch.tensor(states, dtype=torch.int8),
         }
+
+    def _state(self, state: RowState, name: str, kind: str) -> RowState:
+        """Of a row of some state, once a modality turned out to be of no use."""
+        if name == self.modalities[0]:
+            return RowState[f"STUDENT_{kind}"]
+        if state in (RowState.LABEL_MISSING, RowState.LABEL_AND_AUXILIARY_MISSING):
+            return RowState.LABEL_AND_AUXILIARY_MISSING
+        return max(state, RowState[f"AUXILIARY_{kind}"])
 
     def _value(self, name: str, value: Any) -> Any:
         if value is None:

@@ -48,7 +48,7 @@ class RowCounts:
     """The rows that lack something, by row number; a row met again in the next epoch counts once.
 
     Args:
-        max_bad_fraction: largest share of rows that cannot train the student.
+        max_bad_fraction: largest share of rows that cannot train anything.
         num_rows: of the training data.
     """
 
@@ -61,7 +61,7 @@ class RowCounts:
         """Take in a batch.
 
         Raises:
-            TooManyBadRows: too many rows cannot train the student.
+            TooManyBadRows: too many rows cannot be used.
         """
         lacking = row_state.nonzero().flatten().tolist()
         for place in lacking:
@@ -70,12 +70,16 @@ class RowCounts:
             self._check()
 
     def summary(self, max_rows: int = 1000) -> dict:
-        """For `metrics.json`: `complete`, `student_only`, `unusable`, `reasons`, and the first `rows` that lack."""
+        """For `metrics.json`: how many rows were `complete`, `unlabelled`, `student_only`, `unusable`, for which
+        `reasons`, and the first `rows` that lack something.
+        """
         reasons = Counter(state.description for state in self.states.values())
-        unusable = sum(not state.trains_student for state in self.states.values())
+        unlabelled = sum(state == RowState.LABEL_MISSING for state in self.states.values())
+        unusable = sum(not state.usable for state in self.states.values())
         return {
             "complete": self.num_rows - len(self.states),
-            "student_only": len(self.states) - unusable,
+            "unlabelled": unlabelled,
+            "student_only": len(self.states) - unlabelled - unusable,
             "unusable": unusable,
             "reasons": dict(reasons),
             "rows": sorted(self.states)[:max_rows],
@@ -91,12 +95,12 @@ class RowCounts:
             self.states |= {int(row): RowState(value) for row, value in state.items()}
 
     def _check(self) -> None:
-        bad = {row: state for row, state in self.states.items() if not state.trains_student}
+        bad = {row: state for row, state in self.states.items() if not state.usable}
         if len(bad) > self.max_bad_fraction * self.num_rows:
             reasons = Counter(state.description for state in bad.values())
             told = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
             raise TooManyBadRows(
-                f"{len(bad)} of {self.num_rows} rows cannot train the student ({told}), more than max_bad_fraction="
+                f"{len(bad)} of {self.num_rows} rows cannot be used ({told}), more than max_bad_fraction="
                 f"{self.max_bad_fraction:g} allows. First rows: {', '.join(map(str, sorted(bad)[:10]))}. Mend the "
                 "data, check the column names, or raise max_bad_fraction."
             )

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 
 from hf_dissect.data.loading import load_splits
-from hf_dissect.distillation.collator import DistillationCollator, RowState, array_shape
+from hf_dissect.distillation.collator import DistillationCollator, array_shape, row_masks
 from hf_dissect.distillation.columns import Columns, ModalityRows, column_names
 from hf_dissect.distillation.evaluation import prediction_metrics
 from hf_dissect.distillation.recipe import DistillationDataSection, ModalitySection
@@ -102,7 +102,7 @@ def evaluate_student(
     figures = prediction_metrics(predictions, label, row_state)
     if not figures:
         raise ValueError(f"{column}: of {len(found)} rows the student can read none that has a label.")
-    return figures | {"num_rows": int((row_state < RowState.LABEL_MISSING).sum())}
+    return figures | {"num_rows": int(row_masks(row_state)[0].sum())}
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from hf_dissect.distillation.collator import RowState
+from hf_dissect.distillation.collator import row_masks
 
 
 def prediction_metrics(
@@ -16,20 +16,20 @@ def prediction_metrics(
     Args:
         predictions: `NAME_logits` `(n, C)` of student, teacher and auxiliaries, `student_embeds` `(n, E)`.
         label: int64 `(n,)`.
-        row_state: int8 `(n,)`; teacher and auxiliaries are judged on complete rows, the student on all that it reads.
+        row_state: int8 `(n,)`; teacher and auxiliaries are judged on complete rows, the student on all labelled ones.
 
     Returns:
         `student_accuracy`, `teacher_accuracy`, `auxiliary_NAME_accuracy` and `retrieval_R@1`, shares in [0, 1].
     """
-    usable, complete = row_state < RowState.LABEL_MISSING, row_state == RowState.COMPLETE
+    has_label, has_auxiliaries = row_masks(row_state)
     metrics = {}
     for name, values in predictions.items():
         network = name.removesuffix("_logits").replace(".", "_")
-        counted = usable if network == "student" else complete
+        counted = has_label if network == "student" else has_label & has_auxiliaries
         if name.endswith("_logits") and counted.any():
             metrics[f"{network}_accuracy"] = float((values.argmax(-1) == label)[counted].mean())
-    if usable.sum() > 1:
-        embeds, labels = torch.as_tensor(predictions["student_embeds"][usable]), torch.as_tensor(label[usable])
+    if has_label.sum() > 1:
+        embeds, labels = torch.as_tensor(predictions["student_embeds"][has_label]), torch.as_tensor(label[has_label])
         metrics["retrieval_R@1"] = recall_at_1(embeds, labels)
     return metrics
 

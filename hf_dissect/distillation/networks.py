@@ -48,12 +48,18 @@ class Teacher(nn.Module):
 
 
 class Comparison(nn.Module):
-    """Two linear projections to vectors of unit length, whose cosines say which x and y belong together."""
+    """Two projections to vectors of unit length, whose cosines say which x and y belong together.
+
+    Each has a hidden layer: the features keep what the task needs, and what tells one row from another can be found in
+    them all the same (SimCLR, arXiv 2002.05709, section 4.2).
+    """
 
     def __init__(self, x_size: int, y_size: int, size: int):
         super().__init__()
-        self.x = nn.Linear(x_size, size)
-        self.y = nn.Linear(y_size, size)
+        self.x, self.y = (
+            nn.Sequential(nn.Linear(width, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
+            for width in (x_size, y_size)
+        )
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, size)` each, in single precision."""

@@ -36,8 +36,8 @@ class DistillationObjective:
         self,
         found: Outputs,
         label: torch.Tensor,
-        usable: torch.Tensor,
-        complete: torch.Tensor,
+        has_label: torch.Tensor,
+        has_auxiliaries: torch.Tensor,
         progress: float,
         meter: Meter,
     ) -> torch.Tensor:
@@ -45,23 +45,24 @@ class DistillationObjective:
 
         Args:
             found: of `DistillationNetworks`.
-            label: int64 `(B,)`.
-            usable: bool `(B,)`, rows that can train the student's task.
-            complete: bool `(B,)`, those of them that have all modalities, and train everything else.
+            label: int64 `(B,)`; anything where there is none.
+            has_label: bool `(B,)`, rows that can train the student's task.
+            has_auxiliaries: bool `(B,)`, rows that can train the terms of distillation; with a label, the tasks of
+                teacher and auxiliaries as well.
             progress: share of the run that is done, in [0, 1].
             meter: takes in the figures.
 
         Returns:
             A scalar with gradient whose average over the ranks is the loss of the union of their rows.
         """
-        terms = {"student_task": (self.weights.student_task, self._task(found, "student", label, usable))}
-        self._accuracy(found, "student", label, usable, meter)
+        terms = {"student_task": (self.weights.student_task, self._task(found, "student", label, has_label))}
+        self._accuracy(found, "student", label, has_label, meter)
         if "teacher_logits" in found:
             rising = self._rise(progress)
-            terms |= self._teaching_tasks(found, label, complete, meter)
+            terms |= self._teaching_tasks(found, label, has_label & has_auxiliaries, meter)
             terms |= {
                 name: (rising * getattr(self.weights, name), loss)
-                for name, loss in self._distillation(found, complete, meter).items()
+                for name, loss in self._distillation(found, has_auxiliaries, meter).items()
             }
         for name, (_, loss) in terms.items():
             meter.add(f"loss_{name}", loss)
@@ -88,39 +89,39 @@ class DistillationObjective:
             terms["auxiliary_task"] = (weights.auxiliary_task, sum(losses) / len(losses))
         return terms
 
-    def _distillation(self, found, complete, meter) -> dict[str, torch.Tensor]:
+    def _distillation(self, found, counted, meter) -> dict[str, torch.Tensor]:
         weights, terms = self.weights, {}
         if weights.hinton:
             terms["hinton"] = hinton_loss(
-                found["student_logits"], found["teacher_logits"], complete, self.args.hinton_temperature
+                found["student_logits"], found["teacher_logits"], counted, self.args.hinton_temperature
             )
         if weights.information_student or weights.contrastive:
-            estimate = self._information(found, "compared_student", complete)
+            estimate = self._information(found, "compared_student", counted)
             meter.add("information_student", estimate.bound)
             for name in ("information_student", "contrastive"):
                 if getattr(weights, name):
                     terms[name] = estimate.loss
         if weights.information_auxiliary:
             names = [name for name in found if name.startswith("compared_auxiliary.")]
-            estimates = [self._information(found, name, complete) for name in names]
+            estimates = [self._information(found, name, counted) for name in names]
             meter.add("information_auxiliary", sum(estimate.bound for estimate in estimates) / len(estimates))
             terms["information_auxiliary"] = sum(estimate.loss for estimate in estimates) / len(estimates)
         if weights.conditional_entropy:
-            terms["conditional_entropy"] = self._conditional_entropy(found, complete, meter)
+            terms["conditional_entropy"] = self._conditional_entropy(found, counted, meter)
         return terms
 
-    def _conditional_entropy(self, found: Outputs, complete: torch.Tensor, meter: Meter) -> torch.Tensor:
+    def _conditional_entropy(self, found: Outputs, counted: torch.Tensor, meter: Meter) -> torch.Tensor:
         with self.adversary.fixed() as discriminator:
-            deception = generator_loss(discriminator, found["generated"], found["student_features"], complete)
-        error = anchor_loss(found["generated"], found["real"], complete)
+            deception = generator_loss(discriminator, found["generated"], found["student_features"], counted)
+        error = anchor_loss(found["generated"], found["real"], counted)
         meter.add("generator_error", error)
         return deception + self.args.generator_anchor * error
 
-    def _information(self, found: Outputs, name: str, complete: torch.Tensor) -> InformationEstimate:
+    def _information(self, found: Outputs, name: str, counted: torch.Tensor) -> InformationEstimate:
         bank = self.banks.setdefault(name, MemoryBank(self.args.memory_bank)) if self.args.memory_bank else None
-        estimate = information_loss(found[name], complete, self.args.temperature, bank)
+        estimate = information_loss(found[name], counted, self.args.temperature, bank)
         if bank is not None and found[name].requires_grad:
-            bank.add(found[name], complete)
+            bank.add(found[name], counted)
         return estimate
 
     def _task(self, found: Outputs, name: str, label: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 from hf_dissect.cards.callback import CardedTrainer
 from hf_dissect.distillation.arguments import AuxiliaryDistillationArguments
 from hf_dissect.distillation.card import StudentCard
-from hf_dissect.distillation.collator import DistillationCollator, RowState, array_shape
+from hf_dissect.distillation.collator import DistillationCollator, array_shape, row_masks
 from hf_dissect.distillation.columns import Columns, ModalityRows
 from hf_dissect.distillation.conditional_entropy import Adversary, Discriminator, discriminator_loss
 from hf_dissect.distillation.diagnostics import Meter, RowCounts, Watch
@@ -36,7 +36,8 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
     A teacher that fuses all modalities, an encoder of each auxiliary one, and the student learn together, by the terms
     that `args.method` and `args.term_weights` name (see `DistillationObjective`; after AMID, CVPR 2023, arXiv
     2306.07646, of which this is a reconstruction from the abstract). A row without an auxiliary modality trains the
-    student's task alone. What is saved at the end is the student, which needs none of the others.
+    student's task alone, one without a label the terms that need none. What is saved at the end is the student, which
+    needs none of the others.
 
     The teacher of the baselines "hinton" and "crd" trains beside the student, by its own task losses alone: no term
     compares a student with a better teacher than another one has.
@@ -170,12 +171,13 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted terms of a batch, see `DistillationObjective`."""
         found = model(inputs["inputs"])
-        usable, complete = row_masks(inputs["row_state"])
+        has_label, has_auxiliaries = row_masks(inputs["row_state"])
         # As a condition of generator and discriminator, at the scale that both can count on.
         found["student_features"] = standardised(found["student_features"])
         progress = self.state.global_step / max(self.state.max_steps, 1)
-        loss = self.objective(found, inputs["label"], usable, complete, progress, self.meter)
-        self._found, self._complete = {name: value.detach() for name, value in found.items()}, complete
+        loss = self.objective(found, inputs["label"], has_label, has_auxiliaries, progress, self.meter)
+        self._found = {name: value.detach() for name, value in found.items()}
+        self._found["has_auxiliaries"] = has_auxiliaries
         return (loss, found) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -194,7 +196,7 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
     def _discriminator_loss(self, discriminator):
         found = self._found
         return discriminator_loss(
-            discriminator, found["real"], found["generated"], found["student_features"], self._complete
+            discriminator, found["real"], found["generated"], found["student_features"], found["has_auxiliaries"]
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -229,9 +231,9 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             found = self.model(inputs["inputs"])
-        usable, _ = row_masks(inputs["row_state"])
+        has_label, _ = row_masks(inputs["row_state"])
         losses = torch.nn.functional.cross_entropy(found["student_logits"].float(), inputs["label"], reduction="none")
-        loss = losses[usable].mean() if usable.any() else losses.sum() * 0
+        loss = losses[has_label].mean() if has_label.any() else losses.sum() * 0
         if prediction_loss_only:
             return loss, None, None
         kept = {name: value.float() for name, value in found.items() if name.endswith("_logits")}
@@ -246,7 +248,7 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
 
     @torch.no_grad()
     def embed(self, dataset: Columns) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's embeddings `(n, E)` of the rows that it can read, and their labels int64 `(n,)`.
+        """The student's embeddings `(n, E)` of the labelled rows, and their labels int64 `(n,)`.
 
         Each rank computes them all.
         """
@@ -256,11 +258,11 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
         for start in range(0, len(rows), self.args.eval_batch_size):
             chosen = range(start, min(start + self.args.eval_batch_size, len(rows)))
             batch = self._prepare_inputs(self.data_collator([rows[row] for row in chosen]))
-            usable, _ = row_masks(batch["row_state"])
+            has_label, _ = row_masks(batch["row_state"])
             with self.compute_loss_context_manager():
                 found = self.student(**batch["inputs"][self.args.student_column])
-            embeds.append(found.embeds[usable].cpu())
-            labels.append(batch["label"][usable].cpu())
+            embeds.append(found.embeds[has_label].cpu())
+            labels.append(batch["label"][has_label].cpu())
         return torch.cat(embeds), torch.cat(labels)
 
     # ---- the run ----
@@ -323,11 +325,6 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
                 f"{folder} is a checkpoint of other networks ({', '.join(differing[:3])} differ); resume with the "
                 "settings that it was made with, or start anew in another output_dir."
             )
-
-
-def row_masks(row_state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows can train the student's task, and which of them everything: bool `(B,)` each."""
-    return row_state < RowState.LABEL_MISSING, row_state == RowState.COMPLETE
 
 
 def _modalities(args, auxiliaries: Mapping[str, Any], processors: Mapping[str, Any]) -> list[str]:

@@ -183,7 +183,7 @@ def test_metrics_judge_each_network_on_what_it_could_read():
             "student_embeds": embeds,
         },
         label=np.array([0, 1, 0, 0]),
-        row_state=np.array([0, 0, 1, 5], dtype=np.int8),  # complete, complete, student only, unusable
+        row_state=np.array([0, 0, 2, 6], dtype=np.int8),  # complete, complete, student only, unusable
     )
     assert metrics["student_accuracy"] == pytest.approx(2 / 3)
     assert metrics["teacher_accuracy"] == metrics["auxiliary_skeleton_accuracy"] == 1

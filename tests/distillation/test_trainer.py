@@ -178,10 +178,12 @@ def test_rows_that_lack_something_are_counted_and_train_what_they_can(tmp_path):
     columns["inertial"][3] = np.zeros((5, 2))
     columns["depth"][4] = None
     columns["action"][5] = None
+    columns["action"][6] = columns["inertial"][6] = None
     trainer = tiny_trainer(tmp_path, columns, max_bad_fraction=0.1, num_train_epochs=1, max_steps=-1)
     trainer.train()
     assert trainer.rows.summary() == {
-        "complete": 26,
+        "complete": 25,
+        "unlabelled": 1,
         "student_only": 4,
         "unusable": 2,
         "reasons": {
@@ -190,13 +192,37 @@ def test_rows_that_lack_something_are_counted_and_train_what_they_can(tmp_path):
             "auxiliary unreadable": 1,
             "student missing": 1,
             "label missing": 1,
+            "label and auxiliary missing": 1,
         },
-        "rows": [0, 1, 2, 3, 4, 5],
+        "rows": [0, 1, 2, 3, 4, 5, 6],
     }
     assert weights_of(trainer).isfinite().all()
     strict = tiny_trainer(tmp_path, columns, num_train_epochs=1, max_steps=-1)
     with pytest.raises(TooManyBadRows, match=r"max_bad_fraction=0.01"):
         strict.train()
+
+
+def test_a_row_without_a_label_trains_the_terms_that_need_none(tmp_path):
+    columns = tiny_columns(16)
+    some = columns | {"action": [*columns["action"][:8], *[None] * 8]}
+    without_tasks = {"student_task": 0.0, "teacher_task": 0.0, "auxiliary_task": 0.0}
+    trained = []
+    for given in (columns, some):
+        trainer = tiny_trainer(tmp_path, given, term_weights=without_tasks, max_steps=2, logging_steps=1)
+        trainer.train()
+        trained.append(weights_of(trainer))
+    assert torch.equal(*trained) and trainer.rows.summary()["unlabelled"] == 8
+
+
+def test_a_row_without_a_label_does_not_touch_the_students_task(tmp_path):
+    columns = tiny_columns(16)
+    some = columns | {"action": [*columns["action"][:8], *[None] * 8]}
+    trained = []
+    for given in (some, {name: values[:8] for name, values in columns.items()}):
+        trainer = tiny_trainer(tmp_path, given, method="student", max_steps=2, per_device_train_batch_size=16)
+        trainer.train()
+        trained.append(weights_of(trainer))
+    torch.testing.assert_close(*trained)
 
 
 def test_a_row_without_an_auxiliary_trains_the_students_task_alone(tmp_path):
