@@ -10,7 +10,8 @@ steps; `gsc+` trains a second network beside the first. `oracle` knows the truth
 
 `detection` is the AUROC of a method's own opinion of the pairs (its label, its division or its ranking in the last
 epoch; of the methods without any, the correlation under the final weights). `recovered` is the share of what the
-oracle gains over `none`, in the recall sum of the last epoch. Runs in FILE.json are not repeated.
+oracle gains over `none`, in the recall sum of the last epoch. Of soft labels, FILE.json also has the median of the
+matched pairs' and the share that mismatched pairs have of the sum of all. Runs that FILE.json has are not repeated.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from hf_dissect import DissectTrainer, Recipe, SelectionCollator
 from hf_dissect.data import as_pairs
 from hf_dissect.evaluation import format_results_table, noise_detection_metrics, summarise_seeds
 from hf_dissect.pair_scores import score_all_pairs
-from hf_dissect.run_folder import label_figures
+from hf_dissect.run_folder import label_figures, soft_labels
 from hf_dissect.run_recipe import build_trainer, load_data
 from hf_dissect.selection import CandidateScores, SampleLedger, Selection
 from hf_dissect.selection.uniform import KeepAll
@@ -150,10 +151,19 @@ def figures(trainer: DissectTrainer, split: str) -> dict:
 
     scored = score_all_pairs(trainer, trainer.train_dataset)
     found |= label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"])
+    found |= label_weight(trainer.ledger, scored["sample_id"], scored["is_clean"])
     if (ranking := trainer.monitor.ranking_truth()) is not None:
         found["ranking_auroc"] = noise_detection_metrics(*ranking)["auroc"]
     found["model_auroc"] = noise_detection_metrics(scored["correlation"], scored["is_clean"])["auroc"]
     return found | {"detection": next(found[name] for name in OPINIONS if name in found)}
+
+
+def label_weight(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch.Tensor) -> dict[str, float]:
+    """Of soft labels: the median of the matched pairs', and the mismatched pairs' share of all label weight."""
+    if (labels := soft_labels(ledger, sample_id)) is None:
+        return {}
+    share = labels[~is_clean].sum() / labels.sum()
+    return {"label_median_matched": labels[is_clean].median().item(), "label_weight_mismatched": share.item()}
 
 
 def tables(runs: list[dict]) -> Iterator[tuple[int, list[dict]]]:

@@ -140,12 +140,18 @@ def label_figures(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch
         the columns.
     """
     figures = {}
-    if labels := label_columns(ledger):
-        soft_labels = [torch.minimum(*(ledger.read(column, sample_id) for column in columns)) for columns in labels]
-        figures["label_auroc"] = noise_detection_metrics(torch.stack(soft_labels).mean(0), is_clean)["auroc"]
+    if (labels := soft_labels(ledger, sample_id)) is not None:
+        figures["label_auroc"] = noise_detection_metrics(labels, is_clean)["auroc"]
     if "p_clean" in ledger.columns:
         figures["p_clean_auroc"] = noise_detection_metrics(ledger.read("p_clean", sample_id), is_clean)["auroc"]
     return figures
+
+
+def soft_labels(ledger: SampleLedger, sample_id: torch.Tensor) -> torch.Tensor | None:
+    """Soft labels `(n,)` of pairs `(n,)`, of two networks their mean; None if the ledger has none."""
+    if not (networks := label_columns(ledger)):
+        return None
+    return torch.stack([torch.minimum(*(ledger.read(name, sample_id) for name in pair)) for pair in networks]).mean(0)
 
 
 def _bad_rows_of_all_ranks(trainer: "DissectTrainer") -> dict[str, Any]:

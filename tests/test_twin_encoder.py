@@ -79,6 +79,20 @@ def test_what_is_saved_is_what_is_loaded(answers, tmp_path):
     torch.testing.assert_close(second(**inputs).logits_per_text, alone[1].logits_per_text, rtol=0, atol=0)
 
 
+def test_gradient_checkpointing_reaches_both_and_changes_nothing():
+    twins, processor = tiny_twins()
+    inputs, gradients = tiny_models.tiny_inputs(twins, processor, tiny_models.CAPTIONS[:4]), []
+    for enable in (lambda: None, twins.gradient_checkpointing_enable):
+        enable()
+        twins.train().zero_grad()
+        twins(**inputs).logits_per_text.diagonal().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in twins.parameters()])
+    checkpointed = [part for part in twins.modules() if getattr(part, "gradient_checkpointing", False)]
+    assert any(part in checkpointed for part in twins.first.modules())
+    assert any(part in checkpointed for part in twins.second.modules())
+    torch.testing.assert_close(*gradients)
+
+
 def test_networks_that_cannot_be_joined_are_refused():
     clip, siglip = tiny_models.tiny_clip()[0], tiny_models.tiny_siglip()[0]
     with pytest.raises(ValueError, match="SiglipModel trains with the sigmoid loss"):
