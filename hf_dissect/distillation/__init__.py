@@ -1,8 +1,7 @@
 """Distillation from modalities that exist at training time only, after AMID (CVPR 2023, arXiv 2306.07646).
 
-The paper's equations, networks and settings are not available to us: what is here is a reconstruction from its
-abstract. Importing this package makes the students and the small encoders known to `AutoModel`; it does not import the
-Trainer.
+This is a reconstruction from the paper's abstract, made without its equations, networks and settings; it may differ.
+Importing this package makes the students and the small encoders known to `AutoModel`; it does not import the Trainer.
 """
 
 import importlib

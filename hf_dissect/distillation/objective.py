@@ -14,7 +14,7 @@ Outputs = dict[str, torch.Tensor]
 class DistillationObjective:
     """Weighted sum of the terms; figures of each go to a meter.
 
-    In place of the paper's equations, which are not available to us, this is a reconstruction from the abstract (AMID,
+    This is a reconstruction from the paper's abstract, made without its equations, which may differ (AMID,
     arXiv 2306.07646): maximise I(T;S) and I(T;A), minimise H(T|S), and let T, S and A learn the task. `TermWeights`
     has the terms and `METHODS` those of each method.
 
