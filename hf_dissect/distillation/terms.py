@@ -42,7 +42,7 @@ TERMS = tuple(field.name for field in fields(TermWeights))
 _TEACHER = TermWeights(teacher_task=1.0, auxiliary_task=1.0)
 METHODS = {
     "student": TermWeights(),
-    "hinton": replace(_TEACHER, hinton=1.0),
+    "hinton": replace(_TEACHER, hinton=0.3),
     "crd": replace(_TEACHER, contrastive=0.3),
     "mi_student_only": replace(_TEACHER, information_student=0.3),
     "amid": replace(_TEACHER, information_student=0.3, information_auxiliary=0.3, conditional_entropy=0.2),
