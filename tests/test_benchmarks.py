@@ -160,18 +160,26 @@ def test_amid_utd_mhad():
         inertial=random.normal(size=(64, 8, 6)).astype(np.float32),
         action=np.arange(64) // 8 % 4,
         subject=subject,
+        trial=np.arange(64) // 32 + 1,
     )
     small = ["training.num_train_epochs=1", "training.per_device_train_batch_size=8", "training.logging_steps=1"]
     small += ["training.logging_strategy=steps", "student.config.shift=1", "student.config.grid=[1, 1]"]
     methods = ["student", "mi_student_only", "amid", "amid without conditional_entropy"]
-    arguments = ["--data", ".", "--seeds", "0", "--methods", ",".join(methods)]
-    results = run_benchmark("amid_utd_mhad", *arguments, *(part for pair in small for part in ("--set", pair)))
+    arguments = ["--data", ".", "--seeds", "0", *(part for pair in small for part in ("--set", pair))]
+    results = run_benchmark("amid_utd_mhad", *arguments, "--methods", ",".join(methods))
     assert list(results["methods"]) == methods
     assert "teacher" not in results["methods"]["student"] and "teacher" in results["methods"]["amid"]
     assert all(0 <= run["R@1"] <= 1 and 0 <= run["student"] <= 1 for run in results["runs"])
     diagnostics = [set(run["diagnostics"]) for run in results["runs"]]
     assert diagnostics[0] == set() and "discriminator_accuracy" in diagnostics[2] - diagnostics[3]
+    assert "information_student_test_rows" in diagnostics[1] & diagnostics[2] & diagnostics[3]
+    assert "generator_error_train_rows" in diagnostics[2] - diagnostics[3]
     assert results["recipe"]["data"]["train_groups"] == [1, 3, 5]
+    again = run_benchmark("amid_utd_mhad", *arguments, "--methods", "student,hinton")
+    assert again["runs"][:-1] == results["runs"] and again["runs"][-1]["method"] == "hinton"
+    Path("amid_utd_mhad.json").unlink()
+    few = run_benchmark("amid_utd_mhad", *arguments, "--methods", "mi_student_only", "--labelled-trials", 1)
+    assert few["labelled_trials"] == 1 and few["runs"][0]["student"] <= 1
 
 
 def test_faults():
