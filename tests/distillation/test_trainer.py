@@ -48,12 +48,13 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path):
 
 
 def test_the_weights_of_distillation_rise(tmp_path):
-    trainer = tiny_trainer(tmp_path, method="mi_student_only", weight_warmup=0.5, max_steps=4, logging_steps=1)
+    settings = {"method": "mi_student_only", "term_weights": {"information_student": 2.0}, "weight_warmup": 0.5}
+    trainer = tiny_trainer(tmp_path, **settings, max_steps=4, logging_steps=1)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for log, rise in zip(logs, (0, 0.5, 1, 1), strict=True):
+    for log, weight in zip(logs, (0, 1, 2, 2), strict=True):
         tasks = sum(log[f"loss_{name}_task"] for name in ("student", "teacher", "auxiliary"))
-        assert log["loss"] == pytest.approx(tasks + rise * log["loss_information_student"], rel=1e-5)
+        assert log["loss"] == pytest.approx(tasks + weight * log["loss_information_student"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method, learns", [("crd", False), ("mi_student_only", True)])
