@@ -7,10 +7,11 @@
 
 Runs in F.json are not repeated, so that several calls can share it, one after the other.
 
-UTD is a folder with one .npz (see recipes/amid-utd-mhad.yaml, of which this uses networks and settings). Settings are
-chosen on subject 7, held out of the odd ones (--split validation); --split test trains on all odd subjects and tests
-on the even ones. For one seed all methods start from the same student and see the same batches. The figures are those
-after the last step.
+UTD is a folder with one .npz (see recipes/amid-utd-mhad.yaml, of which this uses networks and settings). Settings were
+chosen on the odd subjects, of which one was left out at a time: --split validation leaves out 7, and with it
+--set data.train_groups=[1,3,7] --set data.validation_groups=[5] another. --split test trains on all odd subjects and
+tests on the even ones. For one seed all methods start from the same student and see the same batches. The figures are
+those after the last step.
 
 - accuracy of the student, of the teacher that trained beside it, and of the auxiliaries;
 - R@1: the share of test rows whose nearest training row, by the student's features, is of their class (no subject is
