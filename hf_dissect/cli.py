@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_dissect.commands import audit, evaluate, push, push_ledger, train
-from hf_dissect.commands.process import is_first_process, quiet_libraries
+from hf_dissect.commands.process import add_command, is_first_process, quiet_libraries
 from hf_dissect.launch_configs import read_summary, shipped_launch_configs
-from hf_dissect.recipe import RecipeError, read_description, shipped_recipes
+from hf_dissect.recipe import RecipeError
+from hf_dissect.recipe_file import read_description, shipped_recipes
 from hf_dissect.version import __version__
 
 EPILOGS = {
@@ -135,22 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf-dissect {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def command(name: str, run, summary: str) -> argparse.ArgumentParser:
-        part = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=EPILOGS[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        part.set_defaults(run=run, after_interrupt="")
-        return part
-
     train.add_parser(commands)
-    compare = command("compare", _compare, "Run a recipe with several strategies and seeds and print a table.")
+    summary = "Run a recipe with several strategies and seeds and print a table."
+    told = "The runs that were done, and their table, stand in the folder."
+    compare = add_command(commands, "compare", _compare, summary, EPILOGS["compare"], told)
     train.add_recipe_arguments(compare)
-    compare.set_defaults(after_interrupt="The runs that were done, and their table, stand in the folder.")
     compare.add_argument("--strategies", help="comma-separated, as name or name:variant (default: the recipe's)")
     compare.add_argument("--resume", action="store_true", help="take over the runs that finished before")
     compare.add_argument("--seeds", help="comma-separated integers (default: the recipe's)")
@@ -161,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_parser(commands)
     audit.add_parser(commands)
 
-    recipes = command("recipes", _recipes, "List the shipped recipes or accelerate configurations, or print one.")
-    recipes.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    summary = "List the shipped recipes or accelerate configurations, or print one."
+    recipes = add_command(commands, "recipes", _recipes, summary, EPILOGS["recipes"])
     recipes.add_argument("name", nargs="?", help="print this one instead of the list")
     recipes.add_argument(
         "--accelerate", action="store_true", help="the configurations of accelerate launch instead of the recipes"

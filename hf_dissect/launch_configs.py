@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_dissect.recipe import shipped_recipes
+from hf_dissect.recipe_file import shipped_recipes
 
 
 def shipped_launch_configs() -> dict[str, Path]:

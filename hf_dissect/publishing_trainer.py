@@ -14,7 +14,7 @@ from hf_dissect.hub.published_files import CARD_FILE, CARDS, RECIPE_FILE, withou
 from hf_dissect.hub.push import Push, publish
 from hf_dissect.hub.repository import HubError, Repository
 from hf_dissect.hub.shared_recipe import published_recipe
-from hf_dissect.recipe import read_settings
+from hf_dissect.recipe_file import read_settings
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from hf_dissect.adapters import add_adapter
@@ -61,9 +62,7 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
         if "to be installed" not in str(error):
             raise
         raise ValueError(f"training.report_to={arguments.report_to}: {error}") from error  # a tracker is missing
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RunProgress())
+    show_progress(trainer)
     return trainer
 
 
@@ -123,19 +122,12 @@ def run_recipe(
     Raises:
         ValueError: there is no checkpoint to resume from, or see `build_trainer`.
     """
-    checkpoint = last_complete_checkpoint(recipe.output_dir) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"No checkpoint to resume from in {recipe.output_dir}.")
+    checkpoint = checkpoint_to_resume(recipe.output_dir) if resume else None
     splits = load_data(recipe) if splits is None else splits
     trainer = build_trainer(recipe, splits)
     processor = trainer.processing_class
     trainer.args.save_run_folder = False  # written below, with the figures of the recipe's evaluation section
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except BaseException:
-        if (progress := trainer.pop_callback(RunProgress)) is not None:
-            progress.close()  # left open, the bar would be drawn once more behind the error
-        raise
+    train_to_end(trainer, checkpoint)
 
     def zero_shot() -> dict[str, float]:
         section = recipe.evaluation.zero_shot
@@ -150,6 +142,31 @@ def run_recipe(
         retrieval=recipe.evaluation.retrieval,
         noise_detection=recipe.evaluation.noise_detection,
     )
+
+
+def checkpoint_to_resume(output_dir: str) -> str:
+    """The last complete checkpoint of a run's folder (`ValueError` if there is none)."""
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None:
+        raise ValueError(f"No checkpoint to resume from in {output_dir}.")
+    return str(checkpoint)
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Give a trainer one bar for the whole run in place of its own, where bars are wanted."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RunProgress())
+
+
+def train_to_end(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, from a checkpoint if one is given; an error closes the bar of `show_progress`."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        if (progress := trainer.pop_callback(RunProgress)) is not None:
+            progress.close()  # left open, the bar would be drawn once more behind the error
+        raise
 
 
 def zero_shot_figures(model: Any, processor: Any, section: ZeroShotSection, recipe: Recipe) -> dict[str, float]:

@@ -20,7 +20,8 @@ from transformers import AutoModel, AutoProcessor
 from hf_dissect import SampleLedger, __version__, make_scenes
 from hf_dissect.cli import main
 from hf_dissect.data import make_scene_classes
-from hf_dissect.recipe import Recipe, RecipeError, shipped_recipes
+from hf_dissect.recipe import Recipe, RecipeError
+from hf_dissect.recipe_file import shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "hf_dissect.cli"]

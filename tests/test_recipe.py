@@ -23,9 +23,8 @@ from hf_dissect.recipe import (
     SelectionSection,
     ZeroShotSection,
     parse_strategy,
-    read_description,
-    shipped_recipes,
 )
+from hf_dissect.recipe_file import read_description, shipped_recipes
 from hf_dissect.recipe_schema import SCOPES, SOURCES
 
 MINIMAL = {"name": "small", "model": {"config": {"model_type": "clip"}}}
@@ -688,7 +687,7 @@ def test_the_schema_says_what_the_code_it_describes_says():
 
 def test_importing_the_recipe_loads_nothing_heavy():
     code = (
-        "import sys; from hf_dissect.recipe import read_description, shipped_recipes; "
+        "import sys; from hf_dissect.recipe_file import read_description, shipped_recipes; "
         "texts = [read_description(path) for path in shipped_recipes().values()]; "
         "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else len(texts))"

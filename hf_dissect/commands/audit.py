@@ -3,7 +3,14 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from hf_dissect.commands.process import is_first_process, not_negative, positive, quiet_libraries
+from hf_dissect.commands.process import (
+    add_command,
+    add_pair_columns,
+    is_first_process,
+    not_negative,
+    positive,
+    quiet_libraries,
+)
 
 if TYPE_CHECKING:
     from hf_dissect.audit import AuditResult
@@ -18,22 +25,11 @@ EPILOG = """examples:
 
 def add_parser(subparsers) -> None:
     """Add the command to those of `hf-dissect`."""
-    part = subparsers.add_parser(
-        "audit",
-        help=SUMMARY,
-        description=SUMMARY,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    part.set_defaults(run=_audit, after_interrupt="")
-    part.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    part = add_command(subparsers, "audit", _audit, SUMMARY, EPILOG)
     part.add_argument("checkpoint", help="run folder, checkpoint folder or Hub id")
     part.add_argument("--data", help="folder, file, .tar shards, Hub data set id or scenes (default: the run's)")
     part.add_argument("--split", default="train", help="split of the data (default: train)")
-    part.add_argument("--image-column", help="column of the images")
-    part.add_argument("--caption-column", help="column of the captions")
-    part.add_argument("--task-column", help="column of the tasks, for a MoLA adapter of variant grad")
-    part.add_argument("--image-features", help=".npz of stored features, for models that read those")
+    add_pair_columns(part, "column of the images")
     part.add_argument("--max-rows", type=positive, help="audit the first rows only")
     part.add_argument("--output-dir", default="audit", help="folder of the results (default: audit)")
     part.add_argument("--ledger", metavar="RUN", help="run that trained on these data; its ledger's columns are added")

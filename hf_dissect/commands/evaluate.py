@@ -5,7 +5,14 @@ import json
 import os
 from pathlib import Path
 
-from hf_dissect.commands.process import is_first_process, not_negative, positive, quiet_libraries
+from hf_dissect.commands.process import (
+    add_command,
+    add_pair_columns,
+    is_first_process,
+    not_negative,
+    positive,
+    quiet_libraries,
+)
 
 SUMMARY = "Retrieval and zero-shot figures of a saved model; accuracy and R@1 of a distilled student."
 EPILOG = """examples:
@@ -26,27 +33,16 @@ _OF_DUAL_ENCODERS = ("caption_column", "task_column", "classes", "template", "im
 
 def add_parser(subparsers) -> None:
     """Add the command to those of `hf-dissect`."""
-    part = subparsers.add_parser(
-        "evaluate",
-        help=SUMMARY,
-        description=SUMMARY,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    part.set_defaults(run=_evaluate, after_interrupt="")
-    part.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    part = add_command(subparsers, "evaluate", _evaluate, SUMMARY, EPILOG)
     part.add_argument("checkpoint", help="run folder, checkpoint folder, Hub id or hub:USER/REPO")
     part.add_argument(
         "--data", help="folder, file, .tar shards, .npz of a student, Hub data set id or scenes (default: the run's)"
     )
     part.add_argument("--split", default="test", help="split of the data (default: test)")
-    part.add_argument("--image-column", help="column of the images, or of whatever a student reads")
-    part.add_argument("--caption-column", help="column of the captions")
-    part.add_argument("--task-column", help="column of the tasks, for a MoLA adapter of variant grad")
+    add_pair_columns(part, "column of the images, or of whatever a student reads")
     part.add_argument("--label-column", help="column of the labels (default: label, or that of a student's recipe)")
     part.add_argument("--classes", help="class names: comma-separated, or a file with one a line")
     part.add_argument("--template", action="append", help="caption of a class, {} is its name; may be repeated")
-    part.add_argument("--image-features", help=".npz of stored features, for models that read those")
     part.add_argument("--max-rows", type=positive, help="evaluate the first rows only")
     part.add_argument("--batch-size", type=positive, default=64, help="pairs or rows a forward pass (default: 64)")
     part.add_argument("--num-workers", type=not_negative, default=0, help="processes that decode (default: 0)")

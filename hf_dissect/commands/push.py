@@ -3,6 +3,9 @@
 import argparse
 import sys
 
+from hf_dissect.commands.process import add_command
+
+AFTER_INTERRUPT = "Nothing was published; the same command goes on."
 EPILOG = """examples:
   hf-dissect push runs/quickstart ada/quickstart
   hf-dissect push runs/mine ada/mine --private
@@ -17,10 +20,7 @@ sent again."""
 def add_parser(subparsers) -> None:
     """Add the command to those of `hf-dissect`."""
     summary = "Publish a finished run on the Hugging Face Hub."
-    parser = subparsers.add_parser(
-        "push", help=summary, description=summary, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(run=_push, after_interrupt="Nothing was published; the same command goes on.")
+    parser = add_command(subparsers, "push", _push, summary, EPILOG, AFTER_INTERRUPT)
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
     add_repository_arguments(parser)
 
@@ -30,7 +30,6 @@ def add_repository_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo_id", metavar="REPO_ID", help="USER/REPO; it is created if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="create it as a private repository")
     parser.add_argument("--revision", help="branch to write to (default: main); created if it is not there")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _push(options: argparse.Namespace) -> None:

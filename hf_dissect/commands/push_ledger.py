@@ -2,7 +2,8 @@
 
 import argparse
 
-from hf_dissect.commands.push import add_repository_arguments
+from hf_dissect.commands.process import add_command
+from hf_dissect.commands.push import AFTER_INTERRUPT, add_repository_arguments
 
 EPILOG = """examples:
   hf-dissect push-ledger runs/mine ada/mine-scores
@@ -15,14 +16,7 @@ Published are ids and scores as Parquet with a card; no caption, no image, no na
 def add_parser(subparsers) -> None:
     """Add the command to those of `hf-dissect`."""
     summary = "Publish the scores of a run's pairs as a data set of the Hugging Face Hub."
-    parser = subparsers.add_parser(
-        "push-ledger",
-        help=summary,
-        description=summary,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_push_ledger, after_interrupt="Nothing was published; the same command goes on.")
+    parser = add_command(subparsers, "push-ledger", _push_ledger, summary, EPILOG, AFTER_INTERRUPT)
     parser.add_argument("folder", metavar="RUN", help="folder of a run, or one of its checkpoints")
     add_repository_arguments(parser)
 

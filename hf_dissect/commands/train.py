@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hf_dissect.commands.evaluate import retrieval_table
-from hf_dissect.commands.process import is_first_process, quiet_libraries
+from hf_dissect.commands.process import add_command, is_first_process, quiet_libraries
 from hf_dissect.hub.address import HubAddress, is_hub_address
-from hf_dissect.recipe import Recipe, load_settings
+from hf_dissect.recipe import Recipe
+from hf_dissect.recipe_file import load_settings
 
 if TYPE_CHECKING:
     from hf_dissect.distillation.recipe import DistillationRecipe
@@ -29,17 +30,14 @@ _AnyRecipe = TypeVar("_AnyRecipe", Recipe, "DistillationRecipe")
 
 def add_parser(subparsers) -> None:
     """Add the command to those of `hf-dissect`."""
-    parser = subparsers.add_parser(
-        "train", help=SUMMARY, description=SUMMARY, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(run=_train, after_interrupt="If a checkpoint was written, --resume continues from it.")
+    told = "If a checkpoint was written, --resume continues from it."
+    parser = add_command(subparsers, "train", _train, SUMMARY, EPILOG, told)
     add_recipe_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """What is run, and where to."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("recipe", help="YAML file, name of a shipped recipe, or hub:USER/REPO")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
     parser.add_argument("--output-dir", help="run folder (default: runs/<name of the recipe>)")

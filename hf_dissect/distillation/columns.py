@@ -51,7 +51,7 @@ class ModalityRows(TorchDataset):
             raise ValueError(f"A modality is named twice: {', '.join(modalities)}.")
         self.modalities = [name for name in modalities if name in names]
         if not isinstance(columns, Dataset):
-            _check_lengths({name: columns[name] for name in [*self.modalities, label_column]})
+            check_lengths({name: columns[name] for name in [*self.modalities, label_column]})
         self._columns = _undecoded(columns, [*self.modalities, label_column])
         self._label_column = label_column
         values = columns[label_column]
@@ -77,11 +77,12 @@ class ModalityRows(TorchDataset):
         return torch.tensor(self._label)
 
 
-def _check_lengths(columns: Mapping[str, Sequence]) -> None:
-    lengths = {name: len(values) for name, values in columns.items()}
+def check_lengths(columns: Mapping[str, Sequence], subject: str = "The columns") -> None:
+    """Make sure that columns have equally many rows (`ValueError`, which begins with `subject`)."""
+    lengths = {name: len(values) if getattr(values, "ndim", 1) else 0 for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"The columns differ in length ({told}); row i of each must belong to the same sample.")
+        raise ValueError(f"{subject} differ in length ({told}); row i of each must belong to the same sample.")
 
 
 def _undecoded(columns: Columns, names: list[str]) -> Columns:

@@ -30,8 +30,8 @@ from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import METRICS_FILE, RECIPE_FILE
 from hf_dissect.hub.pull import download_model
 from hf_dissect.hub.shared_recipe import shareable
-from hf_dissect.recipe import read_settings
 from hf_dissect.recipe_fields import Faults, RecipeError, read_section
+from hf_dissect.recipe_file import read_settings
 from hf_dissect.report_tables import mapping
 
 logger = logging.getLogger(__name__)

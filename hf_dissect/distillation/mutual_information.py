@@ -12,10 +12,17 @@ from hf_dissect.losses.exchange import gather_columns, gather_with_grad, rank_an
 
 @dataclass(frozen=True)
 class InformationEstimate:
-    """The loss with gradient, and the bound on the mutual information in nats, `log N - L_NCE`."""
+    """What `information_loss` finds.
+
+    Attributes:
+        loss: with gradient.
+        bound: on the mutual information in nats, `log N - L_NCE`.
+        pairs: the counted vectors of all ranks `(2, n, size)`, without gradient, for a `MemoryBank`.
+    """
 
     loss: torch.Tensor
     bound: torch.Tensor
+    pairs: torch.Tensor
 
 
 class MemoryBank:
@@ -32,11 +39,9 @@ class MemoryBank:
         self.capacity = capacity
         self.vectors: torch.Tensor | None = None  # (2, n, size)
 
-    def add(self, compared: torch.Tensor, counted: torch.Tensor) -> None:
-        """Take in the counted rows of `(2, B, size)` of all ranks, the oldest of the bank making room."""
-        everywhere = torch.stack([gather_columns(part.detach().T).T for part in compared])
-        everywhere = everywhere[:, gather_columns(counted.to(torch.uint8)[None])[0].bool()]
-        held = everywhere if self.vectors is None else torch.cat([self.vectors.to(everywhere.device), everywhere], 1)
+    def add(self, pairs: torch.Tensor) -> None:
+        """Take in vectors `(2, n, size)` that all ranks have, the oldest of the bank making room."""
+        held = pairs if self.vectors is None else torch.cat([self.vectors.to(pairs.device), pairs], 1)
         self.vectors = held[:, -self.capacity :].contiguous()
 
 
@@ -62,9 +67,11 @@ def information_loss(
         first = rank_and_world_size()[0] * compared.shape[1]
         true = torch.arange(first, first + compared.shape[1], device=compared.device)
         present = gather_columns(counted.to(torch.uint8)[None])[0].bool()
+        # x and y side by side, so that one exchange does for both.
+        everywhere = gather_with_grad(torch.cat(list(compared), dim=1)).unflatten(1, (2, -1)).transpose(0, 1)
         losses, candidates = [], present.sum()
-        for place, (own, other) in enumerate((compared, compared.flip(0))):
-            logits = own @ gather_with_grad(other).T / temperature
+        for place, own in enumerate(compared):
+            logits = own @ everywhere[1 - place].T / temperature
             logits = logits.masked_fill(
                 ~present & (torch.arange(len(present), device=own.device) != true[:, None]), -torch.inf
             )
@@ -75,4 +82,5 @@ def information_loss(
             candidates = candidates + bank.vectors.shape[1]
         loss = mean_over_rows(sum(losses) / 2, counted)
         bound = candidates.clamp_min(1).log() - loss.detach()
-    return InformationEstimate(loss, torch.where(candidates > 0, bound, math.nan))
+    pairs = everywhere.detach()[:, present]
+    return InformationEstimate(loss, torch.where(candidates > 0, bound, math.nan), pairs)

@@ -146,6 +146,21 @@ class DistillationNetworks(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.student.dtype
 
+    def activation_checkpointing_enable(self, **options) -> None:
+        """Make the encoders save memory for time, those that can; `options` are those of `PreTrainedModel`.
+
+        Raises:
+            ValueError: none of them can.
+        """
+        encoders = [part for part in self.modules() if isinstance(part, PreTrainedModel) and part is not self.student]
+        able = [encoder for encoder in encoders if encoder.supports_gradient_checkpointing]
+        if not able:
+            raise ValueError(
+                "gradient_checkpointing: no encoder can do it; leave it out, or take encoders such as a CLIP's towers."
+            )
+        for encoder in able:
+            encoder.activation_checkpointing_enable(**options)
+
     def forward(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """One pass through everything that the objective and the evaluation look at.
 

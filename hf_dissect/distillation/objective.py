@@ -121,7 +121,7 @@ class DistillationObjective:
         bank = self.banks.setdefault(name, MemoryBank(self.args.memory_bank)) if self.args.memory_bank else None
         estimate = information_loss(found[name], counted, self.args.temperature, bank)
         if bank is not None and found[name].requires_grad:
-            bank.add(found[name], counted)
+            bank.add(estimate.pairs)
         return estimate
 
     def _task(self, found: Outputs, name: str, label: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

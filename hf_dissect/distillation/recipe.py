@@ -1,26 +1,15 @@
 """Turns a YAML file with a section `distillation` into the typed, checked settings of a run."""
 
-import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hf_dissect.distillation.arguments import OWN_FIELDS, distillation_problems
 from hf_dissect.distillation.terms import METHODS
-from hf_dissect.recipe import apply_overrides, load_settings
-from hf_dissect.recipe_fields import (
-    Faults,
-    RecipeError,
-    find_unusable_numbers,
-    problem_with,
-    read_section,
-    read_training,
-    show,
-)
+from hf_dissect.recipe_fields import Faults, read_section, show
+from hf_dissect.recipe_file import RecipeFile
 from hf_dissect.recipe_schema import setting
-from hf_dissect.recipe_yaml import format_yaml
 
 KINDS = ("array", "image", "text")
 _ELSEWHERE = {
@@ -75,8 +64,8 @@ class DistillationDataSection:
 
 
 @dataclasses.dataclass
-class DistillationRecipe:
-    """The settings of a distillation. Relative paths are relative to the current working directory.
+class DistillationRecipe(RecipeFile):
+    """The settings of a distillation.
 
     Attributes:
         name: of the run; its folder is `runs/<name>` unless `training.output_dir` says otherwise.
@@ -97,58 +86,11 @@ class DistillationRecipe:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, path_or_shipped_name: str | Path, overrides: Sequence[str] = ()) -> "DistillationRecipe":
-        """Read and check a recipe, as `hf_dissect.Recipe.load` does (`RecipeError` lists all faults)."""
-        return cls.from_dict(*load_settings(path_or_shipped_name), overrides)
+    def _readers(cls) -> dict[str, Callable[[Any, Faults], Any]]:
+        return {"auxiliaries": _read_auxiliaries, "distillation": _read_distillation}
 
-    @classmethod
-    def from_dict(
-        cls, settings: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
-    ) -> "DistillationRecipe":
-        """Check plain settings, nested as in the YAML file; `source` names them in errors (`RecipeError`)."""
-        faults, settings = Faults(), copy.deepcopy(settings)
-        apply_overrides(settings, overrides, faults)
-        find_unusable_numbers(settings, "", faults)
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {"name": ""}
-        for key, value in settings.items():
-            if key not in fields:
-                faults.add_unknown(str(key), value, fields)
-            elif key in ("student", "data"):
-                values[key] = read_section(fields[key], value, key, faults)
-            elif key == "auxiliaries":
-                values[key] = _read_auxiliaries(value, faults)
-            elif key == "distillation":
-                values[key] = _read_distillation(value, faults)
-            elif key == "training":
-                values[key] = read_training(value, faults)
-            elif problem := problem_with(value, fields[key]):
-                faults.add(key, problem)
-            else:
-                values[key] = value
-        recipe = cls(**values)
-        for key, problem in _conflicts(recipe):
-            if not faults.concern(key):
-                faults.add(key, problem)
-        if faults.messages:
-            raise RecipeError(source, faults.messages)
-        return recipe
-
-    @property
-    def output_dir(self) -> str:
-        """The run's folder: `training.output_dir`, else `runs/<name>`."""
-        return self.training.get("output_dir") or f"runs/{self.name}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings, defaults included, as plain data in the order of the file."""
-        return dataclasses.asdict(self)
-
-    def save(self, path: str | Path, command: str = "train") -> None:
-        """Write the complete recipe; `load` reads it back equal. The folder of `path` must exist."""
-        path = Path(path)
-        shown = str(path) if str(path).isprintable() else path.name if path.name.isprintable() else "recipe.yaml"
-        header = f"# All settings of a run, defaults included. Repeat it with: hf-dissect {command} {shown}\n"
-        path.write_text(header + format_yaml(self.to_dict()), encoding="utf-8")
+    def _conflicts(self) -> Iterator[tuple[Sequence[str], str]]:
+        return (([key], problem) for key, problem in _conflicts(self))
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `AuxiliaryDistillationArguments`, gathered from the sections."""

@@ -18,19 +18,17 @@ from transformers import (
     set_seed,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.trainer_callback import ProgressCallback
 
 import hf_dissect.distillation.encoders  # noqa: F401  (makes the small encoders known by their model_type)
-from hf_dissect.checkpoints import last_complete_checkpoint
 from hf_dissect.data.loading import load_splits
 from hf_dissect.distillation.arguments import AuxiliaryDistillationArguments
 from hf_dissect.distillation.collator import array_shape
-from hf_dissect.distillation.columns import Columns, column_names
+from hf_dissect.distillation.columns import Columns, check_lengths, column_names
 from hf_dissect.distillation.encoders import standardisation
 from hf_dissect.distillation.recipe import DistillationDataSection, DistillationRecipe, ModalitySection
 from hf_dissect.distillation.run_folder import write_distillation_folder
 from hf_dissect.distillation.trainer import AuxiliaryDistillationTrainer
-from hf_dissect.progress import RunProgress
+from hf_dissect.run_recipe import checkpoint_to_resume, show_progress, train_to_end
 from hf_dissect.tokenizer_training import train_tokenizer
 
 VOCABULARY = 4096
@@ -45,18 +43,11 @@ def run_distillation(recipe: DistillationRecipe, *, resume: bool = False) -> dic
     Raises:
         ValueError: there is no checkpoint to resume from, or settings and data do not fit.
     """
-    checkpoint = last_complete_checkpoint(recipe.output_dir) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"No checkpoint to resume from in {recipe.output_dir}.")
+    checkpoint = checkpoint_to_resume(recipe.output_dir) if resume else None
     splits = load_columns(recipe.data)
     trainer = build_trainer(recipe, splits)
     trainer.args.save_run_folder = False  # written below, with the figures of the test split
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except BaseException:
-        if (progress := trainer.pop_callback(RunProgress)) is not None:
-            progress.close()  # left open, the bar would be drawn once more behind the error
-        raise
+    train_to_end(trainer, checkpoint)
     return write_distillation_folder(trainer, test_dataset=splits.get("test"))
 
 
@@ -80,9 +71,7 @@ def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> 
         processors=processors,
         recipe=recipe,
     )
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RunProgress())
+    show_progress(trainer)
     return trainer
 
 
@@ -121,13 +110,7 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
             arrays = {name: stored[name] for name in stored.files}
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"data.path {str(files[0])!r} is no file of plain arrays ({error}).") from error
-    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(
-            f"data.path {str(files[0])!r}: the arrays differ in length ({told}); row i of each must belong "
-            "to the same sample."
-        )
+    check_lengths(arrays, f"data.path {str(files[0])!r}: the arrays")
     return arrays
 
 

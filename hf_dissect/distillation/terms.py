@@ -47,4 +47,4 @@ METHODS = {
     "mi_student_only": replace(_TEACHER, information_student=0.3),
     "amid": replace(_TEACHER, information_student=0.3, information_auxiliary=0.3, conditional_entropy=0.2),
 }
-"""Each method as the terms that make it; the weights did best among a few, see `benchmarks/amid_utd_mhad.py`."""
+"""Each method as the terms that make it, with the weights of the figures of `benchmarks/amid_utd_mhad.py`."""

@@ -15,7 +15,7 @@ from hf_dissect.hub.push import Push
 from hf_dissect.hub.repository import HubError, Repository
 from hf_dissect.hub.shared_recipe import shareable
 from hf_dissect.ledger_tables import ID_COLUMN, scored, write_tables
-from hf_dissect.recipe import read_settings
+from hf_dissect.recipe_file import read_settings
 from hf_dissect.run_state import LEDGER_FILE
 from hf_dissect.selection.ledger import SavedLedger, read_ledger
 

@@ -12,7 +12,8 @@ from transformers import AutoModel, CLIPVisionModel
 from hf_dissect.cli import main
 from hf_dissect.data import make_scenes
 from hf_dissect.distillation import AuxiliaryDistillationTrainer, DistillationRecipe
-from hf_dissect.recipe import Recipe, RecipeError, read_description, shipped_recipes
+from hf_dissect.recipe import Recipe, RecipeError
+from hf_dissect.recipe_file import read_description, shipped_recipes
 
 UTD = "amid-utd-mhad"
 SMALL = ["student.config.grid=[1, 1]", "training.per_device_train_batch_size=8", "training.use_cpu=true"]
@@ -130,6 +131,7 @@ def test_an_image_classifier_learns_with_captions(tmp_path):
         )
     clip = [f"student.name_or_path={tmp_path / 'clip'}", f"auxiliaries.caption.name_or_path={tmp_path / 'clip'}"]
     run = ["training.max_steps=4", "training.save_strategy=no", "training.eval_strategy=no", *SMALL[1:]]
+    run.append("training.gradient_checkpointing=true")
     settings = [f"data.path={tmp_path}", "data.validation_split=null", *clip, *run]
     assert main(["train", "amid-clip", *settings, "--output-dir", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -60,7 +60,7 @@ def test_equal_vectors_reach_the_bound_and_unrelated_ones_know_nothing():
 def test_the_memory_bank_adds_candidates_first_in_first_out():
     bank, everything = MemoryBank(capacity=6), torch.ones(4, dtype=torch.bool)
     for seed in (2, 3):
-        bank.add(torch.stack([unit(4, 3, seed=seed), unit(4, 3, seed=seed + 10)]), everything)
+        bank.add(torch.stack([unit(4, 3, seed=seed), unit(4, 3, seed=seed + 10)]))
     held_x = torch.cat([unit(4, 3, seed=2), unit(4, 3, seed=3)])[-6:]
     held_y = torch.cat([unit(4, 3, seed=12), unit(4, 3, seed=13)])[-6:]
     assert torch.equal(bank.vectors, torch.stack([held_x, held_y]))
@@ -72,7 +72,7 @@ def test_the_memory_bank_adds_candidates_first_in_first_out():
         losses.append(-np.log(np.diag(scores) / scores.sum(1)).mean())
     assert estimate.loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
     assert estimate.bound.item() == pytest.approx(math.log(10) - np.mean(losses), rel=1e-5)
-    bank.add(torch.stack([x, y]), torch.tensor([True, False, False, False]))
+    bank.add(information_loss(torch.stack([x, y]), torch.tensor([True, False, False, False]), 0.5).pairs)
     assert torch.equal(bank.vectors[0, -1], x[0]) and bank.vectors.shape[1] == 6
 
 

@@ -276,6 +276,11 @@ def test_impossible_settings_are_refused(settings, message, tmp_path):
         tiny_trainer(tmp_path, **settings)
 
 
+def test_gradient_checkpointing_that_no_encoder_knows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="gradient_checkpointing: no encoder can do it"):
+        tiny_trainer(tmp_path, gradient_checkpointing=True).train()
+
+
 def test_unknown_labels_processors_and_missing_auxiliaries_are_refused(tmp_path):
     evaluation = tiny_columns(8)
     evaluation["action"] = evaluation["action"] + 1
