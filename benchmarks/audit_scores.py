@@ -16,11 +16,11 @@ from results_file import show_and_write
 from hf_dissect.audit.embeddings import PairEmbeddings, embed_pairs
 from hf_dissect.audit.scores import match_scores, mismatched_share, p_mismatched
 from hf_dissect.data import make_scenes, shuffle_captions
-from hf_dissect.evaluate_checkpoint import evaluating_trainer
 from hf_dissect.evaluation import noise_detection_metrics
-from hf_dissect.models import load_model_and_processor, logit_scale_and_bias
-from hf_dissect.recipe import Recipe
-from hf_dissect.run_recipe import in_folder, run_recipe
+from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
+from hf_dissect.recipe.recipe import Recipe
+from hf_dissect.runs.evaluate import evaluating_trainer
+from hf_dissect.runs.run import in_folder, run_recipe
 from hf_dissect.selection.soft_labels import upper_component_posterior
 
 RATES = (0.0, 0.05, 0.1, 0.4, 0.7)

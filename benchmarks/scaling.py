@@ -58,10 +58,10 @@ def charge(owner, name: str, times, part: str) -> None:
 def work(options: argparse.Namespace) -> None:
     """One process of a measured run; writes its figures into the folder."""
     from hf_dissect import trainer as trainer_module
+    from hf_dissect.distributed import Ranks
     from hf_dissect.losses import exchange
-    from hf_dissect.ranks import Ranks
-    from hf_dissect.recipe import Recipe
-    from hf_dissect.run_recipe import build_trainer
+    from hf_dissect.recipe.recipe import Recipe
+    from hf_dissect.runs.run import build_trainer
     from hf_dissect.selection import SampleLedger
 
     torch.set_num_threads(1)

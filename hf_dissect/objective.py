@@ -9,10 +9,10 @@ from torch import nn
 
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.gsc import GscLoss, gsc_evidence
+from hf_dissect.models.tasks import Decorrelation
+from hf_dissect.models.twin_encoder import embeddings_of_networks
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.soft_labels import SoftLabels
-from hf_dissect.task_routing import Decorrelation
-from hf_dissect.twin_encoder import embeddings_of_networks
 
 SUFFIXES = ("", "_2")
 """Of the ledger columns of each network."""

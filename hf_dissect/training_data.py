@@ -9,9 +9,9 @@ import torch
 
 from hf_dissect.data.images import is_feature_vector
 from hf_dissect.data.pairs import PairStream, as_pairs
-from hf_dissect.data.stream_loader import StreamLoader
-from hf_dissect.feature_encoder import PrecomputedFeaturesConfig
-from hf_dissect.models import bare_model, max_text_length
+from hf_dissect.data.streaming.loader import StreamLoader
+from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.loading import bare_model, max_text_length
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from transformers import AutoModel, BertConfig, BertModel, TrainingArguments
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, SampleLedger
 from hf_dissect.data import as_pairs
 from hf_dissect.data.bad_rows import TooManyBadRows
-from hf_dissect.recipe import RecipeError
+from hf_dissect.recipe.recipe import RecipeError
 from hf_dissect.trainer import NonFiniteLossError
 
 BATCH = 8

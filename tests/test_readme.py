@@ -23,8 +23,8 @@ from hf_dissect import DissectTrainer, DissectTrainingArguments, make_scenes
 from hf_dissect.cli import main
 from hf_dissect.data import make_scene_classes
 from hf_dissect.data.loading import SOURCES
-from hf_dissect.recipe import Recipe
-from hf_dissect.recipe_file import shipped_recipes
+from hf_dissect.recipe.file import shipped_recipes
+from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.selection import STRATEGIES
 
 ROOT = Path(__file__).parents[1]

@@ -41,7 +41,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from hf_dissect import MolaConfig
-from hf_dissect.models import max_text_length, text_padding
+from hf_dissect.models.loading import max_text_length, text_padding
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 16

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from hf_dissect.recipe import Recipe
+from hf_dissect.recipe.recipe import Recipe
 
 TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SETTINGS: dict[str, Any] = {

@@ -7,10 +7,10 @@ import tiny_models
 import torch
 from datasets import Features, IterableDataset, List, Value
 
-from hf_dissect.data.pair_stream import PairStream
 from hf_dissect.data.pairs import as_pairs
-from hf_dissect.data.stream_loader import StreamLoader
-from hf_dissect.data.stream_parts import Place, StreamPart
+from hf_dissect.data.streaming.loader import StreamLoader
+from hf_dissect.data.streaming.pair_stream import PairStream
+from hf_dissect.data.streaming.parts import Place, StreamPart
 from hf_dissect.data_collator import SelectionCollator
 
 UNEQUAL = (5, 0, 2, 9, 1, 4)

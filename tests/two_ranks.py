@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
 from hf_dissect.cli import main
 from hf_dissect.data import shuffle_captions
-from hf_dissect.interruption import StoppedBySignal
-from hf_dissect.ranks import Ranks
+from hf_dissect.distributed import Ranks
 from hf_dissect.selection import SampleLedger
+from hf_dissect.training.interruption import StoppedBySignal
 
 torch.set_num_threads(1)
 

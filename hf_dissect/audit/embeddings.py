@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_dissect.data.pairs import PairDataset
-from hf_dissect.pair_scores import score_batches
+from hf_dissect.evaluation.pair_scores import score_batches
 
 if TYPE_CHECKING:
     from hf_dissect.trainer import DissectTrainer

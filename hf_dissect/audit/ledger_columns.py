@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from hf_dissect.run_state import LEDGER_FILE
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.ledger import read_ledger
 from hf_dissect.selection.soft_labels import SoftLabels
+from hf_dissect.training.run_state import LEDGER_FILE
 
 _EVIDENCE = ("agreement", "structure")  # of an epoch that is not over; of no meaning afterwards
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_dissect.data.bad_rows import BadRows
-from hf_dissect.report_data import replace_file
+from hf_dissect.report.data import replace_file
 from hf_dissect.version import __version__
 
 MAX_CAPTION = 400

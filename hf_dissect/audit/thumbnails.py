@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from hf_dissect.data.pairs import PairDataset
-from hf_dissect.report_data import thumbnail_jpeg
+from hf_dissect.report.data import thumbnail_jpeg
 
 ROWS_A_FOLDER = 1000
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-from hf_dissect.cards.model_card import name_model
 from hf_dissect.hub.repository import HubError
 from hf_dissect.hub.shared_recipe import is_local_path, published_recipe
-from hf_dissect.recipe_file import read_settings
+from hf_dissect.model_card import name_model
+from hf_dissect.recipe.file import read_settings
 
 RECIPE_FILE, METRICS_FILE, CARD_FILE = "recipe.yaml", "metrics.json", "README.md"
 CARDS = (CARD_FILE, "report.png", "report.svg")

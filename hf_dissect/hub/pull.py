@@ -12,8 +12,8 @@ from hf_dissect.hub.address import HubAddress
 from hf_dissect.hub.published_files import LOADED, RECIPE_FILE
 from hf_dissect.hub.repository import told
 from hf_dissect.hub.shared_recipe import remote_code_keys, shareable
-from hf_dissect.recipe import Recipe, RecipeError
-from hf_dissect.recipe_file import read_settings
+from hf_dissect.recipe.file import read_settings
+from hf_dissect.recipe.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from hf_dissect.distillation.recipe import DistillationRecipe

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from hf_dissect.hub.address import is_hub_address, is_repo_id
-from hf_dissect.recipe_yaml import format_yaml
+from hf_dissect.recipe.yaml import format_yaml
 
 SHARED_TRAINING = frozenset(
     """

@@ -20,12 +20,12 @@ from transformers import AutoModel, CLIPVisionModel
 from hf_dissect.cli import main
 from hf_dissect.data import make_scenes
 from hf_dissect.distillation import DistillationRecipe
-from hf_dissect.distillation.run_recipe import run_distillation
 from hf_dissect.hub.address import HubAddress
 from hf_dissect.hub.pull import pull_recipe
 from hf_dissect.hub.push import push_run
 from hf_dissect.hub.shared_recipe import shareable
-from hf_dissect.recipe import RecipeError
+from hf_dissect.recipe.recipe import RecipeError
+from hf_dissect.runs.distil import run_distillation
 
 SMALL = ["training.max_steps=2", "training.use_cpu=true", "training.per_device_train_batch_size=8"]
 SMALL += ["training.report_to=none", "training.disable_tqdm=true", "training.eval_strategy=no"]

@@ -20,7 +20,7 @@ from hf_dissect.hub.pull import download_model, pull_recipe
 from hf_dissect.hub.push import push_run
 from hf_dissect.hub.repository import HubError
 from hf_dissect.hub.shared_recipe import shareable
-from hf_dissect.recipe import RecipeError
+from hf_dissect.recipe.recipe import RecipeError
 
 EVE = HubAddress("eve/recipe")
 

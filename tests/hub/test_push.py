@@ -15,7 +15,7 @@ from hf_dissect.cli import main
 from hf_dissect.hub.published_files import published_files
 from hf_dissect.hub.push import push_run
 from hf_dissect.hub.repository import HubError
-from hf_dissect.recipe_yaml import parse_yaml
+from hf_dissect.recipe.yaml import parse_yaml
 
 EXPECTED = {
     *("README.md", "config.json", "metrics.json", "model.safetensors", "processor_config.json", "recipe.yaml"),

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
-from hf_dissect.models import contrastive_kind, logit_scale_and_bias, text_padding
-from hf_dissect.task_routing import Decorrelation, forward_inputs, representations
+from hf_dissect.models.loading import contrastive_kind, logit_scale_and_bias, text_padding
+from hf_dissect.models.tasks import Decorrelation, forward_inputs, representations
 
 PAIRS = 10
 ADAPTERS = {

@@ -17,8 +17,8 @@ from losses.cached_steps import (
 from torch import nn
 
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
-from hf_dissect.models import logit_scale_and_bias, logit_scale_parameter
-from hf_dissect.task_routing import forward_inputs, representations
+from hf_dissect.models.loading import logit_scale_and_bias, logit_scale_parameter
+from hf_dissect.models.tasks import forward_inputs, representations
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from hf_dissect.ranks import Ranks
+from hf_dissect.distributed import Ranks
 from hf_dissect.selection import STRATEGIES, CandidateScores, SampleLedger, make_strategy
 from hf_dissect.selection.scope import GatheredScores, select_among_all, select_among_own, share_out, told_to_all
 from hf_dissect.selection.uniform import Random
