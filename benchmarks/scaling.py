@@ -88,7 +88,7 @@ def work(options: argparse.Namespace) -> None:
         charge(Ranks, name, times, "exchange of scores")
     for name in ("forward", "backward"):
         charge(exchange._GatherWithGrad, name, times, "feature exchange")
-    charge(trainer_module, "share_out", times, "rebalancing")
+    charge(trainer_module, "rebalance", times, "rebalancing")
     for name in ("read", "write"):
         charge(SampleLedger, name, times, "ledger")
     trainer.add_callback(clock)
@@ -193,7 +193,7 @@ def paper_section(results: dict) -> str:
         f"""Where scores do not depend on the rank, the number of pairs that a rank keeps is hypergeometric: B draws
         out of G B candidates, of which G k are kept. With p = k / B its variance is
         B p (1 - p) (G - 1) B / (G B - 1), and a rank gives away sqrt(variance / (2 pi)) pairs on average, of
-        {a.pair_bytes / 1000:.0f} kB each. The last column is the time in which `planned_moves` finds who sends to
+        {a.pair_bytes / 1000:.0f} kB each. The last column is the time in which `plan_moves` finds who sends to
         whom."""
     )
     table = markdown_table(["part", *(f"{gpus} GPUs" for gpus in paper)], rows)

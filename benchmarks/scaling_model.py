@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_dissect.selection.scope import planned_moves
+from hf_dissect.selection.scope import plan_moves
 
 # What a candidate tells the other ranks (`DissectTrainer._take_note`): id, kept, priority, correlation.
 RECORD_BYTES = 8 + 1 + 4 + 4
@@ -119,7 +119,7 @@ def simulate_moves(a: Assumptions, gpus: int, repeats: int = 200) -> dict[str, f
     )
     surplus = (counts - a.kept).clip(0)
     start = time.perf_counter()
-    sent, received = planned_moves(counts[0].tolist(), rank=0)
+    sent, received = plan_moves(counts[0].tolist(), rank=0)
     seconds = time.perf_counter() - start
     assert sum(sent) - sum(received) == counts[0, 0] - a.kept
     return {"mean": surplus.mean(), "largest": surplus.max(1).mean(), "planning_ms": seconds * 1000}

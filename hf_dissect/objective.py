@@ -12,17 +12,7 @@ from hf_dissect.losses.gsc import GscLoss, gsc_evidence
 from hf_dissect.models.tasks import Decorrelation
 from hf_dissect.models.twin_encoder import embeddings_of_networks
 from hf_dissect.selection import SampleLedger
-from hf_dissect.selection.soft_labels import SoftLabels
-
-SUFFIXES = ("", "_2")
-"""Of the ledger columns of each network."""
-
-
-def label_columns(ledger: SampleLedger) -> list[tuple[str, ...]]:
-    """The ledger columns that hold soft labels, of which the minimum counts; one entry for each network."""
-    columns = [SoftLabels(suffix=suffix).label_columns for suffix in SUFFIXES]
-    return [names for names in columns if set(names) <= set(ledger.columns)]
-
+from hf_dissect.selection.soft_labels import NETWORK_SUFFIXES, SoftLabels
 
 @dataclass
 class GscObjective:
@@ -60,7 +50,7 @@ class GscObjective:
         if not isinstance(self.dual, bool):
             raise ValueError(f"dual={self.dual!r}: must be true or false.")
         self._last_evidence: dict[str, torch.Tensor] | None = None
-        suffixes = SUFFIXES if self.dual else SUFFIXES[:1]
+        suffixes = NETWORK_SUFFIXES if self.dual else NETWORK_SUFFIXES[:1]
         self._labels = [SoftLabels(self.beta, self.seed, suffix) for suffix in suffixes]
         self.columns = tuple(column for labels in self._labels for column in labels.columns)
         self._loss = GscLoss(self.gamma, self.temperature)

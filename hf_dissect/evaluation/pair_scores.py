@@ -1,47 +1,58 @@
-"""Scores of a whole data set under the final weights, to see which of its pairs the model takes for mismatched."""
+"""Scores of whole data sets under the final weights, which show the pairs that the model takes for mismatched."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from hf_dissect.models.tasks import forward_inputs
-from hf_dissect.selection import CandidateScores, score
+from hf_dissect.selection.scoring import CandidateScores, score
 
-if TYPE_CHECKING:
-    from hf_dissect.trainer import DissectTrainer
+Batch = Mapping[str, torch.Tensor]
 
 
-def score_all_pairs(trainer: "DissectTrainer", pairs: Any) -> dict[str, torch.Tensor]:
-    """Correlation of every readable pair under the trainer's current weights.
+def score_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    kind: str,
+    prepare: Callable[[Batch], Batch],
+    autocast: Callable[[], AbstractContextManager],
+) -> Iterator[tuple[Batch, CandidateScores]]:
+    """Yield each batch on the device of the model, with the scores of its pairs.
+
+    Args:
+        model: Dual encoder.
+        batches: Batches of a `SelectionCollator`.
+        kind: Loss of the model, "softmax" or "sigmoid".
+        prepare: Function that moves a batch to the device.
+        autocast: Context of the forward pass.
+    """
+    for batch in batches:
+        batch = prepare(batch)
+        yield batch, score(model, forward_inputs(model, batch), batch["sample_id"], kind=kind, autocast=autocast)
+
+
+def join_correlations(
+    scored: Iterable[tuple[Batch, CandidateScores]],
+    gather: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Return the correlation of every readable pair.
+
+    Args:
+        scored: Batches with their scores, see `score_batches`.
+        gather: Function that joins columns over the ranks, without the rows that fill up the last batch.
 
     Returns:
         `sample_id` int64, `correlation` float32 and, where the truth is known, `is_clean` bool, each `(pairs,)` on the
         CPU and the same on all ranks.
     """
     parts = []
-    for batch, scores in score_batches(trainer, trainer.get_eval_dataloader(pairs)):
+    for batch, scores in scored:
         part = {name: batch[name] for name in ("sample_id", "bad_reason", "is_clean") if name in batch}
-        part["correlation"] = scores.correlation.to(trainer.args.device)
-        parts.append(trainer.accelerator.gather_for_metrics(part))
-    scored = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    good = scored.pop("bad_reason") == 0
-    return {name: values[good] for name, values in scored.items()}
-
-
-def score_batches(
-    trainer: "DissectTrainer", batches: Iterable[Mapping[str, torch.Tensor]]
-) -> Iterator[tuple[Mapping[str, torch.Tensor], CandidateScores]]:
-    """Each batch of an evaluation loader on the trainer's device, with the scores of its pairs."""
-    for batch in batches:
-        batch = trainer._prepare_inputs(batch)
-        yield (
-            batch,
-            score(
-                trainer.model,
-                forward_inputs(trainer.model, batch),
-                batch["sample_id"],
-                kind=trainer.kind,
-                autocast=trainer.accelerator.autocast,
-            ),
-        )
+        part["correlation"] = scores.correlation.to(batch["sample_id"].device)
+        parts.append(gather(part))
+    joined = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    good = joined.pop("bad_reason") == 0
+    return {name: values[good] for name, values in joined.items()}

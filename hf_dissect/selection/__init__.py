@@ -1,39 +1,18 @@
-"""Which candidates are worth a gradient: the ledger, the scores and the rules."""
+"""Selection of the candidates that are worth a gradient: the ledger, the scores, the strategies and the selector."""
 
-from hf_dissect.selection.clipscore import ClipScore
-from hf_dissect.selection.dissect import Dissect
-from hf_dissect.selection.gsc import Gsc
 from hf_dissect.selection.ledger import SampleLedger
-from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
-from hf_dissect.selection.ncr import Ncr
 from hf_dissect.selection.scoring import CandidateScores, correlation_of, score
+from hf_dissect.selection.selector import LoopHooks, OnlineSelector
 from hf_dissect.selection.soft_labels import SoftLabels
+from hf_dissect.selection.strategies import STRATEGIES, make_strategy
 from hf_dissect.selection.strategy import SCOPES, Selection, SelectionStrategy
-from hf_dissect.selection.uniform import KeepAll, Random
-
-STRATEGIES: dict[str, type[SelectionStrategy]] = {
-    strategy.name: strategy for strategy in (Dissect, Random, SmallLoss, BigLoss, ClipScore, Ncr, Gsc, KeepAll)
-}
-
-
-def make_strategy(name: str, **options) -> SelectionStrategy:
-    """Build a strategy by the name recipes use, e.g. `make_strategy("dissect", variant="momentum")`.
-
-    Raises:
-        ValueError: the name is unknown, or the strategy does not take one of the options.
-    """
-    if name not in STRATEGIES:
-        raise ValueError(f"selection_strategy={name!r}: choose one of {', '.join(STRATEGIES)}.")
-    try:
-        return STRATEGIES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"selection_options={options!r}: {error}.") from error
-
 
 __all__ = [
     "SCOPES",
     "STRATEGIES",
     "CandidateScores",
+    "LoopHooks",
+    "OnlineSelector",
     "SampleLedger",
     "Selection",
     "SelectionStrategy",

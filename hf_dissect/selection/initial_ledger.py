@@ -1,64 +1,61 @@
-"""Lets a run begin with the scores of another one, in place of a warm-up of its own."""
+"""Begin of a run with the scores of another one, in place of a warm-up of its own."""
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger, SavedLedger
-from hf_dissect.selection.ledger_files import read_scores
-
-if TYPE_CHECKING:
-    from hf_dissect.trainer import DissectTrainer
+from hf_dissect.selection.strategy import SelectionStrategy
 
 logger = logging.getLogger(__name__)
 
 _FEW = 0.5
 
 
-def begin_with_ledger(trainer: "DissectTrainer", source: str) -> None:
-    """Fill the trainer's ledger with the scores at `source` (see `read_scores`); called on all ranks.
+def begin_with_scores(
+    ledger: SampleLedger, scores: SavedLedger, strategy: SelectionStrategy, source: str, known: object = None
+) -> None:
+    """Fill the ledger of a run with the scores of another one.
+
+    Args:
+        ledger: Ledger to fill.
+        scores: Scores of the same pairs.
+        strategy: Strategy of the run.
+        source: Name of the scores in messages.
+        known: Ids of the training pairs `(n,)`, if they are not the row numbers and are known; else None.
 
     Raises:
-        FileNotFoundError, ValueError, HubError: there are no scores, or they are of other data.
+        ValueError: the scores belong to other data, or none of their columns is of use.
     """
-    with trainer.args.main_process_first(local=True, desc="reading the initial ledger"):
-        scores = read_scores(source)
-    check_same_pairs(source, scores, trainer.ledger, getattr(trainer.train_dataset, "sample_ids", None))
-    taken = fill(trainer.ledger, scores, trainer.strategy.stand_ins)
+    check_same_pairs(source, scores, ledger, known)
+    taken = fill_ledger(ledger, scores, strategy.stand_ins)
     if not taken:
         raise ValueError(
             f"selection.ledger {source!r} has the columns {', '.join(scores.columns)}, and this run keeps none of "
-            f"them ({', '.join(trainer.ledger.columns)})."
+            f"them ({', '.join(ledger.columns)})."
         )
     logger.info("The ledger begins with %s of %d pairs from %s.", ", ".join(taken), len(scores.ids), source)
-    warmup = getattr(trainer.strategy, "warmup_epochs", 0)
-    if warmup and set(trainer.strategy.columns) & set(taken):
+    warmup = getattr(strategy, "warmup_epochs", 0)
+    if warmup and set(strategy.columns) & set(taken):
         logger.warning(
-            "selection.ledger: the first %d epochs warm up and write over what it brings; set selection.warmup_epochs "
+            "selection.ledger: the first %d epochs warm up and overwrite what it brings; set selection.warmup_epochs "
             "to 0 to select from the first step on.",
             warmup,
         )
 
 
 def check_same_pairs(source: str, scores: SavedLedger, ledger: SampleLedger, known: object = None) -> None:
-    """Make sure that scores are of the pairs that train.
-
-    Args:
-        source: what errors call the scores.
-        scores: that are to be taken over.
-        ledger: that is to take them.
-        known: ids of the training pairs `(n,)`, where they are not the row numbers and can be told.
+    """Check that scores belong to the pairs that train; see `begin_with_scores` for the arguments.
 
     Raises:
-        ValueError: ids are of another kind, the numbers of pairs differ, or no id is known.
+        ValueError: the ids are of another kind, the numbers of pairs differ, or no id is known.
     """
     if (scores.num_samples is None) != (ledger.num_samples is None):
         kinds = ("keys (data.id_column)", "row numbers")
         theirs, ours = (kinds[one.num_samples is not None] for one in (scores, ledger))
         raise ValueError(
-            f"selection.ledger {source!r} knows pairs by {theirs}, this run by {ours}; set data.id_column as the run "
-            "did that wrote it."
+            f"selection.ledger {source!r} knows pairs by {theirs}, this run by {ours}; set data.id_column as in the "
+            "run that wrote it."
         )
     if scores.num_samples != ledger.num_samples:
         raise ValueError(
@@ -67,23 +64,23 @@ def check_same_pairs(source: str, scores: SavedLedger, ledger: SampleLedger, kno
         )
     if known is None:
         return
-    found = torch.isin(torch.as_tensor(known), scores.ids).float().mean().item()
-    if found == 0:
+    shared = torch.isin(torch.as_tensor(known), scores.ids).float().mean().item()
+    if shared == 0:
         raise ValueError(
-            f"selection.ledger {source!r} knows none of the {len(known)} training pairs: it is of another data set, "
-            "or data.id_column names another column than in the run that wrote it."
+            f"selection.ledger {source!r} knows none of the {len(known)} training pairs: it belongs to another data "
+            "set, or data.id_column names another column than in the run that wrote it."
         )
-    if found < _FEW:
-        logger.warning("selection.ledger: only %.0f %% of the training pairs have scores in %s.", 100 * found, source)
+    if shared < _FEW:
+        logger.warning("selection.ledger: only %.0f %% of the training pairs have scores in %s.", 100 * shared, source)
 
 
-def fill(ledger: SampleLedger, scores: SavedLedger, stand_ins: dict[str, str]) -> list[str]:
-    """Write scores into a ledger; returns the columns that were written.
+def fill_ledger(ledger: SampleLedger, scores: SavedLedger, stand_ins: dict[str, str]) -> list[str]:
+    """Write scores into a ledger and return the columns that were written.
 
     Args:
-        ledger: to write to.
-        scores: of the same pairs, see `check_same_pairs`.
-        stand_ins: column -> the one that is taken for it where `scores` lack it.
+        ledger: Ledger to fill.
+        scores: Scores of the same pairs, see `check_same_pairs`.
+        stand_ins: For a column, the one that is taken for it where `scores` lack it.
     """
     taken = []
     for name in ledger.columns:

@@ -1,5 +1,6 @@
 """What the selection did: running figures for the logs, distributions and extreme pairs for the report."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -128,10 +129,10 @@ class SelectionMonitor:
         figures, self._since_log = self._since_log.figures(), _Sums()
         return {f"selection_{name}": value for name, value in figures.items()}
 
-    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """All that was observed, to go on from after a resume: plain data for JSON, and tensors."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was observed, as plain data and tensors."""
         last = self.last_epoch
-        figures = {
+        return {
             "run": asdict(self.run),
             "since_log": asdict(self._since_log),
             "last_epoch": {
@@ -140,28 +141,25 @@ class SelectionMonitor:
                 "best_kept": [asdict(pair) for pair in last.best_kept],
                 "worst_dropped": [asdict(pair) for pair in last.worst_dropped],
             },
-        }
-        tensors = {
             "kept_counts": torch.from_numpy(last.kept_counts),
             "dropped_counts": torch.from_numpy(last.dropped_counts),
             "priorities": torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *last.priorities])),
             "truths": torch.from_numpy(np.concatenate([np.zeros(0, bool), *last.truths])),
         }
-        return figures, tensors
 
-    def restore(self, figures: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state` gave."""
-        self.run, self._since_log = _Sums(**figures["run"]), _Sums(**figures["since_log"])
-        last = figures["last_epoch"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.run, self._since_log = _Sums(**state["run"]), _Sums(**state["since_log"])
+        last = state["last_epoch"]
         self.last_epoch = _LastEpoch(
             last["epoch"],
             _Sums(**last["sums"]),
-            tensors["kept_counts"].numpy(),
-            tensors["dropped_counts"].numpy(),
+            state["kept_counts"].numpy(),
+            state["dropped_counts"].numpy(),
             [ObservedPair(**pair) for pair in last["best_kept"]],
             [ObservedPair(**pair) for pair in last["worst_dropped"]],
-            [tensors["priorities"].numpy()] if len(tensors["priorities"]) else [],
-            [tensors["truths"].numpy()] if len(tensors["truths"]) else [],
+            [state["priorities"].numpy()] if len(state["priorities"]) else [],
+            [state["truths"].numpy()] if len(state["truths"]) else [],
         )
 
     def ranking_truth(self) -> tuple[np.ndarray, np.ndarray] | None:

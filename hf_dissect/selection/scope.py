@@ -31,7 +31,7 @@ class Kept:
     measured: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def select_among_own(
+def select_from_own(
     strategy: SelectionStrategy,
     candidates: CandidateScores,
     ledger: SampleLedger,
@@ -58,7 +58,7 @@ def select_among_own(
     return Kept(indices, weights, selection.priority, [len(indices)] * len(sizes), measured)
 
 
-def select_among_all(
+def select_from_all(
     strategy: SelectionStrategy,
     candidates: CandidateScores,
     ledger: SampleLedger,
@@ -66,7 +66,7 @@ def select_among_all(
     num_selected: Callable[[int], int],
     ranks: Ranks,
 ) -> Kept:
-    """All ranks keep the same `k` of the union of their candidates; see `select_among_own` for the arguments.
+    """All ranks keep the same `k` of the union of their candidates; see `select_from_own` for the arguments.
 
     Every rank makes the same choice, which is that of one process with the candidates of all, in the order of the
     ranks. A rest that cannot be shared out equally is left: at most one pair fewer than there are ranks.
@@ -92,7 +92,7 @@ def select_among_all(
     )
 
 
-def told_to_all(
+def gather_selection(
     candidates: CandidateScores, kept: Kept, is_clean: torch.Tensor | None, sizes: list[int], ranks: Ranks
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What every rank is to know of the candidates of all, `(sum of sizes,)` each, in one exchange.
@@ -167,7 +167,7 @@ class GatheredScores(CandidateScores):
         return self._ranks.gather_columns({"loss": own}, self._sizes)["loss"]
 
 
-def share_out(
+def rebalance(
     batch: Mapping[str, torch.Tensor], counts: list[int], ranks: Ranks, padding: Mapping[str, tuple[int, str]]
 ) -> dict[str, torch.Tensor]:
     """Move kept pairs from ranks that have too many to those that have too few, until all have the same number.
@@ -183,7 +183,7 @@ def share_out(
     """
     if len(set(counts)) == 1:
         return dict(batch)
-    to_ranks, from_ranks = planned_moves(counts, ranks.own)
+    to_ranks, from_ranks = plan_moves(counts, ranks.own)
     batch = _equally_long(batch, ranks, padding)
     stay = counts[ranks.own] - sum(to_ranks)
     return {
@@ -192,7 +192,7 @@ def share_out(
     }
 
 
-def planned_moves(counts: list[int], rank: int) -> tuple[list[int], list[int]]:
+def plan_moves(counts: list[int], rank: int) -> tuple[list[int], list[int]]:
     """Pairs that a rank sends to each other rank and gets from each, until all have the mean: as few as possible.
 
     Surplus and lack are laid side by side in the order of the ranks; where two of them overlap, pairs move.

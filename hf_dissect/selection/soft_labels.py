@@ -18,6 +18,16 @@ SMALLEST_SPREAD = 1e-6
 """Between the values; less is rounding in single precision, which a scaling would blow up to a difference."""
 
 
+NETWORK_SUFFIXES = ("", "_2")
+"""Suffixes of the ledger columns of each network."""
+
+
+def label_columns(ledger: SampleLedger) -> list[tuple[str, ...]]:
+    """Return the ledger columns that hold soft labels, whose minimum counts; one entry for each network."""
+    columns = [SoftLabels(suffix=suffix).label_columns for suffix in NETWORK_SUFFIXES]
+    return [names for names in columns if set(names) <= set(ledger.columns)]
+
+
 class SoftLabels:
     """Soft correspondence labels (GSC, CVPR 2024, arXiv 2405.16996): `y = min(y_cm, y_im)`, 1 until known.
 

@@ -1,4 +1,4 @@
-"""What the selection of a run leaves behind: figures for the logs and, where asked for, a record of every choice."""
+"""Trace of the selections of a run: figures for the logs and, where asked for, a record of every choice."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,25 +10,27 @@ from hf_dissect.selection.recorder import SelectionRecorder
 
 
 class SelectionTrace:
-    """Observes each selection; the first rank writes the record.
+    """Observer of each selection.
 
     Args:
-        folder: the run folder.
-        records: whether `selection.parquet` is written.
-        is_first_rank: whether this process writes it.
+        folder: Run folder to write `selection.parquet` to; None for figures alone.
+
+    Attributes:
+        monitor: `SelectionMonitor` with the figures.
     """
 
-    def __init__(self, folder: str | Path, *, records: bool, is_first_rank: bool):
+    def __init__(self, folder: str | Path | None = None):
         self.monitor = SelectionMonitor()
-        self._recorder = SelectionRecorder(folder) if records and is_first_rank else None
+        self._recorder = None if folder is None else SelectionRecorder(folder)
 
     def observe(self, epoch: int, step: int, candidates: Mapping[str, torch.Tensor]) -> None:
-        """Take note of one selection.
+        """Observe one selection.
 
         Args:
-            epoch, step: when it was made.
-            candidates: of all ranks, `(n,)` each: `sample_id`, `kept`, `priority` (NaN where the strategy ranks by
-                nothing), and where they are known `correlation` and `is_clean`.
+            epoch: Epoch of the selection, from 0.
+            step: Optimiser step of the selection, from 0.
+            candidates: Columns of the candidates of all ranks, `(n,)` each: `sample_id`, `kept`, `priority` (NaN for a
+                strategy that ranks by nothing), and where they are known `correlation` and `is_clean`.
         """
         sample_id, kept, correlation = candidates["sample_id"], candidates["kept"], candidates.get("correlation")
         self.monitor.observe(epoch, sample_id, kept, correlation, candidates["priority"], candidates.get("is_clean"))
@@ -36,7 +38,7 @@ class SelectionTrace:
             self._recorder.add(epoch, step, sample_id, correlation, kept)
 
     def restart(self, step: int) -> None:
-        """Forget what was recorded from `step` on, which now comes again."""
+        """Discard what was recorded from `step` on, since these steps come again."""
         if self._recorder is not None:
             self._recorder.restart(step)
 
@@ -46,6 +48,6 @@ class SelectionTrace:
             self._recorder.flush()
 
     def close(self) -> None:
-        """Write the record to its end."""
+        """Finish the record."""
         if self._recorder is not None:
             self._recorder.close()

@@ -1,25 +1,57 @@
-"""Checkpoints that exist wholly or not at all, and which of them a run can go on from."""
+"""Checkpoints that exist wholly or not at all, and the last one that a run can resume from."""
 
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED_FOLDER = "unfinished_checkpoints"
-"""Where, inside a run folder, checkpoints are written before they get their names."""
+"""Folder, inside a run folder, that checkpoints are written to before they get their names."""
 
 
 class CheckpointError(OSError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
+@contextmanager
+def explain_unwritable(name: str, run_folder: str | Path) -> Iterator[None]:
+    """Turn the error of any of the writers inside the block into one that says what to do.
+
+    Args:
+        name: Name of what is written, such as "The checkpoint of step 40".
+        run_folder: Folder of the run.
+
+    Raises:
+        CheckpointError: something could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CheckpointError) or not _is_about_writing(error):
+            raise
+        free = shutil.disk_usage(run_folder).free / 2**20
+        raise CheckpointError(
+            f"{name} could not be written ({error}); {free:,.0f} MiB are free. Make room in {run_folder} and resume; "
+            f"the last complete checkpoint is {last_complete_checkpoint(run_folder) or 'none'}."
+        ) from error
+
+
+def _is_about_writing(error: Exception) -> bool:
+    # What is not written in Python reports a full disk in words: torch in its own, tokenizers in those of Rust.
+    words = ("PytorchStreamWriter", "inline_container", "iostream", "(os error ")
+    return isinstance(error, OSError | SafetensorError) or any(part in str(error) for part in words)
+
+
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The newest `checkpoint-N` in a run folder that was written to its end, None without one."""
+    """Return the newest `checkpoint-N` in a run folder that was written to its end, None without one."""
     checkpoints = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _number(path) is not None]
     for checkpoint in sorted(checkpoints, key=_number, reverse=True):
         try:
@@ -32,7 +64,7 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def publish(unfinished: Path, final: Path) -> None:
-    """Give a checkpoint that was written to its end its name, in place of what may have had it.
+    """Give a checkpoint that was written to its end its name, replacing an earlier one of that name.
 
     The files reach the disk before the name does, so that a machine that loses its power finds it whole or not at all.
     On a file system that several nodes share, one of them does it, and the others find it done.

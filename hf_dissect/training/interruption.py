@@ -1,21 +1,27 @@
-"""What ends a run early from outside: it is told to end, and saves first, or one of its data workers dies."""
+"""Early ends of a run from outside: SIGTERM, after which it saves first, and the death of a data worker.
+
+Written by hand because the Trainer ends on SIGTERM without a checkpoint, and because all ranks have to stop after the
+same step: the request is only noted here, and the ranks agree on it in the exchange before each selection.
+"""
 
 import os
 import signal
 import threading
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from hf_dissect.training.checkpoints import last_complete_checkpoint
 
 
 class StoppedBySignal(SystemExit):
-    """Training ended early, with a checkpoint, because the process was told to end (SIGTERM).
+    """End of the training, with a checkpoint, because the process was asked to end (SIGTERM).
 
-    As a `SystemExit` it ends the process with the status that the signal would have given it, 143.
+    As a `SystemExit` it gives the process the status that the signal would have given it, 143.
 
     Attributes:
-        checkpoint: the folder to go on from.
+        checkpoint: Folder to resume from.
     """
 
     def __init__(self, checkpoint: str):
@@ -23,20 +29,20 @@ class StoppedBySignal(SystemExit):
         self.checkpoint = checkpoint
 
     def __str__(self) -> str:
-        return f"Stopped by SIGTERM; the run can go on from {self.checkpoint}."
+        return f"Stopped by SIGTERM; the run can be resumed from {self.checkpoint}."
 
 
 class DataWorkerDied(RuntimeError):
-    """A process that reads and collates ended unexpectedly; the run can go on from its last checkpoint."""
+    """Unexpected end of a process that reads and collates; the run can be resumed from its last checkpoint."""
 
 
 @contextmanager
-def death_of_a_worker_told(output_dir: str):
+def explain_dead_worker(output_dir: str) -> Iterator[None]:
     """Turn torch's error about a dead data worker, which may come at any moment, into one that says what to do."""
     try:
         yield
     except Exception as error:
-        if (reason := _death_of_a_worker(error)) is None:
+        if (reason := _find_dead_worker(error)) is None:
             raise
         raise DataWorkerDied(
             f"A data worker died ({reason}). When memory ran out, use fewer workers "
@@ -45,16 +51,16 @@ def death_of_a_worker_told(output_dir: str):
         ) from error
 
 
-def _death_of_a_worker(error: BaseException | None) -> str | None:
-    """What an error, or one it came from, says of a dead worker: torch's may strike where others are handled."""
+def _find_dead_worker(error: BaseException | None) -> str | None:
+    """Return what an error, or one that it came from, says of a dead worker; None if it is about something else."""
     while error is not None:
-        if _tells_of_a_dead_worker(error):
+        if _is_of_dead_worker(error):
             return (str(error).splitlines() or [type(error).__name__])[0]
         error = error.__cause__ or error.__context__
     return None
 
 
-def _tells_of_a_dead_worker(error: BaseException) -> bool:
+def _is_of_dead_worker(error: BaseException) -> bool:
     if "DataLoader worker" in str(error):
         return True
     # It died while a batch was taken over from it, and this process noticed that before its death.
@@ -64,13 +70,17 @@ def _tells_of_a_dead_worker(error: BaseException) -> bool:
 
 
 class StopRequest:
-    """Whether the process was told to end. A second SIGTERM ends it at once."""
+    """Request to end the process. A second SIGTERM ends it at once.
 
-    def __init__(self):
+    Attributes:
+        made: Whether the request was made.
+    """
+
+    def __init__(self) -> None:
         self.made = False
 
     @contextmanager
-    def heeded(self):
+    def listening(self) -> Iterator[None]:
         """Take SIGTERM as a request inside the block (in the main thread, where alone Python can)."""
         self.made = False
         if threading.current_thread() is not threading.main_thread():
@@ -78,7 +88,7 @@ class StopRequest:
             return
         process, before = os.getpid(), signal.getsignal(signal.SIGTERM)
 
-        def note(number, frame):
+        def note(number: int, frame: FrameType | None) -> None:
             if self.made or os.getpid() != process:  # a second time, or a worker that inherited this
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -1,126 +1,189 @@
-"""What a checkpoint holds beside the Trainer's own files, so that a resumed run is the uninterrupted one."""
+"""State that a checkpoint holds next to the Trainer's own files, so that a resumed run equals an uninterrupted one."""
 
 import json
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState, TrainingArguments
 
-from hf_dissect.training_data import num_pairs
-
-if TYPE_CHECKING:
-    from hf_dissect.resumable_trainer import ResumableTrainer
-    from hf_dissect.training.trainer import DurableTrainer
+from hf_dissect.distributed import Ranks
+from hf_dissect.training.earlier_state import FORMAT, upgrade
 
 logger = logging.getLogger(__name__)
 
-LEDGER_FILE = "ledger.safetensors"
 STATE_FILE = "dissect_state.json"
 TENSORS_FILE = "dissect_state.safetensors"
+_TENSOR = "tensor of"
+"""Key of the mapping that stands in the JSON file for a tensor."""
 
 
-def save_run_state(trainer: "ResumableTrainer", folder: str | Path) -> None:
-    """Write the state of the selection, of the data and of the logs; called on all ranks, written by the first."""
-    everyone = trainer.ranks.gather_objects(
-        {
-            "bad_rows": trainer.bad_rows.state(),
-            "stream": None if trainer.stream is None else trainer.stream.state_dict(),
-            "loss_since_log": trainer.loss_since_log(),
-            "decorrelation_since_log": trainer.objective.decorrelation.state(),
-        }
+class Stateful(Protocol):
+    """Object with a state of plain data and tensors, under the names that torch gave the two methods."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a run whose state is saved.
+
+    Args:
+        stateful: Object that holds the state.
+        each_rank: Whether each rank has a state of its own; otherwise that of the first is saved for all.
+        join: Function of the states of all ranks and the own rank that gives the state to load when the checkpoint was
+            written by another number of processes; None to begin again then.
+    """
+
+    stateful: Stateful
+    each_rank: bool = False
+    join: Callable[[list[dict[str, Any]], int], dict[str, Any] | None] | None = None
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """State as a checkpoint holds it.
+
+    Attributes:
+        candidates_per_update: Candidates that one optimiser step looked at.
+        parts: State by name of the part, for the parts that are the same on all ranks.
+        ranks: For each rank, state by name of the part, for the parts that differ.
+    """
+
+    candidates_per_update: int
+    parts: dict[str, dict[str, Any]]
+    ranks: list[dict[str, dict[str, Any]]]
+
+
+def save_state(
+    folder: str | Path, parts: Mapping[str, Part], *, ranks: Ranks, candidates_per_update: int, writes: bool
+) -> None:
+    """Write the state of all parts to a checkpoint; called on all ranks.
+
+    Args:
+        folder: Folder of the checkpoint.
+        parts: Parts by name.
+        ranks: Processes of the run.
+        candidates_per_update: Candidates that one optimiser step looks at.
+        writes: Whether this process writes.
+    """
+    everyone = ranks.gather_objects(
+        {name: part.stateful.state_dict() for name, part in parts.items() if part.each_rank}
     )
-    if not trainer.args.should_save:
+    if not writes:
         return
-    figures, tensors = trainer.monitor.state()
+    tensors: dict[str, torch.Tensor] = {}
     state = {
-        "processes": trainer.ranks.count,
-        "candidates_per_update": candidates_per_update(trainer),
-        "epoch": trainer.selection_epoch,
-        "updated_epoch": trainer.updated_epoch,
-        "times": trainer.times.so_far(),
-        "monitor": figures,
+        "format": FORMAT,
+        "processes": ranks.count,
+        "candidates_per_update": candidates_per_update,
+        "parts": {name: part.stateful.state_dict() for name, part in parts.items() if not part.each_rank},
         "ranks": everyone,
     }
-    Path(folder, STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    Path(folder, STATE_FILE).write_text(json.dumps(_without_tensors(state, "", tensors)), encoding="utf-8")
     save_file(tensors, Path(folder, TENSORS_FILE))
 
 
-def read_run_state(folder: str | Path) -> dict[str, Any] | None:
-    """The content of a checkpoint's state file; None without one."""
+def read_state(folder: str | Path) -> SavedState | None:
+    """Read the state in a checkpoint, that of earlier versions as well; None without one."""
     path = Path(folder, STATE_FILE)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    state = json.loads(path.read_text(encoding="utf-8"))
+    tensors = {}
+    for file in Path(folder).glob("*_state.safetensors"):
+        tensors |= load_file(file)
+    if state.get("format") != FORMAT:
+        state = upgrade(state, tensors)
+    state = _with_tensors(state, tensors)
+    return SavedState(state["candidates_per_update"], state["parts"], state["ranks"])
 
 
-def restore_run_state(trainer: "ResumableTrainer", folder: str | Path) -> None:
-    """Go on from what `save_run_state` wrote, as exactly as the number of processes allows."""
-    ledger = Path(folder, LEDGER_FILE)
-    if ledger.is_file():
-        trainer.ledger.load(ledger)
-    else:
-        logger.warning("%s has no %s: the history of the pairs starts anew.", folder, LEDGER_FILE)
-    state = read_run_state(folder)
-    if state is None:
-        logger.warning("%s has no %s: figures and logs of the selection start anew.", folder, STATE_FILE)
-        return
-    trainer.updated_epoch = state.get("updated_epoch", state["epoch"])
-    trainer.enter_epoch(state["epoch"])
-    if num_pairs(trainer.train_dataset) is None and trainer.stream is None:
-        # Epochs of a foreign stream are counted as they begin, and this one begins again.
-        trainer.selection_epoch -= 1
-    trainer.times.add(state["times"])
-    trainer.monitor.restore(state["monitor"], load_file(Path(folder, TENSORS_FILE)))
-    ranks = state["ranks"]
-    own = ranks[trainer.ranks.own % len(ranks)]
-    if trainer.stream is not None and own["stream"] is not None:
-        trainer.stream.load_state_dict(own["stream"])
-    if len(ranks) == trainer.ranks.count:
-        trainer.bad_rows.restore(own["bad_rows"])
-        trainer.objective.decorrelation.restore(own["decorrelation_since_log"])
-        trainer.restored_loss = own["loss_since_log"]
-    else:
-        trainer.bad_rows.restore(*(rank["bad_rows"] for rank in ranks))
+def restore_state(saved: SavedState, parts: Mapping[str, Part], ranks: Ranks) -> None:
+    """Load the saved state into all parts, as exactly as the number of processes allows."""
+    for name, part in parts.items():
+        if not part.each_rank:
+            state = saved.parts.get(name)
+        else:
+            states = [rank[name] for rank in saved.ranks if rank.get(name) is not None]
+            if len(saved.ranks) == ranks.count:
+                state = saved.ranks[ranks.own].get(name)
+            else:
+                state = part.join(states, ranks.own) if part.join is not None and states else None
+        if state is not None:
+            part.stateful.load_state_dict(state)
 
 
-def candidates_per_update(trainer: "DurableTrainer") -> int:
-    """Candidates of all ranks that one optimiser step looks at."""
-    args = trainer.args
-    return args.train_batch_size * args.gradient_accumulation_steps * trainer.ranks.count
+def candidates_per_update(args: TrainingArguments, ranks: Ranks) -> int:
+    """Return the number of candidates of all ranks that one optimiser step looks at."""
+    return args.train_batch_size * args.gradient_accumulation_steps * ranks.count
 
 
-def moved_step(trainer: "DurableTrainer", state: dict[str, Any] | None, steps_per_epoch: int) -> int | None:
-    """The step a run of epochs goes on at when a step looks at another number of candidates than it did before.
+def moved_step(
+    saved: SavedState | None, state: TrainerState, args: TrainingArguments, ranks: Ranks, steps_per_epoch: int
+) -> int | None:
+    """Return the step at which a run continues when a step looks at another number of candidates than before.
 
     Args:
-        trainer: its `state` is the checkpoint's.
-        state: of the checkpoint, see `read_run_state`.
-        steps_per_epoch: optimiser steps of an epoch now.
+        saved: State of the checkpoint.
+        state: The Trainer's state, read from the checkpoint.
+        args: Arguments of the run.
+        ranks: Processes of the run.
+        steps_per_epoch: Optimiser steps of an epoch now.
 
     Returns:
         The step at the checkpoint's epoch; None when it need not move.
     """
-    if state is None:
+    if saved is None:
         return None
-    before, now = state["candidates_per_update"], candidates_per_update(trainer)
-    if state["processes"] != trainer.ranks.count:
+    before, now = saved.candidates_per_update, candidates_per_update(args, ranks)
+    if len(saved.ranks) != ranks.count:
         logger.warning(
-            "The checkpoint was written by %d processes, this run has %d: the history of the pairs is kept and "
-            "training goes on, statistically as the same run, not bit for bit.",
-            *(state["processes"], trainer.ranks.count),
+            "The checkpoint was written by %d processes, this run has %d: the history of the pairs is kept, and "
+            "training continues statistically as the same run, not bit for bit.",
+            *(len(saved.ranks), ranks.count),
         )
     if before == now:
         return None
-    if trainer.args.max_steps > 0:
+    if args.max_steps > 0:
         logger.warning(
-            "A step looked at %d candidates and now looks at %d; max_steps counts steps, so training goes on at step "
-            "%d.",
-            *(before, now, trainer.state.global_step),
+            "A step looked at %d candidates and now looks at %d; max_steps counts steps, so training continues at "
+            "step %d.",
+            *(before, now, state.global_step),
         )
         return None
-    step = round(trainer.state.epoch * steps_per_epoch)
+    step = round(state.epoch * steps_per_epoch)
     logger.warning(
-        "A step looked at %d candidates and now looks at %d: training goes on at the same epoch, %.2f, which is now "
+        "A step looked at %d candidates and now looks at %d: training continues at the same epoch, %.2f, which is now "
         "step %d (it was step %d). The learning rate was meant for the other batch.",
-        *(before, now, trainer.state.epoch, step, trainer.state.global_step),
+        *(before, now, state.epoch, step, state.global_step),
     )
     return step
+
+
+def _without_tensors(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return plain data for JSON; tensors go to `tensors`, named by their place."""
+    if isinstance(value, torch.Tensor):
+        tensors[place] = value.detach().cpu().contiguous()
+        return {_TENSOR: place}
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(part, f"{place}/{key}".lstrip("/"), tensors) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(part, f"{place}/{number}", tensors) for number, part in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _with_tensors(part, tensors) for key, part in value.items()}
+    return [_with_tensors(part, tensors) for part in value] if isinstance(value, list) else value

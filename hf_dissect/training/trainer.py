@@ -1,114 +1,231 @@
-"""A Trainer whose checkpoints are whole or absent, and whose runs can be ended at any moment and gone on with."""
+"""Base of the trainers: whole checkpoints or none, exact resuming, an end on request, a card and a run folder."""
 
 import logging
-import shutil
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, ClassVar
 
-from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints
 
+from hf_dissect.distributed import Ranks
+from hf_dissect.hub.publisher import Publisher
+from hf_dissect.hub.push import Push
 from hf_dissect.models.loading import same_architecture
 from hf_dissect.models.sharding import ShardableScalars
+from hf_dissect.training.card_callback import ModelCardCallback
 from hf_dissect.training.checkpoints import (
     UNFINISHED_FOLDER,
-    CheckpointError,
+    explain_unwritable,
     last_complete_checkpoint,
     publish,
     remove_unfinished,
 )
-from hf_dissect.training.interruption import StoppedBySignal, StopRequest, death_of_a_worker_told
+from hf_dissect.training.interruption import StoppedBySignal, StopRequest, explain_dead_worker
+from hf_dissect.training.loss_since_log import LossSinceLog
 from hf_dissect.training.non_finite import check_finite_weights
-from hf_dissect.training.run_state import moved_step, read_run_state
+from hf_dissect.training.resume_callback import ResumeCallback
+from hf_dissect.training.run_folder import METRICS_FILE, write_json
+from hf_dissect.training.run_state import (
+    Part,
+    candidates_per_update,
+    moved_step,
+    read_state,
+    restore_state,
+    save_state,
+)
+from hf_dissect.training.time_spent import TimeSpent
 
 logger = logging.getLogger(__name__)
 
 
-class DurableTrainer(Trainer):
-    """Writes checkpoints wholly or not at all, ends with one on SIGTERM, and restores what the Trainer forgets.
+class BaseTrainer(Trainer):
+    """Trainer that every kind of run shares.
 
-    What a checkpoint holds beside the Trainer's files is written and read by the hooks `write_beside_model`,
-    `save_state`, `restore_state` and `begin_anew`; `begin_epoch` is told of each epoch. Subclasses make the attribute
-    `ranks` (`Ranks`) and, where the run has one, `recipe`.
+    It writes checkpoints wholly or not at all, ends with one on SIGTERM, restores what the Trainer forgets, keeps a
+    model card current and publishes runs without anything private. A subclass says what it saves (`save_extra`,
+    `stateful_parts`), how it counts epochs (`begin_epoch`, `reset`) and what it reports (`run_metrics`,
+    `final_figures`, `describe_run`, `write_report`).
+
+    Args:
+        model: The model.
+        args: Arguments of the run.
+        recipe: Recipe of the run, saved with it.
+        trainer_arguments: Further arguments of `transformers.Trainer`.
+
+    Attributes:
+        ranks: `Ranks`, the processes of the run.
+        times: `TimeSpent`, the seconds of its parts.
+        publisher: `Publisher` that sends the run to the Hub.
+        model_card: Callback that writes the card.
     """
 
-    recipe = None
+    card_callback: ClassVar[type[ModelCardCallback]]
+    model_in_checkpoint: ClassVar[str] = ""
+    """Folder, within a checkpoint, of the model that is published; "" for the checkpoint itself."""
+    # The loss is the mean over a micro-batch, to be divided by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
 
-    def __init__(self, *arguments, **keywords):
+    def __init__(
+        self, model: nn.Module | None, args: TrainingArguments, *, recipe: Any = None, **trainer_arguments: Any
+    ):
+        self.recipe = recipe
+        self.times = TimeSpent()
+        self.publisher = Publisher(args, self.model_in_checkpoint)
         self.stop_request = StopRequest()
-        self.restored_loss: tuple[float, int] | None = None
         self.stops = False
         self._scalars: ShardableScalars | None = None  # of a model that is split over processes
         self._unfinished: Path | None = None  # where a checkpoint is being written
-        super().__init__(*arguments, **keywords)
-        self.add_callback(_ResumeCallback(self))
+        super().__init__(model=model, args=args, **trainer_arguments)
+        self.ranks = Ranks(self.accelerator)
+        self.loss_since_log = LossSinceLog(self)
+        self.model_card = self.card_callback(self.run_metrics, self.describe_run)
+        self.add_callback(ResumeCallback(self))
+        self.add_callback(self.model_card)
 
     # ---- what a subclass adds ----
 
-    def write_beside_model(self, folder: Path) -> None:
-        """Write what is saved beside the weights, in a checkpoint and at the end; called where files are written."""
+    def save_extra(self, folder: Path) -> None:
+        """Write what is saved next to the weights, in a checkpoint and at the end; called where files are written."""
         if self.recipe is not None:
             self.recipe.save(folder / "recipe.yaml")
 
-    def save_state(self, folder: Path) -> None:
-        """Write what a checkpoint holds beside the Trainer's own files; called on all ranks."""
+    def stateful_parts(self) -> dict[str, Part]:
+        """Return the parts whose state a checkpoint holds, by name."""
+        return {
+            "times": Part(self.times),
+            "loss_since_log": Part(self.loss_since_log, each_rank=True),
+        }
 
-    def restore_state(self, folder: str) -> None:
-        """Go on from what `save_state` wrote."""
-
-    def begin_anew(self, step: int) -> None:
-        """Forget what earlier calls of `train` recorded after `step`."""
-
-    def begin_epoch(self, epoch: float) -> None:
-        """Heed that an epoch, counted from 0 by the Trainer, begins or goes on."""
-
-    def check_checkpoint(self, folder: str) -> None:
-        """Make sure that a checkpoint is one of this model (`ValueError`)."""
-        same_architecture(self.model, folder)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments):
-        """Train as the Trainer does.
+    def restore_extra(self, folder: str, has_state: bool) -> None:
+        """Restore what `save_extra` wrote and what follows from the restored parts.
 
         Args:
-            resume_from_checkpoint: a checkpoint to go on from, or True for the last complete one of `output_dir`.
-            arguments: of `transformers.Trainer.train`.
+            folder: Folder of the checkpoint.
+            has_state: Whether the parts were restored; a checkpoint of the plain Trainer has no state of theirs.
+        """
+
+    def reset(self, step: int) -> None:
+        """Discard what earlier calls of `train` recorded from optimiser step `step` on."""
+
+    def begin_epoch(self, epoch: float) -> None:
+        """Prepare for an epoch that begins or continues; `epoch` is the Trainer's count, from 0."""
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Check that a checkpoint is one of this model (`ValueError`)."""
+        same_architecture(self.model, folder)
+
+    def run_metrics(self, final: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of `metrics.json` as far as this process knows it, with `final` as final figures."""
+        raise NotImplementedError
+
+    def gathered_metrics(self) -> dict[str, Any]:
+        """Return the part of `metrics.json` that takes all ranks; called on all of them."""
+        return {}
+
+    def final_figures(self, test_dataset: Any, **options: Any) -> dict[str, Any]:
+        """Evaluate the trained model; called on all ranks."""
+        raise NotImplementedError
+
+    def describe_run(self) -> Mapping[str, Any]:
+        """Return what the card shows next to the metrics, keyword arguments of its `write_files`."""
+        return {"recipe": self.recipe}
+
+    def write_report(self, folder: Path, metrics: Mapping[str, Any]) -> None:
+        """Write the report of the finished run; called on the process that saves."""
+
+    # ---- the run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> TrainOutput:
+        """Train as the Trainer does; with `save_run_folder`, leave a complete run folder.
+
+        Args:
+            resume_from_checkpoint: Checkpoint to resume from, or True for the last complete one of `output_dir`.
+            arguments: Further arguments of `transformers.Trainer.train`.
 
         Raises:
             ValueError: there is no checkpoint to resume from, or it is another model's.
-            CheckpointError, DataWorkerDied: what the names say; the last good checkpoint is named.
-            StoppedBySignal: the process was told to end, and a checkpoint was written.
+            CheckpointError: a checkpoint cannot be written; the last good one is named.
+            DataWorkerDied: a data worker ended unexpectedly; the last good checkpoint is named.
+            StoppedBySignal: the process was asked to end, and a checkpoint was written.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No checkpoint to resume from in {self.args.output_dir}.")
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            self.check_checkpoint(resume_from_checkpoint)
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint is None:
+            self.reset(step=0)
         else:
-            self.begin_anew(step=0)
+            self.check_checkpoint(checkpoint)
         if self.is_world_process_zero():
             remove_unfinished(self.args.output_dir)
+        output = self._train(checkpoint, **arguments)
+        if self.args.save_run_folder:
+            self.finish()
+        return output
+
+    def _train(self, checkpoint: str | None, **arguments: Any) -> TrainOutput:
         self.stops = False
-        with self.stop_request.heeded(), death_of_a_worker_told(self.args.output_dir):
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
-            self._save_if_told_to_end_late()
+        with self.times.measure("training"), self.stop_request.listening(), explain_dead_worker(self.args.output_dir):
+            output = super().train(resume_from_checkpoint=checkpoint, **arguments)
+            self._save_if_asked_late()
         if self.stops:
             raise StoppedBySignal(str(last_complete_checkpoint(self.args.output_dir)))
         return output
 
-    def heed(self, told_to_end: bool) -> None:
-        """End the run after the current step, if a process of it was told to end."""
-        if told_to_end and not self.stops:
-            logger.warning("SIGTERM: a checkpoint is written after this step, then the run ends.")
-        self.stops = self.stops or bool(told_to_end)
+    def finish(self, test_dataset: Any = None, **options: Any) -> dict[str, Any]:
+        """Evaluate the trained model and write the run folder; called on all ranks, written by the first.
 
-    # ---- writing ----
+        The folder gets the model and what belongs to it, `recipe.yaml` when the run has one, `metrics.json`, a report
+        and a model card; with `push_to_hub` it is published. The final figures are logged as `test_*`.
+
+        Args:
+            test_dataset: Data of the final figures; None for the trainer's `eval_dataset`.
+            options: Keyword arguments of `final_figures`.
+
+        Returns:
+            The content of `metrics.json`.
+        """
+        # First, so that nothing that follows can cost the trained model; not pushed before the rest is there.
+        self.save_model(_internal_call=True)
+        name = options.pop("name", None)
+        final = self.final_figures(test_dataset, **options)
+        metrics = {**self.run_metrics(final), **self.gathered_metrics()}
+        if name is not None:
+            metrics["name"] = name
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            write_json(folder / METRICS_FILE, metrics)
+            self.write_report(folder, metrics)
+        # After all else: PEFT writes a card of its own next to each adapter it saves.
+        self.model_card.finish(self.args, self.state, metrics, "validation" if test_dataset is None else "test")
+        if self.args.push_to_hub:
+            self.push_run_folder()
+        return metrics
+
+    def stop_if(self, asked: bool) -> None:
+        """End the run after the current step if any process was asked to end."""
+        if asked and not self.stops:
+            logger.warning("SIGTERM: a checkpoint is written after this step, then the run ends.")
+        self.stops = self.stops or bool(asked)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the Trainer's loader, always with the last rows: `dataloader_drop_last` is for training batches."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    # ---- checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor, and beside them what `write_beside_model` adds.
+        """Save model and processor, and next to them what `save_extra` adds.
 
         Raises:
             NonFiniteLossError: weights are not finite.
@@ -116,25 +233,32 @@ class DurableTrainer(Trainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         check_finite_weights(self.model, self.state.global_step, self.args.output_dir)
-        what = "model" if self._unfinished is None else "checkpoint"
-        with _unwritable_told(f"The {what} of step {self.state.global_step}", self.args.output_dir):
-            self._save_model_and_more(folder, output_dir, _internal_call)
+        name = "model" if self._unfinished is None else "checkpoint"
+        with explain_unwritable(f"The {name} of step {self.state.global_step}", self.args.output_dir):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._save_weights(folder, output_dir, _internal_call)
 
-    def _save_model_and_more(self, folder: Path, output_dir: str | None, _internal_call: bool) -> None:
+    def _save_weights(self, folder: Path, output_dir: str | None, _internal_call: bool) -> None:
         if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write_beside_model(folder)
+            self.save_extra(folder)
         super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         final = run_folder / name
         self._unfinished = run_folder / UNFINISHED_FOLDER
         try:
-            with _unwritable_told(f"The checkpoint of step {self.state.global_step}", run_folder):
+            with explain_unwritable(f"The checkpoint of step {self.state.global_step}", run_folder):
                 super()._save_checkpoint(model, trial)
-                self.save_state(self._unfinished / name)
+                save_state(
+                    self._unfinished / name,
+                    self.stateful_parts(),
+                    ranks=self.ranks,
+                    candidates_per_update=candidates_per_update(self.args, self.ranks),
+                    writes=self.args.should_save,
+                )
                 self._name_best_checkpoint(self._unfinished / name, final)
                 self.ranks.wait()
                 if self.is_local_process_zero():
@@ -154,117 +278,149 @@ class DurableTrainer(Trainer):
                 use_mtime=True,
             )
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._scalars is not None and state_dict:
             state_dict = self._scalars.as_saved(state_dict)
         super()._save(output_dir, state_dict)
 
-    def _get_output_dir(self, trial):
+    def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self._unfinished is None:  # else it is not written to its end yet
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_if_told_to_end_late(self) -> None:
-        """Heed a request that came after the last step had begun."""
+    def _save_if_asked_late(self) -> None:
+        """Save once more for a request to end that came after the last step had begun."""
         stopped_before = self.stops
-        self.heed(self.ranks.table(self.stop_request.made).any())
+        self.stop_if(self.ranks.table(self.stop_request.made).any())
         # The weights of the best step, where they were loaded at the end, make no checkpoint of the last.
         if self.stops and not stopped_before and not self.args.load_best_model_at_end:
             self._save_checkpoint(self.model, trial=None)
 
     def _name_best_checkpoint(self, written: Path, final: Path) -> None:
-        """Where the Trainer noted the unfinished checkpoint as the best one, note the name that it will have."""
+        """Replace the name of the unfinished checkpoint, where the Trainer noted it as the best one."""
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
-    # ---- going on ----
-
-    def loss_since_log(self) -> tuple[float, int]:
-        """Sum of this rank's losses since the last log, and the step of that log."""
-        return float(self._tr_loss), self._globalstep_last_logged
+    # ---- resuming ----
 
     def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
         trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self._checkpoint_step = self.state.global_step
         if resume_from_checkpoint is None:
             return trained
-        step = moved_step(self, read_run_state(resume_from_checkpoint), num_update_steps_per_epoch)
+        saved = read_state(resume_from_checkpoint)
+        step = moved_step(saved, self.state, self.args, self.ranks, num_update_steps_per_epoch)
         if step is None:
             return trained
         self.state.global_step = step
         epochs, steps = divmod(step, num_update_steps_per_epoch)
         return epochs, steps * self.args.gradient_accumulation_steps
 
-    def _prepare_for_training(self, *arguments):
+    def _prepare_for_training(self, *arguments: Any) -> Any:
         if self._scalars is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._scalars = ShardableScalars(self.model)
         return super()._prepare_for_training(*arguments)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self.begin_anew(self._checkpoint_step)
-        self.restore_state(checkpoint)
+        self.reset(self._checkpoint_step)
+        saved = read_state(checkpoint)
+        if saved is not None:
+            restore_state(saved, self.stateful_parts(), self.ranks)
+        self.restore_extra(checkpoint, has_state=saved is not None)
         if self._checkpoint_step != self.state.global_step:
             self.lr_scheduler.last_epoch = self.state.global_step - 1
             self.lr_scheduler.step()
 
+    # ---- the Hub ----
 
-class _ResumeCallback(TrainerCallback):
-    def __init__(self, trainer: DurableTrainer):
-        self._trainer = trainer
-        self._saves_later = False  # when the epoch ends or is cut short
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or check that it can be written to (`HubError`)."""
+        if self.is_world_process_zero():
+            self.hub_model_id = self.publisher.open(token, private)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self._trainer
-        if trainer.restored_loss is not None:
-            loss, trainer._globalstep_last_logged = trainer.restored_loss
-            trainer._tr_loss += loss
-            trainer._total_loss_scalar -= loss  # the mean of this call is that of its own steps
-            trainer.restored_loss = None
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        **known: Any,
+    ) -> None:
+        """Write the run's card to `output_dir`; `push_to_hub` does so, and passes on what it was given.
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self._trainer.begin_epoch(state.epoch)
+        Args:
+            language: Language for the metadata.
+            license: License for the metadata; a license is only named if it is given.
+            tags: Tags for the metadata.
+            dataset_tags: Ids of the data sets of the Hub that were trained on.
+            known: Other arguments of `transformers.Trainer.create_model_card`; this card knows them from the run.
+        """
+        self.model_card.write(
+            self.args, self.state, language=language, license=license, tags=tags, datasets=dataset_tags
+        )
 
-    def on_step_end(self, args, state, control, **kwargs):
-        stops, ends_epoch = self._trainer.stops, state.epoch % 1 == 0
-        # What is logged at the end of an epoch belongs into its last checkpoint, as a resumed run begins behind it.
-        logs_later = ends_epoch and "epoch" in (args.eval_strategy, args.logging_strategy)
-        self._saves_later = stops or (control.should_save and logs_later)
-        control.should_save = control.should_save and not self._saves_later
-        control.should_training_stop = control.should_training_stop or stops
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card_arguments: Any,
+    ) -> Push | Future | None:
+        """Save the model and publish the run folder; called on all processes, done by the first.
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self._trainer.stops and state.epoch % 1:  # cut short: its figures are due when the resumed run ends it
-            control.should_log = control.should_evaluate = False
-        control.should_save = control.should_save or self._saves_later
+        Args:
+            commit_message: Message of the commit.
+            blocking: Whether to wait until everything is on the Hub.
+            token: Token of the user; None for that of the arguments.
+            revision: Branch to write to; None for that of the arguments.
+            private: Whether a new repository is private; None for the setting of the arguments.
+            card_arguments: Arguments of `create_model_card`.
 
+        Returns:
+            What was published, a future of it if not `blocking`, None on other processes than the first.
 
-@contextmanager
-def _unwritable_told(what: str, run_folder: str | Path):
-    """Turn an error of any of the writers into one that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, CheckpointError) or not _is_about_writing(error):
-            raise
-        free = shutil.disk_usage(run_folder).free / 2**20
-        raise CheckpointError(
-            f"{what} could not be written ({error}); {free:,.0f} MiB are free. Make room in {run_folder} and resume; "
-            f"the last complete checkpoint is {last_complete_checkpoint(run_folder) or 'none'}."
-        ) from error
+        Raises:
+            HubError: the Hub cannot be written to, or a file holds something private.
+        """
+        if self.is_world_process_zero() and (token or revision or self.hub_model_id is None):
+            self.hub_model_id = self.publisher.open(token, private, revision)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card_arguments)
+        return self.push_run_folder(commit_message, blocking)
 
+    def push_run_folder(self, commit_message: str = "End of training", blocking: bool = True) -> Push | Future | None:
+        """Publish the run folder as it is, see `push_to_hub`."""
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        return self.publisher.push(commit_message, blocking)
 
-def _is_about_writing(error: Exception) -> bool:
-    # What is not written in Python tells of a full disk in words: torch in its own, tokenizers in those of Rust.
-    words = ("PytorchStreamWriter", "inline_container", "iostream", "(os error ")
-    return isinstance(error, OSError | SafetensorError) or any(part in str(error) for part in words)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer calls this before the checkpoint has its name; `_save_checkpoint` calls it again.
+        if self._unfinished is not None or not self.is_world_process_zero() or not self.publisher.is_due:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        progress = f"step {self.state.global_step}" if by_steps else f"epoch {round(self.state.epoch)}"
+        self.publisher.push_checkpoint(checkpoint_folder, f"Training in progress, {progress}")
+
+    def _finish_current_push(self) -> None:
+        self.publisher.wait()

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection import STRATEGIES, CandidateScores, SampleLedger, make_strategy
-from hf_dissect.selection.scope import GatheredScores, select_among_all, select_among_own, share_out, told_to_all
+from hf_dissect.selection.scope import GatheredScores, select_from_all, select_from_own, rebalance, gather_selection
 from hf_dissect.selection.uniform import Random
 
 SIZES = [5, 0, 7]  # one rank could read none of its rows
@@ -33,7 +33,7 @@ for kind, bias in (("softmax", 0.0), ("sigmoid", -3.0)):
         strategy.generator.manual_seed(1)
         wanted = strategy.select(union, ledger, 6).indices
         strategy.generator.manual_seed(1)
-        kept = select_among_all(strategy, union.subset(own), ledger, SIZES, lambda size: size // 2, ranks)
+        kept = select_from_all(strategy, union.subset(own), ledger, SIZES, lambda size: size // 2, ranks)
         assert sum(kept.counts) == len(wanted) and len(kept.indices) == kept.counts[ranks.own]
         rows = own[kept.indices]
         batch = {
@@ -42,7 +42,7 @@ for kind, bias in (("softmax", 0.0), ("sigmoid", -3.0)):
             "input_ids": torch.full((len(rows), 3 + ranks.own), 9),
             "is_clean": rows % 2 == 0,
         }
-        shared = share_out(batch, kept.counts, ranks, {"input_ids": (5, "left")})
+        shared = rebalance(batch, kept.counts, ranks, {"input_ids": (5, "left")})
         assert len(shared["sample_id"]) == len(wanted) // 3
         everywhere = ranks.gather(shared["sample_id"])
         assert sorted(everywhere.tolist()) == union.sample_id[wanted].tolist()
@@ -64,17 +64,17 @@ union = CandidateScores(torch.arange(total) * 7, image, text, logit_scale=10.0)
 for sizes in (SIZES, [3, 4, 5]):
     parts = [union.subset(part) for part in torch.arange(total).split(sizes)]
     brought = parts[ranks.own]
-    kept = select_among_all(MeasuresLoss(), brought, ledger, sizes, lambda size: 3, ranks)
-    columns, measured = told_to_all(brought, kept, None, sizes, ranks)
+    kept = select_from_all(MeasuresLoss(), brought, ledger, sizes, lambda size: 3, ranks)
+    columns, measured = gather_selection(brought, kept, None, sizes, ranks)
     assert "measured.loss" not in columns and columns["correlation"].equal(union.correlation)
     torch.testing.assert_close(measured, {"loss": union.loss})
     # Where a rank has no candidates, none measures: all are to exchange the same columns.
-    kept = select_among_own(MeasuresLoss(), brought, ledger, sizes, lambda size: 2)
+    kept = select_from_own(MeasuresLoss(), brought, ledger, sizes, lambda size: 2)
     wanted = {"loss": torch.cat([part.loss for part in parts])} if min(sizes) else {}
-    torch.testing.assert_close(told_to_all(brought, kept, None, sizes, ranks)[1], wanted)
+    torch.testing.assert_close(gather_selection(brought, kept, None, sizes, ranks)[1], wanted)
     unscored = CandidateScores(brought.sample_id)
-    kept = select_among_own(MeasuresLoss(), unscored, ledger, sizes, lambda size: 2)
-    assert told_to_all(unscored, kept, None, sizes, ranks)[1] == {}
+    kept = select_from_own(MeasuresLoss(), unscored, ledger, sizes, lambda size: 2)
+    assert gather_selection(unscored, kept, None, sizes, ranks)[1] == {}
 
 ranks.wait()
 torch.distributed.destroy_process_group()

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_dissect.selection.scope import planned_moves
+from hf_dissect.selection.scope import plan_moves
 
 FOLDER = Path(__file__).parent
 
 
 @pytest.mark.parametrize("counts", [[4, 4], [8, 0], [0, 3, 9, 0], [1, 5, 2, 4], [0, 0, 0], [5, 3, 4, 4, 0, 8]])
 def test_moves_end_in_equal_numbers_with_as_few_pairs_as_can_be(counts):
-    plans = [planned_moves(counts, rank) for rank in range(len(counts))]
+    plans = [plan_moves(counts, rank) for rank in range(len(counts))]
     moves, share = torch.tensor([sent for sent, _ in plans]), sum(counts) // len(counts)
     assert torch.tensor([received for _, received in plans]).T.equal(moves)  # sender and receiver agree
     after = torch.tensor(counts) - moves.sum(1) + moves.sum(0)

@@ -1,0 +1,303 @@
+"""Online selection in any training loop: a batch of candidates goes in, the pairs worth a gradient come out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_dissect.data.bad_rows import BadRows
+from hf_dissect.data.pairs import key_hash
+from hf_dissect.distributed import Ranks
+from hf_dissect.models.loading import contrastive_kind
+from hf_dissect.models.tasks import forward_inputs
+
+from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.scope import Kept, gather_selection, rebalance, select_from_all, select_from_own
+from hf_dissect.selection.scoring import CandidateScores, correlation_of, score
+from hf_dissect.selection.strategies import make_strategy
+from hf_dissect.selection.strategy import SCOPES, SelectionStrategy
+from hf_dissect.selection.trace import SelectionTrace
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def _check_nothing(values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:
+    """Accept any scores."""
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """Functions of the loop around a selector; each default suits a plain loop.
+
+    Args:
+        agree: Exchange the number of readable candidates of this rank for that of every rank, a list. A loop that has
+            more to agree on before each selection does it in the same exchange.
+        prepare: Move a batch to the device of the model.
+        autocast: Context of the scoring forward pass.
+        measure: Context that charges its time to a part of the run, by name.
+        check_finite: Raise an error when scores are not finite; takes the scores, their name, and the sample ids.
+    """
+
+    agree: Callable[[int], list[int]] | None = None
+    prepare: Callable[[Batch], Batch] | None = None
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    measure: Callable[[str], AbstractContextManager] = nullcontext
+    check_finite: Callable[[torch.Tensor, str, torch.Tensor], None] = _check_nothing
+
+
+class OnlineSelector:
+    """Keeps, of each batch of candidates, the pairs that its strategy selects, and records the scores of all.
+
+    A selector knows no Trainer: `DissectTrainer` uses one, and so can any PyTorch loop. Before each epoch call
+    `begin_epoch`; for each batch of a `SelectionCollator` call `select`, train on what it returns, and pass the
+    outputs to `record_training`.
+
+    Args:
+        strategy: Name of a strategy, or a `SelectionStrategy`.
+        ratio: Selection ratio k / B, in (0, 1].
+        num_samples: Number of pairs in the data set whose ids are row numbers; None for other ids.
+        columns: Further columns of the ledger, such as those of an objective.
+        scope: "local" (each rank selects from its own candidates) or "global" (from those of all ranks).
+        seed: Seed of the random choices.
+        kind: Loss of the model, "softmax" or "sigmoid"; None to recognise it.
+        scoring_batch_size: Candidates in one scoring forward pass; None for all.
+        scores_all: Score the candidates even if the strategy does not need it.
+        padding: Value and side of the padding of tokenised captions, see `SelectionCollator.padding`.
+        ranks: Processes of the run; None for those of `accelerate`.
+        bad_rows: Counter of unreadable rows; None for one that never stops the run.
+        trace: Record of the selections; None for figures alone.
+        hooks: Functions of the loop.
+        options: Keyword arguments of the strategy, if it is given by name.
+
+    Attributes:
+        ledger: `SampleLedger` with the last correlation of each pair and the columns of the strategy.
+        strategy: `SelectionStrategy` in use.
+        bad_rows: `BadRows` met so far.
+        epoch: Current epoch, counted from 0.
+
+    Raises:
+        ValueError: `ratio` or `scope` is not allowed, or the strategy does not exist.
+    """
+
+    def __init__(
+        self,
+        strategy: SelectionStrategy | str = "dissect",
+        ratio: float = 0.5,
+        *,
+        num_samples: int | None = None,
+        columns: Sequence[str] = (),
+        scope: str = "local",
+        seed: int = 0,
+        kind: str | None = None,
+        scoring_batch_size: int | None = None,
+        scores_all: bool = False,
+        padding: Mapping[str, tuple[int, str]] | None = None,
+        ranks: Ranks | None = None,
+        bad_rows: BadRows | None = None,
+        trace: SelectionTrace | None = None,
+        hooks: LoopHooks = LoopHooks(),  # noqa: B008 (immutable)
+        **options: Any,
+    ):
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio={ratio!r}: must be above 0 and at most 1.")
+        if scope not in SCOPES:
+            raise ValueError(f"scope={scope!r}: choose one of {', '.join(SCOPES)}.")
+        self.strategy = make_strategy(strategy, **options) if isinstance(strategy, str) else strategy
+        names = dict.fromkeys(("correlation", *self.strategy.columns, *columns))
+        self.ledger = SampleLedger(num_samples, columns=tuple(names))
+        self.ratio = ratio
+        self.scope = scope
+        self.seed = seed
+        self.kind = kind
+        self.scoring_batch_size = scoring_batch_size
+        self.scores_all = scores_all
+        self.padding = dict(padding or {})
+        self.ranks = Ranks() if ranks is None else ranks
+        self.bad_rows = BadRows(1.0, num_samples) if bad_rows is None else bad_rows
+        self.trace = SelectionTrace() if trace is None else trace
+        self.hooks = hooks
+        self.epoch = 0
+        self._updated_epoch = 0  # the last one for which strategy and objective renewed what holds for an epoch
+        self._step = 0
+
+    def begin_epoch(self, epoch: int, renew: Callable[[SampleLedger], None] | None = None) -> None:
+        """Begin an epoch, or continue in its middle after a resume.
+
+        Args:
+            epoch: Number of the epoch, from 0. What holds for a whole epoch is renewed when it begins, not when it is
+                continued.
+            renew: Function of the ledger that renews what else holds for an epoch, such as the labels of an objective.
+        """
+        self.epoch = epoch
+        if epoch > self._updated_epoch:
+            self._updated_epoch = epoch
+            self.strategy.update(self.ledger)
+            if renew is not None:
+                renew(self.ledger)
+        self.strategy.on_epoch_begin(epoch, self.ledger)
+
+    def select(
+        self, model: nn.Module, batch: Batch, *, step: int | None = None, micro_step: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Return the part of a candidate batch that is worth a gradient, the same number of pairs on each rank.
+
+        Args:
+            model: Dual encoder, wrapped or not, with the current weights.
+            batch: `B` candidates as `SelectionCollator` makes them.
+            step: Number of the optimiser step, part of the seed of random choices; None to count the calls.
+            micro_step: Number of the batch within the step, when gradients are accumulated.
+
+        Returns:
+            The kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)` where the strategy
+            weights them.
+
+        Raises:
+            TooManyBadRows: more rows are unreadable than `bad_rows` allows.
+        """
+        step, self._step = self._step if step is None else step, self._step + 1
+        sample_id = batch["sample_id"].cpu()
+        good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu())
+        sizes = self._agree(len(good))
+        batch = self._prepare(model, batch)
+        candidates = self.score(model, batch, sample_id, good).subset(good)
+        kept = self._choose(candidates, sizes, step, micro_step)
+        self._note(batch, candidates, good, kept, sizes, step)
+        return self._keep(batch, good, kept)
+
+    def score(
+        self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, good: torch.Tensor | None = None
+    ) -> CandidateScores:
+        """Score `B` candidates by a forward pass without gradient, if this epoch needs scores.
+
+        Args:
+            model: Dual encoder, wrapped or not.
+            batch: Candidates on the device of the model.
+            sample_id: Sample ids, int64 `(B,)`, on the CPU.
+            good: Positions of the readable candidates, int64; only their scores must be finite. None for all.
+        """
+        if not self.scores_candidates:
+            return CandidateScores(sample_id)
+        with self.hooks.measure("scoring"):
+            scores = score(
+                model,
+                forward_inputs(model, batch),
+                sample_id,
+                kind=self.kind or contrastive_kind(model),
+                chunk_size=self.scoring_batch_size,
+                autocast=self.hooks.autocast,
+            )
+            good = slice(None) if good is None else good
+            self.hooks.check_finite(scores.correlation[good], "the correlation", sample_id[good])
+        return scores
+
+    @property
+    def scores_candidates(self) -> bool:
+        """Whether the candidates of the current epoch are scored before the selection."""
+        return self.scores_all or self.strategy.needs_scores(self.epoch)
+
+    def record_training(
+        self,
+        sample_id: torch.Tensor,
+        outputs: Mapping[str, torch.Tensor],
+        more: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Record what the training forward pass shows of its pairs: a history without a further forward pass.
+
+        Args:
+            sample_id: Sample ids of the `b` trained pairs, int64 `(b,)`.
+            outputs: Outputs of the model, with `image_embeds` and `text_embeds` `(b, D)`.
+            more: Further columns `(b,)` to exchange between the ranks.
+
+        Returns:
+            The columns of the pairs of all ranks, with `sample_id`; empty when there was nothing to record.
+        """
+        columns = {"sample_id": sample_id, **(more or {})}
+        if not self.scores_candidates:
+            columns["correlation"] = correlation_of(outputs["image_embeds"], outputs["text_embeds"]).detach()
+        if len(columns) == 1:
+            return {}
+        gathered = self.ranks.gather_columns(columns, [len(sample_id)] * self.ranks.count)
+        if "correlation" in gathered:
+            self._record(gathered["sample_id"], gathered["correlation"])
+        return gathered
+
+    def pop_logs(self) -> dict[str, float]:
+        """Return the figures since the last call, as `selection_*`."""
+        return self.trace.monitor.pop_logs()
+
+    def reset(self, step: int = 0) -> None:
+        """Count epochs from the beginning again, and discard what was traced of steps from `step` on."""
+        self.epoch, self._updated_epoch, self._step = -1, 0, step
+        self.trace.restart(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return epochs and figures; the ledger has a file of its own."""
+        self.trace.flush()
+        return {
+            "epoch": self.epoch,
+            "updated_epoch": self._updated_epoch,
+            "monitor": self.trace.monitor.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.epoch = state["epoch"]
+        self._updated_epoch = state["updated_epoch"]
+        self.trace.monitor.load_state_dict(state["monitor"])
+
+    def _agree(self, num_good: int) -> list[int]:
+        if self.hooks.agree is not None:
+            return self.hooks.agree(num_good)
+        return self.ranks.table(num_good).flatten().tolist()
+
+    def _prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        if self.hooks.prepare is not None:
+            return self.hooks.prepare(batch)
+        device = next(model.parameters()).device
+        return {name: value.to(device) for name, value in batch.items()}
+
+    def _choose(self, candidates: CandidateScores, sizes: list[int], step: int, micro_step: int) -> Kept:
+        chooses_alone = self.scope == "local" or self.strategy.keeps_all or self.ranks.alone
+        chooser = self.ranks.own if chooses_alone else 0
+        self.strategy.generator.manual_seed(key_hash(f"{self.seed}/{step}/{micro_step}/{chooser}"))
+        choose = select_from_own if chooses_alone else partial(select_from_all, ranks=self.ranks)
+        return choose(self.strategy, candidates, self.ledger, sizes, self._num_selected)
+
+    def _num_selected(self, num_candidates: int) -> int:
+        if self.strategy.keeps_all:
+            return num_candidates
+        return min(num_candidates, max(2, round(self.ratio * num_candidates)))
+
+    def _note(
+        self, batch: Batch, candidates: CandidateScores, good: torch.Tensor, kept: Kept, sizes: list[int], step: int
+    ) -> None:
+        """Show the choice to the trace and the ledger of every rank."""
+        is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
+        columns, measured = gather_selection(candidates, kept, is_clean, sizes, self.ranks)
+        self.trace.observe(self.epoch, step, columns)
+        if "correlation" in columns:
+            self._record(columns["sample_id"], columns["correlation"], measured)
+
+    def _record(
+        self,
+        sample_id: torch.Tensor,
+        correlation: torch.Tensor,
+        measured: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.ledger.write("correlation", sample_id, correlation)
+        self.strategy.record(sample_id, correlation, self.ledger, measured)
+
+    def _keep(self, batch: Batch, good: torch.Tensor, kept: Kept) -> dict[str, torch.Tensor]:
+        if len(kept.indices) == len(batch["sample_id"]) and kept.weights is None:
+            kept_batch = dict(batch)
+        else:
+            device = batch["sample_id"].device
+            rows = good[kept.indices].to(device)
+            kept_batch = {name: value[rows] for name, value in batch.items()}
+            if kept.weights is not None:
+                kept_batch["pair_weight"] = kept.weights.to(device)
+        return rebalance(kept_batch, kept.counts, self.ranks, self.padding)
