@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,13 @@ from hf_dissect.report.data import replace_file
 from hf_dissect.report.tables import mapping
 
 if TYPE_CHECKING:
-    from hf_dissect.distillation.recipe import DistillationRecipe
+    from hf_dissect.recipe.file import RecipeFile
     from hf_dissect.recipe.recipe import Recipe
 
-__all__ = ["TAGS", "ModelFacts", "card_description", "card_title", "name_model", "write_model_card"]
+__all__ = ["TAGS", "ModelFacts", "card_description", "card_title", "write_model_card"]
 
 _TEMPLATE = "dissect.md.jinja"
 _TITLE = "CLIP trained with hf_dissect"
-_MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def write_model_card(
             base model that it is put on.
         recipe: of the run, if it has one.
         model: how the model is run; a CLIP by default.
-        model_id: id under which the model can be loaded; by default the folder of the card is meant, see `name_model`.
+        model_id: id under which the model can be loaded; by default the folder of the card is meant.
         evaluated: the split that the final figures are of, "test" or "validation".
         progress: how far a run has come that is not finished, such as "step 40 of 200".
         picture: name of the picture with the run's curves, in the folder of the card.
@@ -132,18 +130,13 @@ def write_model_card(
     return replace_file(path, card)
 
 
-def name_model(card: str, model_id: str) -> str:
-    """The text of a card whose loading snippet names `model_id`, an id of the Hub, instead of the card's folder."""
-    return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
-
-
-def card_title(recipe: "Recipe | DistillationRecipe | None", metrics: Mapping, default: str = _TITLE) -> str:
+def card_title(recipe: "RecipeFile | None", metrics: Mapping, default: str = _TITLE) -> str:
     """The name of recipe or run, if it may be published."""
     names = (None if recipe is None else recipe.name, metrics.get("name"), default)
     return next(" ".join(str(name).split()) for name in names if name and may_be_published(name))
 
 
-def card_description(recipe: "Recipe | DistillationRecipe | None") -> str:
+def card_description(recipe: "RecipeFile | None") -> str:
     """The description in a recipe, if it may be published."""
     return recipe.description if recipe is not None and may_be_published(recipe.description) else ""
 

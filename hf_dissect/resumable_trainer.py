@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from hf_dissect.data.tasks import save_task_names
 from hf_dissect.models.adapters import restore_base, save_base
-from hf_dissect.models.tasks import save_task_names
-from hf_dissect.training.run_state import LEDGER_FILE, restore_run_state, save_run_state
+from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.training.run_state import restore_run_state, save_run_state
 from hf_dissect.training.trainer import DurableTrainer
 from hf_dissect.training_data import num_pairs
 

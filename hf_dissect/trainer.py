@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_dissect.data.bad_rows import BadRows
+from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
 from hf_dissect.data_collator import SelectionCollator, tokenizer_of
 from hf_dissect.distributed import Ranks
@@ -24,7 +25,7 @@ from hf_dissect.models.loading import (
     networks_of,
     text_padding,
 )
-from hf_dissect.models.tasks import check_tasks, forward_inputs, representations
+from hf_dissect.models.tasks import representations
 from hf_dissect.objective import Objective
 from hf_dissect.resumable_trainer import ResumableTrainer
 from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, correlation_of, score
@@ -40,6 +41,7 @@ from hf_dissect.training_data import (
     caption_length,
     check_grad_cache,
     check_images_fit,
+    check_tasks,
     num_pairs,
     pairs_for,
     stream_loader,

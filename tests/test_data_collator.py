@@ -9,8 +9,9 @@ from PIL import Image
 from transformers import AutoModel
 
 from hf_dissect.data import as_pairs
+from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.pairs import PAIR_KEYS
-from hf_dissect.data_collator import BadReason, SelectionCollator
+from hf_dissect.data_collator import SelectionCollator
 
 
 def png(image: Image.Image) -> dict:

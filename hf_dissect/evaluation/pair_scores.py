@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_dissect.models.tasks import forward_inputs
+from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.selection import CandidateScores, score
 
 if TYPE_CHECKING:

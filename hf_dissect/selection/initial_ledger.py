@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.selection.ledger import SampleLedger, SavedLedger
-from hf_dissect.selection.ledger_files import read_scores
 
 if TYPE_CHECKING:
     from hf_dissect.trainer import DissectTrainer
@@ -17,13 +17,13 @@ _FEW = 0.5
 
 
 def begin_with_ledger(trainer: "DissectTrainer", source: str) -> None:
-    """Fill the trainer's ledger with the scores at `source` (see `read_scores`); called on all ranks.
+    """Fill the trainer's ledger with the scores at `source` (see `read_shared_scores`); called on all ranks.
 
     Raises:
         FileNotFoundError, ValueError, HubError: there are no scores, or they are of other data.
     """
     with trainer.args.main_process_first(local=True, desc="reading the initial ledger"):
-        scores = read_scores(source)
+        scores = read_shared_scores(source)
     check_same_pairs(source, scores, trainer.ledger, getattr(trainer.train_dataset, "sample_ids", None))
     taken = fill(trainer.ledger, scores, trainer.strategy.stand_ins)
     if not taken:

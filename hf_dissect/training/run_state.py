@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
+from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.training_data import num_pairs
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEDGER_FILE = "ledger.safetensors"
 STATE_FILE = "dissect_state.json"
 TENSORS_FILE = "dissect_state.safetensors"
 

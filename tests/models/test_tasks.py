@@ -10,7 +10,9 @@ from tiny_models import Wrapper, with_lora, with_mola
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.data import as_pairs
-from hf_dissect.models.tasks import Decorrelation, forward_inputs, number_tasks_as_saved, save_task_names
+from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.tasks import number_tasks_as_saved, save_task_names
+from hf_dissect.models.tasks import Decorrelation
 from hf_dissect.mola import mola_routing
 
 FAMILIES = ["tiny_clip", "tiny_siglip", "tiny_dual_encoder"]
@@ -104,7 +106,7 @@ def test_other_models_are_not_told_of_tasks(tmp_path):
     loss, decorrelation = torch.tensor(2.0), Decorrelation()
     for model in (plain, with_lora(lora), Wrapper(with_mola(mola, decorrelation_weight=0.0))):
         assert set(forward_inputs(model, batch)) == {"pixel_values"}
-        assert decorrelation.added_to(loss, model, batch) is loss and decorrelation.pop_logs() == {}
+        assert decorrelation.add_to(loss, model, batch) is loss and decorrelation.pop_logs() == {}
 
 
 def test_training_without_tasks_is_refused_before_it_starts(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_dissect.distillation.losses.mean_over_rows import mean_over_rows
-from hf_dissect.losses.exchange import rank_and_world_size
+from hf_dissect.distributed import rank_and_world_size
 
 
 class Discriminator(nn.Module):
