@@ -2,13 +2,13 @@
 
 from functools import partial
 
-import tiny_models
 import torch
 from torch import nn
 
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
 from hf_dissect.models.loading import contrastive_kind, logit_scale_and_bias, text_padding
 from hf_dissect.models.tasks import Decorrelation, forward_inputs, representations
+from testing import tiny_models
 
 PAIRS = 10
 ADAPTERS = {
