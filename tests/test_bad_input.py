@@ -6,10 +6,10 @@ import json
 import datasets
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
+from testing import tiny_models
 from transformers import AutoModel, BertConfig, BertModel, TrainingArguments
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, SampleLedger

@@ -2,10 +2,10 @@ import io
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import xxhash
 from PIL import Image
+from testing import tiny_models
 from transformers import AutoModel
 
 from hf_dissect.data import as_pairs

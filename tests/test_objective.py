@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from faulty_run import make_trainer
+from testing import tiny_models
+from testing.faulty_run import make_trainer
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger
 from hf_dissect.data import as_pairs, shuffle_captions

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import yaml
-from hub_client import TOKEN
 from huggingface_hub import ModelCard
-from loopback_hub import LoopbackHub
 from safetensors.torch import load, load_file
-from tiny_modalities import tiny_columns, tiny_trainer
+from testing import tiny_models
+from testing.hub_client import TOKEN
+from testing.loopback_hub import LoopbackHub
+from testing.tiny_modalities import tiny_columns, tiny_trainer
 from transformers import AutoModel, CLIPVisionModel
 
 from hf_dissect.cli import main

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from tiny_modalities import CLASSES, tiny_auxiliaries, tiny_columns, tiny_student, tiny_trainer, weights_of
+from testing.tiny_modalities import CLASSES, tiny_auxiliaries, tiny_columns, tiny_student, tiny_trainer, weights_of
 from transformers import TrainerCallback
 
 from hf_dissect.data.bad_rows import TooManyBadRows

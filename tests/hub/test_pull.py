@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_client import TOKEN
-from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
-from tiny_recipe import tiny_settings
+from testing.hub_client import TOKEN
+from testing.loopback_hub import LoopbackHub
+from testing.tiny_recipe import tiny_settings
 
 from hf_dissect.cli import main
 from hf_dissect.hub import pull

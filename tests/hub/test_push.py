@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import hub_client
 import pytest
 import torch
 from huggingface_hub import get_token, hf_hub_download
-from loopback_hub import Fault, LoopbackHub
+from testing import hub_client
+from testing.loopback_hub import Fault, LoopbackHub
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_dissect.cli import main

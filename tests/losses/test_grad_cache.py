@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import tiny_models
 import torch
-from losses.cached_steps import (
+from testing import tiny_models
+from testing.cached_steps import (
     PAIRS,
     assert_same_gradients,
     cached_step,

@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from losses.cached_steps import (
+from testing.cached_steps import (
     PAIRS,
     assert_same_gradients,
     cached_step,
@@ -11,7 +11,7 @@ from losses.cached_steps import (
     plain_step,
     pop_gradients,
 )
-from losses.launched import on_ranks
+from testing.launched import on_ranks
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 

@@ -3,10 +3,10 @@
 import logging
 
 import pytest
-import tiny_models
 import torch
 from datasets import ClassLabel, Dataset
-from tiny_models import Wrapper, with_lora, with_mola
+from testing import tiny_models
+from testing.tiny_models import Wrapper, with_lora, with_mola
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.data import as_pairs

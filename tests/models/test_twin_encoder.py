@@ -1,10 +1,10 @@
 """Two dual encoders in one: what they answer, how GSC+ trains each by the other's labels, and what a run leaves."""
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from tiny_recipe import tiny_recipe
+from testing import tiny_models
+from testing.tiny_recipe import tiny_recipe
 from transformers import AutoModel, CLIPModel
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, SampleLedger, TwinDualEncoder

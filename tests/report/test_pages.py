@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from browser import Visit, chromium, expect
 from PIL import Image
+from testing.browser import Visit, chromium, expect
 
 from hf_dissect.auditing.page import write_page
 from hf_dissect.auditing.thumbnails import write_thumbnails

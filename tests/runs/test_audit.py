@@ -8,9 +8,9 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny_models
 import torch
-from tiny_recipe import tiny_recipe
+from testing import tiny_models
+from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger, load_model_and_processor, make_scenes
 from hf_dissect.runs.audit import audit

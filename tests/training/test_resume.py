@@ -10,15 +10,15 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import faulty_run
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from faulty_run import KILLED_IN, SAVE_STEPS, STEPS, make_trainer
 from safetensors.torch import load_file
-from tiny_recipe import write_tiny_recipe
+from testing import faulty_run
+from testing.faulty_run import KILLED_IN, SAVE_STEPS, STEPS, make_trainer
+from testing.tiny_recipe import write_tiny_recipe
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer

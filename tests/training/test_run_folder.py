@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-import tiny_models
+from testing import tiny_models
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.data import shuffle_captions

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_recipe import tiny_recipe
+from testing.tiny_recipe import tiny_recipe
 from transformers import TrainerCallback
 
 from hf_dissect.data import make_scene_classes

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import tiny_models
 import torch
 from accelerate import Accelerator
-from tiny_recipe import write_tiny_recipe
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
@@ -18,6 +16,8 @@ from hf_dissect.data import shuffle_captions
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection import SampleLedger
 from hf_dissect.training.interruption import StoppedBySignal
+from testing import tiny_models
+from testing.tiny_recipe import write_tiny_recipe
 
 torch.set_num_threads(1)
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import tiny_models
 import torch
 from torch import nn
 
@@ -10,6 +9,7 @@ from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
 from hf_dissect.models.loading import contrastive_kind, logit_scale_and_bias, text_padding
 from hf_dissect.models.tasks import Decorrelation, representations
+from testing import tiny_models
 
 PAIRS = 10
 ADAPTERS = {
