@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from results_file import show_and_write
 
-from hf_dissect.audit.embeddings import PairEmbeddings, embed_pairs
-from hf_dissect.audit.scores import match_scores, mismatched_share, p_mismatched
+from hf_dissect.auditing.embeddings import PairEmbeddings, join_embeddings
+from hf_dissect.auditing.scores import estimate_mismatched_probability, estimate_mismatched_share, score_matches
 from hf_dissect.data import make_scenes, shuffle_captions
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
@@ -64,21 +64,22 @@ def _embedded(folder: str, rows) -> tuple[PairEmbeddings, float]:
     with evaluating_trainer(
         folder, model, processor, rows, Recipe.load(f"{folder}/recipe.yaml").data, 256, 0
     ) as trainer:
-        return embed_pairs(trainer, trainer.eval_dataset), torch.as_tensor(scale).item()
+        scored = trainer.score_batches(trainer.get_eval_dataloader())
+        return join_embeddings(scored, trainer.accelerator.gather_for_metrics), torch.as_tensor(scale).item()
 
 
 def _figures(found: PairEmbeddings, scale: float) -> dict[str, float]:
     keys = {"image_key": found.image_key, "caption_key": found.caption_key}
-    matches = match_scores(found.image, found.text, logit_scale=scale, **keys)
+    matches = score_matches(found.image, found.text, logit_scale=scale, **keys)
     mismatched = ~found.is_clean.numpy()
     values = matches.score.numpy()
     without_outliers = values.clip(*np.quantile(values, (0.01, 0.99)))
     probability = {
-        "strangers": p_mismatched(matches),
+        "strangers": estimate_mismatched_probability(matches),
         "gaussian_mixture": 1 - upper_component_posterior(without_outliers),
     }
     figures = {
-        "share_by_strangers": mismatched_share(matches),
+        "share_by_strangers": estimate_mismatched_share(matches),
         "share_by_gaussian_mixture": float(probability["gaussian_mixture"].mean()),
     }
     if mismatched.any():

@@ -30,11 +30,10 @@ from transformers import PrinterCallback
 from hf_dissect import DissectTrainer, Recipe, SelectionCollator
 from hf_dissect.data import as_pairs
 from hf_dissect.evaluation import format_results_table, noise_detection_metrics, summarise_seeds
-from hf_dissect.evaluation.pair_scores import score_all_pairs
+from hf_dissect.evaluation.selection_figures import label_figures, soft_labels
 from hf_dissect.runs.run import build_trainer, load_data
 from hf_dissect.selection import CandidateScores, SampleLedger, Selection
 from hf_dissect.selection.uniform import KeepAll
-from hf_dissect.training.run_folder import label_figures, soft_labels
 
 SETTINGS = [
     "selection.mask_false_negatives=false",  # GSC's loss knows no mask
@@ -149,7 +148,7 @@ def figures(trainer: DissectTrainer, split: str) -> dict:
     seconds = sum(trainer.times[part] for part in ("data", "scoring", "training"))
     found |= {"seconds": seconds, "steps": trainer.state.global_step}
 
-    scored = score_all_pairs(trainer, trainer.train_dataset)
+    scored = trainer.score_pairs(trainer.train_dataset)
     found |= label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"])
     found |= label_weight(trainer.ledger, scored["sample_id"], scored["is_clean"])
     if (ranking := trainer.monitor.ranking_truth()) is not None:

@@ -57,12 +57,12 @@ def charge(owner, name: str, times, part: str) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """One process of a measured run; writes its figures into the folder."""
-    from hf_dissect import trainer as trainer_module
+    from hf_dissect import distributed
     from hf_dissect.distributed import Ranks
-    from hf_dissect.losses import exchange
     from hf_dissect.recipe.recipe import Recipe
     from hf_dissect.runs.run import build_trainer
     from hf_dissect.selection import SampleLedger
+    from hf_dissect.selection import selector as selector_module
 
     torch.set_num_threads(1)
     settings = {
@@ -87,8 +87,8 @@ def work(options: argparse.Namespace) -> None:
     for name in ("gather_columns", "table"):
         charge(Ranks, name, times, "exchange of scores")
     for name in ("forward", "backward"):
-        charge(exchange._GatherWithGrad, name, times, "feature exchange")
-    charge(trainer_module, "rebalance", times, "rebalancing")
+        charge(distributed._GatherWithGrad, name, times, "feature exchange")
+    charge(selector_module, "rebalance", times, "rebalancing")
     for name in ("read", "write"):
         charge(SampleLedger, name, times, "ledger")
     trainer.add_callback(clock)

@@ -1,24 +1,61 @@
-"""What the processes of a run tell each other about their candidates; with one process, nothing."""
+"""Exchange between the processes of a run; a single process keeps its own values.
+
+The functions serve losses, which see no accelerator and may need a gradient; `Ranks` serves everything else.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; `(0, 1)` without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate `(b, D)` of all ranks to `(b * world size, D)`; the gradient flows back to every rank's own rows."""
+    return tensor if rank_and_world_size()[1] == 1 else _GatherWithGrad.apply(tensor)
+
+
+def gather_last_dimension(values: torch.Tensor) -> torch.Tensor:
+    """Concatenate `(n, b)` of all ranks to `(n, b * world size)`, without gradient."""
+    return values if rank_and_world_size()[1] == 1 else _gather(values.T).T
+
+
+def pass_to_next_rank(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Send tensors to the next rank of the ring and return those of the previous one, of the same shapes and types."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return tensors
+    received = [torch.empty_like(tensor) for tensor in tensors]
+    operations = []
+    for tag, (sent, place) in enumerate(zip(tensors, received, strict=True)):
+        operations.append(dist.P2POp(dist.isend, sent.contiguous(), (rank + 1) % world_size, tag=tag))
+        operations.append(dist.P2POp(dist.irecv, place, (rank - 1) % world_size, tag=tag))
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return received
+
+
 class Ranks:
-    """Exchanges small tensors between processes; what they gather lies on the CPU.
+    """Exchange of small tensors between processes; gathered tensors are on the CPU.
 
     Args:
-        accelerator: of the trainer.
+        accelerator: Accelerator of the trainer.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
 
     @property
     def count(self) -> int:
+        """Number of processes."""
         return self._accelerator.num_processes
 
     @property
@@ -28,6 +65,7 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
+        """True with one process."""
         return self.count == 1
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -37,11 +75,11 @@ class Ranks:
         return values.cpu()
 
     def table(self, *numbers: int) -> torch.Tensor:
-        """The integers that each rank brings: int64 `(count, number of integers)`."""
+        """Gather the integers of each rank: int64 `(count, number of integers)`."""
         return self.gather(torch.tensor([numbers], dtype=torch.int64))
 
     def gather_rows(self, values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Concatenate `(n, ...)` over the ranks, of which number r brings `sizes[r]` rows; stays on its device."""
+        """Concatenate `(n, ...)` over the ranks, where rank r has `sizes[r]` rows; stays on its device."""
         if self.alone:
             return values
         longest = max(1, *sizes)  # at least 1, as nothing cannot be split by rank
@@ -70,12 +108,12 @@ class Ranks:
         """Send rows to other ranks and return those received, ordered by their sender.
 
         Args:
-            values: `(sum(to_ranks), ...)`, ordered by receiver.
-            to_ranks: rows that go to each rank.
-            from_ranks: rows that come from each rank.
+            values: Rows to send, `(sum(to_ranks), ...)`, ordered by receiver.
+            to_ranks: Number of rows for each rank.
+            from_ranks: Number of rows from each rank.
 
         Returns:
-            `(sum(from_ranks), ...)`, on the device of `values`.
+            Rows received, `(sum(from_ranks), ...)`, on the device of `values`.
         """
         sent = values.to(self._accelerator.device).contiguous()
         as_bytes = sent.dtype == torch.bool
@@ -84,14 +122,33 @@ class Ranks:
         dist.all_to_all_single(received, sent, list(from_ranks), list(to_ranks))
         return (received.view(torch.bool) if as_bytes else received).to(values.device)
 
-    def gather_objects(self, item: object) -> list:
-        """What each rank brings, in their order."""
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Gather an object from each rank, in their order."""
         if self.alone:
             return [item]
-        everywhere: list = [None] * self.count
+        everywhere: list[Any] = [None] * self.count
         dist.all_gather_object(everywhere, item)
         return everywhere
 
     def wait(self) -> None:
-        """Go on when all ranks are here."""
+        """Wait until all ranks are here."""
         self._accelerator.wait_for_everyone()
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    gathered = tensor.new_empty(len(tensor) * dist.get_world_size(), *tensor.shape[1:])
+    dist.all_gather_single(gathered, tensor.contiguous())
+    return gathered
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.rows = len(tensor)
+        return _gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        own = gradient.new_empty(ctx.rows, *gradient.shape[1:])
+        dist.reduce_scatter_single(own, gradient.contiguous())
+        return own

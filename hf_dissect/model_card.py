@@ -2,11 +2,14 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dissect.cards.citations import bibtex, cited_papers
 from hf_dissect.cards.metadata import TAGS, card_metadata
@@ -21,18 +24,22 @@ from hf_dissect.cards.rows import (
     training_rows,
 )
 from hf_dissect.cards.templates import render_card, template_folder
+from hf_dissect.models.adapters import base_of_adapter, describe_adapter
+from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.loading import bare_model, contrastive_kind, networks_of, text_padding
 from hf_dissect.report.data import replace_file
+from hf_dissect.report.picture import PICTURE, draw_run
 from hf_dissect.report.tables import mapping
+from hf_dissect.training.card_callback import CARD, ModelCardCallback
 
 if TYPE_CHECKING:
-    from hf_dissect.distillation.recipe import DistillationRecipe
+    from hf_dissect.recipe.file import RecipeFile
     from hf_dissect.recipe.recipe import Recipe
 
-__all__ = ["TAGS", "ModelFacts", "card_description", "card_title", "name_model", "write_model_card"]
+__all__ = ["TAGS", "ModelFacts", "card_description", "card_title", "write_model_card"]
 
 _TEMPLATE = "dissect.md.jinja"
 _TITLE = "CLIP trained with hf_dissect"
-_MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,65 @@ class ModelFacts:
     padding: str = "longest"
     feature_size: int | None = None
     twins: bool = False
+
+
+class SelectionCard(ModelCardCallback):
+    """Card of a `DissectTrainer`, and the picture that it shows."""
+
+    def write_files(
+        self,
+        folder: Path,
+        state: TrainerState,
+        *,
+        metrics: Mapping[str, Any],
+        evaluated: str,
+        progress: str | None,
+        given: Mapping[str, Any],
+        histogram: dict | None = None,
+        **described: Any,
+    ) -> None:
+        """Write `README.md` and `report.png`; `described` are arguments of `write_model_card`."""
+        picture_text = draw_run(folder / PICTURE, state.log_history, histogram)
+        card = {
+            "metrics": metrics,
+            "evaluated": evaluated,
+            "progress": progress,
+            "told_by_user": given,
+            **described,
+        }
+        picture = {} if picture_text is None else {"picture": PICTURE, "picture_text": picture_text}
+        write_model_card(folder / CARD, **card, **picture)
+        # PEFT puts a card of its own next to each adapter, which names the folder of the base model.
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / CARD
+        if progress is not None and checkpoint.is_file():
+            write_model_card(checkpoint, **card)
+
+
+def describe_model(model: nn.Module, recipe: "Recipe | None") -> dict[str, Any]:
+    """Return the arguments of `write_model_card` that describe a model, wrapped or not: `model` and `base_model`."""
+    return {"model": model_facts(model), "base_model": _base_model(model, recipe)}
+
+
+def model_facts(model: nn.Module) -> ModelFacts:
+    """Return what a reader must know of a model to run it."""
+    config = bare_model(model).config
+    vision, networks = getattr(config, "vision_config", None), networks_of(model)
+    return ModelFacts(
+        model_type=networks[0].config.model_type,
+        loss=contrastive_kind(model),
+        padding=text_padding(model),
+        feature_size=vision.hidden_size if isinstance(vision, PrecomputedFeaturesConfig) else None,
+        twins=len(networks) > 1,
+    )
+
+
+def _base_model(model: nn.Module, recipe: "Recipe | None") -> str | None:
+    """Return what training started from; for an adapter, what it is put on. None for a model that was built here."""
+    if describe_adapter(model) is not None:
+        return base_of_adapter(model)
+    if recipe is not None:
+        return recipe.model.name_or_path
+    return bare_model(model).name_or_path or None
 
 
 def write_model_card(
@@ -78,7 +144,7 @@ def write_model_card(
             base model that it is put on.
         recipe: of the run, if it has one.
         model: how the model is run; a CLIP by default.
-        model_id: id under which the model can be loaded; by default the folder of the card is meant, see `name_model`.
+        model_id: id under which the model can be loaded; by default the folder of the card is meant.
         evaluated: the split that the final figures are of, "test" or "validation".
         progress: how far a run has come that is not finished, such as "step 40 of 200".
         picture: name of the picture with the run's curves, in the folder of the card.
@@ -132,18 +198,13 @@ def write_model_card(
     return replace_file(path, card)
 
 
-def name_model(card: str, model_id: str) -> str:
-    """The text of a card whose loading snippet names `model_id`, an id of the Hub, instead of the card's folder."""
-    return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
-
-
-def card_title(recipe: "Recipe | DistillationRecipe | None", metrics: Mapping, default: str = _TITLE) -> str:
+def card_title(recipe: "RecipeFile | None", metrics: Mapping, default: str = _TITLE) -> str:
     """The name of recipe or run, if it may be published."""
     names = (None if recipe is None else recipe.name, metrics.get("name"), default)
     return next(" ".join(str(name).split()) for name in names if name and may_be_published(name))
 
 
-def card_description(recipe: "Recipe | DistillationRecipe | None") -> str:
+def card_description(recipe: "RecipeFile | None") -> str:
     """The description in a recipe, if it may be published."""
     return recipe.description if recipe is not None and may_be_published(recipe.description) else ""
 

@@ -14,6 +14,7 @@ from hf_dissect.models.twin_encoder import embeddings_of_networks
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.soft_labels import NETWORK_SUFFIXES, SoftLabels
 
+
 @dataclass
 class GscObjective:
     """The loss of GSC (CVPR 2024, arXiv 2405.16996), and the soft labels that it weights the pairs with.
@@ -170,7 +171,7 @@ class Objective:
         In training, a MoLA router adds its task-wise decorrelation loss over these pairs, where tasks are known.
 
         Args:
-            model, batch, projections: as of `Decorrelation.added_to`; a `pair_weight` `(b,)` in the batch multiplies
+            model, batch, projections: as of `Decorrelation.add_to`; a `pair_weight` `(b,)` in the batch multiplies
                 the losses of the pairs.
             outputs: of the model, as of `ContrastiveLoss`.
             scale, bias: of the model's logits, with gradient; of two networks `(2,)`.
@@ -185,7 +186,7 @@ class Objective:
         else:
             # Unless DDP looks for unused parameters, it waits for the gradient of each: these two get a zero.
             loss = self.gsc.loss(outputs, batch["sample_id"], weights, ledger) + 0 * (scale + bias).sum()
-        return self.decorrelation.added_to(loss, model, batch, projections) if model.training else loss
+        return self.decorrelation.add_to(loss, model, batch, projections) if model.training else loss
 
     def _contrastive_loss(
         self,

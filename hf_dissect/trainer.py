@@ -1,45 +1,56 @@
 """The Hugging Face Trainer with one thing added: of each candidate batch, only the pairs worth a gradient train."""
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import TrainOutput
 
 from hf_dissect.data.bad_rows import BadRows
-from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
-from hf_dissect.data_collator import SelectionCollator, tokenizer_of
-from hf_dissect.distributed import Ranks
-from hf_dissect.evaluating_trainer import EvaluatingTrainer
-from hf_dissect.hub.publisher import PublishingTrainer
+from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pairs import ROW_KEYS, PairStream
+from hf_dissect.data.tasks import save_task_names
+from hf_dissect.data_collator import SelectionCollator
+from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
+from hf_dissect.evaluation.predictions import predict_pairs, retrieval_of_predictions
+from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.losses import grad_cached_backward
-from hf_dissect.model_card import TAGS
+from hf_dissect.model_card import TAGS, SelectionCard, describe_model
+from hf_dissect.models.adapters import restore_base, save_base
 from hf_dissect.models.loading import (
     bare_model,
     check_dual_encoder,
-    clamp_logit_scale_,
     contrastive_kind,
     logit_scale_and_bias,
     networks_of,
     text_padding,
 )
-from hf_dissect.models.tasks import check_tasks, forward_inputs, representations
+from hf_dissect.models.tasks import representations
 from hf_dissect.objective import Objective
-from hf_dissect.resumable_trainer import ResumableTrainer
-from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, correlation_of, score
-from hf_dissect.selection.initial_ledger import begin_with_ledger
-from hf_dissect.selection.scope import Kept, select_among_all, select_among_own, share_out, told_to_all
+from hf_dissect.report.selection import write_selection_report
+from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
+from hf_dissect.selection.initial_ledger import begin_with_scores
+from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.trace import SelectionTrace
-from hf_dissect.training.card_callback import CardedTrainer
+from hf_dissect.summary import noise_figures, selection_metrics, summarise_bad_rows
+from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 from hf_dissect.training.non_finite import NonFiniteLossError, check_finite
-from hf_dissect.training.run_folder import write_run_folder
-from hf_dissect.training.time_spent import TimeSpent
+from hf_dissect.training.run_folder import without_speed
+from hf_dissect.training.run_state import Part
+from hf_dissect.training.trainer import BaseTrainer
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
     caption_length,
+    check_arguments,
     check_grad_cache,
     check_images_fit,
+    check_tasks,
     num_pairs,
     pairs_for,
     stream_loader,
@@ -49,62 +60,63 @@ from hf_dissect.training_data import (
 
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
 
+logger = logging.getLogger(__name__)
 
-class DissectTrainer(ResumableTrainer, PublishingTrainer, EvaluatingTrainer, CardedTrainer):
-    """Trains a CLIP-like dual encoder on the pairs that its selection strategy keeps.
+Batch = Mapping[str, torch.Tensor]
+
+
+class DissectTrainer(BaseTrainer):
+    """Trainer of a CLIP-like dual encoder on the pairs that its selection strategy keeps.
 
     Args:
-        model: any model with `get_image_features` and `get_text_features`.
+        model: Model with `get_image_features` and `get_text_features`.
         args: `DissectTrainingArguments`.
-        data_collator: by default a `SelectionCollator` for the model and processor.
-        train_dataset, eval_dataset: a `datasets.Dataset` or `IterableDataset` with an image and a caption column (see
+        data_collator: Collator of the pairs; by default a `SelectionCollator` for the model and the processor.
+        train_dataset: `datasets.Dataset` or `IterableDataset` with an image and a caption column (see
             `DissectTrainingArguments`), or a torch data set of dicts with `image`, `caption` and `sample_id`.
-        processing_class: the model's processor; saved with the model.
-        strategy: a `SelectionStrategy` of your own, instead of the one `args` names.
-        recipe: the `Recipe` of the run, saved with it.
-        trainer_arguments: anything else `transformers.Trainer` takes.
+        eval_dataset: Data set of the same kind, or a dict of several.
+        processing_class: Processor of the model; saved with it.
+        strategy: `SelectionStrategy` of your own, instead of the one that `args` names.
+        recipe: `Recipe` of the run, saved with it.
+        trainer_arguments: Further arguments of `transformers.Trainer`.
 
     Attributes:
+        selector: `OnlineSelector` that keeps the pairs.
         ledger: `SampleLedger` with the last correlation of each pair and the columns of strategy and objective.
-        strategy: the `SelectionStrategy` in use.
-        objective: the `Objective` in use.
+        objective: `Objective` that the kept pairs are trained by.
 
     Raises:
-        TypeError: `args` are no `DissectTrainingArguments`.
-        ValueError: no processor, no data, fewer pairs than one batch, missing columns, bad ids, or a model that is no
-            dual encoder or does not go with the objective.
+        TypeError: `args` is not a `DissectTrainingArguments`.
+        ValueError: no processor, no data, fewer pairs than one batch, missing columns, bad ids, or a model that is not
+            a dual encoder or does not go with the objective.
     """
 
-    # The loss is the mean over a micro-batch, to be divided by the number of accumulation steps.
-    loss_is_scaled_for_ga = False
+    card_callback = SelectionCard
 
     def __init__(
         self,
-        model=None,
+        model: nn.Module | None = None,
         args: DissectTrainingArguments | None = None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         strategy: SelectionStrategy | None = None,
-        recipe=None,
-        **trainer_arguments,
+        recipe: Any = None,
+        **trainer_arguments: Any,
     ):
         args = DissectTrainingArguments("runs/dissect") if args is None else args
-        if not isinstance(args, DissectTrainingArguments):
-            raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
-        if processing_class is None and data_collator is None:
-            raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
-        if data_collator is None:
-            tokenizer_of(processing_class)
+        check_arguments(args, data_collator, processing_class)
         train_dataset = training_pairs(train_dataset, args)
         eval_dataset = pairs_for("eval_dataset", eval_dataset, args)
         if model is not None:
             check_dual_encoder(model)
             check_images_fit(model, train_dataset)
+        trainer_arguments.setdefault("compute_metrics", retrieval_of_predictions)
         super().__init__(
-            model=model,
-            args=args,
+            model,
+            args,
+            recipe=recipe,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -122,110 +134,105 @@ class DissectTrainer(ResumableTrainer, PublishingTrainer, EvaluatingTrainer, Car
                 text_padding=text_padding(self.model),
                 max_caption_length=caption_length(self.model, processing_class, args),
             )
-        self.recipe = recipe
         self.kind = contrastive_kind(self.model)
         self.objective = Objective(
             self.kind, args.mask_false_negatives, args.make_gsc(), num_networks=len(networks_of(self.model))
         )
-        self.strategy = args.make_strategy() if strategy is None else strategy
-        columns = dict.fromkeys(("correlation", *self.strategy.columns, *self.objective.columns))
-        self.ledger = SampleLedger(getattr(train_dataset, "num_samples", None), columns=tuple(columns))
-        self.bad_rows = BadRows(args.max_bad_fraction, num_pairs(train_dataset))
-        self.ranks = Ranks(self.accelerator)
-        self.trace = SelectionTrace(
-            args.output_dir, records=args.record_selection, is_first_rank=self.is_world_process_zero()
-        )
-        self.monitor = self.trace.monitor
+        self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
+        self.strategy, self.ledger, self.monitor = self.selector.strategy, self.selector.ledger, self.selector.monitor
+        self.bad_rows = self.selector.bad_rows
+        self.stream = None  # a `StreamLoader` when the training data are a stream
         self._stream_batches = None
-        self.times = TimeSpent()
-        self.add_callback(_SelectionCallback(self))
+        self._label_quality: dict[str, float | None] = {}
+        self.add_callback(ClampLogitScale())
+
+    def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
+        args, pairs = self.args, self.train_dataset
+        records = args.record_selection and self.is_world_process_zero()
+        return OnlineSelector(
+            strategy,
+            args.selection_ratio,
+            num_samples=getattr(pairs, "num_samples", None),
+            columns=self.objective.columns,
+            scope=args.selection_scope,
+            seed=args.seed,
+            kind=self.kind,
+            scoring_batch_size=args.scoring_batch_size,
+            scores_all=args.record_selection,
+            padding=getattr(self.data_collator, "padding", {}),
+            ranks=self.ranks,
+            bad_rows=BadRows(args.max_bad_fraction, num_pairs(pairs)),
+            trace=SelectionTrace(args.output_dir if records else None),
+            hooks=LoopHooks(
+                agree=self._agree,
+                prepare=self._prepare_inputs,
+                autocast=self.accelerator.autocast,
+                measure=self.times.measure,
+                check_finite=self._check_finite,
+            ),
+        )
 
     # ---- the way of a pair: collated -> scored -> selected -> loss ----
 
-    def get_train_dataloader(self):
-        """The Trainer's; of a stream one whose place can be saved and found again."""
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the Trainer's loader; for a stream, one whose position can be saved and restored."""
         if not isinstance(self.train_dataset, PairStream):
             return super().get_train_dataloader()
         self.stream = stream_loader(self.train_dataset, self.data_collator, self.args)
         self._stream_batches = iter(self.stream)
         return self.stream
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
-        """Pull the candidate batches of one update and keep of each what its strategy selects."""
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | int | None]:
+        """Pull the candidate batches of one update and keep of each what the strategy selects."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # a finished run that is resumed
         batches = self._stream_batches if self.stream is not None else epoch_iterator
         with self.times.measure("data"):
             candidates, num_items = super().get_batch_samples(batches, num_batches, device)
-        return [self._select(batch, micro_step) for micro_step, batch in enumerate(candidates)], num_items
-
-    def _select(self, batch: Mapping[str, torch.Tensor], micro_step: int) -> dict[str, torch.Tensor]:
-        sample_id = batch["sample_id"].cpu()
-        good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu())
-        sizes = self._agree(len(good))
-        batch = self._prepare_inputs(batch)
-        candidates = self._score(batch, sample_id, good).subset(good)
-        kept = self._choose(candidates, sizes, micro_step)
-        self._take_note(batch, candidates, good, kept, sizes)
-        return self._keep(batch, good, kept)
+        step = self.state.global_step
+        return [
+            self.selector.select(self.model_wrapped, batch, step=step, micro_step=micro_step)
+            for micro_step, batch in enumerate(candidates)
+        ], num_items
 
     def _agree(self, num_good: int) -> list[int]:
-        """Tell the other ranks what all have to know before a selection; how many candidates each of them has."""
+        """Exchange what all ranks have to know before a selection; return how many candidates each of them has."""
         passes = 0 if self.stream is None else self.stream.passes
         sizes, all_passes, stops = self.ranks.table(num_good, passes, self.stop_request.made).T.tolist()
-        self.heed(any(stops))
-        if self.stream is not None and min(all_passes) > self.selection_epoch:
+        self.stop_if(any(stops))
+        if self.stream is not None and min(all_passes) > self.selector.epoch:
             self.enter_epoch(min(all_passes))
         return sizes
 
-    def _score(self, batch: Mapping[str, torch.Tensor], sample_id: torch.Tensor, good: torch.Tensor):
-        if not self._scores_candidates():
-            return CandidateScores(sample_id)
-        with self.times.measure("scoring"):
-            scores = score(
-                self.model_wrapped,
-                forward_inputs(self.model, batch),
-                sample_id,
-                kind=self.kind,
-                chunk_size=self.args.scoring_batch_size,
-                autocast=self.accelerator.autocast,
-            )
-            self._check_finite(scores.correlation[good], "the correlation", sample_id[good])
-        return scores
-
-    def _choose(self, candidates: CandidateScores, sizes: list[int], micro_step: int) -> Kept:
-        chooses_alone = self.args.selection_scope == "local" or self.strategy.keeps_all or self.ranks.alone
-        chooser = self.ranks.own if chooses_alone else 0
-        self.strategy.generator.manual_seed(
-            key_hash(f"{self.args.seed}/{self.state.global_step}/{micro_step}/{chooser}")
-        )
-        arguments = (self.strategy, candidates, self.ledger, sizes, self._num_selected)
-        return select_among_own(*arguments) if chooses_alone else select_among_all(*arguments, self.ranks)
-
-    def _keep(self, batch: Mapping[str, torch.Tensor], good: torch.Tensor, kept: Kept) -> dict[str, torch.Tensor]:
-        if len(kept.indices) == len(batch["sample_id"]) and kept.weights is None:
-            kept_batch = dict(batch)
-        else:
-            rows = good[kept.indices].to(self.args.device)
-            kept_batch = {name: value[rows] for name, value in batch.items()}
-            if kept.weights is not None:
-                kept_batch["pair_weight"] = kept.weights.to(self.args.device)
-        return share_out(kept_batch, kept.counts, self.ranks, getattr(self.data_collator, "padding", {}))
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of the objective over the kept pairs of all ranks, weighted as the strategy asks."""
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Return the loss of the objective over the kept pairs of all ranks, weighted as the strategy asks."""
         outputs = model(**forward_inputs(model, inputs))
         loss = self._loss(model, inputs, outputs, *logit_scale_and_bias(model))
         return (loss, outputs) if return_outputs else loss
 
-    def _loss(self, model, inputs, outputs, scale, bias, projections=None) -> torch.Tensor:
+    def _loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        outputs: Mapping[str, torch.Tensor],
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        projections: Mapping[tuple[str, str], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         loss = self.objective.loss(model, inputs, outputs, scale, bias, self.ledger, projections)
         if model.training:
-            self._record_training(inputs["sample_id"], outputs)
+            evidence = self.objective.evidence(outputs, inputs["sample_id"], self.ledger)
+            recorded = self.selector.record_training(inputs["sample_id"], outputs, evidence)
+            if recorded:
+                self.objective.record(recorded["sample_id"], recorded, self.ledger)
         return loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """The Trainer's step; stops before the weights are touched when the loss is not finite."""
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Make the Trainer's step; stop before the weights are touched when the loss is not finite."""
         if len(inputs["sample_id"]) == 0:
             return torch.zeros((), device=self.args.device)
         if len(inputs["sample_id"]) <= (self.args.grad_cache_chunk_size or math.inf):
@@ -235,7 +242,7 @@ class DissectTrainer(ResumableTrainer, PublishingTrainer, EvaluatingTrainer, Car
         self._check_finite(loss, "the loss", inputs["sample_id"])
         return loss
 
-    def _training_step_in_chunks(self, model, inputs) -> torch.Tensor:
+    def _training_step_in_chunks(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -253,92 +260,198 @@ class DissectTrainer(ResumableTrainer, PublishingTrainer, EvaluatingTrainer, Car
         )
         return loss * share
 
-    # ---- what the selection leaves behind ----
-
-    def _take_note(
-        self,
-        batch: Mapping[str, torch.Tensor],
-        candidates: CandidateScores,
-        good: torch.Tensor,
-        kept: Kept,
-        sizes: list[int],
-    ) -> None:
-        """Show the choice to the trace and the ledger of every rank."""
-        is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
-        columns, measured = told_to_all(candidates, kept, is_clean, sizes, self.ranks)
-        self.trace.observe(self.selection_epoch, self.state.global_step, columns)
-        if "correlation" in columns:
-            self._record(columns["sample_id"], columns["correlation"], measured)
-
-    def _record(self, sample_id: torch.Tensor, correlation: torch.Tensor, measured=None) -> None:
-        self.ledger.write("correlation", sample_id, correlation)
-        self.strategy.record(sample_id, correlation, self.ledger, measured)
-
-    def _record_training(self, sample_id: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Record what the training forward tells of its pairs: a history that costs no further forward."""
-        evidence = self.objective.evidence(outputs, sample_id, self.ledger)
-        columns = {"sample_id": sample_id, **evidence}
-        if not self._scores_candidates():
-            columns["correlation"] = correlation_of(outputs["image_embeds"], outputs["text_embeds"]).detach()
-        if len(columns) == 1:
-            return
-        told = self.ranks.gather_columns(columns, [len(sample_id)] * self.ranks.count)
-        if "correlation" in told:
-            self._record(told["sample_id"], told["correlation"])
-        self.objective.record(told["sample_id"], told, self.ledger)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the selection to the training logs."""
         if "loss" in logs:
-            logs.update(self.monitor.pop_logs())
+            logs.update(self.selector.pop_logs())
             logs.update(self.objective.decorrelation.pop_logs())
             if self.times["scoring"]:
                 logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
         super().log(logs, start_time)
 
+    # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return loss and retrieval (recall at 1, 5, 10 and median rank in both directions) on `eval_dataset`."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = pairs_for("eval_dataset", eval_dataset, self.args)
+            check_tasks(self.model, self.train_dataset, eval_dataset)
+        with self.times.measure("evaluation"):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple:
+        """Return the loss of the batch's good pairs, the embeddings `(B, D)` of both sides, and the pairs' keys."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**forward_inputs(model, inputs))
+        prediction = predict_pairs(outputs, inputs, kind=self.kind)
+        return (prediction[0], None, None) if prediction_loss_only else prediction
+
+    def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:
+        """Return the correlation of every readable pair under the current weights, see `join_correlations`."""
+        pairs = pairs_for("dataset", dataset, self.args)
+        check_tasks(self.model, self.train_dataset, pairs)
+        scored = self.score_batches(self.get_eval_dataloader(pairs))
+        return join_correlations(scored, self.accelerator.gather_for_metrics)
+
+    def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
+        """Yield each batch of an evaluation loader on the device, with the scores under the current weights."""
+        autocast = self.accelerator.autocast
+        return score_batches(self.model, batches, kind=self.kind, prepare=self._prepare_inputs, autocast=autocast)
+
     # ---- the run ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments):
-        """Train as the Trainer does (see `ResumableTrainer`); with `save_run_folder`, leave a complete run folder."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> TrainOutput:
+        """Train as `BaseTrainer` does; a run that is not resumed may begin with the ledger of another one."""
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        warmup_epochs = {"train on a random subset": getattr(self.strategy, "warmup_epochs", 0)}
-        if self.objective.gsc is not None:
-            warmup_epochs["train by the contrastive loss, without soft labels"] = self.objective.gsc.warmup_epochs
-        warn_if_warm_up_outlasts(self.train_dataset, warmup_epochs, self.args)
+        warn_if_warm_up_outlasts(self.train_dataset, self._warm_ups(), self.args)
         if self.args.initial_ledger is not None and not resume_from_checkpoint:
-            begin_with_ledger(self, self.args.initial_ledger)
+            with self.args.main_process_first(local=True, desc="reading the initial ledger"):
+                scores = read_shared_scores(self.args.initial_ledger)
+            known = getattr(self.train_dataset, "sample_ids", None)
+            begin_with_scores(self.ledger, scores, self.strategy, self.args.initial_ledger, known)
+        return super().train(resume_from_checkpoint, **arguments)
+
+    def _warm_ups(self) -> dict[str, int]:
+        epochs = {"train on a random subset": getattr(self.strategy, "warmup_epochs", 0)}
+        if self.objective.gsc is not None:
+            epochs["train by the contrastive loss, without soft labels"] = self.objective.gsc.warmup_epochs
+        return epochs
+
+    def _train(self, checkpoint: str | None, **arguments: Any) -> TrainOutput:
         try:
-            with self.times.measure("training"):
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+            output = super()._train(checkpoint, **arguments)
         finally:
             self.stream = self._stream_batches = None  # its workers end
-        self.trace.close()
-        if self.args.save_run_folder:
-            write_run_folder(self)
+        self.selector.trace.close()
         return output
 
-    def _set_signature_columns_if_needed(self):
+    def begin_epoch(self, epoch: float) -> None:
+        """Enter the epoch. The Trainer sees one epoch of a stream; there, the loader reports passes (`_agree`)."""
+        if self.stream is None:
+            is_counted = num_pairs(self.train_dataset) is None
+            self.enter_epoch(self.selector.epoch + 1 if is_counted else int(epoch + 1e-6))
+
+    def enter_epoch(self, epoch: int) -> None:
+        """Begin an epoch of selector and objective, or continue in its middle."""
+        self.selector.begin_epoch(epoch, renew=self.objective.update)
+        self.objective.on_epoch_begin(epoch)
+
+    def reset(self, step: int) -> None:
+        """Count epochs from the beginning, and discard the record of candidates from `step` on."""
+        self.selector.reset(step)
+
+    def save_extra(self, folder: Path) -> None:
+        """Write the ledger, the recipe, and what an adapter needs to be loaded."""
+        self.ledger.save(folder / LEDGER_FILE, {"epoch": self.selector.epoch, "strategy": self.strategy.name})
+        super().save_extra(folder)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose processes each hold a part only
+            save_base(self.model, folder)
+        save_task_names(self.train_dataset, folder)
+
+    def stateful_parts(self) -> dict[str, Part]:
+        """Return the parts of the base, the selection, and each rank's data and logs."""
+        parts = super().stateful_parts() | {
+            "selection": Part(self.selector),
+            "bad_rows": Part(self.bad_rows, each_rank=True, join=BadRows.join_states),
+            "decorrelation": Part(self.objective.decorrelation, each_rank=True),
+        }
+        if self.stream is not None:
+            parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
+        return parts
+
+    def restore_extra(self, folder: str, has_state: bool) -> None:
+        """Load the ledger and continue the epoch."""
+        if Path(folder, LEDGER_FILE).is_file():
+            self.ledger.load(Path(folder, LEDGER_FILE))
+        else:
+            logger.warning("%s has no %s: the history of the pairs begins again.", folder, LEDGER_FILE)
+        if not has_state:
+            logger.warning("%s has no state of the selection: its figures and logs begin again.", folder)
+            return
+        self.enter_epoch(self.selector.epoch)
+        if num_pairs(self.train_dataset) is None and self.stream is None:
+            # Epochs of a foreign stream are counted as they begin, and this one begins again.
+            self.selector.epoch -= 1
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore_base(self.model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        restore_base(self.model, self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    # ---- what a run leaves behind ----
+
+    def final_figures(
+        self,
+        test_dataset: Any,
+        more_figures: Callable[[], dict[str, float]] | None = None,
+        retrieval: bool = True,
+        noise_detection: bool = True,
+    ) -> dict[str, Any]:
+        """Evaluate the trained model.
+
+        Args:
+            test_dataset: Data of the retrieval figures; None for `eval_dataset`.
+            more_figures: Function that computes further figures, such as zero-shot accuracies.
+            retrieval: Whether to compute the retrieval figures.
+            noise_detection: Whether to score all training pairs with the final model, where the truth is known.
+        """
+        unlogged = {} if more_figures is None else more_figures()
+        dataset, final = self.eval_dataset if test_dataset is None else test_dataset, {}
+        if retrieval and dataset is not None:
+            final = without_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
+        self._label_quality = {}
+        if noise_detection and getattr(self.train_dataset, "knows_truth", False):
+            with self.times.measure("evaluation"):
+                scored = self.score_pairs(self.train_dataset)
+            figures, self._label_quality = noise_figures(scored, self.ledger)
+            unlogged = unlogged | figures
+        if unlogged:
+            self.log({f"test_{key}": float(value) for key, value in unlogged.items()})
+        return final | unlogged
+
+    def run_metrics(self, final: Mapping[str, Any]) -> dict[str, Any]:
+        """Return final figures, selection, times, settings and versions."""
+        return selection_metrics(
+            self.selector,
+            model=self.model,
+            args=self.args,
+            state=self.state,
+            times=self.times,
+            num_pairs=num_pairs(self.train_dataset),
+            final=final,
+            label_quality=self._label_quality,
+        )
+
+    def gathered_metrics(self) -> dict[str, Any]:
+        """Return the bad rows of all ranks."""
+        return {"bad_rows": summarise_bad_rows(self.bad_rows, self.ranks)}
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return the model, what it started from, and the scores of the last epoch."""
+        return {
+            "recipe": self.recipe,
+            "model_id": self.hub_model_id,
+            "histogram": self.monitor.score_histogram(),
+            **describe_model(self.model, self.recipe),
+        }
+
+    def write_report(self, folder: Path, metrics: Mapping[str, Any]) -> None:
+        """Write `report_data.json` and `report.html`."""
+        title = metrics["name"] if self.recipe is None else f"{self.recipe.name}: {metrics['name']}"
+        write_selection_report(folder, metrics, self.state.log_history, self.monitor, self.train_dataset, title)
+
+    def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_KEYS, "task_id", "is_clean"]))
 
-    # ---- small matters ----
-
-    def _scores_candidates(self) -> bool:
-        return self.args.record_selection or self.strategy.needs_scores(self.selection_epoch)
-
-    def _num_selected(self, num_candidates: int) -> int:
-        if self.strategy.keeps_all:
-            return num_candidates
-        return min(num_candidates, max(2, self.args.num_selected(num_candidates)))
-
-    def _check_finite(self, values: torch.Tensor, what: str, sample_id: torch.Tensor) -> None:
-        check_finite(values, what, sample_id, self.state.global_step, self.args.output_dir)
-
-
-class _SelectionCallback(TrainerCallback):
-    def __init__(self, trainer: DissectTrainer):
-        self._trainer = trainer
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        clamp_logit_scale_(self._trainer.model)
+    def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:
+        check_finite(values, name, sample_id, self.state.global_step, self.args.output_dir)

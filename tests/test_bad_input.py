@@ -6,10 +6,10 @@ import json
 import datasets
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
+from testing import tiny_models
 from transformers import AutoModel, BertConfig, BertModel, TrainingArguments
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, SampleLedger
@@ -217,13 +217,13 @@ def test_a_whole_batch_of_bad_rows_is_passed_over(tmp_path):
     data = pairs_with(dict.fromkeys(range(BATCH), b"broken"), num_rows=24)
     trainer = make_trainer(tmp_path, data, train_sampling_strategy="sequential")
     before, after = [], []
-    select = trainer._select
+    select = trainer.selector.select
 
-    def watch(batch, micro_step):
+    def watch(model, batch, **keywords):
         (before if trainer.state.global_step == 0 else after).append(weights(trainer))
-        return select(batch, micro_step)
+        return select(model, batch, **keywords)
 
-    trainer._select = watch
+    trainer.selector.select = watch
     trainer.train()
     assert trainer.state.global_step == 6 and seen(trainer) == set(range(BATCH, 24))
     # The step of the bad batch changes nothing; the next one trains.

@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
-from hf_dissect.model_card import ModelFacts, name_model, write_model_card
+from hf_dissect.hub.published_files import name_model
+from hf_dissect.model_card import ModelFacts, write_model_card
 from hf_dissect.recipe.recipe import Recipe
 
 METRICS = {

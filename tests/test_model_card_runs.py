@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny_models import with_lora, with_mola
-from tiny_recipe import TOWER, tiny_recipe
+from testing import tiny_models
+from testing.tiny_models import with_lora, with_mola
+from testing.tiny_recipe import TOWER, tiny_recipe
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder, make_scenes

@@ -3,18 +3,18 @@
 import json
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from faulty_run import make_trainer
+from testing import tiny_models
+from testing.faulty_run import make_trainer
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger
 from hf_dissect.data import as_pairs, shuffle_captions
+from hf_dissect.evaluation.selection_figures import label_figures
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.objective import GscObjective, Objective
 from hf_dissect.selection import STRATEGIES, Selection, SelectionStrategy
-from hf_dissect.training.run_folder import label_figures
 
 IDS = torch.tensor([3, 9, 4, 1, 30, 22])
 
@@ -175,7 +175,7 @@ def test_a_resumed_run_has_the_labels_of_the_uninterrupted_one(run, step, tmp_pa
     assert whole.ledger.column("y_cm").isfinite().sum() > 30
     resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert resumed.updated_epoch == whole.updated_epoch >= 2
+    assert resumed.selector.updated_epoch == whole.selector.updated_epoch >= 2
     assert_same(state_of(resumed), state_of(whole))
 
 

@@ -9,15 +9,14 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-import hub_client
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import yaml
 from datasets import ClassLabel
-from loopback_hub import serving
-from tiny_recipe import tiny_settings
+from testing import hub_client, tiny_models
+from testing.loopback_hub import serving
+from testing.tiny_recipe import tiny_settings
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, make_scenes
 from hf_dissect.cli import main

@@ -2,8 +2,8 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-import tiny_models
 import torch
+from testing import tiny_models
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger
@@ -157,8 +157,8 @@ def test_scoring_runs_in_evaluation_mode_and_restores_the_mode(tmp_path):
     trainer.model.train()
     trainer.model.vision_model.eval()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    first = trainer._score(batch, batch["sample_id"], torch.arange(8))
-    second = trainer._score(batch, batch["sample_id"], torch.arange(8))
+    first = trainer.selector.score(trainer.model, batch, batch["sample_id"], torch.arange(8))
+    second = trainer.selector.score(trainer.model, batch, batch["sample_id"], torch.arange(8))
     assert torch.equal(first.image_embeds, second.image_embeds) and torch.equal(first.text_embeds, second.text_embeds)
     assert trainer.model.training and trainer.model.text_model.training and not trainer.model.vision_model.training
 
@@ -166,9 +166,9 @@ def test_scoring_runs_in_evaluation_mode_and_restores_the_mode(tmp_path):
 def test_scoring_in_chunks_equals_scoring_at_once(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
-    at_once = trainer._score(batch, batch["sample_id"], torch.arange(16))
-    trainer.args.scoring_batch_size = 5
-    chunked = trainer._score(batch, batch["sample_id"], torch.arange(16))
+    at_once = trainer.selector.score(trainer.model, batch, batch["sample_id"], torch.arange(16))
+    trainer.selector.scoring_batch_size = 5
+    chunked = trainer.selector.score(trainer.model, batch, batch["sample_id"], torch.arange(16))
     assert torch.allclose(at_once.correlation, chunked.correlation, atol=1e-4)
     assert torch.allclose(at_once.loss, chunked.loss, atol=1e-5)
 

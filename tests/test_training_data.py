@@ -3,8 +3,8 @@
 import logging
 
 import pytest
-import tiny_models
 from datasets import Dataset
+from testing import tiny_models
 
 from hf_dissect import DissectTrainingArguments, PairDataset
 from hf_dissect.data.streaming.pair_stream import PairStream

@@ -13,7 +13,7 @@ from hf_dissect.cli.process import (
 )
 
 if TYPE_CHECKING:
-    from hf_dissect.audit import AuditResult
+    from hf_dissect.runs.audit import AuditResult
 
 SUMMARY = "Rank the pairs of a data set by how likely image and caption do not belong together."
 EPILOG = """examples:
@@ -45,7 +45,7 @@ def add_parser(subparsers) -> None:
 
 def _audit(options: argparse.Namespace) -> None:
     quiet_libraries()
-    from hf_dissect.audit import audit
+    from hf_dissect.runs.audit import audit
 
     result = audit(
         options.checkpoint,

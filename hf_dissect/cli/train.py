@@ -50,7 +50,7 @@ def recipe_of_options(
     if is_hub_address(options.recipe):
         from hf_dissect.hub.pull import pull_recipe
 
-        return pull_recipe(HubAddress.parse(options.recipe), overrides, options.output_dir, kind)
+        return pull_recipe(HubAddress.parse(options.recipe), overrides, options.output_dir, kind=kind)
     recipe = kind.load(options.recipe, overrides)
     if options.output_dir is None:
         return recipe

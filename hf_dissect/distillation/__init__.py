@@ -19,6 +19,7 @@ from hf_dissect.distillation.student import StudentConfig, StudentForClassificat
 _HOMES = {
     "AuxiliaryDistillationArguments": "hf_dissect.distillation.training_args",
     "AuxiliaryDistillationTrainer": "hf_dissect.distillation.trainer",
+    "DistillationTrainer": "hf_dissect.distillation.trainer",
     "DistillationRecipe": "hf_dissect.distillation.recipe",
     "METHODS": "hf_dissect.distillation.terms",
     "TermWeights": "hf_dissect.distillation.terms",

@@ -2,6 +2,8 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ class Meter:
         value = value.detach().double()
         part = torch.stack([value, torch.as_tensor(count, dtype=torch.float64, device=value.device)])
         part = torch.where(value.isfinite(), part, 0)
-        self._sums[name] = part if name not in self._sums else self._sums[name] + part
+        self._sums[name] = part if name not in self._sums else self._sums[name].to(part.device) + part
 
     def pop(self, ranks: Ranks) -> dict[str, float]:
         """The means, and begin anew; called on all ranks."""
@@ -35,13 +37,13 @@ class Meter:
         self._sums = {}
         return {name: float(total / count) for name, (total, count) in zip(names, everywhere, strict=True) if count}
 
-    def state(self) -> dict[str, list[float]]:
-        """What was counted since the last log, as plain data."""
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what was counted since the last log."""
         return {name: sums.tolist() for name, sums in self._sums.items()}
 
-    def restore(self, state: dict[str, list[float]], device: torch.device) -> None:
-        """Go on from what `state` gave."""
-        self._sums = {name: torch.tensor(sums, dtype=torch.float64, device=device) for name, sums in state.items()}
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        """Continue from a saved state."""
+        self._sums = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in state.items()}
 
 
 class RowCounts:
@@ -85,14 +87,23 @@ class RowCounts:
             "rows": sorted(self.states)[:max_rows],
         }
 
-    def state(self) -> dict[str, int]:
-        """As plain data, to go on from."""
+    def state_dict(self) -> dict[str, int]:
+        """Return the states of the rows that lack something."""
         return {str(row): int(state) for row, state in self.states.items()}
 
-    def restore(self, *states: dict[str, int]) -> None:
-        """Go on from what `state` gave, on this rank or, taken together, on several."""
-        for state in states:
-            self.states |= {int(row): RowState(value) for row, value in state.items()}
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue from saved states."""
+        self.states = {int(row): RowState(value) for row, value in state.items()}
+
+    @staticmethod
+    def join_states(states: Sequence[Mapping[str, int]], rank: int = 0) -> dict[str, int]:
+        """Join the states of several ranks, for a run that continues with another number of them.
+
+        Args:
+            states: States of each rank.
+            rank: Number of the rank that continues; all continue from the same.
+        """
+        return {row: value for state in states for row, value in state.items()}
 
     def _check(self) -> None:
         bad = {row: state for row, state in self.states.items() if not state.usable}
@@ -142,12 +153,12 @@ class Watch:
                     "discriminator_learning_rate or discriminator_size, or the weight of conditional_entropy.",
                 )
 
-    def state(self) -> dict:
-        """As plain data, to go on from."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return best accuracies, the count of saturated logs, and the warnings given."""
         return {"best": self.best, "saturated": self.saturated, "warned": self.warned}
 
-    def restore(self, state: dict) -> None:
-        """Go on from what `state` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
         self.best, self.saturated, self.warned = dict(state["best"]), state["saturated"], list(state["warned"])
 
     def _warn(self, key: str, text: str) -> None:

@@ -1,25 +1,24 @@
 """Model card of a student: what it reads and tells, how it learnt, and its results as the Hub reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from hf_dissect.cards.citations import bibtex
 from hf_dissect.cards.metadata import data_fields, eval_result, listed
 from hf_dissect.cards.privacy import hub_dataset, hub_id, may_be_published
 from hf_dissect.cards.rows import hyperparameter_rows, result_rows, told
 from hf_dissect.cards.templates import render_card, template_folder
-from hf_dissect.distillation.summary import metrics_of_this_process
+from hf_dissect.distillation.student import StudentForClassification
 from hf_dissect.model_card import card_description, card_title
 from hf_dissect.report.data import replace_file
 from hf_dissect.training.card_callback import CARD, ModelCardCallback
 
 if TYPE_CHECKING:
     from hf_dissect.distillation.recipe import DistillationRecipe
-    from hf_dissect.distillation.trainer import AuxiliaryDistillationTrainer
 
 TAGS = ("hf_dissect", "knowledge-distillation", "cross-modal-distillation")
 
@@ -37,42 +36,58 @@ _SHOWN_LABELS = 20
 
 
 class StudentCard(ModelCardCallback):
-    """The card of an `AuxiliaryDistillationTrainer`."""
+    """Card of a `DistillationTrainer`."""
 
-    _trainer: "AuxiliaryDistillationTrainer"
-
-    def metrics_so_far(self, last: Mapping[str, Any]) -> Mapping[str, Any]:
-        return metrics_of_this_process(self._trainer, dict(last))
-
-    def write_card(self, **about: Any) -> None:
-        write_student_card(Path(self._trainer.args.output_dir) / CARD, self._trainer, **about)
+    def write_files(
+        self,
+        folder: Path,
+        state: TrainerState,
+        *,
+        metrics: Mapping[str, Any],
+        evaluated: str,
+        progress: str | None,
+        given: Mapping[str, Any],
+        **described: Any,
+    ) -> None:
+        """Write `README.md`; `described` are arguments of `write_student_card`."""
+        about = {"metrics": metrics, "evaluated": evaluated, "progress": progress, "given": given}
+        write_student_card(folder / CARD, **about, **described)
 
 
 def write_student_card(
     path: str | Path,
-    trainer: "AuxiliaryDistillationTrainer",
     *,
+    student: StudentForClassification,
     metrics: Mapping[str, Any],
+    recipe: "DistillationRecipe | None",
+    processor: Any,
+    shape: Sequence[int],
+    model_id: str | None,
     evaluated: str,
     progress: str | None,
-    told_by_user: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> Path:
-    """Write the card of a trainer's student to `path`, and return the path.
+    """Write the card of a student to `path`, and return the path.
 
     Args:
-        path: the file to write.
-        trainer: knows the student, its processor and the recipe.
-        metrics: the content of the run's `metrics.json`, as far as it is known.
-        evaluated, progress, told_by_user: as of `hf_dissect.model_card.write_model_card`.
+        path: File to write.
+        student: The student.
+        metrics: Content of the run's `metrics.json`, as far as it is known.
+        recipe: Recipe of the run, if it has one.
+        processor: Image processor or tokenizer of the student's modality; None for arrays.
+        shape: Shape of the array that the student reads; empty for pictures and text.
+        model_id: Id under which the student can be loaded; None for the folder of the card.
+        evaluated: As in `hf_dissect.model_card.write_model_card`.
+        progress: As in `hf_dissect.model_card.write_model_card`.
+        given: `license`, `language`, `tags` and `datasets` from the user.
     """
-    recipe, student = trainer.recipe, trainer.student
     title = card_title(recipe, metrics, _TITLE)
     started_from = student.encoder.name_or_path if recipe is None else recipe.student.name_or_path
     labels = [student.config.id2label[number] for number in range(student.config.num_labels)]
-    reads, papers = _reads(trainer), _PAPERS.get(metrics["method"])
+    reads, papers = _reads(processor), _PAPERS.get(metrics["method"])
     card = render_card(
         _TEMPLATE,
-        metadata=_metadata(metrics, title, recipe, evaluated, reads, hub_id(started_from), told_by_user).to_yaml(),
+        metadata=_metadata(metrics, title, recipe, evaluated, reads, hub_id(started_from), given).to_yaml(),
         title=title,
         description=card_description(recipe),
         progress=progress,
@@ -87,10 +102,10 @@ def write_student_card(
         settings=hyperparameter_rows(metrics),
         evaluated=evaluated,
         results=result_rows(metrics),
-        model_id=trainer.hub_model_id or ".",
+        model_id=model_id or ".",
         reads=reads,
         main_input=student.main_input_name,
-        shape=(1, *trainer.data_collator.shapes.get(metrics["student"], ())),
+        shape=(1, *shape),
         encoder=type(student.encoder).__name__,
         versions=told(list(metrics["versions"].items())),
         citations=bibtex([papers], template_folder() / "citations.bib") if papers else "",
@@ -98,9 +113,8 @@ def write_student_card(
     return replace_file(path, card)
 
 
-def _reads(trainer: "AuxiliaryDistillationTrainer") -> str:
-    """The kind of the student's modality: "image", "text" or "array"."""
-    processor = trainer.processors.get(trainer.args.student_column)
+def _reads(processor: Any) -> str:
+    """Return the kind of the student's modality: "image", "text" or "array"."""
     if processor is None:
         return "array"
     return "text" if isinstance(processor, PreTrainedTokenizerBase) else "image"

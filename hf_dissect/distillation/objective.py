@@ -1,5 +1,7 @@
 """The loss of a batch: the weighted terms that teach student, teacher and auxiliaries."""
 
+from collections.abc import Mapping
+
 import torch
 
 from hf_dissect.distillation.diagnostics import Meter
@@ -67,6 +69,15 @@ class DistillationObjective:
         for name, (_, loss) in terms.items():
             meter.add(f"loss_{name}", loss)
         return sum(weight * loss for weight, loss in terms.values())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the vectors of the memory banks, by name."""
+        return {name: bank.vectors for name, bank in self.banks.items() if bank.vectors is not None}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue with saved memory banks; without a bank in the settings there is nothing to continue."""
+        for name, vectors in state.items() if self.args.memory_bank else ():
+            self.banks.setdefault(name, MemoryBank(self.args.memory_bank)).vectors = vectors
 
     def _rise(self, progress: float) -> float:
         warmup = self.args.weight_warmup

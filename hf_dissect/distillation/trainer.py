@@ -15,22 +15,20 @@ from hf_dissect.distillation.losses.conditional_entropy import Adversary, Discri
 from hf_dissect.distillation.model_card import StudentCard
 from hf_dissect.distillation.networks import DistillationNetworks, standardised
 from hf_dissect.distillation.objective import DistillationObjective
-from hf_dissect.distillation.run_state import restore_distillation_state, save_distillation_state
 from hf_dissect.distillation.saved_student import STUDENT_FOLDER
 from hf_dissect.distillation.student import StudentForClassification, feature_size
-from hf_dissect.distillation.summary import write_distillation_folder
+from hf_dissect.distillation.summary import distillation_metrics, summarise_rows
 from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
 from hf_dissect.distillation.training_data import Columns, ModalityRows
-from hf_dissect.distributed import Ranks
 from hf_dissect.hub.published_files import ENCODER_FOLDER
-from hf_dissect.hub.publisher import PublishingTrainer
-from hf_dissect.training.card_callback import CardedTrainer
+from hf_dissect.report.distillation import write_distillation_report
 from hf_dissect.training.non_finite import check_finite
-from hf_dissect.training.time_spent import TimeSpent
-from hf_dissect.training.trainer import DurableTrainer
+from hf_dissect.training.run_folder import without_speed
+from hf_dissect.training.run_state import STATE_FILE, Part
+from hf_dissect.training.trainer import BaseTrainer
 
 
-class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrainer):
+class DistillationTrainer(BaseTrainer):
     """Trains a student of one modality with others that exist at training time only.
 
     A teacher that fuses all modalities, an encoder of each auxiliary one, and the student learn together, by the terms
@@ -64,8 +62,6 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
         ValueError: a column is missing or empty, lengths differ, or the settings do not go together.
     """
 
-    # The loss is the mean over a micro-batch, to be divided by the number of accumulation steps.
-    loss_is_scaled_for_ga = False
     model_in_checkpoint = STUDENT_FOLDER
     card_callback = StudentCard
 
@@ -85,12 +81,12 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
         self.modalities = _modalities(args, auxiliaries, processors or {})
         train_rows = _rows("train_dataset", train_dataset, self.modalities, args)
         self.labels = train_rows.labels
-        self.recipe = recipe
         self.processors = dict(processors or {})
         set_seed(args.seed)
         super().__init__(
-            model=self._networks(model, auxiliaries, args),
-            args=args,
+            self._networks(model, auxiliaries, args),
+            args,
+            recipe=recipe,
             data_collator=self._collator(model, auxiliaries, args, train_dataset),
             train_dataset=train_rows,
             eval_dataset=self._evaluation_rows(eval_dataset, args),
@@ -103,11 +99,9 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
             )
         self.adversary = self._make_adversary()
         self.objective = DistillationObjective(args, self.adversary)
-        self.ranks = Ranks(self.accelerator)
         self.meter = Meter()
         self.watch = Watch(args.teacher_drop, args.discriminator_ceiling)
         self.rows = RowCounts(args.max_bad_fraction, len(train_rows))
-        self.times = TimeSpent()
 
     @property
     def student(self) -> StudentForClassification:
@@ -165,7 +159,7 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self.rows.add(batch["row"].cpu(), batch["row_state"].cpu())
-        self.heed(self.ranks.table(self.stop_request.made).any())
+        self.stop_if(self.ranks.table(self.stop_request.made).any())
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -218,14 +212,6 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
                 self._evaluation_rows(eval_dataset, self.args), ignore_keys, metric_key_prefix=metric_key_prefix
             )
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """The Trainer's, but never without the last rows: `dataloader_drop_last` is meant for training batches."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The student's cross-entropy; logits of all networks and the student's embeddings; labels and states."""
         inputs = self._prepare_inputs(inputs)
@@ -267,31 +253,22 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
 
     # ---- the run ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments):
-        """Train as `DurableTrainer` does; with `save_run_folder`, leave a complete run folder."""
-        with self.times.measure("training"):
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
-        if self.args.save_run_folder:
-            write_distillation_folder(self)
-        return output
-
-    def _save_model_and_more(self, folder: Path, output_dir: str | None, _internal_call: bool) -> None:
-        """Save the student; into a checkpoint, all networks, and the student beside them."""
+    def _save_weights(self, folder: Path, output_dir: str | None, _internal_call: bool) -> None:
+        """Save the student; into a checkpoint, all networks, and the student next to them."""
         if self._unfinished is not None:
-            super()._save_model_and_more(folder, output_dir, _internal_call)
+            super()._save_weights(folder, output_dir, _internal_call)
             return
         if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            super().write_beside_model(folder)
+            super().save_extra(folder)
             self._save_student(folder)
         if self.args.push_to_hub and not _internal_call:  # as the Trainer does
             self.push_to_hub("Model save", revision=self.args.hub_revision)
 
-    def write_beside_model(self, folder: Path) -> None:
-        """Write the recipe and the student, which has the recipe beside it, too."""
-        super().write_beside_model(folder)
+    def save_extra(self, folder: Path) -> None:
+        """Write the recipe and the student, which has the recipe next to it as well."""
+        super().save_extra(folder)
         self._save_student(folder / STUDENT_FOLDER)
-        super().write_beside_model(folder / STUDENT_FOLDER)
+        super().save_extra(folder / STUDENT_FOLDER)
 
     def _save_student(self, folder: Path) -> None:
         self.student.save_pretrained(folder)
@@ -300,23 +277,67 @@ class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrai
             processor.save_pretrained(folder)
             processor.save_pretrained(folder / ENCODER_FOLDER)
 
-    def save_state(self, folder: Path) -> None:
-        """Write discriminator, memory bank and the state of the figures."""
-        save_distillation_state(self, folder)
+    def stateful_parts(self) -> dict[str, Part]:
+        """Return the parts of the base, adversary, memory banks, and each rank's rows and figures."""
+        parts = super().stateful_parts() | {
+            "watch": Part(self.watch),
+            "banks": Part(self.objective),
+            "rows": Part(self.rows, each_rank=True, join=RowCounts.join_states),
+            "meter": Part(self.meter, each_rank=True),
+        }
+        return parts if self.adversary is None else {**parts, "adversary": Part(self.adversary)}
 
-    def restore_state(self, folder: str) -> None:
-        """Go on from what `save_state` wrote."""
-        restore_distillation_state(self, folder)
-
-    def begin_anew(self, step: int) -> None:
-        """Forget the figures of an earlier call."""
+    def reset(self, step: int) -> None:
+        """Discard the figures of an earlier call."""
         self.meter = Meter()
+
+    # ---- what a run leaves behind ----
+
+    def final_figures(self, test_dataset: Any) -> dict[str, float]:
+        """Evaluate the trained networks on `test_dataset`, by default the `eval_dataset`."""
+        dataset = self.eval_dataset if test_dataset is None else test_dataset
+        return {} if dataset is None else without_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
+
+    def run_metrics(self, final: Mapping[str, Any]) -> dict[str, Any]:
+        """Return final figures, diagnostics, rows, times, settings and versions."""
+        return distillation_metrics(
+            args=self.args,
+            name=self.args.method if self.recipe is None else self.recipe.name,
+            auxiliaries=self.modalities[1:],
+            state=self.state,
+            warnings=self.watch.warned,
+            rows=self.rows,
+            times=self.times,
+            final=final,
+        )
+
+    def gathered_metrics(self) -> dict[str, Any]:
+        """Return the rows of all ranks that lack something."""
+        return {"rows": summarise_rows(self.rows, self.ranks)}
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return the student, and what reads its modality."""
+        column = self.args.student_column
+        return {
+            "recipe": self.recipe,
+            "student": self.student,
+            "processor": self.processors.get(column),
+            "shape": self.data_collator.shapes.get(column, ()),
+            "model_id": self.hub_model_id,
+        }
+
+    def write_report(self, folder: Path, metrics: Mapping[str, Any]) -> None:
+        """Write `report.html`."""
+        write_distillation_report(folder / "report.html", metrics, self.state.log_history)
 
     def check_checkpoint(self, folder: str) -> None:
         """Make sure that a checkpoint holds these networks (`ValueError`)."""
         path = Path(folder, "model.safetensors")
-        if not path.is_file():
-            raise ValueError(f"{folder} is no checkpoint of a distillation: it has no {path.name}.")
+        if missing := [name for name in (path.name, STATE_FILE) if not Path(folder, name).is_file()]:
+            raise ValueError(
+                f"{folder} is not a whole checkpoint of a distillation: it has no {' and no '.join(missing)}; resume "
+                "from another checkpoint."
+            )
         with safe_open(path, "pt") as saved:
             shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}
         own = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
@@ -345,3 +366,7 @@ def _rows(argument: str, dataset, modalities: Sequence[str], args, labels=None) 
         return ModalityRows(dataset, modalities, args.label_column, labels=labels, optional=optional)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
+
+
+AuxiliaryDistillationTrainer = DistillationTrainer
+"""Name of the trainer in version 0.1."""

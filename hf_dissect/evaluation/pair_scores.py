@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from hf_dissect.models.tasks import forward_inputs
+from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.selection.scoring import CandidateScores, score
 
 Batch = Mapping[str, torch.Tensor]

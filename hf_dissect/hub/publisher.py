@@ -10,10 +10,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_dissect.hub.published_files import CARD_FILE, CARDS, RECIPE_FILE, without_paths
+from hf_dissect.hub.published_files import CARD_FILE, CARDS, RECIPE_FILE, remove_paths
 from hf_dissect.hub.push import Push, publish
 from hf_dissect.hub.repository import HubError, Repository
-from hf_dissect.hub.shared_recipe import published_recipe
+from hf_dissect.hub.shared_recipe import format_published_recipe
 from hf_dissect.recipe.file import read_settings
 
 logger = logging.getLogger(__name__)
@@ -144,9 +144,9 @@ class Publisher:
             name = path.relative_to(checkpoint).as_posix()
             content: Path | bytes = path
             if path.name == RECIPE_FILE:
-                content = published_recipe(read_settings(path), self.repository.repo_id)[0].encode()
+                content = format_published_recipe(read_settings(path), self.repository.repo_id)[0].encode()
             elif path.name.endswith(("config.json", "trainer_state.json")):
-                content = without_paths(path)
+                content = remove_paths(path)
             files[f"{below}/{name}"] = content
         self.repository.upload(files, message, outdated=lambda path: path.startswith(f"{below}/"))
 

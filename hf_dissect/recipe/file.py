@@ -29,6 +29,7 @@ class RecipeFile:
     """
 
     name: str
+    description: str
     training: dict[str, Any]
 
     MEANT_FOR_OTHERS: ClassVar[dict[str, str]] = {}

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from tqdm.auto import tqdm
 
-from hf_dissect.audit.embeddings import PairEmbeddings, embed_pairs
-from hf_dissect.audit.export import CleanExport, check_folder, export_clean
-from hf_dissect.audit.ledger_columns import ledger_columns, open_ledger
-from hf_dissect.audit.page import write_page
-from hf_dissect.audit.scores import match_scores, mismatched_share, p_mismatched
-from hf_dissect.audit.table import score_table, write_table
-from hf_dissect.audit.thumbnails import write_thumbnails
+from hf_dissect.auditing.embeddings import PairEmbeddings, join_embeddings
+from hf_dissect.auditing.export import CleanExport, check_folder, export_clean
+from hf_dissect.auditing.ledger_columns import read_ledger_columns, open_ledger
+from hf_dissect.auditing.page import write_page
+from hf_dissect.auditing.scores import score_matches, estimate_mismatched_share, estimate_mismatched_probability
+from hf_dissect.auditing.table import build_score_table, write_table
+from hf_dissect.auditing.thumbnails import write_thumbnails
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.distillation.saved_student import is_student
@@ -27,8 +28,8 @@ from hf_dissect.hub.pull import download_model
 from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
 from hf_dissect.recipe.recipe import DataSection, Recipe
 from hf_dissect.runs.run import first_free, load_split
-from hf_dissect.training.run_state import LEDGER_FILE
 from hf_dissect.selection import correlation_of
+from hf_dissect.selection.ledger import LEDGER_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class AuditResult:
 
     Attributes:
         folder: with `scores.parquet`, `audit.html` and `thumbnails/`.
-        table: the content of `scores.parquet`, see `score_table`.
+        table: the content of `scores.parquet`, see `build_score_table`.
         mismatched_share: about how many of the readable pairs are mismatched.
         bad_rows: pairs that cannot be read, by reason.
         auroc: of the score, where the truth is known, else None.
@@ -124,8 +125,10 @@ def audit(
     model, processor = load_model_and_processor(name_or_path=checkpoint)
     with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
         pairs = trainer.eval_dataset
-        embeddings = embed_pairs(trainer, pairs)
         is_first, device = trainer.is_world_process_zero(), trainer.args.device
+        batches = trainer.get_eval_dataloader(pairs)
+        batches = tqdm(batches, desc="reading pairs", unit="batch", disable=not is_first)
+        embeddings = join_embeddings(trainer.score_batches(batches), trainer.accelerator.gather_for_metrics)
     logit_scale, _ = logit_scale_and_bias(model)
     scores, share = _scores(embeddings, logit_scale.mean().item(), device, progress=is_first)
     if given_ledger is not None:
@@ -134,7 +137,7 @@ def audit(
         more = _own_ledger_columns(checkpoint, embeddings, pairs)
     else:
         more = {}
-    table = score_table(pairs, embeddings, scores, more)
+    table = build_score_table(pairs, embeddings, scores, more)
     bad_rows = BadRows(1.0, len(pairs))
     bad_rows.add(embeddings.sample_id, embeddings.bad_reason)
     result = AuditResult(_free_folder(Path(output_dir)), table, share, bad_rows, _auroc(embeddings, scores["score"]))
@@ -182,7 +185,7 @@ def _scores(
 ) -> tuple[dict[str, Any], float]:
     good = _good(embeddings)
     image, text = embeddings.image[good], embeddings.text[good]
-    matches = match_scores(
+    matches = score_matches(
         image,
         text,
         logit_scale=logit_scale,
@@ -194,9 +197,9 @@ def _scores(
     scores = {
         "correlation": correlation_of(image, text),
         "score": matches.score,
-        "p_mismatched": p_mismatched(matches),
+        "p_mismatched": estimate_mismatched_probability(matches),
     }
-    return scores, mismatched_share(matches)
+    return scores, estimate_mismatched_share(matches)
 
 
 def _auroc(embeddings: PairEmbeddings, score: torch.Tensor) -> float | None:
@@ -208,7 +211,7 @@ def _auroc(embeddings: PairEmbeddings, score: torch.Tensor) -> float | None:
 def _ledger_columns(ledger: Any, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:
     correlation = correlation_of(embeddings.image, embeddings.text)
     by_row = pairs.num_samples is not None
-    return ledger_columns(ledger, embeddings.sample_id, correlation, by_row=by_row)
+    return read_ledger_columns(ledger, embeddings.sample_id, correlation, by_row=by_row)
 
 
 def _own_ledger_columns(checkpoint: str, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:

@@ -26,8 +26,7 @@ from hf_dissect.distillation.data_collator import array_shape
 from hf_dissect.distillation.training_data import Columns, check_lengths, column_names
 from hf_dissect.distillation.encoders import standardisation
 from hf_dissect.distillation.recipe import DistillationDataSection, DistillationRecipe, ModalitySection
-from hf_dissect.distillation.summary import write_distillation_folder
-from hf_dissect.distillation.trainer import AuxiliaryDistillationTrainer
+from hf_dissect.distillation.trainer import DistillationTrainer
 from hf_dissect.runs.run import checkpoint_to_resume, show_progress, train_to_end
 from hf_dissect.models.tokenizer_training import train_tokenizer
 
@@ -46,14 +45,13 @@ def run_distillation(recipe: DistillationRecipe, *, resume: bool = False) -> dic
     checkpoint = checkpoint_to_resume(recipe.output_dir) if resume else None
     splits = load_columns(recipe.data)
     trainer = build_trainer(recipe, splits)
-    trainer.args.save_run_folder = False  # written below, with the figures of the test split
     train_to_end(trainer, checkpoint)
-    return write_distillation_folder(trainer, test_dataset=splits.get("test"))
+    return trainer.finish(splits.get("test"))
 
 
-def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> AuxiliaryDistillationTrainer:
+def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> DistillationTrainer:
     """The trainer of a recipe, ready to train (`ValueError` when settings and data do not fit)."""
-    arguments = AuxiliaryDistillationArguments(**recipe.training_arguments())
+    arguments = AuxiliaryDistillationArguments(**recipe.training_arguments(), save_run_folder=False)
     wanted = recipe.modalities() if arguments.weights.needs_teacher else {recipe.student.column: recipe.student}
     encoders, processors = {}, {}
     for column, section in wanted.items():
@@ -62,7 +60,7 @@ def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> 
         encoders[column], processor = load_encoder(section, splits["train"])
         if processor is not None:
             processors[column] = processor
-    trainer = AuxiliaryDistillationTrainer(
+    trainer = DistillationTrainer(
         encoders.pop(recipe.student.column),
         arguments,
         encoders,

@@ -19,7 +19,7 @@ from hf_dissect.models.loading import load_model_and_processor
 from hf_dissect.recipe.recipe import DataSection, Recipe, RecipeError
 from hf_dissect.training.run_folder import without_speed
 from hf_dissect.runs.run import load_split, zero_shot_figures
-from hf_dissect.models.tasks import number_tasks_as_saved
+from hf_dissect.data.tasks import number_tasks_as_saved
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training_args import DissectTrainingArguments
 
@@ -139,7 +139,7 @@ def recipe_of(checkpoint: str) -> Recipe | None:
     """The recipe that lies in the folder of a run or of one of its checkpoints, or on the Hub, if there is one."""
     if is_hub_address(checkpoint):
         try:
-            return pull_recipe(HubAddress.parse(checkpoint))
+            return pull_recipe(HubAddress.parse(checkpoint), kind=Recipe)
         except RecipeError as error:
             raise ValueError(f"{error}\nName the data with --data.") from error
     for folder in (Path(checkpoint), Path(checkpoint).parent):

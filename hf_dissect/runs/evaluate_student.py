@@ -29,7 +29,7 @@ from hf_dissect.runs.evaluate import data_section
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import METRICS_FILE, RECIPE_FILE
 from hf_dissect.hub.pull import download_model
-from hf_dissect.hub.shared_recipe import shareable
+from hf_dissect.hub.shared_recipe import select_shareable
 from hf_dissect.recipe.fields import Faults, RecipeError, read_section
 from hf_dissect.recipe.file import read_settings
 from hf_dissect.report.tables import mapping
@@ -140,7 +140,7 @@ def _origin(folder: Path, checkpoint: str, is_own: bool) -> _Origin:
         return _Origin(*names, settings.get("max_caption_length"), None)
     settings, faults = read_settings(recipe), Faults()
     if not is_own:
-        settings = shareable(settings)[0]
+        settings = select_shareable(settings)[0]
     # The rest of it is for the training, and may lack what is of another machine.
     student = read_section(ModalitySection, settings.get("student"), "student", faults)
     data = read_section(DistillationDataSection, settings.get("data"), "data", faults)

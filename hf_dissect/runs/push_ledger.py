@@ -13,11 +13,10 @@ from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.hub.published_files import check_private
 from hf_dissect.hub.push import Push
 from hf_dissect.hub.repository import HubError, Repository
-from hf_dissect.hub.shared_recipe import shareable
-from hf_dissect.selection.ledger_files import ID_COLUMN, scored, write_tables
+from hf_dissect.hub.shared_recipe import select_shareable
+from hf_dissect.selection.ledger_files import ID_COLUMN, find_scored, write_tables
 from hf_dissect.recipe.file import read_settings
-from hf_dissect.training.run_state import LEDGER_FILE
-from hf_dissect.selection.ledger import SavedLedger, read_ledger
+from hf_dissect.selection.ledger import LEDGER_FILE, SavedLedger, read_ledger
 
 _TEMPLATE = "ledger.md.jinja"
 _DATA_FOLDER = "data"
@@ -62,10 +61,10 @@ def push_ledger(
     if not (folder / LEDGER_FILE).is_file():
         raise HubError(f"{folder} has no {LEDGER_FILE}; name the folder of a run, such as runs/quickstart.")
     ledger = read_ledger(folder / LEDGER_FILE)
-    if not scored(ledger).any():
+    if not find_scored(ledger).any():
         raise HubError(f"{folder}: its ledger holds no score; the run has scored no pair yet.")
     recipe_file = folder / "recipe.yaml"
-    settings = shareable(read_settings(recipe_file))[0] if recipe_file.is_file() else {}
+    settings = select_shareable(read_settings(recipe_file))[0] if recipe_file.is_file() else {}
     with tempfile.TemporaryDirectory() as place:
         tables = write_tables(ledger, Path(place))
         repository = Repository.open(repo_id, "dataset", private=private, revision=revision, token=token)
@@ -88,7 +87,7 @@ def ledger_card(ledger: SavedLedger, settings: Mapping[str, Any], repo_id: str) 
     """
     data, selection = (settings.get(name) or {} for name in ("data", "selection"))
     hub_data = data.get("path") if data.get("source") == "hub" else None
-    count = int(scored(ledger).sum())
+    count = int(find_scored(ledger).sum())
     metadata = {
         "pretty_name": f"Scores of pairs: {settings.get('name', repo_id.split('/')[-1])}",
         "tags": ["hf_dissect", "sample-selection", "image-text", "clip"],

@@ -18,7 +18,6 @@ from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.loading import freeze_tower, load_model_and_processor, networks_of
 from hf_dissect.training.progress import RunProgress
 from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
-from hf_dissect.training.run_folder import write_run_folder
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.models.twin_encoder import TwinDualEncoder
@@ -43,7 +42,7 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     Raises:
         ValueError: settings and data do not fit, see `DissectTrainer`, `load_splits` and `load_model_and_processor`.
     """
-    arguments = DissectTrainingArguments(**recipe.training_arguments())
+    arguments = DissectTrainingArguments(**recipe.training_arguments(), save_run_folder=False)
     splits = load_data(recipe) if splits is None else splits
     pairs = {split: as_pairs(rows, **arguments.column_names()) for split, rows in splits.items()}
     # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
@@ -126,7 +125,6 @@ def run_recipe(
     splits = load_data(recipe) if splits is None else splits
     trainer = build_trainer(recipe, splits)
     processor = trainer.processing_class
-    trainer.args.save_run_folder = False  # written below, with the figures of the recipe's evaluation section
     train_to_end(trainer, checkpoint)
 
     def zero_shot() -> dict[str, float]:
@@ -134,10 +132,9 @@ def run_recipe(
         with trainer.times.measure("evaluation"):
             return {} if section is None else zero_shot_figures(trainer.model, processor, section, recipe)
 
-    return write_run_folder(
-        trainer,
+    return trainer.finish(
+        splits.get("test"),
         name=name,
-        test_dataset=splits.get("test"),
         more_figures=zero_shot,
         retrieval=recipe.evaluation.retrieval,
         noise_detection=recipe.evaluation.noise_detection,

@@ -1,6 +1,7 @@
-"""Scores of pairs as Parquet, written from a run's ledger and read from wherever such scores lie."""
+"""Scores of pairs as Parquet files, written from the ledger of a run and read from any place on this machine."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,12 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import snapshot_download
 
-from hf_dissect.hub.address import HubAddress, is_hub_address
-from hf_dissect.hub.repository import told
-from hf_dissect.selection.ledger import SavedLedger, read_ledger
-from hf_dissect.training.run_state import LEDGER_FILE
+from hf_dissect.selection.ledger import LEDGER_FILE, SavedLedger, read_ledger
 
 ID_COLUMN = "sample_id"
 PAIRS_PER_FILE = 5_000_000
@@ -24,9 +21,9 @@ _HEADER = b"hf_dissect.ledger"
 def write_tables(ledger: SavedLedger, folder: Path) -> list[Path]:
     """Write `train-*.parquet` files with `sample_id` int64 and the columns, float32, null where never scored.
 
-    The pairs are in the order of their ids; those without any score are left out.
+    Pairs are written in the order of their ids; those without any score are left out.
     """
-    (places,) = scored(ledger).nonzero(as_tuple=True)
+    (places,) = find_scored(ledger).nonzero(as_tuple=True)
     places = places[ledger.ids[places].argsort()]
     names = sorted(ledger.columns)
     header = {"num_samples": ledger.num_samples, "columns": names}
@@ -45,32 +42,32 @@ def write_tables(ledger: SavedLedger, folder: Path) -> list[Path]:
     return files
 
 
-def scored(ledger: SavedLedger) -> torch.Tensor:
-    """Which pairs have any score, bool `(n,)`."""
+def find_scored(ledger: SavedLedger) -> torch.Tensor:
+    """Return a mask of the pairs that have any score, bool `(n,)`."""
     return torch.stack([~values.isnan() for values in ledger.columns.values()]).any(0)
 
 
-def read_scores(source: str) -> SavedLedger:
-    """Scores of pairs from a run folder, a checkpoint, a folder or file of Parquet, or a data set of the Hub.
+def read_scores(path: str | os.PathLike, name: str | None = None) -> SavedLedger:
+    """Read scores of pairs from a run folder, a checkpoint, a ledger file, or a folder or file of Parquet.
 
     Args:
-        source: a path, or `hub:USER/REPO`.
+        path: Folder or file.
+        name: Name of the scores in errors; `path` by default.
 
     Raises:
-        FileNotFoundError: there is no ledger.
-        ValueError: what is there is none, or its ids repeat.
-        HubError: there is no such data set, or it cannot be reached.
+        FileNotFoundError: There is no ledger.
+        ValueError: The ledger is damaged or something else, or its ids repeat.
     """
-    path = _download(HubAddress.parse(source)) if is_hub_address(source) else Path(source).expanduser()
+    name, path = str(path) if name is None else name, Path(path).expanduser()
     if (path / LEDGER_FILE).is_file() or path.suffix == ".safetensors":
         return read_ledger(path if path.suffix == ".safetensors" else path / LEDGER_FILE)
     files = [path] if path.suffix == ".parquet" else sorted(_parquet_files(path))
     if not files or not files[0].is_file():
         raise FileNotFoundError(
-            f"selection.ledger {source!r}: there is no {LEDGER_FILE} and no Parquet file of scores; name the folder "
+            f"selection.ledger {name!r}: there is no {LEDGER_FILE} and no Parquet file of scores; name the folder "
             "of a run, or a data set that hf-dissect push-ledger published (hub:USER/REPO)."
         )
-    return _read_tables(source, files)
+    return _read_tables(name, files)
 
 
 def _parquet_files(folder: Path) -> Iterator[Path]:
@@ -78,31 +75,22 @@ def _parquet_files(folder: Path) -> Iterator[Path]:
     yield from folder.glob("data/*.parquet")
 
 
-def _download(address: HubAddress) -> Path:
-    with told(address.repo_id, "dataset"):
-        return Path(
-            snapshot_download(
-                address.repo_id, repo_type="dataset", revision=address.revision, allow_patterns="data/*.parquet"
-            )
-        )
-
-
-def _read_tables(source: str, files: list[Path]) -> SavedLedger:
+def _read_tables(name: str, files: list[Path]) -> SavedLedger:
     try:
         tables = [pq.read_table(file) for file in files]
         header = json.loads((tables[0].schema.metadata or {})[_HEADER])
         table = pa.concat_tables(tables).combine_chunks()
         ids = torch.from_numpy(table[ID_COLUMN].to_numpy().astype(np.int64))
-        columns = {name: _floats(table[name]) for name in header["columns"]}
+        columns = {column: _floats(table[column]) for column in header["columns"]}
         num_samples = header["num_samples"]
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(
-            f"selection.ledger {source!r}: {files[0].name} holds no scores as hf-dissect push-ledger writes them "
+            f"selection.ledger {name!r}: {files[0].name} holds no scores as hf-dissect push-ledger writes them "
             f"({type(error).__name__}: {error})."
         ) from error
     in_range = len(ids) == 0 or (ids.min() >= 0 and (num_samples is None or ids.max() < num_samples))
     if len(ids.unique()) < len(ids) or not in_range:
-        raise ValueError(f"selection.ledger {source!r}: its ids are repeated, negative or too large.")
+        raise ValueError(f"selection.ledger {name!r}: its ids are repeated, negative or too large.")
     return SavedLedger(num_samples, ids, columns, {})
 
 

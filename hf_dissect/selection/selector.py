@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from hf_dissect.data.bad_rows import BadRows
+from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import key_hash
 from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import contrastive_kind
-from hf_dissect.models.tasks import forward_inputs
-
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.scope import Kept, gather_selection, rebalance, select_from_all, select_from_own
 from hf_dissect.selection.scoring import CandidateScores, correlation_of, score
 from hf_dissect.selection.strategies import make_strategy
@@ -78,6 +78,7 @@ class OnlineSelector:
         strategy: `SelectionStrategy` in use.
         bad_rows: `BadRows` met so far.
         epoch: Current epoch, counted from 0.
+        updated_epoch: Last epoch for which strategy and objective renewed what holds for an epoch.
 
     Raises:
         ValueError: `ratio` or `scope` is not allowed, or the strategy does not exist.
@@ -121,7 +122,7 @@ class OnlineSelector:
         self.trace = SelectionTrace() if trace is None else trace
         self.hooks = hooks
         self.epoch = 0
-        self._updated_epoch = 0  # the last one for which strategy and objective renewed what holds for an epoch
+        self.updated_epoch = 0
         self._step = 0
 
     def begin_epoch(self, epoch: int, renew: Callable[[SampleLedger], None] | None = None) -> None:
@@ -133,8 +134,8 @@ class OnlineSelector:
             renew: Function of the ledger that renews what else holds for an epoch, such as the labels of an objective.
         """
         self.epoch = epoch
-        if epoch > self._updated_epoch:
-            self._updated_epoch = epoch
+        if epoch > self.updated_epoch:
+            self.updated_epoch = epoch
             self.strategy.update(self.ledger)
             if renew is not None:
                 renew(self.ledger)
@@ -195,6 +196,11 @@ class OnlineSelector:
         return scores
 
     @property
+    def monitor(self) -> SelectionMonitor:
+        """Figures of the selections."""
+        return self.trace.monitor
+
+    @property
     def scores_candidates(self) -> bool:
         """Whether the candidates of the current epoch are scored before the selection."""
         return self.scores_all or self.strategy.needs_scores(self.epoch)
@@ -227,11 +233,11 @@ class OnlineSelector:
 
     def pop_logs(self) -> dict[str, float]:
         """Return the figures since the last call, as `selection_*`."""
-        return self.trace.monitor.pop_logs()
+        return self.monitor.pop_logs()
 
     def reset(self, step: int = 0) -> None:
         """Count epochs from the beginning again, and discard what was traced of steps from `step` on."""
-        self.epoch, self._updated_epoch, self._step = -1, 0, step
+        self.epoch, self.updated_epoch, self._step = -1, 0, step
         self.trace.restart(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,15 +245,15 @@ class OnlineSelector:
         self.trace.flush()
         return {
             "epoch": self.epoch,
-            "updated_epoch": self._updated_epoch,
-            "monitor": self.trace.monitor.state_dict(),
+            "updated_epoch": self.updated_epoch,
+            "monitor": self.monitor.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
         self.epoch = state["epoch"]
-        self._updated_epoch = state["updated_epoch"]
-        self.trace.monitor.load_state_dict(state["monitor"])
+        self.updated_epoch = state["updated_epoch"]
+        self.monitor.load_state_dict(state["monitor"])
 
     def _agree(self, num_good: int) -> list[int]:
         if self.hooks.agree is not None:

@@ -72,9 +72,7 @@ class ModelCardCallback(TrainerCallback):
         """Write the card of the run so far."""
         self._try_to_write(args, state)
 
-    def finish(
-        self, args: TrainingArguments, state: TrainerState, metrics: Mapping[str, Any], evaluated: str
-    ) -> None:
+    def finish(self, args: TrainingArguments, state: TrainerState, metrics: Mapping[str, Any], evaluated: str) -> None:
         """Write the card of the finished run: from now on, it shows these metrics of the split `evaluated`."""
         self._results = metrics, evaluated
         self.write(args, state)

@@ -1,20 +1,20 @@
-"""Wall-clock of the parts of a run, so that selection is charged with what it costs."""
+"""Wall-clock time of the parts of a run, so that selection is charged with what it costs."""
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
 class TimeSpent:
-    """Seconds by part ("data", "scoring", ...); what is measured inside another part counts for the inner one only."""
+    """Seconds by part ("data", "scoring", ...); time measured inside another part counts for the inner one only."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._open: list[list] = []  # [part, its start, seconds of the finished parts inside it]
 
     @contextmanager
-    def measure(self, part: str):
+    def measure(self, part: str) -> Iterator[None]:
         """Charge the time of the block to `part`."""
         self._open.append([part, time.perf_counter(), 0.0])
         try:
@@ -30,7 +30,7 @@ class TimeSpent:
         return self.seconds.get(part, 0.0)
 
     def so_far(self) -> dict[str, float]:
-        """Seconds by part, what is under way included."""
+        """Return seconds by part, including what is under way."""
         seconds = defaultdict(float, self.seconds)
         end = time.perf_counter() if self._open else 0.0
         for part, start, inside in reversed(self._open):
@@ -40,10 +40,14 @@ class TimeSpent:
 
     @property
     def total(self) -> float:
-        """Seconds of everything measured, what is under way included."""
+        """Seconds of everything measured, including what is under way."""
         return sum(self.so_far().values())
 
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Count what an earlier part of the run took."""
-        for part, spent in seconds.items():
+    def state_dict(self) -> dict[str, float]:
+        """Return the seconds so far."""
+        return self.so_far()
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Add what the run took before it was resumed."""
+        for part, spent in state.items():
             self.seconds[part] += spent

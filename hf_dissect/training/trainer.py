@@ -178,7 +178,7 @@ class BaseTrainer(Trainer):
             raise StoppedBySignal(str(last_complete_checkpoint(self.args.output_dir)))
         return output
 
-    def finish(self, test_dataset: Any = None, **options: Any) -> dict[str, Any]:
+    def finish(self, test_dataset: Any = None, *, name: str | None = None, **options: Any) -> dict[str, Any]:
         """Evaluate the trained model and write the run folder; called on all ranks, written by the first.
 
         The folder gets the model and what belongs to it, `recipe.yaml` when the run has one, `metrics.json`, a report
@@ -186,6 +186,7 @@ class BaseTrainer(Trainer):
 
         Args:
             test_dataset: Data of the final figures; None for the trainer's `eval_dataset`.
+            name: Name of the run in report and figures; None for its own.
             options: Keyword arguments of `final_figures`.
 
         Returns:
@@ -193,7 +194,6 @@ class BaseTrainer(Trainer):
         """
         # First, so that nothing that follows can cost the trained model; not pushed before the rest is there.
         self.save_model(_internal_call=True)
-        name = options.pop("name", None)
         final = self.final_figures(test_dataset, **options)
         metrics = {**self.run_metrics(final), **self.gathered_metrics()}
         if name is not None:

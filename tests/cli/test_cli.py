@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_recipe import STEPS, tiny_settings, write_tiny_recipe
+from testing.tiny_recipe import STEPS, tiny_settings, write_tiny_recipe
 from transformers import AutoModel, AutoProcessor
 
 from hf_dissect import SampleLedger, __version__, make_scenes

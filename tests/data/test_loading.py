@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from tar_files import write_tar
+from testing.tar_files import write_tar
 
 from hf_dissect.data.loading import load_splits
 from hf_dissect.data.scenes.drawing import make_scenes

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from shard_server import DATASET, serving
-from tar_files import write_tar
+from testing.shard_server import DATASET, serving
+from testing.tar_files import write_tar
 
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs

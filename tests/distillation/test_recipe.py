@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import tiny_models
 from datasets import Array2D, Dataset, Features, List, Value
-from tiny_modalities import tiny_arguments, tiny_auxiliaries, tiny_columns, tiny_student
+from testing import tiny_models
+from testing.tiny_modalities import tiny_arguments, tiny_auxiliaries, tiny_columns, tiny_student
 from transformers import AutoModel, CLIPVisionModel
 
 from hf_dissect.cli import main

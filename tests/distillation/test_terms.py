@@ -134,7 +134,7 @@ def test_the_adversary_learns_to_tell_and_goes_on_from_its_state():
     assert train(whole, range(60)) > 0.9
     train(first, range(30))
     resumed = Adversary(Discriminator(4, 4, 8), learning_rate=1e-2)
-    resumed.restore(first.state())
+    resumed.load_state_dict(first.state_dict())
     train(resumed, range(30, 60))
     for name, weight in whole.discriminator.state_dict().items():
         assert torch.equal(weight, resumed.discriminator.state_dict()[name])

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from tiny_modalities import CLASSES, tiny_auxiliaries, tiny_columns, tiny_student, tiny_trainer, weights_of
+from testing.tiny_modalities import CLASSES, tiny_auxiliaries, tiny_columns, tiny_student, tiny_trainer, weights_of
 from transformers import TrainerCallback
 
 from hf_dissect.data.bad_rows import TooManyBadRows
@@ -323,5 +323,5 @@ def test_the_watch_warns_once_of_a_weak_teacher_and_a_saturated_discriminator(ca
     assert watch.warned == ["discriminator", "teacher"]
     assert [record.message[:11] for record in caplog.records] == ["The discrim", "The teacher"]
     again = Watch(0.05, 0.98)
-    again.restore(json.loads(json.dumps(watch.state())))
-    assert again.state() == watch.state()
+    again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert again.state_dict() == watch.state_dict()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_recipe import tiny_recipe
+from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect.runs.run import run_recipe
 

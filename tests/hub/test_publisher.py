@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from hub_client import TOKEN
-from loopback_hub import Fault, LoopbackHub
 from peft import PeftModel
 from safetensors.torch import load
-from tiny_recipe import tiny_recipe
+from testing import tiny_models
+from testing.hub_client import TOKEN
+from testing.loopback_hub import Fault, LoopbackHub
+from testing.tiny_recipe import tiny_recipe
 from transformers import AutoModel, CLIPModel
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, load_model_and_processor

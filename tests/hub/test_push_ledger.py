@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import datasets
-import hub_client
 import pytest
 import torch
 import yaml
 from huggingface_hub import DatasetCard
-from loopback_hub import Fault, LoopbackHub
-from tiny_recipe import tiny_recipe
+from testing import hub_client
+from testing.loopback_hub import Fault, LoopbackHub
+from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect.cli import main
 from hf_dissect.hub.repository import HubError

@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
-import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import Wrapper, tiny_inputs, with_lora, with_mola
-from tiny_recipe import tiny_recipe
+from testing import tiny_models
+from testing.tiny_models import Wrapper, tiny_inputs, with_lora, with_mola
+from testing.tiny_recipe import tiny_recipe
 from transformers import AutoModel
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, load_model_and_processor, make_scenes

@@ -3,9 +3,9 @@
 import math
 
 import pytest
-import tiny_models
 import torch
-from tiny_models import CAPTIONS, FAMILIES, Wrapper, tiny_inputs, with_lora
+from testing import tiny_models
+from testing.tiny_models import CAPTIONS, FAMILIES, Wrapper, tiny_inputs, with_lora
 from torch import nn
 from transformers import BertConfig, BertModel
 

@@ -4,8 +4,8 @@ import importlib
 import math
 
 import pytest
-import tiny_models
 import torch
+from testing import tiny_models
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 import hf_dissect.models.feature_encoder

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from PIL import Image
-from tiny_models import CAPTIONS, tiny_configs, tiny_inputs
+from testing import tiny_models
+from testing.tiny_models import CAPTIONS, tiny_configs, tiny_inputs
 from tokenizers import processors
 from transformers import CLIPTokenizer
 

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-import tiny_models
 import torch
-from tiny_models import CAPTIONS, FAMILIES, Wrapper, tiny_configs, tiny_inputs, with_lora
+from testing import tiny_models
+from testing.tiny_models import CAPTIONS, FAMILIES, Wrapper, tiny_configs, tiny_inputs, with_lora
 from transformers import AutoModel, AutoProcessor
 
 from hf_dissect.models.loading import check_dual_encoder, load_model_and_processor, same_architecture

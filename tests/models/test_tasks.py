@@ -3,14 +3,16 @@
 import logging
 
 import pytest
-import tiny_models
 import torch
 from datasets import ClassLabel, Dataset
-from tiny_models import Wrapper, with_lora, with_mola
+from testing import tiny_models
+from testing.tiny_models import Wrapper, with_lora, with_mola
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.data import as_pairs
-from hf_dissect.models.tasks import Decorrelation, forward_inputs, number_tasks_as_saved, save_task_names
+from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.tasks import number_tasks_as_saved, save_task_names
+from hf_dissect.models.tasks import Decorrelation
 from hf_dissect.mola import mola_routing
 
 FAMILIES = ["tiny_clip", "tiny_siglip", "tiny_dual_encoder"]
@@ -104,7 +106,7 @@ def test_other_models_are_not_told_of_tasks(tmp_path):
     loss, decorrelation = torch.tensor(2.0), Decorrelation()
     for model in (plain, with_lora(lora), Wrapper(with_mola(mola, decorrelation_weight=0.0))):
         assert set(forward_inputs(model, batch)) == {"pixel_values"}
-        assert decorrelation.added_to(loss, model, batch) is loss and decorrelation.pop_logs() == {}
+        assert decorrelation.add_to(loss, model, batch) is loss and decorrelation.pop_logs() == {}
 
 
 def test_training_without_tasks_is_refused_before_it_starts(tmp_path):
@@ -194,7 +196,7 @@ def test_scoring_does_not_move_the_statistics_of_the_router(tmp_path):
     statistics = {name: value.clone() for name, value in trainer.model.named_buffers() if "mola_router" in name}
     assert any("running_mean" in name for name in statistics)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(16)])
-    trainer._score(batch, batch["sample_id"], torch.arange(16))
+    trainer.selector.score(trainer.model, batch, batch["sample_id"], torch.arange(16))
     assert all(torch.equal(value, trainer.model.get_buffer(name)) for name, value in statistics.items())
     trainer.compute_loss(trainer.model, batch)
     assert any(not torch.equal(value, trainer.model.get_buffer(name)) for name, value in statistics.items())

@@ -1,14 +1,15 @@
 """Two dual encoders in one: what they answer, how GSC+ trains each by the other's labels, and what a run leaves."""
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from tiny_recipe import tiny_recipe
+from testing import tiny_models
+from testing.tiny_recipe import tiny_recipe
 from transformers import AutoModel, CLIPModel
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, SampleLedger, TwinDualEncoder
 from hf_dissect.data import shuffle_captions
+from hf_dissect.evaluation.selection_figures import label_figures
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.gsc import GscLoss, gsc_evidence
 from hf_dissect.models.loading import check_dual_encoder, clamp_logit_scale_, contrastive_kind, freeze_tower
@@ -16,7 +17,6 @@ from hf_dissect.models.loading import logit_scale_and_bias as scale_and_bias
 from hf_dissect.objective import GscObjective, Objective
 from hf_dissect.recipe.recipe import RecipeError
 from hf_dissect.runs.run import build_trainer, run_recipe
-from hf_dissect.training.run_folder import label_figures
 
 IDS = torch.arange(4)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from browser import Visit, chromium, expect
 from PIL import Image
+from testing.browser import Visit, chromium, expect
 
-from hf_dissect.audit.page import write_page
-from hf_dissect.audit.thumbnails import write_thumbnails
+from hf_dissect.auditing.page import write_page
+from hf_dissect.auditing.thumbnails import write_thumbnails
 from hf_dissect.data import as_pairs, make_scenes
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.report.page import PairSample, RunSummary, write_report

@@ -8,13 +8,13 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny_models
 import torch
-from tiny_recipe import tiny_recipe
+from testing import tiny_models
+from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger, load_model_and_processor, make_scenes
-from hf_dissect.audit import audit
-from hf_dissect.audit.ledger_columns import ledger_columns, open_ledger
+from hf_dissect.runs.audit import audit
+from hf_dissect.auditing.ledger_columns import read_ledger_columns, open_ledger
 from hf_dissect.cli import main
 from hf_dissect.data import shuffle_captions
 from hf_dissect.evaluation import noise_detection_metrics
@@ -120,13 +120,13 @@ def test_labels_of_hashed_ids(tmp_path):
         ledger.write(name, torch.tensor([70, 80]), torch.tensor(values))
     ledger.save(tmp_path / "ledger.safetensors")
     ids, correlation = torch.tensor([80, 5, 70]), torch.zeros(3)
-    columns = ledger_columns(open_ledger(tmp_path), ids, correlation, by_row=False)
+    columns = read_ledger_columns(open_ledger(tmp_path), ids, correlation, by_row=False)
     assert set(columns) == {"ledger_correlation", "ledger_y_cm", "ledger_y_im", "ledger_label"}
     torch.testing.assert_close(columns["ledger_label"], torch.tensor([0.2, torch.nan, 0.5]), equal_nan=True)
     with pytest.raises(ValueError, match="None of the pairs is in the ledger"):
-        ledger_columns(open_ledger(tmp_path), torch.tensor([1]), torch.zeros(1), by_row=False)
+        read_ledger_columns(open_ledger(tmp_path), torch.tensor([1]), torch.zeros(1), by_row=False)
     with pytest.raises(ValueError, match="arbitrary ids, the data the row numbers of 1 pairs"):
-        ledger_columns(open_ledger(tmp_path), torch.tensor([70]), torch.zeros(1), by_row=True)
+        read_ledger_columns(open_ledger(tmp_path), torch.tensor([70]), torch.zeros(1), by_row=True)
 
 
 def test_unreadable_rows_are_listed_and_not_exported(run, tmp_path):

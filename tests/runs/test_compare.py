@@ -5,11 +5,11 @@ import statistics
 
 import pytest
 from safetensors.torch import load_file
-from tiny_recipe import tiny_recipe
+from testing.tiny_recipe import tiny_recipe
 from torch import equal
 
-from hf_dissect.runs.compare import compare
 from hf_dissect.recipe.recipe import Recipe, RecipeError
+from hf_dissect.runs.compare import compare
 
 ALL = ["none", "random", "big_loss", "small_loss", "clipscore", "dissect", "dissect:momentum"]
 

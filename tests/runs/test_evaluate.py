@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
-from tiny_recipe import tiny_recipe, tiny_settings
+from testing import tiny_models
+from testing.tiny_recipe import tiny_recipe, tiny_settings
 
 from hf_dissect import load_model_and_processor, make_scenes
 from hf_dissect.data import make_scene_classes
 from hf_dissect.data.images import decode_image
-from hf_dissect.runs.evaluate import evaluate_checkpoint
 from hf_dissect.recipe.recipe import Recipe
+from hf_dissect.runs.evaluate import evaluate_checkpoint
 from hf_dissect.runs.run import run_recipe
 
 

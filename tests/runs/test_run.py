@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_recipe import STEPS, TOWER, tiny_recipe
+from testing.tiny_recipe import STEPS, TOWER, tiny_recipe
 
 from hf_dissect import make_scenes
 from hf_dissect.data import make_scene_classes

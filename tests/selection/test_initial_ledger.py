@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_recipe import tiny_recipe, tiny_settings
+from testing.tiny_recipe import tiny_recipe, tiny_settings
 
 from hf_dissect import DissectTrainingArguments
 from hf_dissect.cli import main

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.test_utils import execute_subprocess_async
 from safetensors.torch import load_file
-from tiny_recipe import write_tiny_recipe
+from testing.tiny_recipe import write_tiny_recipe
 from transformers import AutoModel
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ def train(*arguments: str) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     launch += ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")]
     execute_subprocess_async(
-        [*launch, str(ROOT / "tests" / "fsdp2_on_cpu.py"), "train", *arguments],
+        [*launch, str(ROOT / "tests" / "testing" / "fsdp2_on_cpu.py"), "train", *arguments],
         env=environment,
         timeout=300,
         echo=False,

@@ -12,7 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.test_utils import execute_subprocess_async
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
-from tiny_recipe import write_tiny_recipe
+from testing.tiny_recipe import write_tiny_recipe
 
 from hf_dissect import DissectTrainingArguments
 from hf_dissect.cli import main

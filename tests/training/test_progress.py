@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tiny_recipe import STEPS, tiny_recipe
+from testing.tiny_recipe import STEPS, tiny_recipe
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
 from hf_dissect.runs.run import build_trainer

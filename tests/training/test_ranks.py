@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-import two_ranks
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from testing import two_ranks
 
 from hf_dissect.distributed import Ranks
 
@@ -77,7 +77,7 @@ def test_two_processes_train_compare_and_agree(tmp_path):
         "HF_HUB_OFFLINE": "1",
     }
     finished = subprocess.run(
-        [*launch, str(ROOT / "tests" / "two_ranks.py"), str(tmp_path)],
+        [*launch, str(ROOT / "tests" / "testing" / "two_ranks.py"), str(tmp_path)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -10,15 +10,15 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import faulty_run
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from faulty_run import KILLED_IN, SAVE_STEPS, STEPS, make_trainer
 from safetensors.torch import load_file
-from tiny_recipe import write_tiny_recipe
+from testing import faulty_run
+from testing.faulty_run import KILLED_IN, SAVE_STEPS, STEPS, make_trainer
+from testing.tiny_recipe import write_tiny_recipe
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer
@@ -30,9 +30,8 @@ from hf_dissect.training.checkpoints import (
     publish,
     remove_unfinished,
 )
-from hf_dissect.training.interruption import DataWorkerDied, StoppedBySignal, StopRequest, death_of_a_worker_told
+from hf_dissect.training.interruption import DataWorkerDied, StoppedBySignal, StopRequest, explain_dead_worker
 from hf_dissect.training.non_finite import NonFiniteLossError
-from hf_dissect.training.run_folder import run_metrics
 
 ROOT = Path(__file__).parents[2]
 STOP = 11  # neither a step that logs nor one that saves; the last checkpoint is that of step 9
@@ -57,7 +56,7 @@ def interrupt() -> None:
 
 def outcome(trainer: DissectTrainer) -> dict:
     """All that a run leaves behind and that does not depend on the clock."""
-    metrics = run_metrics(trainer, "run", {})
+    metrics = {**trainer.run_metrics({}), **trainer.gathered_metrics()}
     tensors = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     tensors |= {f"ledger {name}": trainer.ledger.column(name).clone() for name in trainer.ledger.columns}
     if trainer.ledger.ids is not None:
@@ -67,7 +66,7 @@ def outcome(trainer: DissectTrainer) -> dict:
         "choices": pq.read_table(Path(trainer.args.output_dir) / "selection.parquet").to_pylist(),
         "logs": without_times(trainer.state.log_history),
         "metrics": {name: metrics[name] for name in ("steps", "selection", "bad_rows", "num_pairs")},
-        "bad rows": trainer.bad_rows.state(),
+        "bad rows": trainer.bad_rows.state_dict(),
         "best": trainer.state.best_model_checkpoint and Path(trainer.state.best_model_checkpoint).name,
     }
 
@@ -138,10 +137,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(case, tmp_path):
     assert outcome(trainer) == whole
     assert whole["metrics"]["bad_rows"]["count"] == settings.get("bad_row", 0)
     spent = trainer.times.so_far()
-    assert all(spent[part] > seconds > 0 for part, seconds in state["times"].items()), (spent, state["times"])
+    assert all(spent[part] > seconds > 0 for part, seconds in state["parts"]["times"].items()), (spent, state["parts"])
     # The loss that `train` returns is that of its own steps; the logs, each of 4 steps, are those of the whole run.
     logged = sum(4 * entry["loss"] for entry in whole["logs"] if entry["step"] > 9 and "loss" in entry)
-    assert mean_loss == pytest.approx((logged - state["ranks"][0]["loss_since_log"][0]) / (STEPS - 9), rel=1e-5)
+    assert mean_loss == pytest.approx((logged - state["ranks"][0]["loss_since_log"]["loss"]) / (STEPS - 9), rel=1e-5)
     if settings.get("load_best_model_at_end"):
         best = {json.loads(path.read_text())["best_model_checkpoint"] for path in tmp_path.rglob("trainer_state.json")}
         assert all(Path(name).parent.parent == tmp_path and Path(name).is_dir() for name in best), best
@@ -288,7 +287,7 @@ WRITES = {
     "tokenizer": FullForTheTokenizer,
     "optimiser": full_from("_save_optimizer_and_scheduler", before=True),
     "state of the Trainer": full_from("_save_rng_state", before=False),
-    "state of the selection": full_from("loss_since_log", before=True),
+    "state of the selection": full_from("stateful_parts", before=True),
 }
 
 
@@ -377,7 +376,7 @@ def test_a_second_sigterm_ends_at_once():
     child = os.fork()
     if child == 0:
         request = StopRequest()
-        with request.heeded():
+        with request.listening():
             os.kill(os.getpid(), signal.SIGTERM)
             survived = request.made
             os.kill(os.getpid(), signal.SIGTERM)
@@ -416,9 +415,9 @@ def test_a_data_worker_dies_while_a_batch_is_taken_over_from_it(tmp_path):
     worker.kill()
     worker.join()
     checkpoint(tmp_path / "checkpoint-3")
-    with pytest.raises(DataWorkerDied, match="checkpoint-3"), death_of_a_worker_told(tmp_path):
+    with pytest.raises(DataWorkerDied, match="checkpoint-3"), explain_dead_worker(tmp_path):
         queue.get()
-    with pytest.raises(FileNotFoundError, match="nowhere"), death_of_a_worker_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"), explain_dead_worker(tmp_path):
         open(tmp_path / "nowhere")
 
 
@@ -430,10 +429,10 @@ def test_the_death_of_a_data_worker_strikes_in_the_middle_of_something_else(tmp_
         except RuntimeError:
             {}.pop("made by a thread that was about to start")
 
-    with pytest.raises(DataWorkerDied, match=r"DataLoader worker \(pid 7\)"), death_of_a_worker_told(tmp_path):
+    with pytest.raises(DataWorkerDied, match=r"DataLoader worker \(pid 7\)"), explain_dead_worker(tmp_path):
         with cleaning_up():
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    with pytest.raises(RuntimeError, match="something else"), death_of_a_worker_told(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), explain_dead_worker(tmp_path):
         raise RuntimeError("something else")
 
 

@@ -4,12 +4,13 @@ import json
 import math
 
 import pytest
-import tiny_models
+from testing import tiny_models
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.data import shuffle_captions
+from hf_dissect.summary import SHOWN_SETTINGS
 from hf_dissect.training.checkpoints import last_complete_checkpoint
-from hf_dissect.training.run_folder import changed_settings, run_metrics, write_json, write_run_folder
+from hf_dissect.training.run_folder import changed_settings, write_json
 
 METRICS = {
     "name",
@@ -55,7 +56,7 @@ def trainer(tmp_path) -> DissectTrainer:
 
 
 def test_metrics_say_what_was_trained_and_what_came_out(trainer, tmp_path):
-    metrics = write_run_folder(trainer, name="mine", more_figures=lambda: {"zero_shot_accuracy@1": 0.5})
+    metrics = trainer.finish(name="mine", more_figures=lambda: {"zero_shot_accuracy@1": 0.5})
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text()) and metrics.keys() == METRICS
     assert (metrics["name"], metrics["strategy"], metrics["seed"], metrics["steps"]) == ("mine", "dissect", 42, 8)
     assert metrics["final"]["zero_shot_accuracy@1"] == 0.5 and metrics["final"]["recall_sum"] > 0
@@ -70,7 +71,7 @@ def test_metrics_say_what_was_trained_and_what_came_out(trainer, tmp_path):
 
 
 def test_files_beside_the_model(trainer, tmp_path):
-    write_run_folder(trainer)
+    trainer.finish()
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names >= {"model.safetensors", "ledger.safetensors", "metrics.json", "report.html", "README.md"}
     assert "recipe.yaml" not in names and not [name for name in names if name.endswith(".tmp")]
@@ -78,18 +79,18 @@ def test_files_beside_the_model(trainer, tmp_path):
 
 
 def test_the_trainer_can_be_used_after_the_folder_was_written(trainer):
-    metrics = write_run_folder(trainer)
+    metrics = trainer.finish()
     again = trainer.evaluate()
     assert again["eval_recall_sum"] == metrics["final"]["recall_sum"]
 
 
 def test_parts_can_be_left_out(trainer):
-    metrics = write_run_folder(trainer, retrieval=False, noise_detection=False)
+    metrics = trainer.finish(retrieval=False, noise_detection=False)
     assert metrics["final"] == {}
 
 
 def test_what_could_not_be_computed_is_null(trainer):
-    metrics = run_metrics(trainer, "x", {"a": math.nan, "b": [math.inf, 1.0], "c": {"d": -math.inf}})
+    metrics = trainer.run_metrics({"a": math.nan, "b": [math.inf, 1.0], "c": {"d": -math.inf}})
     assert metrics["final"] == {"a": None, "b": [None, 1.0], "c": {"d": None}}
 
 
@@ -97,7 +98,7 @@ def test_settings_are_those_that_differ_and_hold_no_paths_or_tokens():
     args = DissectTrainingArguments(
         "/home/me/runs/x", learning_rate=0.25, selection_ratio=0.3, hub_token="hf_secret", run_name="mine"
     )
-    settings = changed_settings(args)
+    settings = changed_settings(args, SHOWN_SETTINGS)
     assert settings["learning_rate"] == 0.25 and settings["selection_strategy"] == "dissect"
     assert settings["selection_ratio"] == 0.3 and "weight_decay" not in settings
     assert "hf_secret" not in json.dumps(settings) and "/home/me" not in json.dumps(settings)

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_recipe import tiny_recipe
+from testing.tiny_recipe import tiny_recipe
 from transformers import TrainerCallback
 
 from hf_dissect.data import make_scene_classes
 from hf_dissect.runs.run import build_trainer, run_recipe
-from hf_dissect.training.run_folder import write_run_folder
 
 SELECTION = {"kept_share", "correlation_kept", "correlation_dropped", "noise_kept", "noise_candidates"}
 CLASSES = make_scene_classes(1).features["label"].names
@@ -35,7 +34,7 @@ def test_all_figures_are_plain_finite_numbers_with_plain_names(tmp_path):
     trainer.add_callback(tracker)
     trainer.args.save_run_folder = False
     trainer.train()
-    metrics = write_run_folder(trainer, more_figures=lambda: {"zero_shot_accuracy@1": 0.5})
+    metrics = trainer.finish(more_figures=lambda: {"zero_shot_accuracy@1": 0.5})
     told = {key: value for entry in tracker.told for key, value in entry.items()}
     assert {f"selection_{name}" for name in SELECTION} | {"loss", "selection_scoring_time_share"} <= set(told)
     assert all(type(value) in (int, float) for value in told.values())

@@ -1,6 +1,6 @@
 """Adversarial minimisation of H(T|S): what the student knows must do to make features that pass for the teacher's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_dissect.distillation.losses.mean_over_rows import mean_over_rows
-from hf_dissect.losses.exchange import rank_and_world_size
+from hf_dissect.distributed import rank_and_world_size
 
 
 class Discriminator(nn.Module):
@@ -131,15 +131,15 @@ class Adversary:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Weights and moments by name."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return weights and moments by name."""
         found = {f"weight.{name}": value for name, value in self.discriminator.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
         return {name: value.detach().cpu().clone() for name, value in found.items()}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state` gave."""
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue from a saved state."""
         weights = {name.removeprefix("weight."): value for name, value in state.items() if name.startswith("weight.")}
         self.discriminator.load_state_dict(weights)
         moments: dict[int, dict[str, torch.Tensor]] = {}

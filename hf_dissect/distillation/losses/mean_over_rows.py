@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from hf_dissect.losses.exchange import rank_and_world_size
+from hf_dissect.distributed import rank_and_world_size
 
 
 def mean_over_rows(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

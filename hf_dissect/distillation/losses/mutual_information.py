@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_dissect.distillation.losses.mean_over_rows import mean_over_rows
-from hf_dissect.losses.exchange import gather_columns, gather_with_grad, rank_and_world_size
+from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def information_loss(
         compared = compared.float()
         first = rank_and_world_size()[0] * compared.shape[1]
         true = torch.arange(first, first + compared.shape[1], device=compared.device)
-        present = gather_columns(counted.to(torch.uint8)[None])[0].bool()
+        present = gather_last_dimension(counted.to(torch.uint8)[None])[0].bool()
         # x and y side by side, so that one exchange does for both.
         everywhere = gather_with_grad(torch.cat(list(compared), dim=1)).unflatten(1, (2, -1)).transpose(0, 1)
         losses, candidates = [], present.sum()

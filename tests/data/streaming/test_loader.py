@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
-from tiny_streams import all_captions, captions_of, first_batches, loader_of, stream_of
+from testing.tiny_streams import all_captions, captions_of, first_batches, loader_of, stream_of
 
 from hf_dissect.data.pairs import as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader

@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 
 import pytest
-from tiny_streams import all_captions, captions_of, first_batches, loader_of, one_pass, stream_of
+from testing.tiny_streams import all_captions, captions_of, first_batches, loader_of, one_pass, stream_of
 
 
 @pytest.mark.parametrize("seed", [None, (7, 0)])

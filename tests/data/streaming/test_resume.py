@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
-from tar_files import write_tar
-from tiny_streams import (
+from testing.tar_files import write_tar
+from testing.tiny_streams import (
     UNEQUAL,
     all_captions,
     captions_of,
@@ -25,6 +25,8 @@ from tiny_streams import (
 
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs
+
+ROOT = Path(__file__).parents[3]
 
 
 def assert_resumes(make_loader, count, every=1):
@@ -146,12 +148,12 @@ def test_a_shuffled_resume_reads_its_block_and_no_more():
 
 
 def test_a_new_process_goes_on_with_real_batches(tmp_path):
-    script = Path(__file__).with_name("resume_stream.py")
+    script = ROOT / "tests" / "testing" / "resume_stream.py"
 
     def run(state, count, out):
         environment = {
             **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, str(script), str(state), str(count), str(out)]

@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import tiny_models
 import torch
 from datasets import Features, IterableDataset, List, Value
 
@@ -12,6 +11,7 @@ from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.streaming.pair_stream import PairStream
 from hf_dissect.data.streaming.parts import Place, StreamPart
 from hf_dissect.data_collator import SelectionCollator
+from testing import tiny_models
 
 UNEQUAL = (5, 0, 2, 9, 1, 4)
 

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection import STRATEGIES, CandidateScores, SampleLedger, make_strategy
-from hf_dissect.selection.scope import GatheredScores, select_from_all, select_from_own, rebalance, gather_selection
+from hf_dissect.selection.scope import GatheredScores, gather_selection, rebalance, select_from_all, select_from_own
 from hf_dissect.selection.uniform import Random
 
 SIZES = [5, 0, 7]  # one rank could read none of its rows

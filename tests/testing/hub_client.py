@@ -8,7 +8,8 @@ import pytest
 import transformers.utils.hub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
-from loopback_hub import LoopbackHub
+
+from testing.loopback_hub import LoopbackHub
 
 TOKEN = "hf_loopback_ada"
 

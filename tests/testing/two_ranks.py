@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import tiny_models
 import torch
 from accelerate import Accelerator
-from tiny_recipe import write_tiny_recipe
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
@@ -18,6 +16,8 @@ from hf_dissect.data import shuffle_captions
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection import SampleLedger
 from hf_dissect.training.interruption import StoppedBySignal
+from testing import tiny_models
+from testing.tiny_recipe import write_tiny_recipe
 
 torch.set_num_threads(1)
 
@@ -159,7 +159,7 @@ def check_stream(folder: Path) -> None:
     except StoppedBySignal as stop:
         assert stop.code == 143 and stop.checkpoint == str(folder / "checkpoint-9")
     assert trainer.state.global_step == 9  # the ranks talk before a step: the request of step 8 ends the next one
-    trainer.trace.close()
+    trainer.selector.trace.close()
     if rank == 0:
         rows = pq.read_table(folder / "selection.parquet").to_pandas()
         first_pass = rows[rows.step < 6].sample_id  # 6 steps x 2 ranks x 4 candidates
@@ -185,7 +185,7 @@ def check_other_number_of_processes(folder: Path) -> None:
 
     trainer.add_callback(LooksAtTheStart())
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert trainer.state.global_step == 6 and trainer.selection_epoch == 2
+    assert trainer.state.global_step == 6 and trainer.selector.epoch == 2
     check_equal(trainer)
 
 

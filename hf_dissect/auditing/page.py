@@ -48,7 +48,7 @@ def write_page(
 
     Args:
         path: the HTML file.
-        table: see `score_table`, of readable pairs only; all of them go into the page.
+        table: see `build_score_table`, of readable pairs only; all of them go into the page.
         title: heading of the page.
         facts: names and values to show at the top.
         notes: sentences below them.

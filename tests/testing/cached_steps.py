@@ -2,13 +2,14 @@
 
 from functools import partial
 
-import tiny_models
 import torch
 from torch import nn
 
+from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
 from hf_dissect.models.loading import contrastive_kind, logit_scale_and_bias, text_padding
-from hf_dissect.models.tasks import Decorrelation, forward_inputs, representations
+from hf_dissect.models.tasks import Decorrelation, representations
+from testing import tiny_models
 
 PAIRS = 10
 ADAPTERS = {
@@ -50,7 +51,7 @@ def loss_of_batch(model, batch, outputs, scale, bias, plain=False) -> torch.Tens
         image_key=batch["image_key"],
         caption_key=batch["caption_key"],
     )
-    return Decorrelation().added_to(loss, model, batch, None if plain else outputs["projections"])
+    return Decorrelation().add_to(loss, model, batch, None if plain else outputs["projections"])
 
 
 def plain_step(model, batch, backward=torch.Tensor.backward) -> torch.Tensor:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from hf_dissect.audit.scores import MatchScores, match_scores, mismatched_share, p_mismatched
+from hf_dissect.auditing.scores import (
+    MatchScores,
+    estimate_mismatched_probability,
+    estimate_mismatched_share,
+    score_matches,
+)
 from hf_dissect.evaluation import noise_detection_metrics
 
 
@@ -29,7 +34,7 @@ def test_the_score_is_what_the_formula_says():
     image, text, _ = embeddings(12, 0.25)
     image_key = torch.tensor([0, 0, *range(1, 11)])  # the first two pairs share an image
     caption_key = torch.tensor([*range(10), 9, 10])  # pairs 9 and 10 a caption
-    found = match_scores(
+    found = score_matches(
         image, text, logit_scale=7.0, image_key=image_key, caption_key=caption_key, num_references=12, block_size=5
     )
     logits = (7.0 * image @ text.T).tolist()
@@ -43,30 +48,30 @@ def test_the_score_is_what_the_formula_says():
 
 def test_neither_blocks_nor_the_order_of_references_matter():
     image, text, _ = embeddings(100, 0.2)
-    whole = match_scores(image, text, logit_scale=10.0)
-    blocks = match_scores(image, text, logit_scale=10.0, block_size=7, seed=5)
+    whole = score_matches(image, text, logit_scale=10.0)
+    blocks = score_matches(image, text, logit_scale=10.0, block_size=7, seed=5)
     torch.testing.assert_close(blocks.score, whole.score)
-    sample = match_scores(image, text, logit_scale=10.0, num_references=50)
+    sample = score_matches(image, text, logit_scale=10.0, num_references=50)
     assert 0 < (sample.score - whole.score).abs().mean() < 0.5
 
 
 def test_chance_are_the_scores_of_strangers():
     image, text, _ = embeddings(400, 0.0)
-    found = match_scores(image, text.roll(3, 0), logit_scale=10.0)  # all mismatched
+    found = score_matches(image, text.roll(3, 0), logit_scale=10.0)  # all mismatched
     assert found.score.mean().item() == pytest.approx(found.chance.mean().item(), abs=0.1)
     assert found.score.std().item() == pytest.approx(found.chance.std().item(), rel=0.1)
     # A pair with the same caption is no stranger: of two captions, all chances are with the other one.
     keys = torch.arange(400) % 2
-    two = match_scores(image, text[:2][keys], logit_scale=10.0, caption_key=keys)
+    two = score_matches(image, text[:2][keys], logit_scale=10.0, caption_key=keys)
     assert len(two.chance) < len(found.chance)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 0.7, 1.0])
 def test_share_and_probabilities_are_those_of_the_truth(rate):
     image, text, is_clean = embeddings(2000, rate)
-    found = match_scores(image, text, logit_scale=10.0)
-    probability = torch.from_numpy(p_mismatched(found))
-    assert mismatched_share(found) == pytest.approx(rate, abs=0.04)
+    found = score_matches(image, text, logit_scale=10.0)
+    probability = torch.from_numpy(estimate_mismatched_probability(found))
+    assert estimate_mismatched_share(found) == pytest.approx(rate, abs=0.04)
     assert probability.mean().item() == pytest.approx(rate, abs=0.04)
     assert ((probability > 0.5) == ~is_clean).float().mean() > 0.96
     order = found.score.argsort()
@@ -75,7 +80,7 @@ def test_share_and_probabilities_are_those_of_the_truth(rate):
 
 def test_hubs_are_corrected_for():
     image, text, is_clean = embeddings(1000, 0.3, hubs=3.0)
-    found = match_scores(image, text, logit_scale=15.0)
+    found = score_matches(image, text, logit_scale=15.0)
     by_score, by_cosine = (
         noise_detection_metrics(values, is_clean)["auroc"] for values in (found.score, (image * text).sum(1))
     )
@@ -87,26 +92,26 @@ def test_the_wider_group_has_both_tails_and_yet_the_probability_falls():
     matched, strange = torch.randn(900, generator=generator) * 4, torch.randn(300, generator=generator) / 2 - 5
     chance = torch.randn(5000, generator=generator) / 2 - 5
     score = torch.cat([matched, strange, torch.tensor([-20.0, 20.0])])
-    probability = torch.from_numpy(p_mismatched(MatchScores(score, chance)))
+    probability = torch.from_numpy(estimate_mismatched_probability(MatchScores(score, chance)))
     assert probability[-2] == probability.max() > 0.5 and probability[-1] == probability.min() < 0.01
     assert (probability[score.argsort()].diff() <= 0).all()
 
 
 def test_a_caption_that_most_pairs_share_gets_a_finite_score():
     image, text, _ = embeddings(30, 0.0)
-    found = match_scores(
+    found = score_matches(
         image, text, logit_scale=10.0, caption_key=torch.zeros(30).long().index_fill(0, torch.tensor([4]), 1)
     )
     assert found.score.isfinite().all()
     with pytest.raises(ValueError, match="the same image, or the same caption"):
-        match_scores(image, text, logit_scale=10.0, caption_key=torch.zeros(30).long())
+        score_matches(image, text, logit_scale=10.0, caption_key=torch.zeros(30).long())
 
 
 def test_too_few_pairs_and_a_diverged_model_are_refused():
     image, text, _ = embeddings(10, 0.0)
     image[3] = torch.nan
     with pytest.raises(ValueError, match="image_embeds holds NaN or infinite numbers in 1 of 10 rows"):
-        match_scores(image, text, logit_scale=10.0)
+        score_matches(image, text, logit_scale=10.0)
     image, text, _ = embeddings(9, 0.0)
     with pytest.raises(ValueError, match="9 readable pairs are too few"):
-        match_scores(image, text, logit_scale=10.0)
+        score_matches(image, text, logit_scale=10.0)

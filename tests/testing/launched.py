@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 # Imported once, in a process that has no threads and of which the ranks are forks.
-multiprocessing.set_forkserver_preload(["torch", "transformers", "hf_dissect.losses", "tiny_models"])
+multiprocessing.set_forkserver_preload(["torch", "transformers", "hf_dissect.losses", "testing.tiny_models"])
 
 
 def on_ranks(world_sizes: list[int], folder: Path, function: Callable[[], Any]) -> dict[int, Any]:

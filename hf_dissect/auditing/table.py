@@ -9,14 +9,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from hf_dissect.audit.embeddings import PairEmbeddings
+from hf_dissect.auditing.embeddings import PairEmbeddings
 from hf_dissect.data.arrow_columns import read_column
+from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.pair_columns import is_list, list_lengths
 from hf_dissect.data.pairs import PairDataset
-from hf_dissect.data_collator import BadReason
 
 
-def score_table(
+def build_score_table(
     pairs: PairDataset,
     embeddings: PairEmbeddings,
     scores: Mapping[str, torch.Tensor | np.ndarray],
@@ -45,7 +45,7 @@ def score_table(
         "sample_id": pa.array(embeddings.sample_id.numpy()[order]),
         "row": pa.array(pairs.row_of_pair[order], pa.int64()),
         "place": pa.array(pairs.place_of_pair[order], pa.int32()),
-        "caption": captions_of(pairs).take(pa.array(order)),
+        "caption": read_captions(pairs).take(pa.array(order)),
     }
     for name, values in scores.items():
         whole = np.full(len(reasons), np.nan, np.float32)
@@ -67,7 +67,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     temporary.replace(path)
 
 
-def captions_of(pairs: PairDataset) -> pa.Array:
+def read_captions(pairs: PairDataset) -> pa.Array:
     """Caption of each pair, string `(len(pairs),)`; null where there is none or it is no text."""
     values = read_column(pairs.rows, pairs.columns.caption)
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 from hf_dissect.selection import SampleLedger
-from hf_dissect.selection.ledger import read_ledger
+from hf_dissect.selection.ledger import LEDGER_FILE, read_ledger
 from hf_dissect.selection.soft_labels import SoftLabels
-from hf_dissect.training.run_state import LEDGER_FILE
 
 _EVIDENCE = ("agreement", "structure")  # of an epoch that is not over; of no meaning afterwards
 
@@ -31,7 +30,7 @@ def open_ledger(path: str | os.PathLike) -> SampleLedger:
     return ledger
 
 
-def ledger_columns(
+def read_ledger_columns(
     ledger: SampleLedger, sample_id: torch.Tensor, correlation: torch.Tensor, *, by_row: bool
 ) -> dict[str, torch.Tensor]:
     """The columns of a ledger for some pairs.

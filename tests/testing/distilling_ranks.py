@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_modalities import tiny_columns, tiny_trainer, weights_of
+
+from testing.tiny_modalities import tiny_columns, tiny_trainer, weights_of
 
 torch.set_num_threads(1)
 

@@ -31,7 +31,7 @@ class MatchScores:
 
 
 @torch.no_grad()
-def match_scores(
+def score_matches(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
     *,
@@ -118,7 +118,7 @@ def _typical_logit(
     return torch.where(known, values, values[known].median())  # a caption that all references share
 
 
-def mismatched_share(scores: MatchScores) -> float:
+def estimate_mismatched_share(scores: MatchScores) -> float:
     """About how many of the pairs are mismatched, as a share.
 
     Half of all strangers score below their median, and pairs that belong together rarely do: the mismatched pairs are
@@ -128,15 +128,16 @@ def mismatched_share(scores: MatchScores) -> float:
     return min(1.0, 2 * below)
 
 
-def p_mismatched(scores: MatchScores) -> np.ndarray:
+def estimate_mismatched_probability(scores: MatchScores) -> np.ndarray:
     """Probability of each pair to be a mismatched one, float64 `(n,)`, never rising with the score.
 
-    Bayes' rule with two groups: strangers, whose scores are known from chance, as many as `mismatched_share` says; and
-    pairs that belong together, whose scores are taken for normal, with a mean and a deviation fitted by EM.
+    Bayes' rule with two groups: strangers, whose scores are known from chance, as many as
+    `estimate_mismatched_share` says; and pairs that belong together, whose scores are taken for normal, with a mean
+    and a deviation fitted by EM.
     """
     score = scores.score.double().numpy()
     chance = scores.chance.double().numpy()
-    share = mismatched_share(scores)
+    share = estimate_mismatched_share(scores)
     if share in (0.0, 1.0):
         return np.full(len(score), share)
     strange = share * _normal(score, chance.mean(), max(chance.std(), _SMALLEST_SPREAD))

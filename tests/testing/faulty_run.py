@@ -2,7 +2,7 @@
 
 As a script it leaves, for each place in `KILLED_IN`, the run folder of a process that was killed there:
 
-    python faulty_run.py FOLDER
+    python tests/testing/faulty_run.py FOLDER
 """
 
 import os
@@ -10,13 +10,13 @@ import signal
 import sys
 from pathlib import Path
 
-import tiny_models
 import torch
 from datasets import Dataset
 from transformers.models.clip.modeling_clip import CLIPAttention
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.data import shuffle_captions
+from testing import tiny_models
 
 STEPS = 16  # two passes over 64 pairs
 SAVE_STEPS = 3

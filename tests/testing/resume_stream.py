@@ -1,4 +1,4 @@
-"""Run by test_stream_resume.py in a process of its own: the batches after a saved place, into a file."""
+"""Run by test_resume.py in a process of its own: the batches after a saved place, into a file."""
 
 import itertools
 import json
@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_streams import real_loader
+
+from testing.tiny_streams import real_loader
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from hf_dissect import make_scenes
-from hf_dissect.audit import export as export_module
-from hf_dissect.audit.export import export_clean
+from hf_dissect.auditing import export as export_module
+from hf_dissect.auditing.export import export_clean
 from hf_dissect.data import as_pairs, load_splits
 
 
