@@ -93,6 +93,12 @@ class SelectionCard(ModelCardCallback):
             write_model_card(checkpoint, **card)
 
 
+def tag_model(model: nn.Module) -> None:
+    """Add the tags of the package to whatever card is written for the model."""
+    if hasattr(bare_model(model), "add_model_tags"):
+        bare_model(model).add_model_tags(list(TAGS))
+
+
 def describe_model(model: nn.Module, recipe: "Recipe | None") -> dict[str, Any]:
     """Return the arguments of `write_model_card` that describe a model, wrapped or not: `model` and `base_model`."""
     return {"model": model_facts(model), "base_model": _base_model(model, recipe)}

@@ -15,46 +15,37 @@ from transformers.trainer_utils import TrainOutput
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream
+from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
-from hf_dissect.data_collator import SelectionCollator
 from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import predict_pairs, retrieval_of_predictions
-from hf_dissect.hub.pull import read_shared_scores
+from hf_dissect.evaluation.selection_figures import label_figures, noise_figures, selection_figures
 from hf_dissect.losses import grad_cached_backward
-from hf_dissect.model_card import TAGS, SelectionCard, describe_model
-from hf_dissect.models.adapters import restore_base, save_base
-from hf_dissect.models.loading import (
-    bare_model,
-    check_dual_encoder,
-    contrastive_kind,
-    logit_scale_and_bias,
-    networks_of,
-    text_padding,
-)
+from hf_dissect.model_card import SelectionCard, describe_model, tag_model
+from hf_dissect.models.adapters import describe_adapter, restore_base, save_base
+from hf_dissect.models.loading import check_dual_encoder, contrastive_kind, logit_scale_and_bias, networks_of
 from hf_dissect.models.tasks import representations
 from hf_dissect.objective import Objective
 from hf_dissect.report.selection import write_selection_report
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
-from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.trace import SelectionTrace
-from hf_dissect.summary import noise_figures, selection_metrics, summarise_bad_rows
 from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 from hf_dissect.training.non_finite import NonFiniteLossError, check_finite
-from hf_dissect.training.run_folder import without_speed
-from hf_dissect.training.run_state import Part
+from hf_dissect.training.run_folder import changed_settings, without_speed
+from hf_dissect.training.run_state import Part, join_over_ranks
 from hf_dissect.training.trainer import BaseTrainer
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
-    caption_length,
+    begin_with_initial_ledger,
     check_arguments,
     check_grad_cache,
-    check_images_fit,
     check_tasks,
+    make_collator,
     num_pairs,
     pairs_for,
+    prepare_data,
     stream_loader,
-    training_pairs,
     warn_if_warm_up_outlasts,
 )
 
@@ -92,6 +83,7 @@ class DissectTrainer(BaseTrainer):
     """
 
     card_callback = SelectionCard
+    timed_parts = ("data", "scoring", "training", "evaluation")
 
     def __init__(
         self,
@@ -107,11 +99,7 @@ class DissectTrainer(BaseTrainer):
     ):
         args = DissectTrainingArguments("runs/dissect") if args is None else args
         check_arguments(args, data_collator, processing_class)
-        train_dataset = training_pairs(train_dataset, args)
-        eval_dataset = pairs_for("eval_dataset", eval_dataset, args)
-        if model is not None:
-            check_dual_encoder(model)
-            check_images_fit(model, train_dataset)
+        train_dataset, eval_dataset = prepare_data(model, train_dataset, eval_dataset, args)
         trainer_arguments.setdefault("compute_metrics", retrieval_of_predictions)
         super().__init__(
             model,
@@ -126,14 +114,9 @@ class DissectTrainer(BaseTrainer):
         check_grad_cache(self.model, args, self.is_deepspeed_enabled)
         check_dual_encoder(self.model)
         check_tasks(self.model, train_dataset, eval_dataset)
-        if hasattr(bare_model(self.model), "add_model_tags"):
-            bare_model(self.model).add_model_tags(list(TAGS))  # in whatever card is written for it
+        tag_model(self.model)
         if data_collator is None:
-            self.data_collator = SelectionCollator(
-                processing_class,
-                text_padding=text_padding(self.model),
-                max_caption_length=caption_length(self.model, processing_class, args),
-            )
+            self.data_collator = make_collator(self.model, processing_class, args)
         self.kind = contrastive_kind(self.model)
         self.objective = Objective(
             self.kind, args.mask_false_negatives, args.make_gsc(), num_networks=len(networks_of(self.model))
@@ -141,9 +124,9 @@ class DissectTrainer(BaseTrainer):
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
         self.strategy, self.ledger, self.monitor = self.selector.strategy, self.selector.ledger, self.selector.monitor
         self.bad_rows = self.selector.bad_rows
-        self.stream = None  # a `StreamLoader` when the training data are a stream
-        self._stream_batches = None
-        self._label_quality: dict[str, float | None] = {}
+        self.stream: StreamLoader | None = None  # while the training data are a stream
+        self._stream_batches: Iterator[Batch] | None = None
+        self._label_figures: dict[str, float | None] = {}
         self.add_callback(ClampLogitScale())
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
@@ -215,15 +198,9 @@ class DissectTrainer(BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        outputs: Mapping[str, torch.Tensor],
-        scale: torch.Tensor,
-        bias: torch.Tensor,
-        projections: Mapping[tuple[str, str], torch.Tensor] | None = None,
+        self, model: nn.Module, inputs: Batch, outputs: Batch, *scale_and_bias: torch.Tensor, projections: Any = None
     ) -> torch.Tensor:
-        loss = self.objective.loss(model, inputs, outputs, scale, bias, self.ledger, projections)
+        loss = self.objective.loss(model, inputs, outputs, *scale_and_bias, self.ledger, projections)
         if model.training:
             evidence = self.objective.evidence(outputs, inputs["sample_id"], self.ledger)
             recorded = self.selector.record_training(inputs["sample_id"], outputs, evidence)
@@ -251,7 +228,9 @@ class DissectTrainer(BaseTrainer):
         loss = grad_cached_backward(
             model,
             forward_inputs(model, inputs),
-            lambda cached, scale, bias: self._loss(model, inputs, cached, scale, bias, cached["projections"]),
+            lambda cached, scale, bias: self._loss(
+                model, inputs, cached, scale, bias, projections=cached["projections"]
+            ),
             chunk_size=self.args.grad_cache_chunk_size,
             backward=lambda part: self.accelerator.backward(part * share),
             no_sync=partial(self.accelerator.no_sync, model),
@@ -309,19 +288,10 @@ class DissectTrainer(BaseTrainer):
         """Train as `BaseTrainer` does; a run that is not resumed may begin with the ledger of another one."""
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        warn_if_warm_up_outlasts(self.train_dataset, self._warm_ups(), self.args)
+        warn_if_warm_up_outlasts(self.train_dataset, self.strategy, self.objective, self.args)
         if self.args.initial_ledger is not None and not resume_from_checkpoint:
-            with self.args.main_process_first(local=True, desc="reading the initial ledger"):
-                scores = read_shared_scores(self.args.initial_ledger)
-            known = getattr(self.train_dataset, "sample_ids", None)
-            begin_with_scores(self.ledger, scores, self.strategy, self.args.initial_ledger, known)
+            begin_with_initial_ledger(self.ledger, self.strategy, self.train_dataset, self.args)
         return super().train(resume_from_checkpoint, **arguments)
-
-    def _warm_ups(self) -> dict[str, int]:
-        epochs = {"train on a random subset": getattr(self.strategy, "warmup_epochs", 0)}
-        if self.objective.gsc is not None:
-            epochs["train by the contrastive loss, without soft labels"] = self.objective.gsc.warmup_epochs
-        return epochs
 
     def _train(self, checkpoint: str | None, **arguments: Any) -> TrainOutput:
         try:
@@ -408,32 +378,31 @@ class DissectTrainer(BaseTrainer):
         dataset, final = self.eval_dataset if test_dataset is None else test_dataset, {}
         if retrieval and dataset is not None:
             final = without_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
-        self._label_quality = {}
+        self._label_figures = {}
         if noise_detection and getattr(self.train_dataset, "knows_truth", False):
             with self.times.measure("evaluation"):
                 scored = self.score_pairs(self.train_dataset)
-            figures, self._label_quality = noise_figures(scored, self.ledger)
-            unlogged = unlogged | figures
+            unlogged = unlogged | noise_figures(scored)
+            self._label_figures = label_figures(self.ledger, scored["sample_id"], scored["is_clean"])
         if unlogged:
             self.log({f"test_{key}": float(value) for key, value in unlogged.items()})
         return final | unlogged
 
-    def run_metrics(self, final: Mapping[str, Any]) -> dict[str, Any]:
-        """Return final figures, selection, times, settings and versions."""
-        return selection_metrics(
-            self.selector,
-            model=self.model,
-            args=self.args,
-            state=self.state,
-            times=self.times,
-            num_pairs=num_pairs(self.train_dataset),
-            final=final,
-            label_quality=self._label_quality,
-        )
+    def own_metrics(self) -> dict[str, Any]:
+        """Return strategy, selection, adapter and settings."""
+        name, adapter = self.strategy.name, describe_adapter(self.model)
+        return {
+            "name": name,
+            "strategy": name,
+            "num_pairs": num_pairs(self.train_dataset),
+            "selection": {**selection_figures(self.monitor), **self._label_figures},
+            **({} if adapter is None else {"adapter": adapter}),
+            "settings": changed_settings(self.args, always=("selection_strategy", "selection_ratio")),
+        }
 
     def gathered_metrics(self) -> dict[str, Any]:
         """Return the bad rows of all ranks."""
-        return {"bad_rows": summarise_bad_rows(self.bad_rows, self.ranks)}
+        return {"bad_rows": join_over_ranks(self.bad_rows, self.ranks).summary()}
 
     def describe_run(self) -> dict[str, Any]:
         """Return the model, what it started from, and the scores of the last epoch."""

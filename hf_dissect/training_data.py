@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +10,14 @@ from hf_dissect.data.images import is_feature_vector
 from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import number_tasks_alike
-from hf_dissect.data_collator import tokenizer_of
+from hf_dissect.data_collator import SelectionCollator, tokenizer_of
+from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
-from hf_dissect.models.loading import bare_model, max_text_length
+from hf_dissect.models.loading import bare_model, check_dual_encoder, max_text_length, text_padding
 from hf_dissect.mola import mola_routing
+from hf_dissect.objective import Objective
+from hf_dissect.selection import SampleLedger, SelectionStrategy
+from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,26 @@ def training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
             "per_device_train_batch_size."
         )
     return pairs
+
+
+def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingArguments) -> tuple[Any, Any]:
+    """Return training and evaluation data as pairs, checked against the model if there is one already.
+
+    Raises:
+        ValueError: the data do not fit `args` or the model, or the model is not a dual encoder.
+    """
+    train, evaluation = training_pairs(train, args), pairs_for("eval_dataset", evaluation, args)
+    if model is not None:
+        check_dual_encoder(model)
+        check_images_fit(model, train)
+    return train, evaluation
+
+
+def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
+    """Return the collator for a model and its processor."""
+    return SelectionCollator(
+        processor, text_padding=text_padding(model), max_caption_length=caption_length(model, processor, args)
+    )
 
 
 def check_images_fit(model: Any, pairs: Any) -> None:
@@ -149,14 +172,20 @@ def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed:
         )
 
 
-def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args: DissectTrainingArguments) -> None:
-    """Say so when `max_steps` ends a run before a warm-up does.
+def warn_if_warm_up_outlasts(
+    pairs: Any, strategy: SelectionStrategy, objective: Objective, args: DissectTrainingArguments
+) -> None:
+    """Warn when `max_steps` ends a run before a warm-up of its strategy or objective ends.
 
     Args:
-        pairs: the training data; of a stream the length of an epoch is unknown.
-        warmup_epochs: of what warms up, what the steps of the warm-up do (such as "train on a random subset").
-        args: of the run.
+        pairs: Training data; the length of an epoch of a stream is unknown.
+        strategy: Strategy of the run.
+        objective: Objective of the run.
+        args: Arguments of the run.
     """
+    warmup_epochs = {"train on a random subset": getattr(strategy, "warmup_epochs", 0)}
+    if objective.gsc is not None:
+        warmup_epochs["train by the contrastive loss, without soft labels"] = objective.gsc.warmup_epochs
     count = num_pairs(pairs)
     if args.max_steps <= 0 or not count:
         return
@@ -169,6 +198,21 @@ def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args:
                 "Train longer, or warm up shorter.",
                 *(args.max_steps, epochs, warmup, deed),
             )
+
+
+def begin_with_initial_ledger(
+    ledger: SampleLedger, strategy: SelectionStrategy, pairs: Any, args: DissectTrainingArguments
+) -> None:
+    """Fill the ledger with the scores that `args.initial_ledger` names; called on all ranks.
+
+    Raises:
+        FileNotFoundError: there are no scores.
+        HubError: the Hub has no such scores, or cannot be reached.
+        ValueError: the scores belong to other data.
+    """
+    with args.main_process_first(local=True, desc="reading the initial ledger"):
+        scores = read_shared_scores(args.initial_ledger)
+    begin_with_scores(ledger, scores, strategy, args.initial_ledger, getattr(pairs, "sample_ids", None))
 
 
 def num_pairs(pairs: Any) -> int | None:

@@ -1,5 +1,6 @@
 """The Trainer of a student, of the teacher that sees more than it, and of the modalities that only training has."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from hf_dissect.distillation.networks import DistillationNetworks, standardised
 from hf_dissect.distillation.objective import DistillationObjective
 from hf_dissect.distillation.saved_student import STUDENT_FOLDER
 from hf_dissect.distillation.student import StudentForClassification, feature_size
-from hf_dissect.distillation.summary import distillation_metrics, summarise_rows
+from hf_dissect.distillation.summary import SHOWN_SETTINGS, last_diagnostics
 from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
 from hf_dissect.distillation.training_data import Columns, ModalityRows
 from hf_dissect.hub.published_files import ENCODER_FOLDER
 from hf_dissect.report.distillation import write_distillation_report
 from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.run_folder import without_speed
-from hf_dissect.training.run_state import STATE_FILE, Part
+from hf_dissect.training.run_state import STATE_FILE, Part, join_over_ranks
 from hf_dissect.training.trainer import BaseTrainer
 
 
@@ -298,22 +299,24 @@ class DistillationTrainer(BaseTrainer):
         dataset = self.eval_dataset if test_dataset is None else test_dataset
         return {} if dataset is None else without_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
 
-    def run_metrics(self, final: Mapping[str, Any]) -> dict[str, Any]:
-        """Return final figures, diagnostics, rows, times, settings and versions."""
-        return distillation_metrics(
-            args=self.args,
-            name=self.args.method if self.recipe is None else self.recipe.name,
-            auxiliaries=self.modalities[1:],
-            state=self.state,
-            warnings=self.watch.warned,
-            rows=self.rows,
-            times=self.times,
-            final=final,
-        )
+    def own_metrics(self) -> dict[str, Any]:
+        """Return method, modalities, diagnostics, rows and settings."""
+        args = self.args
+        return {
+            "name": args.method if self.recipe is None else self.recipe.name,
+            "method": args.method,
+            "term_weights": dataclasses.asdict(args.weights),
+            "student": args.student_column,
+            "auxiliaries": self.modalities[1:],
+            "diagnostics": last_diagnostics(self.state.log_history),
+            "warnings": self.watch.warned,
+            "rows": self.rows.summary(),
+            "settings": {name: getattr(args, name) for name in SHOWN_SETTINGS},
+        }
 
     def gathered_metrics(self) -> dict[str, Any]:
         """Return the rows of all ranks that lack something."""
-        return {"rows": summarise_rows(self.rows, self.ranks)}
+        return {"rows": join_over_ranks(self.rows, self.ranks).summary()}
 
     def describe_run(self) -> dict[str, Any]:
         """Return the student, and what reads its modality."""

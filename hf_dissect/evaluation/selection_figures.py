@@ -1,5 +1,7 @@
 """Figures of a selection run for `metrics.json`."""
 
+from collections.abc import Mapping
+
 import torch
 
 from hf_dissect.evaluation import noise_detection_metrics
@@ -16,6 +18,16 @@ def selection_figures(monitor: SelectionMonitor) -> dict[str, float]:
     if (ranking := monitor.ranking_truth()) is not None:
         figures["ranking_auroc_last_epoch"] = noise_detection_metrics(*ranking)["auroc"]
     return figures
+
+
+def noise_figures(scored: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return how well the final model separates matched from mismatched pairs, as `noise_detection_*`.
+
+    Args:
+        scored: `correlation` float32 and `is_clean` bool, `(n,)` each.
+    """
+    metrics = noise_detection_metrics(scored["correlation"], scored["is_clean"])
+    return {f"noise_detection_{key}": value for key, value in metrics.items()}
 
 
 def label_figures(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch.Tensor) -> dict[str, float | None]:

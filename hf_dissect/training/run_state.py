@@ -1,11 +1,12 @@
 """State that a checkpoint holds next to the Trainer's own files, so that a resumed run equals an uninterrupted one."""
 
+import copy
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,16 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
+
+
+class Joinable(Stateful, Protocol):
+    """Object whose states on several ranks can be joined to one."""
+
+    def join_states(self, states: Sequence[dict[str, Any]], rank: int = 0) -> dict[str, Any]:
+        """Join the states of all ranks for one of them."""
+
+
+JoinableT = TypeVar("JoinableT", bound=Joinable)
 
 
 @dataclass(frozen=True)
@@ -63,28 +74,25 @@ class SavedState:
     ranks: list[dict[str, dict[str, Any]]]
 
 
-def save_state(
-    folder: str | Path, parts: Mapping[str, Part], *, ranks: Ranks, candidates_per_update: int, writes: bool
-) -> None:
+def save_state(folder: str | Path, parts: Mapping[str, Part], args: TrainingArguments, ranks: Ranks) -> None:
     """Write the state of all parts to a checkpoint; called on all ranks.
 
     Args:
         folder: Folder of the checkpoint.
         parts: Parts by name.
+        args: Arguments of the run.
         ranks: Processes of the run.
-        candidates_per_update: Candidates that one optimiser step looks at.
-        writes: Whether this process writes.
     """
     everyone = ranks.gather_objects(
         {name: part.stateful.state_dict() for name, part in parts.items() if part.each_rank}
     )
-    if not writes:
+    if not args.should_save:
         return
     tensors: dict[str, torch.Tensor] = {}
     state = {
         "format": FORMAT,
         "processes": ranks.count,
-        "candidates_per_update": candidates_per_update,
+        "candidates_per_update": candidates_per_update(args, ranks),
         "parts": {name: part.stateful.state_dict() for name, part in parts.items() if not part.each_rank},
         "ranks": everyone,
     }
@@ -125,6 +133,13 @@ def restore_state(saved: SavedState, parts: Mapping[str, Part], ranks: Ranks) ->
 def candidates_per_update(args: TrainingArguments, ranks: Ranks) -> int:
     """Return the number of candidates of all ranks that one optimiser step looks at."""
     return args.train_batch_size * args.gradient_accumulation_steps * ranks.count
+
+
+def join_over_ranks(counts: JoinableT, ranks: Ranks) -> JoinableT:
+    """Return counts of rows with those of all ranks added; called on all of them."""
+    joined = copy.copy(counts)
+    joined.load_state_dict(counts.join_states(ranks.gather_objects(counts.state_dict())))
+    return joined
 
 
 def moved_step(

@@ -1,7 +1,6 @@
 """Base of the trainers: whole checkpoints or none, exact resuming, an end on request, a card and a run folder."""
 
 import logging
-from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,15 +28,8 @@ from hf_dissect.training.interruption import StoppedBySignal, StopRequest, expla
 from hf_dissect.training.loss_since_log import LossSinceLog
 from hf_dissect.training.non_finite import check_finite_weights
 from hf_dissect.training.resume_callback import ResumeCallback
-from hf_dissect.training.run_folder import METRICS_FILE, write_json
-from hf_dissect.training.run_state import (
-    Part,
-    candidates_per_update,
-    moved_step,
-    read_state,
-    restore_state,
-    save_state,
-)
+from hf_dissect.training.run_folder import METRICS_FILE, finite, installed_versions, times_of_parts, write_json
+from hf_dissect.training.run_state import Part, moved_step, read_state, restore_state, save_state
 from hf_dissect.training.time_spent import TimeSpent
 
 logger = logging.getLogger(__name__)
@@ -48,7 +40,7 @@ class BaseTrainer(Trainer):
 
     It writes checkpoints wholly or not at all, ends with one on SIGTERM, restores what the Trainer forgets, keeps a
     model card current and publishes runs without anything private. A subclass says what it saves (`save_extra`,
-    `stateful_parts`), how it counts epochs (`begin_epoch`, `reset`) and what it reports (`run_metrics`,
+    `stateful_parts`), how it counts epochs (`begin_epoch`, `reset`) and what it reports (`own_metrics`,
     `final_figures`, `describe_run`, `write_report`).
 
     Args:
@@ -67,6 +59,8 @@ class BaseTrainer(Trainer):
     card_callback: ClassVar[type[ModelCardCallback]]
     model_in_checkpoint: ClassVar[str] = ""
     """Folder, within a checkpoint, of the model that is published; "" for the checkpoint itself."""
+    timed_parts: ClassVar[tuple[str, ...]] = ("data", "training", "evaluation")
+    """Parts of a run whose seconds `metrics.json` holds."""
     # The loss is the mean over a micro-batch, to be divided by the number of accumulation steps.
     loss_is_scaled_for_ga = False
 
@@ -119,8 +113,8 @@ class BaseTrainer(Trainer):
         """Check that a checkpoint is one of this model (`ValueError`)."""
         same_architecture(self.model, folder)
 
-    def run_metrics(self, final: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of `metrics.json` as far as this process knows it, with `final` as final figures."""
+    def own_metrics(self) -> dict[str, Any]:
+        """Return what `metrics.json` holds of this kind of run, with a `name`, as far as this process knows it."""
         raise NotImplementedError
 
     def gathered_metrics(self) -> dict[str, Any]:
@@ -131,11 +125,11 @@ class BaseTrainer(Trainer):
         """Evaluate the trained model; called on all ranks."""
         raise NotImplementedError
 
-    def describe_run(self) -> Mapping[str, Any]:
+    def describe_run(self) -> dict[str, Any]:
         """Return what the card shows next to the metrics, keyword arguments of its `write_files`."""
-        return {"recipe": self.recipe}
+        raise NotImplementedError
 
-    def write_report(self, folder: Path, metrics: Mapping[str, Any]) -> None:
+    def write_report(self, folder: Path, metrics: dict[str, Any]) -> None:
         """Write the report of the finished run; called on the process that saves."""
 
     # ---- the run ----
@@ -208,6 +202,12 @@ class BaseTrainer(Trainer):
             self.push_run_folder()
         return metrics
 
+    def run_metrics(self, final: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of `metrics.json` as far as this process knows it, with `final` as final figures."""
+        run = {"seed": self.args.seed, "steps": self.state.global_step, "final": final}
+        times = times_of_parts(self.times.so_far(), self.timed_parts)
+        return finite({**run, **self.own_metrics(), "times": times, "versions": installed_versions()})
+
     def stop_if(self, asked: bool) -> None:
         """End the run after the current step if any process was asked to end."""
         if asked and not self.stops:
@@ -252,13 +252,7 @@ class BaseTrainer(Trainer):
         try:
             with explain_unwritable(f"The checkpoint of step {self.state.global_step}", run_folder):
                 super()._save_checkpoint(model, trial)
-                save_state(
-                    self._unfinished / name,
-                    self.stateful_parts(),
-                    ranks=self.ranks,
-                    candidates_per_update=candidates_per_update(self.args, self.ranks),
-                    writes=self.args.should_save,
-                )
+                save_state(self._unfinished / name, self.stateful_parts(), self.args, self.ranks)
                 self._name_best_checkpoint(self._unfinished / name, final)
                 self.ranks.wait()
                 if self.is_local_process_zero():
@@ -308,7 +302,7 @@ class BaseTrainer(Trainer):
         max_steps: int,
         num_update_steps_per_epoch: int,
         num_train_epochs: int,
-        resume_from_checkpoint: str | None,
+        resume_from_checkpoint: Any,
         trial: Any,
     ) -> tuple[int, int]:
         trained = super()._init_training_state(
@@ -350,26 +344,16 @@ class BaseTrainer(Trainer):
         if self.is_world_process_zero():
             self.hub_model_id = self.publisher.open(token, private)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        **known: Any,
-    ) -> None:
+    def create_model_card(self, dataset_tags: str | list[str] | None = None, **given: Any) -> None:
         """Write the run's card to `output_dir`; `push_to_hub` does so, and passes on what it was given.
 
         Args:
-            language: Language for the metadata.
-            license: License for the metadata; a license is only named if it is given.
-            tags: Tags for the metadata.
             dataset_tags: Ids of the data sets of the Hub that were trained on.
-            known: Other arguments of `transformers.Trainer.create_model_card`; this card knows them from the run.
+            given: `language`, `license` and `tags` for the metadata; a license is only named if it is given. Other
+                arguments of `transformers.Trainer.create_model_card` are known from the run.
         """
-        self.model_card.write(
-            self.args, self.state, language=language, license=license, tags=tags, datasets=dataset_tags
-        )
+        named = {name: given.get(name) for name in ("language", "license", "tags")}
+        self.model_card.write(self.args, self.state, datasets=dataset_tags, **named)
 
     def push_to_hub(
         self,
@@ -380,15 +364,7 @@ class BaseTrainer(Trainer):
         private: bool | None = None,
         **card_arguments: Any,
     ) -> Push | Future | None:
-        """Save the model and publish the run folder; called on all processes, done by the first.
-
-        Args:
-            commit_message: Message of the commit.
-            blocking: Whether to wait until everything is on the Hub.
-            token: Token of the user; None for that of the arguments.
-            revision: Branch to write to; None for that of the arguments.
-            private: Whether a new repository is private; None for the setting of the arguments.
-            card_arguments: Arguments of `create_model_card`.
+        """Save the model and publish the run folder, as `transformers.Trainer.push_to_hub`; called on all processes.
 
         Returns:
             What was published, a future of it if not `blocking`, None on other processes than the first.
