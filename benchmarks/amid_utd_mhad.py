@@ -40,10 +40,10 @@ import torch
 import transformers
 
 from hf_dissect.distillation import METHODS, AuxiliaryDistillationTrainer, DistillationRecipe, recall_at_1
-from hf_dissect.distillation.columns import ModalityRows
-from hf_dissect.distillation.conditional_entropy import anchor_loss
-from hf_dissect.distillation.mutual_information import information_loss
-from hf_dissect.distillation.run_recipe import build_trainer, load_columns
+from hf_dissect.distillation.losses.conditional_entropy import anchor_loss
+from hf_dissect.distillation.losses.mutual_information import information_loss
+from hf_dissect.distillation.training_data import ModalityRows
+from hf_dissect.runs.distil import build_trainer, load_columns
 
 SPLITS = {"validation": ([1, 3, 5], [7]), "test": ([1, 3, 5, 7], [2, 4, 6, 8])}
 ABLATED = ("information_student", "information_auxiliary", "conditional_entropy", "teacher_task", "auxiliary_task")

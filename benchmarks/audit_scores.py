@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from results_file import show_and_write
 
-from hf_dissect.audit.embeddings import PairEmbeddings, embed_pairs
-from hf_dissect.audit.scores import match_scores, mismatched_share, p_mismatched
+from hf_dissect.auditing.embeddings import PairEmbeddings, embed_pairs
+from hf_dissect.auditing.scores import estimate_mismatched_probability, estimate_mismatched_share, score_matches
 from hf_dissect.data import make_scenes, shuffle_captions
-from hf_dissect.evaluate_checkpoint import evaluating_trainer
 from hf_dissect.evaluation import noise_detection_metrics
-from hf_dissect.models import load_model_and_processor, logit_scale_and_bias
-from hf_dissect.recipe import Recipe
-from hf_dissect.run_recipe import in_folder, run_recipe
+from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
+from hf_dissect.recipe.recipe import Recipe
+from hf_dissect.runs.evaluate import evaluating_trainer
+from hf_dissect.runs.run import in_folder, run_recipe
 from hf_dissect.selection.soft_labels import upper_component_posterior
 
 RATES = (0.0, 0.05, 0.1, 0.4, 0.7)
@@ -69,16 +69,16 @@ def _embedded(folder: str, rows) -> tuple[PairEmbeddings, float]:
 
 def _figures(found: PairEmbeddings, scale: float) -> dict[str, float]:
     keys = {"image_key": found.image_key, "caption_key": found.caption_key}
-    matches = match_scores(found.image, found.text, logit_scale=scale, **keys)
+    matches = score_matches(found.image, found.text, logit_scale=scale, **keys)
     mismatched = ~found.is_clean.numpy()
     values = matches.score.numpy()
     without_outliers = values.clip(*np.quantile(values, (0.01, 0.99)))
     probability = {
-        "strangers": p_mismatched(matches),
+        "strangers": estimate_mismatched_probability(matches),
         "gaussian_mixture": 1 - upper_component_posterior(without_outliers),
     }
     figures = {
-        "share_by_strangers": mismatched_share(matches),
+        "share_by_strangers": estimate_mismatched_share(matches),
         "share_by_gaussian_mixture": float(probability["gaussian_mixture"].mean()),
     }
     if mismatched.any():

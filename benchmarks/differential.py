@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from hf_dissect import Recipe
 from hf_dissect.evaluation import noise_detection_metrics
-from hf_dissect.run_recipe import load_data
+from hf_dissect.runs.run import load_data
 
 
 def truth_of(run: Path) -> np.ndarray:

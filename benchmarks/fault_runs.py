@@ -15,12 +15,12 @@ from safetensors import safe_open
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer, make_scenes
-from hf_dissect.checkpoints import CheckpointError, last_complete_checkpoint
 from hf_dissect.data import shuffle_captions
-from hf_dissect.interruption import DataWorkerDied, StoppedBySignal
-from hf_dissect.non_finite import NonFiniteLossError
-from hf_dissect.recipe import Recipe
-from hf_dissect.run_recipe import build_trainer
+from hf_dissect.recipe.recipe import Recipe
+from hf_dissect.runs.run import build_trainer
+from hf_dissect.training.checkpoints import CheckpointError, last_complete_checkpoint
+from hf_dissect.training.interruption import DataWorkerDied, StoppedBySignal
+from hf_dissect.training.non_finite import NonFiniteLossError
 
 STEPS = 8
 PAIRS = 32

@@ -34,7 +34,7 @@ import torch
 import transformers
 from fault_runs import STEPS, Run, Setup, left_behind
 
-from hf_dissect.checkpoints import UNFINISHED_FOLDER
+from hf_dissect.training.checkpoints import UNFINISHED_FOLDER
 
 DISK_BYTES = 32 * 2**20
 FAULTS = ("kill", "kill-stream", "sigterm", "worker", "worker-stream", "disk", "nan")

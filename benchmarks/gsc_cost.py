@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_dissect import Recipe
 from hf_dissect.losses import ContrastiveLoss, GscLoss
-from hf_dissect.models import logit_scale_and_bias
+from hf_dissect.models.loading import logit_scale_and_bias
 
 OBJECTIVES = ("contrastive", "gsc without evidence", "gsc")
 TOKENS, VOCABULARY = 20, 4096  # of the recipe

@@ -30,11 +30,11 @@ from transformers import PrinterCallback
 from hf_dissect import DissectTrainer, Recipe, SelectionCollator
 from hf_dissect.data import as_pairs
 from hf_dissect.evaluation import format_results_table, noise_detection_metrics, summarise_seeds
-from hf_dissect.pair_scores import score_all_pairs
-from hf_dissect.run_folder import label_figures, soft_labels
-from hf_dissect.run_recipe import build_trainer, load_data
+from hf_dissect.evaluation.pair_scores import score_all_pairs
+from hf_dissect.runs.run import build_trainer, load_data
 from hf_dissect.selection import CandidateScores, SampleLedger, Selection
 from hf_dissect.selection.uniform import KeepAll
+from hf_dissect.training.run_folder import label_figures, soft_labels
 
 SETTINGS = [
     "selection.mask_false_negatives=false",  # GSC's loss knows no mask

@@ -57,11 +57,11 @@ def charge(owner, name: str, times, part: str) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """One process of a measured run; writes its figures into the folder."""
+    from hf_dissect import distributed
     from hf_dissect import trainer as trainer_module
-    from hf_dissect.losses import exchange
-    from hf_dissect.ranks import Ranks
-    from hf_dissect.recipe import Recipe
-    from hf_dissect.run_recipe import build_trainer
+    from hf_dissect.distributed import Ranks
+    from hf_dissect.recipe.recipe import Recipe
+    from hf_dissect.runs.run import build_trainer
     from hf_dissect.selection import SampleLedger
 
     torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def work(options: argparse.Namespace) -> None:
     for name in ("gather_columns", "table"):
         charge(Ranks, name, times, "exchange of scores")
     for name in ("forward", "backward"):
-        charge(exchange._GatherWithGrad, name, times, "feature exchange")
+        charge(distributed._GatherWithGrad, name, times, "feature exchange")
     charge(trainer_module, "share_out", times, "rebalancing")
     for name in ("read", "write"):
         charge(SampleLedger, name, times, "ledger")

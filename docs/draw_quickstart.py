@@ -9,9 +9,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from hf_dissect.report import RunSummary
-from hf_dissect.report_data import replace_file
-from hf_dissect.report_plots import series
+from hf_dissect.report.data import RunSummary, replace_file
+from hf_dissect.report.plots import series
 
 ROOT = Path(__file__).parents[1]
 COLORS = ("#60666d", "#d55e00", "#0072b2", "#00835f", "#cc79a7", "#56b4e9")

@@ -1,8 +1,7 @@
 """Rows to candidate batches: decoded and tokenised in the data loader's workers, bad rows marked, not fatal."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -11,29 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase
 
+from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.images import UnusableImage, decode_image, image_content, is_feature_vector
-from hf_dissect.data.pairs import PAIR_KEYS, ROW_KEYS, key_hash
-
-
-class BadReason(IntEnum):
-    """Why a row cannot train; `GOOD` when it can."""
-
-    GOOD = 0
-    IMAGE = 1
-    CAPTION_MISSING = 2
-    CAPTION_NOT_TEXT = 3
-
-    @property
-    def description(self) -> str:
-        return _DESCRIPTIONS[self]
-
-
-_DESCRIPTIONS = {
-    BadReason.GOOD: "good",
-    BadReason.IMAGE: "image missing or undecodable",
-    BadReason.CAPTION_MISSING: "caption missing or empty",
-    BadReason.CAPTION_NOT_TEXT: "caption not a string",
-}
+from hf_dissect.data.pairs import ROW_KEYS, key_hash
 
 
 class SelectionCollator:
@@ -196,8 +175,3 @@ def _stack_features(rows: Sequence[dict[str, Any]], reasons: list[int], dim: int
     for position in np.flatnonzero(~usable):
         reasons[position] = reasons[position] or BadReason.IMAGE
     return torch.from_numpy(features)
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the model's forward among the keys of a candidate batch or of its kept part."""
-    return {name: value for name, value in batch.items() if name not in PAIR_KEYS and name != "pair_weight"}

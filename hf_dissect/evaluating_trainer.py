@@ -3,11 +3,11 @@
 import torch
 from transformers import Trainer
 
+from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.evaluation.pair_scores import score_all_pairs
 from hf_dissect.evaluation.predictions import retrieval_of_predictions
 from hf_dissect.losses import per_pair_loss
-from hf_dissect.pair_scores import score_all_pairs
-from hf_dissect.task_routing import check_tasks, forward_inputs
-from hf_dissect.training_data import pairs_for
+from hf_dissect.training_data import check_tasks, pairs_for
 
 
 class EvaluatingTrainer(Trainer):

@@ -9,10 +9,10 @@ from torch import nn
 
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.gsc import GscLoss, gsc_evidence
+from hf_dissect.models.tasks import Decorrelation
+from hf_dissect.models.twin_encoder import embeddings_of_networks
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.soft_labels import SoftLabels
-from hf_dissect.task_routing import Decorrelation
-from hf_dissect.twin_encoder import embeddings_of_networks
 
 SUFFIXES = ("", "_2")
 """Of the ledger columns of each network."""
@@ -180,7 +180,7 @@ class Objective:
         In training, a MoLA router adds its task-wise decorrelation loss over these pairs, where tasks are known.
 
         Args:
-            model, batch, projections: as of `Decorrelation.added_to`; a `pair_weight` `(b,)` in the batch multiplies
+            model, batch, projections: as of `Decorrelation.add_to`; a `pair_weight` `(b,)` in the batch multiplies
                 the losses of the pairs.
             outputs: of the model, as of `ContrastiveLoss`.
             scale, bias: of the model's logits, with gradient; of two networks `(2,)`.
@@ -195,7 +195,7 @@ class Objective:
         else:
             # Unless DDP looks for unused parameters, it waits for the gradient of each: these two get a zero.
             loss = self.gsc.loss(outputs, batch["sample_id"], weights, ledger) + 0 * (scale + bias).sum()
-        return self.decorrelation.added_to(loss, model, batch, projections) if model.training else loss
+        return self.decorrelation.add_to(loss, model, batch, projections) if model.training else loss
 
     def _contrastive_loss(
         self,

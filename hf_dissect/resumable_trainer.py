@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from hf_dissect.adapters import restore_base, save_base
-from hf_dissect.durable_trainer import DurableTrainer
-from hf_dissect.run_state import LEDGER_FILE, restore_run_state, save_run_state
-from hf_dissect.task_routing import save_task_names
+from hf_dissect.data.tasks import save_task_names
+from hf_dissect.models.adapters import restore_base, save_base
+from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.training.run_state import restore_run_state, save_run_state
+from hf_dissect.training.trainer import DurableTrainer
 from hf_dissect.training_data import num_pairs
 
 

@@ -7,15 +7,16 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
-from hf_dissect.cards.callback import CardedTrainer
-from hf_dissect.cards.model_card import TAGS
 from hf_dissect.data.bad_rows import BadRows
+from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
 from hf_dissect.data_collator import SelectionCollator, tokenizer_of
+from hf_dissect.distributed import Ranks
 from hf_dissect.evaluating_trainer import EvaluatingTrainer
-from hf_dissect.initial_ledger import begin_with_ledger
+from hf_dissect.hub.publisher import PublishingTrainer
 from hf_dissect.losses import grad_cached_backward
-from hf_dissect.models import (
+from hf_dissect.model_card import TAGS
+from hf_dissect.models.loading import (
     bare_model,
     check_dual_encoder,
     clamp_logit_scale_,
@@ -24,22 +25,23 @@ from hf_dissect.models import (
     networks_of,
     text_padding,
 )
-from hf_dissect.non_finite import NonFiniteLossError, check_finite
+from hf_dissect.models.tasks import representations
 from hf_dissect.objective import Objective
-from hf_dissect.publishing_trainer import PublishingTrainer
-from hf_dissect.ranks import Ranks
 from hf_dissect.resumable_trainer import ResumableTrainer
-from hf_dissect.run_folder import write_run_folder
 from hf_dissect.selection import CandidateScores, SampleLedger, SelectionStrategy, correlation_of, score
+from hf_dissect.selection.initial_ledger import begin_with_ledger
 from hf_dissect.selection.scope import Kept, select_among_all, select_among_own, share_out, told_to_all
 from hf_dissect.selection.trace import SelectionTrace
-from hf_dissect.task_routing import check_tasks, forward_inputs, representations
-from hf_dissect.time_spent import TimeSpent
+from hf_dissect.training.card_callback import CardedTrainer
+from hf_dissect.training.non_finite import NonFiniteLossError, check_finite
+from hf_dissect.training.run_folder import write_run_folder
+from hf_dissect.training.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
     caption_length,
     check_grad_cache,
     check_images_fit,
+    check_tasks,
     num_pairs,
     pairs_for,
     stream_loader,

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from hf_dissect.data.images import is_feature_vector
-from hf_dissect.data.pairs import PairStream, as_pairs
-from hf_dissect.data.stream_loader import StreamLoader
-from hf_dissect.feature_encoder import PrecomputedFeaturesConfig
-from hf_dissect.models import bare_model, max_text_length
+from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
+from hf_dissect.data.streaming.loader import StreamLoader
+from hf_dissect.data.tasks import number_tasks_alike
+from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.loading import bare_model, max_text_length
+from hf_dissect.mola import mola_routing
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -156,3 +158,52 @@ def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args:
 def num_pairs(pairs: Any) -> int | None:
     """Number of pairs, None for a stream."""
     return len(pairs) if hasattr(pairs, "__len__") else None
+
+
+def check_tasks(model: torch.nn.Module, train: Any, evaluation: Any) -> None:
+    """Check that an adapter that routes by task gets the tasks and has an expert for each.
+
+    Named tasks of the evaluation data are numbered as in the training data (`number_tasks_alike`).
+
+    Args:
+        model: Model with or without an adapter.
+        train: Training pairs, or None.
+        evaluation: Pairs, a dict of several, or None.
+
+    Raises:
+        ValueError: The training pairs have no tasks, or tasks exceed the experts, which is not known of a stream.
+    """
+    number_tasks_alike(train, evaluation)
+    routing = mola_routing(model)
+    if routing is None or not routing.needs_task_ids:
+        return
+    grad = [name for name in routing.active_adapters if routing.mola_config[name].variant == "grad"]
+    has_default = all(
+        name in routing.fixed_task or routing.mola_config[name].default_task is not None for name in grad
+    )
+    if train is not None and not has_default and not _has_tasks(train):
+        raise ValueError(
+            "train_dataset has no tasks, but the MoLA adapter of variant 'grad' trains the expert of each pair's "
+            "task; name the column with task_column (data.task_column in a recipe), or use the variant 'router'."
+        )
+    num_experts = min(routing.mola_config[name].num_experts for name in grad)
+    parts = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+    for argument, pairs in {"train_dataset": train, **parts}.items():
+        tasks = getattr(pairs, "task_ids", None)
+        if tasks is None:
+            continue
+        low, high = int(tasks.min()), int(tasks.max())
+        if low < 0 or high >= num_experts:
+            raise ValueError(
+                f"{argument} has task {low if low < 0 else high}, but the adapter has num_experts={num_experts}, "
+                f"an expert for each of the tasks 0 to {num_experts - 1}; set num_experts (adapter.num_experts in a "
+                "recipe) to the number of tasks, or number the tasks from 0."
+            )
+
+
+def _has_tasks(pairs: Any) -> bool:
+    if isinstance(pairs, PairDataset | PairStream):
+        return pairs.columns.task is not None
+    if isinstance(pairs, torch.utils.data.IterableDataset):
+        return True  # not read ahead; the adapter itself refuses a batch without tasks
+    return "task_id" in pairs[0]

@@ -10,12 +10,11 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hub_client
 import pytest
-import tiny_models
 import torch
 from datasets import Dataset
-from loopback_hub import LoopbackHub, serving
+from testing import hub_client, tiny_models
+from testing.loopback_hub import LoopbackHub, serving
 from transformers import PreTrainedModel, ProcessorMixin
 
 from hf_dissect.hub import repository

@@ -6,16 +6,16 @@ import json
 import datasets
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
+from testing import tiny_models
 from transformers import AutoModel, BertConfig, BertModel, TrainingArguments
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, SampleLedger
 from hf_dissect.data import as_pairs
 from hf_dissect.data.bad_rows import TooManyBadRows
-from hf_dissect.recipe import RecipeError
+from hf_dissect.recipe.recipe import RecipeError
 from hf_dissect.trainer import NonFiniteLossError
 
 BATCH = 8

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from datasets import ClassLabel, concatenate_datasets
+from testing import tiny_models
 
 from hf_dissect import make_scenes
 from hf_dissect.cli import main

@@ -2,15 +2,16 @@ import io
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import xxhash
 from PIL import Image
+from testing import tiny_models
 from transformers import AutoModel
 
 from hf_dissect.data import as_pairs
+from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.pairs import PAIR_KEYS
-from hf_dissect.data_collator import BadReason, SelectionCollator
+from hf_dissect.data_collator import SelectionCollator
 
 
 def png(image: Image.Image) -> dict:

@@ -9,21 +9,20 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-import hub_client
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import yaml
 from datasets import ClassLabel
-from document_pages import PAGES, ROOT, blocks, commands, languages
-from loopback_hub import serving
-from tiny_recipe import tiny_settings
+from testing import hub_client, tiny_models
+from testing.document_pages import PAGES, ROOT, blocks, commands, languages
+from testing.loopback_hub import serving
+from testing.tiny_recipe import tiny_settings
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, make_scenes
 from hf_dissect.cli import main
 from hf_dissect.data import make_scene_classes
-from hf_dissect.report import RunSummary
+from hf_dissect.report.data import RunSummary
 
 SCRATCH = f"model.config={json.dumps(tiny_settings()['model']['config'])}"
 SMALL = ["training.per_device_train_batch_size=16", "training.max_steps=2", "training.use_cpu=true"]

@@ -8,12 +8,12 @@ from statistics import mean, stdev
 
 import pytest
 import yaml
-from document_pages import PAGES, ROOT, TEXTS, anchors, first_column, inline_code, links, table
+from testing.document_pages import PAGES, ROOT, TEXTS, anchors, first_column, inline_code, links, table
 
 from hf_dissect import Recipe
 from hf_dissect.data.loading import SOURCES
 from hf_dissect.distillation import METHODS
-from hf_dissect.recipe_file import shipped_recipes
+from hf_dissect.recipe.file import shipped_recipes
 from hf_dissect.selection import STRATEGIES
 
 MEASURED = ROOT / "benchmarks" / "results"

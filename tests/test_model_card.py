@@ -8,9 +8,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
-from hf_dissect.cards.model_card import ModelFacts, name_model, write_model_card
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
-from hf_dissect.recipe import Recipe
+from hf_dissect.hub.published_files import name_model
+from hf_dissect.model_card import ModelFacts, write_model_card
+from hf_dissect.recipe.recipe import Recipe
 
 METRICS = {
     "name": "quick",
@@ -141,7 +142,7 @@ def test_the_model_can_be_named_afterwards(tmp_path):
     ("model", "there", "missing"),
     [
         (ModelFacts("siglip", "sigmoid", "max_length"), ("logits.sigmoid()", 'padding="max_length"'), "softmax"),
-        (ModelFacts(feature_size=12), ("torch.randn(1, 12)", "import hf_dissect.feature_encoder"), "PIL"),
+        (ModelFacts(feature_size=12), ("torch.randn(1, 12)", "import hf_dissect.models.feature_encoder"), "PIL"),
     ],
 )
 def test_snippet_suits_the_model(tmp_path, model, there, missing):

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny_models import with_lora, with_mola
-from tiny_recipe import TOWER, tiny_recipe
+from testing import tiny_models
+from testing.tiny_models import with_lora, with_mola
+from testing.tiny_recipe import TOWER, tiny_recipe
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder, make_scenes
 from hf_dissect.data import shuffle_captions
-from hf_dissect.run_recipe import run_recipe
+from hf_dissect.runs.run import run_recipe
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = {"save_strategy": "epoch", "eval_strategy": "epoch"}
@@ -225,8 +225,11 @@ def test_the_snippets_run_as_printed(run, tmp_path):
     folders["twins"], gsc = tmp_path / "twins", {"dual": True, "warmup_epochs": 0}
     twins = TwinDualEncoder.of(tiny_models.tiny_clip(seed=1)[0], tiny_models.tiny_clip(seed=2)[0])
     trainer_of(folders["twins"], twins, processor, save_strategy="no", gsc=gsc).train()
-    not_needed = dict.fromkeys(folders, "hf_dissect") | {"router": "none", "features": "hf_dissect.feature_encoder"}
-    not_needed["twins"] = "hf_dissect.twin_encoder"
+    not_needed = dict.fromkeys(folders, "hf_dissect") | {
+        "router": "none",
+        "features": "hf_dissect.models.feature_encoder",
+    }
+    not_needed["twins"] = "hf_dissect.models.twin_encoder"
     printed = run_snippets(*((folder, not_needed[name]) for name, folder in folders.items()))
     assert len(printed) == len(folders) and all("tensor([[" in text for text in printed.values())
     contents = {name: card_of(folder) for name, folder in folders.items()}

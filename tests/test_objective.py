@@ -3,18 +3,18 @@
 import json
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from faulty_run import make_trainer
+from testing import tiny_models
+from testing.faulty_run import make_trainer
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger
 from hf_dissect.data import as_pairs, shuffle_captions
 from hf_dissect.losses import ContrastiveLoss
-from hf_dissect.models import logit_scale_and_bias
+from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.objective import GscObjective, Objective
-from hf_dissect.run_folder import label_figures
 from hf_dissect.selection import STRATEGIES, Selection, SelectionStrategy
+from hf_dissect.training.run_folder import label_figures
 
 IDS = torch.tensor([3, 9, 4, 1, 30, 22])
 

@@ -28,10 +28,10 @@ USE_WHAT_IS_SHIPPED = """
 import hf_dissect
 from hf_dissect.distillation import DistillationRecipe
 from hf_dissect.evaluation import load
-from hf_dissect.cards.model_card import write_model_card
-from hf_dissect.recipe import Recipe
-from hf_dissect.recipe_file import shipped_recipes
-from hf_dissect.report import RunSummary, write_report
+from hf_dissect.model_card import write_model_card
+from hf_dissect.recipe.recipe import Recipe
+from hf_dissect.recipe.file import shipped_recipes
+from hf_dissect.report.page import RunSummary, write_report
 
 print(hf_dissect.__file__)
 for name, path in shipped_recipes().items():

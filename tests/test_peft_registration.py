@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from mola.tiny_bases import adapted, tiny_bert
+from testing.tiny_bases import adapted, tiny_bert
 
 KNOWN = """
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

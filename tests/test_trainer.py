@@ -2,8 +2,8 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-import tiny_models
 import torch
+from testing import tiny_models
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger

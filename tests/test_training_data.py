@@ -3,11 +3,11 @@
 import logging
 
 import pytest
-import tiny_models
 from datasets import Dataset
+from testing import tiny_models
 
 from hf_dissect import DissectTrainingArguments, PairDataset
-from hf_dissect.data.pair_stream import PairStream
+from hf_dissect.data.streaming.pair_stream import PairStream
 from hf_dissect.training_data import num_pairs, pairs_for, training_pairs, warn_if_warm_up_outlasts
 
 

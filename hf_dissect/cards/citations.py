@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_dissect.report_tables import mapping
+from hf_dissect.report.tables import mapping
 
 _OF_STRATEGY = {
     "dissect": "zhao2025dissect",

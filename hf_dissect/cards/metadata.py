@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
-from hf_dissect.report_plots import finite
-from hf_dissect.report_tables import final_figures, label, mapping
+from hf_dissect.report.plots import finite
+from hf_dissect.report.tables import final_figures, label, mapping
 
 if TYPE_CHECKING:
-    from hf_dissect.recipe import Recipe
+    from hf_dissect.recipe.recipe import Recipe
 
 TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
 DATA_NAMES = {

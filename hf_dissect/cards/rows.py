@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from hf_dissect.cards.metadata import DATA_NAMES
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
-from hf_dissect.report_tables import final_figures, format_number, mapping, results_table, run_figures
+from hf_dissect.report.tables import final_figures, format_number, mapping, results_table, run_figures
 
 if TYPE_CHECKING:
-    from hf_dissect.recipe import Recipe
+    from hf_dissect.recipe.recipe import Recipe
 
 Rows = list[tuple[str, str]]
 

@@ -3,8 +3,8 @@
 from hf_dissect.data.loading import load_splits
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
 from hf_dissect.data.pairs import PairColumns, PairDataset, PairStream, as_pairs
-from hf_dissect.data.scene_grammar import SCENE_CLASSES, SCENE_TEMPLATES
-from hf_dissect.data.scenes import make_scene_classes, make_scenes, scenes_features, scenes_generator
+from hf_dissect.data.scenes.drawing import make_scene_classes, make_scenes, scenes_features, scenes_generator
+from hf_dissect.data.scenes.grammar import SCENE_CLASSES, SCENE_TEMPLATES
 
 __all__ = [
     "SCENE_CLASSES",

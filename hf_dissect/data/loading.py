@@ -12,7 +12,7 @@ from datasets.features.features import FeatureType
 from hf_dissect.data.arrow_columns import replace_column
 from hf_dissect.data.files import folder_splits, image_column_of, image_folder_splits
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
-from hf_dissect.data.scenes import make_scenes, scenes_features, scenes_generator
+from hf_dissect.data.scenes.drawing import make_scenes, scenes_features, scenes_generator
 from hf_dissect.data.split_files import first_line
 from hf_dissect.data.tar_shards import tar_shard_splits
 

@@ -26,7 +26,7 @@ from hf_dissect.data.pair_columns import (
     task_numbers,
     undecoded,
 )
-from hf_dissect.data.pair_stream import PairStream
+from hf_dissect.data.streaming.pair_stream import PairStream
 
 __all__ = [
     "CAPTION_COLUMNS",

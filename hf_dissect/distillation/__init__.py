@@ -17,7 +17,7 @@ from hf_dissect.distillation.student import StudentConfig, StudentForClassificat
 
 # Imported on first use: a saved student needs no Trainer.
 _HOMES = {
-    "AuxiliaryDistillationArguments": "hf_dissect.distillation.arguments",
+    "AuxiliaryDistillationArguments": "hf_dissect.distillation.training_args",
     "AuxiliaryDistillationTrainer": "hf_dissect.distillation.trainer",
     "DistillationRecipe": "hf_dissect.distillation.recipe",
     "METHODS": "hf_dissect.distillation.terms",

@@ -6,8 +6,8 @@ from collections import Counter
 import torch
 
 from hf_dissect.data.bad_rows import TooManyBadRows
-from hf_dissect.distillation.collator import RowState
-from hf_dissect.ranks import Ranks
+from hf_dissect.distillation.data_collator import RowState
+from hf_dissect.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 

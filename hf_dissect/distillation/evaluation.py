@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from hf_dissect.distillation.collator import row_masks
+from hf_dissect.distillation.data_collator import row_masks
 
 
 def prediction_metrics(

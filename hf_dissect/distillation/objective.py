@@ -2,11 +2,11 @@
 
 import torch
 
-from hf_dissect.distillation.arguments import AuxiliaryDistillationArguments
-from hf_dissect.distillation.conditional_entropy import Adversary, anchor_loss, generator_loss
 from hf_dissect.distillation.diagnostics import Meter
-from hf_dissect.distillation.mutual_information import InformationEstimate, MemoryBank, information_loss
-from hf_dissect.distillation.task_losses import classification_loss, hinton_loss, retrieval_loss
+from hf_dissect.distillation.losses.conditional_entropy import Adversary, anchor_loss, generator_loss
+from hf_dissect.distillation.losses.mutual_information import InformationEstimate, MemoryBank, information_loss
+from hf_dissect.distillation.losses.task import classification_loss, hinton_loss, retrieval_loss
+from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
 
 Outputs = dict[str, torch.Tensor]
 

@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hf_dissect.distillation.arguments import OWN_FIELDS, distillation_problems
 from hf_dissect.distillation.terms import METHODS
-from hf_dissect.recipe_fields import Faults, read_section, show
-from hf_dissect.recipe_file import RecipeFile
-from hf_dissect.recipe_schema import setting
+from hf_dissect.distillation.training_args import OWN_FIELDS, distillation_problems
+from hf_dissect.recipe.fields import Faults, read_section, show
+from hf_dissect.recipe.file import RecipeFile
+from hf_dissect.recipe.schema import setting
 
 KINDS = ("array", "image", "text")
 _ELSEWHERE = {

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
 
-from hf_dissect.distillation.mutual_information import MemoryBank
-from hf_dissect.run_state import STATE_FILE, candidates_per_update, read_run_state
+from hf_dissect.distillation.losses.mutual_information import MemoryBank
+from hf_dissect.training.run_state import STATE_FILE, candidates_per_update, read_run_state
 
 if TYPE_CHECKING:
     from hf_dissect.distillation.trainer import AuxiliaryDistillationTrainer

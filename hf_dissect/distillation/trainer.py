@@ -8,26 +8,26 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, set_seed
 
-from hf_dissect.cards.callback import CardedTrainer
-from hf_dissect.distillation.arguments import AuxiliaryDistillationArguments
-from hf_dissect.distillation.card import StudentCard
-from hf_dissect.distillation.collator import DistillationCollator, array_shape, row_masks
-from hf_dissect.distillation.columns import Columns, ModalityRows
-from hf_dissect.distillation.conditional_entropy import Adversary, Discriminator, discriminator_loss
+from hf_dissect.distillation.data_collator import DistillationCollator, array_shape, row_masks
 from hf_dissect.distillation.diagnostics import Meter, RowCounts, Watch
 from hf_dissect.distillation.evaluation import prediction_metrics
+from hf_dissect.distillation.losses.conditional_entropy import Adversary, Discriminator, discriminator_loss
+from hf_dissect.distillation.model_card import StudentCard
 from hf_dissect.distillation.networks import DistillationNetworks, standardised
 from hf_dissect.distillation.objective import DistillationObjective
-from hf_dissect.distillation.run_folder import write_distillation_folder
 from hf_dissect.distillation.run_state import restore_distillation_state, save_distillation_state
 from hf_dissect.distillation.saved_student import STUDENT_FOLDER
 from hf_dissect.distillation.student import StudentForClassification, feature_size
-from hf_dissect.durable_trainer import DurableTrainer
+from hf_dissect.distillation.summary import write_distillation_folder
+from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
+from hf_dissect.distillation.training_data import Columns, ModalityRows
+from hf_dissect.distributed import Ranks
 from hf_dissect.hub.published_files import ENCODER_FOLDER
-from hf_dissect.non_finite import check_finite
-from hf_dissect.publishing_trainer import PublishingTrainer
-from hf_dissect.ranks import Ranks
-from hf_dissect.time_spent import TimeSpent
+from hf_dissect.hub.publisher import PublishingTrainer
+from hf_dissect.training.card_callback import CardedTrainer
+from hf_dissect.training.non_finite import check_finite
+from hf_dissect.training.time_spent import TimeSpent
+from hf_dissect.training.trainer import DurableTrainer
 
 
 class AuxiliaryDistillationTrainer(DurableTrainer, PublishingTrainer, CardedTrainer):

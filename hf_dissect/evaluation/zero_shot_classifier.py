@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from hf_dissect.data.images import UnusableImage, decode_image
 from hf_dissect.evaluation.accuracy import zero_shot_metrics
 from hf_dissect.evaluation.embeddings import check_positive_integer
-from hf_dissect.model_families import bare_model, check_dual_encoder, max_text_length, text_padding
+from hf_dissect.models.families import bare_model, check_dual_encoder, max_text_length, text_padding
 from hf_dissect.selection.scoring import evaluation_mode
 
 

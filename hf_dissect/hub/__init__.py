@@ -1,1 +1,1 @@
-"""Runs, recipes and ledgers on the Hugging Face Hub: what goes there, and what is taken from there with care."""
+"""Runs, recipes and ledgers on the Hugging Face Hub: published without anything private, and read with care."""

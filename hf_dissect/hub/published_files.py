@@ -1,4 +1,4 @@
-"""Which files of a run are published, and in what form: a list of what may go out, with nothing private in it."""
+"""Files of a run that are published, chosen by a list of what may go out and checked for anything private."""
 
 import json
 import re
@@ -9,10 +9,9 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-from hf_dissect.cards.model_card import name_model
 from hf_dissect.hub.repository import HubError
-from hf_dissect.hub.shared_recipe import is_local_path, published_recipe
-from hf_dissect.recipe_file import read_settings
+from hf_dissect.hub.shared_recipe import format_published_recipe, is_local_path
+from hf_dissect.recipe.file import read_settings
 
 RECIPE_FILE, METRICS_FILE, CARD_FILE = "recipe.yaml", "metrics.json", "README.md"
 CARDS = (CARD_FILE, "report.png", "report.svg")
@@ -28,81 +27,87 @@ _CONFIGURATIONS = (
     "added_tokens.json",
 )
 ENCODER_FOLDER = "encoder"
-"""Where, beside a student, its encoder lies alone."""
+"""Folder next to a student that holds its encoder alone."""
 _PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", *_PIECES, "chat_template.jinja")
 _BASE = tuple(f"base_model/{name}" for name in (*WEIGHTS[:2], "config.json", "generation_config.json"))
 LOADED = (*WEIGHTS, *_CONFIGURATIONS, *_TOKENIZER, *_BASE, "tasks.json")
-"""Patterns of the files that a model is loaded from."""
-# Of a student, for those who do not have this package.
+"""Patterns of the files to load a model from."""
+# The encoder of a student, for those who do not have this package.
 _ENCODER = tuple(f"{ENCODER_FOLDER}/{name}" for name in (*WEIGHTS[:2], *_CONFIGURATIONS, *_TOKENIZER))
 PUBLISHED = (*LOADED, *_ENCODER, RECIPE_FILE, METRICS_FILE, *CARDS)
 """Patterns of all files that are published: no checkpoint, ledger, log, report with pictures, nor anything pickled."""
 
 _LARGEST_TEXT = 50_000_000
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+_MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
-def published_files(
+def select_published_files(
     folder: Path, repo_id: str, cards_in: Path | None = None
 ) -> tuple[dict[str, Path | bytes], list[str]]:
-    """What of a run's folder, or of a checkpoint, is published.
+    """Select the files of a run folder or of a checkpoint that are published, and remove what is private.
 
     Args:
-        folder: where the files are.
-        repo_id: the repository that they go to; card and recipe name it.
-        cards_in: where the card and its picture are; `folder` by default.
+        folder: Folder of the files.
+        repo_id: Repository to publish in; card and recipe name it.
+        cards_in: Folder of the card and its picture; `folder` by default.
 
     Returns:
-        Path in the repository -> the file, or its content where that differs from the file's; and what stays behind,
-        as it is of one machine only: dotted keys of the recipe, and the name of an adapter's base.
+        Path in the repository -> file, or content where that differs from the file's; and what is left out because it
+        belongs to one machine: dotted keys of the recipe, and the name of an adapter's base.
 
     Raises:
-        HubError: a file still names a place of this machine, or holds a token.
+        HubError: A file still names a place of this machine, or holds a token.
     """
     paths = [path for place in ("", "base_model", ENCODER_FOLDER) for path in (folder / place).glob("*")]
     names = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
-    found: dict[str, Path | bytes] = {name: path for name, path in names.items() if is_published(name)}
+    files: dict[str, Path | bytes] = {name: path for name, path in names.items() if is_published(name)}
     left_out: list[str] = []
     if cards_in is not None:
-        found = {name: path for name, path in found.items() if name not in CARDS}
-        found |= {name: cards_in / name for name in CARDS if (cards_in / name).is_file()}
-    if CARD_FILE in found:
-        found[CARD_FILE] = name_model(found[CARD_FILE].read_text(encoding="utf-8"), repo_id).encode()
-    if RECIPE_FILE in found:
-        text, left_out = published_recipe(read_settings(found[RECIPE_FILE]), repo_id)
-        found[RECIPE_FILE] = text.encode()
-    for name in found:
+        files = {name: path for name, path in files.items() if name not in CARDS}
+        files |= {name: cards_in / name for name in CARDS if (cards_in / name).is_file()}
+    if CARD_FILE in files:
+        files[CARD_FILE] = name_model(files[CARD_FILE].read_text(encoding="utf-8"), repo_id).encode()
+    if RECIPE_FILE in files:
+        text, left_out = format_published_recipe(read_settings(files[RECIPE_FILE]), repo_id)
+        files[RECIPE_FILE] = text.encode()
+    for name in files:
         if name == METRICS_FILE or Path(name).name in _CONFIGURATIONS:
-            found[name] = without_paths(found[name])
-    if found.get("adapter_config.json") != names.get("adapter_config.json"):
+            files[name] = remove_paths(files[name])
+    if files.get("adapter_config.json") != names.get("adapter_config.json"):
         left_out.append("base_model_name_or_path of the adapter")
-    check_private(found, folder)
-    return found, left_out
+    check_private(files, folder)
+    return files, left_out
+
+
+def name_model(card: str, model_id: str) -> str:
+    """Name `model_id`, an id of the Hub, in the loading snippet of a card and return the text of the card."""
+    return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
 
 
 def is_published(path: str) -> bool:
-    """Whether a file of a run is published; of a repository, whether a run may have put it there."""
+    """Return True for a file of a run that is published, or one of a repository that a run may have put there."""
     # Not `fnmatch` over the whole path: its * goes through folders.
     return any(path.count("/") == pattern.count("/") and fnmatch(path, pattern) for pattern in PUBLISHED)
 
 
-def without_paths(file: Path) -> Path | bytes:
-    """A JSON file as it is where it names no place of a machine; else its content with null in their stead."""
+def remove_paths(file: Path) -> Path | bytes:
+    """Return a JSON file that names no path of a machine unchanged, any other as content with null for each path."""
     content = json.loads(file.read_text(encoding="utf-8"))
     cleaned = _cleaned(content)
     return file if cleaned == content else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def check_private(files: Mapping[str, Path | bytes], folder: Path) -> None:
-    """Look through the text that is to be published for places of this machine and for tokens.
+    """Check that text to be published holds neither paths of this machine nor tokens.
 
     Args:
-        files: path in the repository -> file or content.
-        folder: of the run.
+        files: Path in the repository -> file or content.
+        folder: Run folder.
 
     Raises:
-        HubError: something was found; the message names the file and what it is.
+        HubError: A file holds one; the message names the file and what it holds.
     """
     searched = _private_texts(folder)
     for name, source in files.items():
@@ -127,7 +132,7 @@ def _private_texts(folder: Path) -> dict[str, re.Pattern[bytes]]:
         "the path of your home folder": Path.home(),
         "the path of the working folder": Path.cwd(),
     }
-    # A path such as / or /data is no secret, and in every second address.
+    # A path such as / or /data is not a secret, and part of every second address.
     texts = {
         what: str(place) for what, place in places.items() if len(place.parts) > 2 or what.endswith("home folder")
     }
@@ -145,6 +150,6 @@ def _cleaned(value: Any, key: str = "") -> Any:
         return [_cleaned(part) for part in value]
     if not isinstance(value, str):
         return value
-    # A relative folder else reads as a name of the Hub.
+    # A relative folder would otherwise read as a name of the Hub.
     is_folder = key.endswith("name_or_path") and value and Path(value).exists()
     return None if is_folder or (is_local_path(value) and len(Path(value).parts) > 1) else value

@@ -1,21 +1,21 @@
-"""Publishes a finished run as a model repository: weights, processor, recipe, figures and card, in one commit."""
+"""Publication of a finished run as a model repository: weights, processor, recipe, figures and card in one commit."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_dissect.hub.published_files import WEIGHTS, is_published, published_files
+from hf_dissect.hub.published_files import WEIGHTS, is_published, select_published_files
 from hf_dissect.hub.repository import HubError, Repository
 
 
 @dataclass(frozen=True)
 class Push:
-    """What was published.
+    """Result of a publication.
 
     Attributes:
-        url: of the repository, for a browser.
-        repo_id: `USER/REPO`.
-        files: paths in the repository.
-        left_out: what stayed behind, as it is of one machine only: settings of the recipe, an adapter's base.
+        url: Address of the repository, for a browser.
+        repo_id: Id `USER/REPO`.
+        files: Paths in the repository.
+        left_out: Settings of the recipe and base of the adapter that belong to one machine and are not published.
     """
 
     url: str
@@ -33,42 +33,48 @@ def push_run(
     token: str | None = None,
     message: str | None = None,
 ) -> Push:
-    """Publish a run folder; what an earlier push of it left there and no longer belongs to it goes.
+    """Publish a run folder, and delete from the repository what earlier pushes left and the run no longer has.
 
     Args:
-        run: folder of a finished run.
-        repo_id: `USER/REPO`, or a name alone for a repository of the user's own; it is created if it is not there.
-        private: of a new repository; None for the default of its owner.
-        revision: branch to write to, created if it is not there; None for the main one.
-        token: of the user; None for the one that is logged in.
-        message: of the commit.
+        run: Folder of a finished run.
+        repo_id: Id `USER/REPO`, or a name alone for a repository of the user; created where missing.
+        private: Visibility of a new repository; None for the default of its owner.
+        revision: Branch to write to, created where missing; None for the main branch.
+        token: Token of the user; None for the one that is logged in.
+        message: Commit message.
 
     Raises:
-        HubError: the folder holds no finished run or something private, or see `Repository.open` and `upload`.
+        HubError: The folder holds no finished run or something private, or see `Repository.open` and `upload`.
     """
     folder = Path(run)
     check_finished(folder)
-    published_files(folder, repo_id)  # what may not go out is told before anything is created
+    select_published_files(folder, repo_id)  # refuses what is private before anything is created
     repository = Repository.open(repo_id, private=private, revision=revision, token=token)
     return publish(repository, folder, message=message or "Upload a run of hf_dissect")
 
 
 def publish(repository: Repository, folder: Path, *, message: str, cards_in: Path | None = None) -> Push:
-    """Publish what `published_files` finds in a run's folder or in a checkpoint, in place of an earlier publication.
+    """Publish the files of a run folder or of a checkpoint (see `select_published_files`) in place of earlier ones.
+
+    Args:
+        repository: Repository to write to.
+        folder: Run folder or checkpoint.
+        message: Commit message.
+        cards_in: Folder of the card and its picture; `folder` by default.
 
     Raises:
-        HubError: a file holds something private, or see `Repository.upload`.
+        HubError: A file holds something private, or see `Repository.upload`.
     """
-    files, left_out = published_files(folder, repository.repo_id, cards_in)
+    files, left_out = select_published_files(folder, repository.repo_id, cards_in)
     repository.upload(files, message, outdated=is_published)
     return Push(repository.url, repository.repo_id, sorted(files), left_out)
 
 
 def check_finished(folder: Path) -> None:
-    """Make sure that a folder is that of a finished run.
+    """Check that a folder holds a finished run.
 
     Raises:
-        HubError: it is not; the message says what it is instead.
+        HubError: It does not; the message says what it holds instead.
     """
     if not folder.is_dir():
         raise HubError(f"{folder}: there is no such folder; name the folder of a run, such as runs/quickstart.")
@@ -78,5 +84,5 @@ def check_finished(folder: Path) -> None:
     if runs := sorted(path.parent.name for path in folder.glob("*/metrics.json")):
         raise HubError(f"{folder} holds several runs; push one of them, such as {folder / runs[0]}.")
     has_begun = any(folder.glob("checkpoint-*"))
-    way_out = "let it end first (--resume goes on)" if has_begun else "name the folder that a run was written to"
+    way_out = "let it end first (--resume continues it)" if has_begun else "name the folder that a run was written to"
     raise HubError(f"{folder} holds no finished run, which has a model and metrics.json; {way_out}.")

@@ -1,4 +1,4 @@
-"""Repositories of the Hub to write to and read from, with errors that say what to do and repeats that lose nothing."""
+"""Repositories of the Hub to write to, with errors that say what to do and retries that lose nothing."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from hf_dissect.version import __version__
 logger = logging.getLogger(__name__)
 
 PAUSES = (1, 4, 15)
-"""Seconds before what broke off is tried again."""
+"""Seconds to wait before each retry."""
 
 _Result = TypeVar("_Result")
 _WORDS = {"model": "model", "dataset": "data set"}
@@ -34,19 +34,19 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may w
 
 
 class HubError(OSError):
-    """The Hub could not be used; the message says why and what to do."""
+    """Error for a Hub that cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """One that can be written to.
+    """Repository of the Hub that can be written to.
 
     Attributes:
-        repo_id: `USER/REPO`.
-        repo_type: "model" or "dataset".
-        url: for a browser.
-        revision: the branch that is written to; None for the main one.
-        api: the client, with the token to use.
+        repo_id: Id `USER/REPO`.
+        repo_type: Kind of repository, "model" or "dataset".
+        url: Address for a browser.
+        revision: Branch to write to; None for the main branch.
+        api: Client, with the token to use.
     """
 
     repo_id: str
@@ -65,78 +65,78 @@ class Repository:
         revision: str | None = None,
         token: str | None = None,
     ) -> "Repository":
-        """Create the repository, and the branch, where there is none.
+        """Create the repository and the branch where they are missing.
 
         Args:
-            repo_id: `USER/REPO`, or a name alone for one of the user's own.
-            repo_type: "model" or "dataset".
-            private: of a new repository; None for the default of its owner.
-            revision: branch to write to.
-            token: of the user; None for the one that is logged in.
+            repo_id: Id `USER/REPO`, or a name alone for a repository of the user.
+            repo_type: Kind of repository, "model" or "dataset".
+            private: Visibility of a new repository; None for the default of its owner.
+            revision: Branch to write to.
+            token: Token of the user; None for the one that is logged in.
 
         Raises:
-            HubError: nobody is logged in, the token may not write there, or `private` was asked for and the repository
+            HubError: Nobody is logged in, the token may not write there, or `private` was asked for and the repository
                 is public.
         """
-        api = client(token)
-        with told(repo_id, repo_type):
-            again(api.whoami)
-            url: RepoUrl = again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
-            if private and not again(lambda: api.repo_info(url.repo_id, repo_type=repo_type)).private:
+        api = open_client(token)
+        with explain_hub_errors(repo_id, repo_type):
+            retry(api.whoami)
+            url: RepoUrl = retry(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+            if private and not retry(lambda: api.repo_info(url.repo_id, repo_type=repo_type)).private:
                 raise HubError(
                     f"{url.repo_id} exists and is public; make it private in its settings first, or take another name."
                 )
             if revision is not None:
-                again(lambda: api.create_branch(url.repo_id, repo_type=repo_type, branch=revision, exist_ok=True))
+                retry(lambda: api.create_branch(url.repo_id, repo_type=repo_type, branch=revision, exist_ok=True))
         return cls(url.repo_id, repo_type, str(url), revision, api)
 
     def upload(self, files: Mapping[str, Path | bytes], message: str, *, outdated: Callable[[str], bool]) -> list[str]:
-        """Publish files in one commit: all of them or, if it breaks off, none.
+        """Publish files in one commit: all of them or, if it fails, none.
 
-        What has not changed is not sent, nor what an earlier attempt has sent already. A repository that is as it is
-        to be gets no commit.
+        Files that have not changed, or that an earlier attempt has sent already, are not sent again. A repository
+        that needs no change gets no commit.
 
         Args:
-            files: path in the repository -> file, or its content.
-            message: of the commit.
-            outdated: whether a file of the repository that is not among `files` is to go.
+            files: Path in the repository -> file, or its content.
+            message: Commit message.
+            outdated: Function that returns True for a path of the repository to delete where `files` lacks it.
 
         Returns:
-            The paths in the repository that are gone.
+            Deleted paths of the repository.
 
         Raises:
-            HubError: the Hub refused them, or could not be reached.
+            HubError: The Hub refused the files, or could not be reached.
         """
-        with told(self.repo_id, self.repo_type):
-            there = again(
+        with explain_hub_errors(self.repo_id, self.repo_type):
+            existing = retry(
                 lambda: self.api.list_repo_files(self.repo_id, repo_type=self.repo_type, revision=self.revision)
             )
-            gone = sorted(path for path in there if path not in files and outdated(path))
-            again(
+            deleted = sorted(path for path in existing if path not in files and outdated(path))
+            retry(
                 lambda: self.api.create_commit(
                     self.repo_id,
-                    # Made anew for each attempt: an operation that was committed cannot be used again.
-                    operations=[*_additions(files), *map(CommitOperationDelete, gone)],
+                    # New ones for each attempt: an operation that was committed cannot be used again.
+                    operations=[*_additions(files), *map(CommitOperationDelete, deleted)],
                     commit_message=message,
                     repo_type=self.repo_type,
                     revision=self.revision,
                 )
             )
-        return gone
+        return deleted
 
 
-def client(token: str | None = None) -> HfApi:
-    """The client of the Hub, for the endpoint that the environment names."""
+def open_client(token: str | None = None) -> HfApi:
+    """Open a client of the Hub, for the endpoint that the environment names."""
     return HfApi(token=token, library_name="hf_dissect", library_version=__version__)
 
 
-def again(action: Callable[[], _Result]) -> _Result:
-    """Do something, and do it again after a while where the connection broke or the Hub was not itself."""
+def retry(action: Callable[[], _Result]) -> _Result:
+    """Call `action`, and call it again after each of `PAUSES` while the connection or the Hub fails."""
     for pause in PAUSES:
         try:
             return action()
         except Exception as error:
-            if not _passes(error):
+            if not _is_temporary(error):
                 raise
             logger.warning("The Hub could not be reached (%s); trying again in %s s.", _in_short(error), pause)
             time.sleep(pause)
@@ -144,8 +144,8 @@ def again(action: Callable[[], _Result]) -> _Result:
 
 
 @contextmanager
-def told(repo_id: str, repo_type: str = "model") -> Iterator[None]:
-    """Turn errors of the client into a `HubError` that says what to do."""
+def explain_hub_errors(repo_id: str, repo_type: str = "model") -> Iterator[None]:
+    """Raise errors of the client as a `HubError` that says what to do."""
     try:
         yield
     except HubError:
@@ -162,12 +162,12 @@ def _additions(files: Mapping[str, Path | bytes]) -> Iterable[CommitOperationAdd
 
 
 def _cause(error: Exception) -> BaseException:
-    """What went wrong when a file was sent: the client wraps it."""
+    """Return the cause of an error: the client wraps what went wrong when it sent a file."""
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
 
 
-def _passes(error: Exception) -> bool:
-    """Whether to try again is all that can be done."""
+def _is_temporary(error: Exception) -> bool:
+    """Return True for a failure that another attempt may get over."""
     cause = _cause(error)
     if isinstance(cause, HfHubHTTPError):
         return _status(cause) >= 500 or _status(cause) == 429
@@ -180,7 +180,7 @@ def _status(error: HfHubHTTPError) -> int:
 
 
 def _advice(error: BaseException, repo_id: str, what: str) -> str | None:
-    """What to tell the user; None for a fault of the program."""
+    """Return a message for the user; None for a fault of the program."""
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo_id}: the Hub is switched off by HF_HUB_OFFLINE; unset it."
     if isinstance(error, LocalTokenNotFoundError):

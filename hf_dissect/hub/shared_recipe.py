@@ -1,6 +1,6 @@
-"""What of a recipe two people may share: the settings of the experiment, and nothing of the machine it ran on.
+"""Settings of a recipe that people may share: those of the experiment, and none of the machine it ran on.
 
-The same rules hold where a recipe is published and where one is taken from the Hub, as nobody knows who wrote that.
+The same rules apply to a recipe that is published and to one from the Hub, whose author is unknown.
 """
 
 import copy
@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from hf_dissect.hub.address import is_hub_address, is_repo_id
-from hf_dissect.recipe_yaml import format_yaml
+from hf_dissect.recipe.yaml import format_yaml
 
 SHARED_TRAINING = frozenset(
     """
@@ -23,18 +23,18 @@ SHARED_TRAINING = frozenset(
     warmup_steps weight_decay
     """.split()
 )
-"""Fields of `TrainingArguments` that make up an experiment. The others write files, send or fetch something, name
+"""Fields of `TrainingArguments` that describe an experiment. The others write files, send or fetch something, name
 accounts, or belong to a machine."""
 
 _ADDRESSES = ("https://", "http://", "hf://")
-_FOUND_BESIDE_THE_DATA = ("image_features", "noise_permutation")
+_NEXT_TO_THE_DATA = ("image_features", "noise_permutation")
 # Section and name of each setting that names a file, a folder or a repository; further ones in `_modalities`.
 _PLACES = (
     ("model", "name_or_path"),
     ("model", "second_name_or_path"),
     ("model", "tokenizer"),
     ("data", "path"),
-    *(("data", name) for name in _FOUND_BESIDE_THE_DATA),
+    *(("data", name) for name in _NEXT_TO_THE_DATA),
     ("selection", "ledger"),
     ("evaluation.zero_shot", "path"),
 )
@@ -50,16 +50,16 @@ _LOADERS = frozenset(
 _REMOTE_CODE = "trust_remote_code"
 
 
-def shareable(settings: dict[str, Any], repo_id: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The shared part of a recipe's settings, also of one of a distillation.
+def select_shareable(settings: dict[str, Any], repo_id: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Select the settings of a recipe that may be shared, for both kinds of recipes.
 
     Args:
-        settings: as in the YAML file; they may be faulty.
-        repo_id: the repository that the model is published in; its tokenizer, or the student's processor, stands in
-            for one in a local folder.
+        settings: Settings as in the YAML file; they may be faulty.
+        repo_id: Repository that the model is published in; its tokenizer, or the student's processor, replaces one
+            in a local folder.
 
     Returns:
-        A copy of the settings, and the dotted keys of what was left out of it, in their order.
+        Copy of the settings, and the dotted keys of the settings left out, in their order.
     """
     shared, left_out = copy.deepcopy(settings), []
     training = _section(shared, "training")
@@ -74,9 +74,9 @@ def shareable(settings: dict[str, Any], repo_id: str | None = None) -> tuple[dic
         if value is None or _is_public(value, at_hub=_may_be_at_hub(part, name)):
             continue
         part[name] = repo_id if (section, name) in _PUBLISHED_WITH_THE_MODEL else None
-        if name in _FOUND_BESIDE_THE_DATA:
+        if name in _NEXT_TO_THE_DATA:
             part[name] = PurePath(str(value)).name
-        if part[name] is None or name in _FOUND_BESIDE_THE_DATA:
+        if part[name] is None or name in _NEXT_TO_THE_DATA:
             left_out.append(f"{section}.{name}")
     left_out += _drop_loaders(_section(shared, "model.config"), "model.config")
     left_out += _drop_loaders(_section(shared, "adapter"), "adapter")
@@ -85,15 +85,15 @@ def shareable(settings: dict[str, Any], repo_id: str | None = None) -> tuple[dic
     return shared, left_out
 
 
-def remote_code_keys(settings: dict[str, Any]) -> list[str]:
-    """The dotted keys by which a recipe says that code from the repository of a model may run."""
+def find_remote_code_keys(settings: dict[str, Any]) -> list[str]:
+    """Find the dotted keys by which a recipe lets code from the repository of a model run."""
     sections = {"model": _section(settings, "model"), **_modalities(settings)}
     return [f"{key}.{_REMOTE_CODE}" for key, part in sections.items() if part.get(_REMOTE_CODE)]
 
 
-def published_recipe(settings: dict[str, Any], repo_id: str) -> tuple[str, list[str]]:
-    """The text of `recipe.yaml` as it is published in `repo_id`, and the dotted keys of what was left out."""
-    shared, left_out = shareable(settings, repo_id)
+def format_published_recipe(settings: dict[str, Any], repo_id: str) -> tuple[str, list[str]]:
+    """Format `recipe.yaml` for publication in `repo_id`; return its text and the keys of the settings left out."""
+    shared, left_out = select_shareable(settings, repo_id)
     lines = [f"# The recipe of this model. Repeat it with: hf-dissect train hub:{repo_id}"]
     asked = [key for key in left_out if not key.startswith("training.")]
     if asked:
@@ -102,12 +102,12 @@ def published_recipe(settings: dict[str, Any], repo_id: str) -> tuple[str, list[
 
 
 def is_local_path(text: str) -> bool:
-    """Whether a text is written as a path of some machine: absolute, relative to a home or to a folder."""
+    """Return True for text written as a path of some machine: absolute, relative to a home or to a folder."""
     return bool(re.match(r"/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:", text))
 
 
 def _is_public(value: Any, at_hub: bool) -> bool:
-    """Whether others can have what a setting names, and may know its name."""
+    """Return True where others can get what a setting names, and may know its name."""
     if not isinstance(value, str):
         return False
     if is_hub_address(value):
@@ -125,7 +125,7 @@ def _may_be_at_hub(section: dict[str, Any], name: str) -> bool:
 
 
 def _modalities(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections of a distillation's student and auxiliaries, by their keys."""
+    """Return the sections of a distillation's student and auxiliaries, by their keys."""
     auxiliaries = _section(settings, "auxiliaries")  # whose names may have dots
     sections = {"student": settings.get("student")}
     sections |= {f"auxiliaries.{name}": part for name, part in auxiliaries.items()}
@@ -133,7 +133,7 @@ def _modalities(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _drop_loaders(part: dict[str, Any] | list[Any], key: str) -> list[str]:
-    """Take from settings, however deep, what loads code or names files; returns the keys of what was taken."""
+    """Remove settings at any depth that load code or name files; return their keys."""
     dropped = []
     for child, value in list(part.items() if isinstance(part, dict) else enumerate(part)):
         if child in _LOADERS or (isinstance(value, str) and is_local_path(value)):
@@ -145,7 +145,7 @@ def _drop_loaders(part: dict[str, Any] | list[Any], key: str) -> list[str]:
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section, by its dotted name, for reading and writing; an empty one where there is none, or something else."""
+    """Return a section by its dotted name, for reading and writing; an empty one where there is no mapping."""
     part: Any = settings
     for key in name.split("."):
         part = part.get(key) if isinstance(part, dict) else None

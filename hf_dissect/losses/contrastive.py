@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hf_dissect.losses.exchange import gather_columns, gather_with_grad, rank_and_world_size
+from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
 from hf_dissect.losses.logit_rows import (
     at_least_float32,
     false_negatives,
@@ -85,7 +85,7 @@ class ContrastiveLoss:
         with torch.autocast(text_embeds.device.type, enabled=False):
             if self.kind == "sigmoid":
                 return sigmoid_ring_loss(text_embeds, image_embeds, scale, bias, weights, keys, self.max_logits)
-            all_keys = None if keys is None else gather_columns(keys)
+            all_keys = None if keys is None else gather_last_dimension(keys)
             losses = [
                 self._softmax(rows, gather_with_grad(columns), scale, bias, keys, all_keys)
                 for rows, columns in ((text_embeds, image_embeds), (image_embeds, text_embeds))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_dissect.losses.logit_rows import at_least_float32
-from hf_dissect.model_families import logit_scale_and_bias
+from hf_dissect.models.families import logit_scale_and_bias
 
 Context = Callable[[], AbstractContextManager]
 LossOf = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]

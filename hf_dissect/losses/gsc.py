@@ -6,8 +6,8 @@ from functools import cached_property
 
 import torch
 
+from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
 from hf_dissect.losses.contrastive import MAX_LOGITS
-from hf_dissect.losses.exchange import gather_columns, gather_with_grad, rank_and_world_size
 from hf_dissect.losses.logit_rows import at_least_float32, losses_in_blocks, softmax_rows
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class _Pairs:
         own = cls.of_this_rank(image_embeds, text_embeds, labels)
         return cls(
             *(own.images, own.texts, own.labels),
-            *(gather_with_grad(own.images), gather_with_grad(own.texts), gather_columns(own.labels[None])[0]),
+            *(gather_with_grad(own.images), gather_with_grad(own.texts), gather_last_dimension(own.labels[None])[0]),
             first=rank_and_world_size()[0] * len(own.images),
         )
 

@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_dissect.losses.exchange import pass_on, rank_and_world_size
+from hf_dissect.distributed import pass_to_next_rank, rank_and_world_size
 from hf_dissect.losses.logit_rows import false_negatives, logits_of, row_blocks, sigmoid_rows
 
 
@@ -54,11 +54,11 @@ class _SigmoidRing(torch.autograd.Function):
                     total += gradient
                 loss += part.detach()
             if hop == world_size - 1:  # at the last hop the gradient alone goes on, to where its images are at home
-                (gradients[1],) = pass_on([gradients[1]])
+                (gradients[1],) = pass_to_next_rank([gradients[1]])
             elif keys is None:
-                gradients[1], their_images = pass_on([gradients[1], their_images])
+                gradients[1], their_images = pass_to_next_rank([gradients[1], their_images])
             else:
-                gradients[1], their_images, their_keys = pass_on([gradients[1], their_images, their_keys])
+                gradients[1], their_images, their_keys = pass_to_next_rank([gradients[1], their_images, their_keys])
         ctx.save_for_backward(*gradients)
         return loss
 

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from hf_dissect.selection.growing_tensor import GrowingTensor
 from hf_dissect.selection.id_index import UNKNOWN, IdIndex
 
+LEDGER_FILE = "ledger.safetensors"
+"""Name of the ledger in a run folder and in its checkpoints."""
+
 _FORMAT = "hf_dissect.ledger/1"
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from hf_dissect.ranks import Ranks
+from hf_dissect.distributed import Ranks
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores, losses_of_rows
 from hf_dissect.selection.strategy import SelectionStrategy

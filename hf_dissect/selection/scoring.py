@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hf_dissect.losses.contrastive import MAX_LOGITS, per_pair_loss
 from hf_dissect.losses.logit_rows import row_blocks, sigmoid_rows, softmax_rows
-from hf_dissect.models import logit_scale_and_bias
+from hf_dissect.models.loading import logit_scale_and_bias
 
 
 @dataclass

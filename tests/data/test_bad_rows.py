@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from hf_dissect.data.bad_rows import BadRows, TooManyBadRows
-from hf_dissect.data_collator import BadReason
+from hf_dissect.data.bad_rows import BadReason, BadRows, TooManyBadRows
 
 
 def add(rows: BadRows, ids: list[int], reasons: list[int]) -> list[int]:

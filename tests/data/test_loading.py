@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from tar_files import write_tar
+from testing.tar_files import write_tar
 
 from hf_dissect.data.loading import load_splits
-from hf_dissect.data.scenes import make_scenes
+from hf_dissect.data.scenes.drawing import make_scenes
 
 REAL_DATA = Path(os.environ.get("HF_DISSECT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 FLICKR8K = REAL_DATA / "flickr8k"

@@ -3,10 +3,10 @@ import pickle
 import datasets
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import xxhash
 from datasets import Dataset, Features, Image, List, Value
+from testing import tiny_models
 
 from hf_dissect.data.pairs import PairColumns, PairDataset, PairStream, as_pairs, key_hash
 

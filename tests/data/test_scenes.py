@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PillowImage
 
-from hf_dissect.data import scene_grammar as grammar
-from hf_dissect.data.scene_grammar import SCENE_CLASSES, SCENE_TEMPLATES, Scene, SceneObject, describe
-from hf_dissect.data.scenes import make_scene_classes, make_scenes, render, scenes_features, scenes_generator
+from hf_dissect.data.scenes import grammar as grammar
+from hf_dissect.data.scenes.drawing import make_scene_classes, make_scenes, render, scenes_features, scenes_generator
+from hf_dissect.data.scenes.grammar import SCENE_CLASSES, SCENE_TEMPLATES, Scene, SceneObject, describe
 
 
 def pixels(row):

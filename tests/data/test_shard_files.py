@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from shard_server import DATASET, serving
-from tar_files import write_tar
+from testing.shard_server import DATASET, serving
+from testing.tar_files import write_tar
 
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs
 from hf_dissect.data.shard_files import expand_braces, open_shard
-from hf_dissect.data.stream_loader import StreamLoader
+from hf_dissect.data.streaming.loader import StreamLoader
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ READ_FROM_THE_HUB = """
 import itertools, json, sys
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs
-from hf_dissect.data.stream_loader import StreamLoader
+from hf_dissect.data.streaming.loader import StreamLoader
 
 found = {}
 for path in sys.argv[1:]:

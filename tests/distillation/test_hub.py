@@ -7,25 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import yaml
-from hub_client import TOKEN
 from huggingface_hub import ModelCard
-from loopback_hub import LoopbackHub
 from safetensors.torch import load, load_file
-from tiny_modalities import tiny_columns, tiny_trainer
+from testing import tiny_models
+from testing.hub_client import TOKEN
+from testing.loopback_hub import LoopbackHub
+from testing.tiny_modalities import tiny_columns, tiny_trainer
 from transformers import AutoModel, CLIPVisionModel
 
 from hf_dissect.cli import main
 from hf_dissect.data import make_scenes
 from hf_dissect.distillation import DistillationRecipe
-from hf_dissect.distillation.run_recipe import run_distillation
 from hf_dissect.hub.address import HubAddress
 from hf_dissect.hub.pull import pull_recipe
 from hf_dissect.hub.push import push_run
-from hf_dissect.hub.shared_recipe import shareable
-from hf_dissect.recipe import RecipeError
+from hf_dissect.hub.shared_recipe import select_shareable
+from hf_dissect.recipe.recipe import RecipeError
+from hf_dissect.runs.distil import run_distillation
 
 SMALL = ["training.max_steps=2", "training.use_cpu=true", "training.per_device_train_batch_size=8"]
 SMALL += ["training.report_to=none", "training.disable_tqdm=true", "training.eval_strategy=no"]
@@ -203,12 +203,12 @@ def test_no_place_of_a_machine_is_shared():
     local = {"name_or_path": "/home/zaphod/clip", "processor": "~/clip", "config": {"weights": "/home/zaphod/x"}}
     settings = {"student": local, "auxiliaries": {"a.b": deepcopy(local)}}
     settings["data"] = {"source": "npz", "path": "zaphod"}
-    shared, left_out = shareable(settings)
+    shared, left_out = select_shareable(settings)
     keys = [f"{part}.{name}" for part in ("student", "auxiliaries.a.b") for name in ("name_or_path", "processor")]
     assert left_out == ["data.path", *keys, "student.config.weights", "auxiliaries.a.b.config.weights"]
     assert "zaphod" not in str(shared)
     public = {"student": {"name_or_path": "openai/clip-vit-base-patch32", "processor": "hub:ada/x"}}
-    assert shareable(public) == (public, [])
+    assert select_shareable(public) == (public, [])
 
 
 # ---- evaluating ----

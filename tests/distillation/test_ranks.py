@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_modalities import tiny_trainer, weights_of
+from testing.distilling_ranks import SETTINGS, columns, logged
+from testing.tiny_modalities import tiny_trainer, weights_of
 
-sys.path.insert(0, str(Path(__file__).parent))
-from distilling_ranks import SETTINGS, columns, logged  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def test_two_processes_train_as_one_on_the_rows_of_both(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).parent / "distilling_ranks.py"), str(tmp_path)]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "tests" / "testing" / "distilling_ranks.py"), str(tmp_path)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)

@@ -4,16 +4,16 @@ import json
 
 import numpy as np
 import pytest
-import tiny_models
 from datasets import Array2D, Dataset, Features, List, Value
-from tiny_modalities import tiny_arguments, tiny_auxiliaries, tiny_columns, tiny_student
+from testing import tiny_models
+from testing.tiny_modalities import tiny_arguments, tiny_auxiliaries, tiny_columns, tiny_student
 from transformers import AutoModel, CLIPVisionModel
 
 from hf_dissect.cli import main
 from hf_dissect.data import make_scenes
 from hf_dissect.distillation import AuxiliaryDistillationTrainer, DistillationRecipe
-from hf_dissect.recipe import Recipe, RecipeError
-from hf_dissect.recipe_file import read_description, shipped_recipes
+from hf_dissect.recipe.file import read_description, shipped_recipes
+from hf_dissect.recipe.recipe import Recipe, RecipeError
 
 UTD = "amid-utd-mhad"
 SMALL = ["student.config.grid=[1, 1]", "training.per_device_train_batch_size=8", "training.use_cpu=true"]

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_dissect.distillation.conditional_entropy import (
+from hf_dissect.distillation.evaluation import prediction_metrics, recall_at_1
+from hf_dissect.distillation.losses.conditional_entropy import (
     Adversary,
     Discriminator,
     anchor_loss,
     discriminator_loss,
     generator_loss,
 )
-from hf_dissect.distillation.evaluation import prediction_metrics, recall_at_1
-from hf_dissect.distillation.mutual_information import MemoryBank, information_loss
-from hf_dissect.distillation.rows import mean_over_rows
-from hf_dissect.distillation.task_losses import classification_loss, hinton_loss, retrieval_loss
+from hf_dissect.distillation.losses.mean_over_rows import mean_over_rows
+from hf_dissect.distillation.losses.mutual_information import MemoryBank, information_loss
+from hf_dissect.distillation.losses.task import classification_loss, hinton_loss, retrieval_loss
 from hf_dissect.distillation.terms import METHODS, TermWeights
 
 COUNTED = torch.tensor([True, True, False, True, True])

@@ -8,13 +8,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from tiny_modalities import CLASSES, tiny_auxiliaries, tiny_columns, tiny_student, tiny_trainer, weights_of
+from testing.tiny_modalities import CLASSES, tiny_auxiliaries, tiny_columns, tiny_student, tiny_trainer, weights_of
 from transformers import TrainerCallback
 
 from hf_dissect.data.bad_rows import TooManyBadRows
 from hf_dissect.distillation import METHODS, AuxiliaryDistillationTrainer
 from hf_dissect.distillation.diagnostics import Watch
-from hf_dissect.non_finite import NonFiniteLossError
+from hf_dissect.training.non_finite import NonFiniteLossError
 
 EVERYTHING = {"hinton": 0.5, "contrastive": 0.5}
 

@@ -4,9 +4,9 @@ import io
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from testing import tiny_models
 
 from hf_dissect.evaluation import class_embeddings, evaluate_zero_shot
 

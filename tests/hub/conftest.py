@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from tiny_recipe import tiny_recipe
+from testing.tiny_recipe import tiny_recipe
 
-from hf_dissect.run_recipe import run_recipe
+from hf_dissect.runs.run import run_recipe
 
 USER_HOME = Path("/home/zaphod")
 """Where this user lives; in no published file."""

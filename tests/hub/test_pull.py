@@ -5,24 +5,28 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from hub_client import TOKEN
-from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
-from tiny_recipe import tiny_settings
+from testing.hub_client import TOKEN
+from testing.loopback_hub import LoopbackHub
+from testing.tiny_recipe import tiny_settings
 
 from hf_dissect.cli import main
+from hf_dissect.hub import pull
 from hf_dissect.hub.address import HubAddress
-from hf_dissect.hub.pull import download_model, pull_recipe
+from hf_dissect.hub.pull import download_model
 from hf_dissect.hub.push import push_run
 from hf_dissect.hub.repository import HubError
-from hf_dissect.hub.shared_recipe import shareable
-from hf_dissect.recipe import RecipeError
+from hf_dissect.hub.shared_recipe import select_shareable
+from hf_dissect.recipe.recipe import Recipe, RecipeError
 
 EVE = HubAddress("eve/recipe")
+
+pull_recipe = partial(pull.pull_recipe, kind=Recipe)
 
 
 def publish(hub: LoopbackHub, **sections) -> HubAddress:
@@ -190,7 +194,7 @@ LOCAL = {
 @pytest.mark.parametrize("key", LOCAL, ids=".".join)
 def test_no_place_of_a_machine_is_shared(key):
     (section, name), path = key, LOCAL[key]
-    shared, left_out = shareable({section: {name: path, "source": "folder"}})
+    shared, left_out = select_shareable({section: {name: path, "source": "folder"}})
     assert left_out == [".".join(key)] and "/" not in str(shared) and "zaphod" not in str(shared)
 
 
@@ -205,18 +209,18 @@ PUBLIC = {
 @pytest.mark.parametrize("key", PUBLIC, ids=".".join)
 def test_what_everybody_can_have_is_shared(key):
     settings = {key[0]: {key[1]: PUBLIC[key]}}
-    assert shareable(settings) == (settings, [])
+    assert select_shareable(settings) == (settings, [])
 
 
 @pytest.mark.parametrize(
     "address", ["https://me:secret@host/train.tar", "https://host/a.tar?sig=abc", "file:///etc/passwd", "zip://x::/y"]
 )
 def test_no_password_or_signature_is_shared(address):
-    assert shareable({"data": {"source": "webdataset", "path": address}})[1] == ["data.path"]
+    assert select_shareable({"data": {"source": "webdataset", "path": address}})[1] == ["data.path"]
 
 
 def test_the_tokenizer_of_a_published_run_is_that_of_its_repository():
-    shared, left_out = shareable({"model": {"tokenizer": "/data/tokenizer"}}, "ada/tiny")
+    shared, left_out = select_shareable({"model": {"tokenizer": "/data/tokenizer"}}, "ada/tiny")
     assert shared["model"]["tokenizer"] == "ada/tiny" and left_out == []
 
 
@@ -232,7 +236,7 @@ def test_a_recipe_without_its_data_says_what_to_give(hub, workplace, capsys):
 def test_settings_that_load_code_by_themselves_are_not_shared(caplog):
     config = {"model_type": "clip", "vision_config": {"_attn_implementation": "eve/kernel", "auto_map": {"A": "b.C"}}}
     adapter = {"type": "lora", "r": 2, "megatron_core": "evil", "target_modules": ["q_proj", "/x/y"]}
-    shared, left_out = shareable({"model": {"config": config}, "adapter": adapter})
+    shared, left_out = select_shareable({"model": {"config": config}, "adapter": adapter})
     assert left_out == [
         *("model.config.vision_config._attn_implementation", "model.config.vision_config.auto_map"),
         *("adapter.megatron_core", "adapter.target_modules.1"),

@@ -4,18 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
-import hub_client
 import pytest
 import torch
 from huggingface_hub import get_token, hf_hub_download
-from loopback_hub import Fault, LoopbackHub
+from testing import hub_client
+from testing.loopback_hub import Fault, LoopbackHub
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_dissect.cli import main
-from hf_dissect.hub.published_files import published_files
+from hf_dissect.hub.published_files import select_published_files
 from hf_dissect.hub.push import push_run
 from hf_dissect.hub.repository import HubError
-from hf_dissect.recipe_yaml import parse_yaml
+from hf_dissect.recipe.yaml import parse_yaml
 
 EXPECTED = {
     *("README.md", "config.json", "metrics.json", "model.safetensors", "processor_config.json", "recipe.yaml"),
@@ -219,7 +219,7 @@ def test_paths_in_configurations_are_nulled(own_run):
     config = json.loads((own_run / "config.json").read_text())
     base = {"_name_or_path": str(own_run), "nested": [{"cache": "~/models/x"}], "token": "/", "words": "and/or"}
     (own_run / "config.json").write_text(json.dumps(config | base))
-    content = json.loads(published_files(own_run, "ada/tiny")[0]["config.json"])
+    content = json.loads(select_published_files(own_run, "ada/tiny")[0]["config.json"])
     assert content == config | {"_name_or_path": None, "nested": [{"cache": None}], "token": "/", "words": "and/or"}
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from losses.made_tensors import MadeTensors
+from testing.made_tensors import MadeTensors
 
 from hf_dissect.losses import ContrastiveLoss, per_pair_loss
 from hf_dissect.losses.contrastive import false_negatives

@@ -5,8 +5,8 @@ import itertools
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from losses.launched import on_ranks
-from losses.made_tensors import MadeTensors
+from testing.launched import on_ranks
+from testing.made_tensors import MadeTensors
 
 from hf_dissect.losses import ContrastiveLoss
 

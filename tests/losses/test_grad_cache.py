@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import tiny_models
 import torch
-from losses.cached_steps import (
+from testing import tiny_models
+from testing.cached_steps import (
     PAIRS,
     assert_same_gradients,
     cached_step,
@@ -16,9 +16,10 @@ from losses.cached_steps import (
 )
 from torch import nn
 
+from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
-from hf_dissect.models import logit_scale_and_bias, logit_scale_parameter
-from hf_dissect.task_routing import forward_inputs, representations
+from hf_dissect.models.loading import logit_scale_and_bias, logit_scale_parameter
+from hf_dissect.models.tasks import representations
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from losses.cached_steps import (
+from testing.cached_steps import (
     PAIRS,
     assert_same_gradients,
     cached_step,
@@ -11,12 +11,13 @@ from losses.cached_steps import (
     plain_step,
     pop_gradients,
 )
-from losses.launched import on_ranks
+from testing.launched import on_ranks
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_dissect.models import logit_scale_and_bias
-from hf_dissect.task_routing import forward_inputs, representations
+from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.models.loading import logit_scale_and_bias
+from hf_dissect.models.tasks import representations
 
 CASES = [
     ("tiny_clip", None, False),

@@ -3,8 +3,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from losses import written_out_gsc
-from losses.made_tensors import MadeTensors
+from testing import written_out_gsc
+from testing.made_tensors import MadeTensors
 
 from hf_dissect.losses import ContrastiveLoss, GscLoss, gsc_evidence
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 import torch.distributed as dist
-from losses import written_out_gsc
-from losses.launched import on_ranks
+from testing import written_out_gsc
+from testing.launched import on_ranks
 
 from hf_dissect.losses import GscLoss, gsc_evidence
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from mola.tiny_bases import adapted, tiny_bert, tiny_resnet, tiny_vit, tokens
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from testing.tiny_bases import adapted, tiny_bert, tiny_resnet, tiny_vit, tokens
 
 from hf_dissect.mola import MolaConfig
 

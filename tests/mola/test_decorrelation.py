@@ -7,8 +7,8 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from mola.tiny_bases import adapted, pictures, tiny_vit
-from tiny_models import CAPTIONS, tiny_clip, tiny_inputs
+from testing.tiny_bases import adapted, pictures, tiny_vit
+from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_dissect.mola import decorrelation_loss, mola_routing
@@ -196,7 +196,7 @@ def compute_on_rank(rank: int, world_size: int, port: int, results) -> None:
 @pytest.fixture(scope="module")
 def of_processes():
     """What two and four processes found, each group started once, from one server that has imported everything."""
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["tiny_models", __name__])
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["testing.tiny_models", __name__])
     found = {}
     for world_size in (2, 4):
         with socket.socket() as free:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from mola.tiny_bases import adapted, pictures, tiny_bert, tiny_resnet, tiny_vit, tokens
-from tiny_models import CAPTIONS, tiny_clip, tiny_inputs
+from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_resnet, tiny_vit, tokens
+from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from mola.tiny_bases import naive_forward
 from peft import get_peft_model
+from testing.tiny_bases import naive_forward
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D

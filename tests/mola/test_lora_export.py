@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mola.tiny_bases import (
+from peft import PeftModel
+from testing.tiny_bases import (
     adapted,
     pictures,
     tiny_bert,
@@ -18,8 +19,7 @@ from mola.tiny_bases import (
     tiny_resnet,
     tokens,
 )
-from peft import PeftModel
-from tiny_models import CAPTIONS, tiny_clip, tiny_inputs
+from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs
 from torch import nn
 
 TASK = 1

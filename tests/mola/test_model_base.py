@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from mola.tiny_bases import adapted, pictures, tiny_bert, tiny_resnet, tokens
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import CAPTIONS, tiny_clip, tiny_inputs, tiny_siglip
+from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_resnet, tokens
+from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs, tiny_siglip
 
 from hf_dissect.mola import MolaConfig, MolaLayer
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mola.tiny_bases import (
+from peft import get_peft_model
+from testing.tiny_bases import (
     adapted,
     pictures,
     tiny_bert,
@@ -12,7 +13,6 @@ from mola.tiny_bases import (
     tiny_resnet,
     tokens,
 )
-from peft import get_peft_model
 from torch import nn
 
 from hf_dissect.mola import MolaConfig, MolaLayer, mola_routing

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from mola.tiny_bases import (
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
+from testing.tiny_bases import (
     adapted,
     pictures,
     tiny_bert,
@@ -12,15 +20,7 @@ from mola.tiny_bases import (
     tiny_vit,
     tokens,
 )
-from peft import (
-    AutoPeftModel,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForSequenceClassification,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-)
-from tiny_models import CAPTIONS, tiny_clip, tiny_inputs
+from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs
 from transformers import AutoModel, CLIPModel
 
 from hf_dissect.mola import MolaConfig, MolaLayer, MolaModel, Router, mola_routing

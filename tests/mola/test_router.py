@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mola.tiny_bases import adapted, pictures, tiny_bert, tiny_bert_classifier, tiny_resnet, tiny_vit, tokens
 from peft import get_peft_model
-from tiny_models import CAPTIONS, tiny_clip, tiny_dual_encoder, tiny_inputs, tiny_siglip
+from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_bert_classifier, tiny_resnet, tiny_vit, tokens
+from testing.tiny_models import CAPTIONS, tiny_clip, tiny_dual_encoder, tiny_inputs, tiny_siglip
 from torch import nn
 
 from hf_dissect.mola import (

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from mola.tiny_bases import adapted, pictures, tiny_bert, tiny_regnet, tiny_resnet, tokens
-from tiny_models import CAPTIONS, Wrapper, tiny_clip, tiny_inputs
+from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_regnet, tiny_resnet, tokens
+from testing.tiny_models import CAPTIONS, Wrapper, tiny_clip, tiny_inputs
 
 from hf_dissect.mola import MolaLayer, mola_routing
 

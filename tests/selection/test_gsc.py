@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from losses import written_out_gsc
+from testing import written_out_gsc
 
 from hf_dissect.selection import CandidateScores, SampleLedger, SoftLabels, make_strategy
 

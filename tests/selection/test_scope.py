@@ -27,7 +27,7 @@ def test_three_ranks_choose_what_one_would(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [*launch, str(FOLDER / "scope_ranks.py")],
+        [*launch, str(FOLDER.parent / "testing" / "scope_ranks.py")],
         cwd=tmp_path,
         env=environment | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,

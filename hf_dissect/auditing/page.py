@@ -1,0 +1,124 @@
+"""The audited pairs as one HTML page that opens from the file system, however many they are."""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from hf_dissect.data.bad_rows import BadRows
+from hf_dissect.report.data import replace_file
+from hf_dissect.version import __version__
+
+MAX_CAPTION = 400
+MAX_BAD_IDS = 200
+
+_MEASURES = {
+    # column: (name on the page, digits, whether the highest come first)
+    "score": ("score", 2, False),
+    "p_mismatched": ("p(mismatched)", 3, True),
+    "correlation": ("correlation", 2, False),
+    "row": ("row in the data", 0, False),
+}
+_LEDGER_MEASURES = {
+    "ledger_differential": ("differential", 2, False),
+    "ledger_label": ("soft label", 3, False),
+}
+
+
+def write_page(
+    path: str | os.PathLike,
+    table: pa.Table,
+    *,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    notes: Sequence[str] = (),
+    bad_rows: BadRows,
+    pictures: str | None = None,
+    unpictured: Sequence[int] = (),
+) -> Path:
+    """Write the page; it is replaced only once the new one is complete.
+
+    Args:
+        path: the HTML file.
+        table: see `build_score_table`, of readable pairs only; all of them go into the page.
+        title: heading of the page.
+        facts: names and values to show at the top.
+        notes: sentences below them.
+        bad_rows: what could not be read.
+        pictures: name of the folder of `write_thumbnails` beside the page; None where there are no pictures.
+        unpictured: rows without a picture there.
+    """
+    folder = Path(__file__).parent
+    script = (folder / "audit.js").read_text("utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    content = {
+        "id": [str(sample_id) for sample_id in table["sample_id"].to_pylist()],  # JavaScript has no 64-bit integers
+        "row": table["row"].to_pylist(),
+        "caption": [_shortened(caption) for caption in table["caption"].to_pylist()],
+        "clean": table["is_clean"].to_pylist() if "is_clean" in table.column_names else None,
+        "measures": _measures(table),
+        "folder": pictures,
+        "unpictured": None if pictures is None else list(unpictured),
+    }
+    pairs = _as_data_block(content)
+    page = environment.get_template("audit.html.jinja").render(
+        title=title,
+        version=__version__,
+        facts=facts,
+        notes=notes,
+        bad=bad_rows.summary(max_ids=MAX_BAD_IDS),
+        style=Markup((folder / "audit.css").read_text("utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        pairs=pairs,
+        audit=hashlib.sha256(pairs.encode("utf-8", "replace")).hexdigest()[:16],
+    )
+    return replace_file(path, page)
+
+
+def _measures(table: pa.Table) -> list[dict[str, Any]]:
+    known = _MEASURES | _LEDGER_MEASURES
+    others = [name for name in table.column_names if name.startswith("ledger_") and name not in known]
+    described = {name: known[name] for name in known if name in table.column_names}
+    described |= {name: (name.replace("_", " "), 3, False) for name in others}
+    return [
+        {
+            "key": name,
+            "name": label,
+            "digits": digits,
+            "descending": descending,
+            "values": _rounded(table, name, digits),
+        }
+        for name, (label, digits, descending) in described.items()
+    ]
+
+
+def _rounded(table: pa.Table, name: str, digits: int) -> list[float | None]:
+    values = table[name].to_numpy(zero_copy_only=False).astype(np.float64)
+    if not digits:
+        return values.astype(np.int64).tolist()
+    return [value if np.isfinite(value) else None for value in values.round(digits).tolist()]
+
+
+def _shortened(caption: str) -> str:
+    return caption if len(caption) <= MAX_CAPTION else caption[:MAX_CAPTION] + "…"
+
+
+def _as_data_block(content: dict[str, Any]) -> Markup:
+    """JSON in which nothing can end the script element that it stands in, nor open a comment there."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))

@@ -1,0 +1,171 @@
+"""How much more an image and its caption have to do with each other than with the rest of the data set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from hf_dissect.evaluation.embeddings import as_embeddings
+
+NUM_REFERENCES = 4096
+FEWEST_PAIRS = 10
+_RECOMBINATIONS = 16
+_FIT_ROUNDS = 200
+_SMALLEST_SPREAD = 1e-3
+
+
+@dataclass(frozen=True)
+class MatchScores:
+    """Scores of `n` pairs, and what the same score gives where image and caption are strangers.
+
+    Attributes:
+        score: float32 `(n,)`, in nats; low is suspicious.
+        chance: float32 `(m,)`, scores of images with captions of other pairs, drawn at random.
+    """
+
+    score: torch.Tensor
+    chance: torch.Tensor
+
+
+@torch.no_grad()
+def score_matches(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    *,
+    logit_scale: float,
+    image_key: torch.Tensor | None = None,
+    caption_key: torch.Tensor | None = None,
+    num_references: int = NUM_REFERENCES,
+    seed: int = 0,
+    block_size: int = 1024,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> MatchScores:
+    """Score pairs against a random sample of the others.
+
+    The cosine alone favours images and captions that resemble everything. The score is the logit of the pair minus,
+    on average over both directions, the log of the mean exponentiated logit of its image with other captions, and of
+    its caption with other images. For the contrastive loss this estimates the pointwise mutual information
+    `log p(image, caption) / (p(image) p(caption))` (InfoNCE, arXiv 1807.03748, section 2.3): above 0
+    the two occur together more often than by chance.
+
+    Args:
+        image_embeds, text_embeds: float32 `(n, D)`, unit length.
+        logit_scale: of the model, which turns cosines into logits.
+        image_key, caption_key: int64 `(n,)`, equal where pairs share an image, or a caption: such pairs are no
+            references for each other. None where all differ.
+        num_references: other pairs to compare with; memory and time grow with it, not with `n`.
+        seed: of their choice.
+        block_size: pairs scored at a time.
+        device: where they are; None for where the embeddings lie.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: fewer than 10 pairs; embeddings that are not finite; one image or one caption for all.
+    """
+    count = len(image_embeds)
+    if count < FEWEST_PAIRS:
+        raise ValueError(f"{count} readable pairs are too few to compare them with each other; give at least 10.")
+    image_embeds, text_embeds = as_embeddings("image_embeds", image_embeds), as_embeddings("text_embeds", text_embeds)
+    image_key = torch.arange(count) if image_key is None else image_key
+    caption_key = torch.arange(count) if caption_key is None else caption_key
+    generator = torch.Generator().manual_seed(seed)
+    references = torch.randperm(count, generator=generator)[:num_references]
+    keys = (image_key, caption_key)
+    blocks = torch.arange(count).split(block_size)
+    compare = partial(_typical_logit, keys=keys, references=references, logit_scale=logit_scale, device=device)
+    with tqdm(total=2 * count, desc="comparing pairs", unit="pair", disable=not progress) as bar:
+        of_image = compare(image_embeds, text_embeds, blocks=blocks, bar=bar)
+        of_text = compare(text_embeds, image_embeds, blocks=blocks, bar=bar)
+    logit = (image_embeds * text_embeds).sum(1) * logit_scale
+    chance = []
+    for shift in torch.randint(1, count, (_RECOMBINATIONS,), generator=generator).tolist():
+        logit_of_strangers = (image_embeds * text_embeds.roll(shift, 0)).sum(1) * logit_scale
+        related = (image_key == image_key.roll(shift)) | (caption_key == caption_key.roll(shift))
+        chance.append((logit_of_strangers - (of_image + of_text.roll(shift)) / 2)[~related])
+    return MatchScores(logit - (of_image + of_text) / 2, torch.cat(chance))
+
+
+def _typical_logit(
+    own: torch.Tensor,
+    others: torch.Tensor,
+    *,
+    keys: tuple[torch.Tensor, torch.Tensor],
+    references: torch.Tensor,
+    logit_scale: float,
+    blocks: Sequence[torch.Tensor],
+    device: torch.device | None,
+    bar: tqdm,
+) -> torch.Tensor:
+    """Log of the mean exponentiated logit of each of `own` with those of `others` that are its references, `(n,)`."""
+    compared = others[references].to(device).T
+    typical = []
+    for rows in blocks:
+        logits = own[rows].to(device) @ compared * logit_scale
+        related = torch.zeros_like(logits, dtype=torch.bool)
+        for key in keys:
+            related |= key[rows, None].to(device) == key[references].to(device)
+        known = (~related).sum(1)
+        typical.append((logits.masked_fill_(related, -torch.inf).logsumexp(1) - known.log()).to(own.device))
+        bar.update(len(rows))
+    values = torch.cat(typical)
+    known = values.isfinite()
+    if not known.any():
+        raise ValueError("All pairs have the same image, or the same caption: there is nothing to compare them with.")
+    return torch.where(known, values, values[known].median())  # a caption that all references share
+
+
+def estimate_mismatched_share(scores: MatchScores) -> float:
+    """About how many of the pairs are mismatched, as a share.
+
+    Half of all strangers score below their median, and pairs that belong together rarely do: the mismatched pairs are
+    twice as many as the pairs below it, or fewer where the model knows little (Storey 2002, with lambda = 1/2).
+    """
+    below = (scores.score <= scores.chance.median()).double().mean().item()
+    return min(1.0, 2 * below)
+
+
+def estimate_mismatched_probability(scores: MatchScores) -> np.ndarray:
+    """Probability of each pair to be a mismatched one, float64 `(n,)`, never rising with the score.
+
+    Bayes' rule with two groups: strangers, whose scores are known from chance, as many as `estimate_mismatched_share` says; and
+    pairs that belong together, whose scores are taken for normal, with a mean and a deviation fitted by EM.
+    """
+    score = scores.score.double().numpy()
+    chance = scores.chance.double().numpy()
+    share = estimate_mismatched_share(scores)
+    if share in (0.0, 1.0):
+        return np.full(len(score), share)
+    strange = share * _normal(score, chance.mean(), max(chance.std(), _SMALLEST_SPREAD))
+    matched = np.searchsorted(np.sort(chance), score) / len(chance)  # to begin with
+    for _ in range(_FIT_ROUNDS):
+        weight = matched / max(matched.sum(), 1e-12)
+        mean = (weight * score).sum()
+        spread = max(np.sqrt((weight * (score - mean) ** 2).sum()), _SMALLEST_SPREAD)
+        alike = (1 - share) * _normal(score, mean, spread)
+        matched = alike / (alike + strange)
+    return _falling(1 - matched, score)
+
+
+def _normal(values: np.ndarray, mean: float, spread: float) -> np.ndarray:
+    density = np.exp(-0.5 * ((values - mean) / spread) ** 2) / spread
+    return np.maximum(density, 1e-300)  # so that a value far from both groups is of the nearer one
+
+
+def _falling(probability: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """The nearest that never rises with the score: of two groups of unequal spread, the wider one has both tails."""
+    order = np.argsort(score)
+    values = probability[order]
+    # The place that separates likely mismatched from likely matched pairs best; from there outwards.
+    wrong = np.concatenate([[0], np.cumsum(values < 0.5)]) + np.concatenate(
+        [np.cumsum((values >= 0.5)[::-1])[::-1], [0]]
+    )
+    place = int(wrong.argmin())
+    values[:place] = np.maximum.accumulate(values[:place][::-1])[::-1]
+    values[place:] = np.minimum.accumulate(values[place:])
+    falling = np.empty_like(values)
+    falling[order] = values
+    return falling

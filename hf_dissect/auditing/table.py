@@ -1,0 +1,86 @@
+"""The scores of all pairs as one table, the most suspicious pair first."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from hf_dissect.auditing.embeddings import PairEmbeddings
+from hf_dissect.data.arrow_columns import read_column
+from hf_dissect.data.bad_rows import BadReason
+from hf_dissect.data.pair_columns import is_list, list_lengths
+from hf_dissect.data.pairs import PairDataset
+
+
+def build_score_table(
+    pairs: PairDataset,
+    embeddings: PairEmbeddings,
+    scores: Mapping[str, torch.Tensor | np.ndarray],
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> pa.Table:
+    """One row a pair; by rising `score`, those that cannot be read at the end.
+
+    Args:
+        pairs: the `n` pairs.
+        embeddings: of all of them.
+        scores: `correlation`, `score` and `p_mismatched` of the readable pairs, `(number of readable pairs,)` each.
+        more: further columns, float32 `(n,)`, NaN where a value is not known.
+
+    Returns:
+        `rank` (from 1), `sample_id`, `row` (of the data set), `place` (of the caption among those of the row),
+        `caption`, the scores, `is_clean` where the truth is known, what `more` has, and `problem`: why a pair cannot
+        be read. What a pair does not have is null.
+    """
+    reasons = embeddings.bad_reason.numpy()
+    (good,) = np.nonzero(reasons == BadReason.GOOD)
+    order = good[np.argsort(np.asarray(scores["score"]), kind="stable")]
+    order = np.concatenate([order, np.nonzero(reasons != BadReason.GOOD)[0]])
+    rank = np.arange(1, len(order) + 1)
+    columns = {
+        "rank": pa.array(rank, pa.int64(), mask=rank > len(good)),
+        "sample_id": pa.array(embeddings.sample_id.numpy()[order]),
+        "row": pa.array(pairs.row_of_pair[order], pa.int64()),
+        "place": pa.array(pairs.place_of_pair[order], pa.int32()),
+        "caption": read_captions(pairs).take(pa.array(order)),
+    }
+    for name, values in scores.items():
+        whole = np.full(len(reasons), np.nan, np.float32)
+        whole[good] = np.asarray(values)
+        columns[name] = _nullable(whole[order])
+    if embeddings.is_clean is not None:
+        columns["is_clean"] = pa.array(embeddings.is_clean.numpy()[order])
+    for name, values in (more or {}).items():
+        columns[name] = _nullable(values.numpy()[order])
+    problems = {reason: None if reason == BadReason.GOOD else reason.description for reason in BadReason}
+    columns["problem"] = pa.array([problems[BadReason(reason)] for reason in reasons[order].tolist()], pa.string())
+    return pa.table(columns)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write Parquet under a temporary name first, so that a half-written file is never found."""
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def read_captions(pairs: PairDataset) -> pa.Array:
+    """Caption of each pair, string `(len(pairs),)`; null where there is none or it is no text."""
+    values = read_column(pairs.rows, pairs.columns.caption)
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    if is_list(values.type):
+        lengths = list_lengths(pa.chunked_array([values]))
+        rows = pairs.row_of_pair
+        starts = np.cumsum(lengths) - lengths
+        places = pa.array(starts[rows] + pairs.place_of_pair, mask=lengths[rows] == 0)
+        values = pc.list_flatten(values).take(places)
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return pa.nulls(len(values), pa.string())
+    return values.cast(pa.large_string())
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, pa.float32(), from_pandas=True)

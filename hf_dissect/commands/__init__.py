@@ -1,1 +1,0 @@
-"""Commands of `hf-dissect`, one a module with `add_parser(subparsers)`."""

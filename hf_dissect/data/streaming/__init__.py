@@ -1,0 +1,1 @@
+"""Pairs read while training, with an order that can be resumed exactly."""

@@ -1,0 +1,214 @@
+"""Candidate batches of a stream that is split over processes and workers and found again exactly after a stop."""
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from hf_dissect.data.streaming.pair_stream import PairStream
+from hf_dissect.data.streaming.parts import Place, StreamPart, check_whole, num_separate_shards, shuffles_itself
+from hf_dissect.data.streaming.shuffle import BlockShuffle, BlockState
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+Collator = Callable[[Sequence[dict[str, Any]]], Batch]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a saved place depends on, by the names that a warning uses."""
+
+    rank: int
+    world_size: int
+    num_workers: int
+    batch_size: int
+    seed: int
+    shuffle_buffer: int
+    num_shards: int
+
+
+class StreamLoader:
+    """Endless candidate batches of a stream, split over ranks and workers, whose place can be saved and found again.
+
+    Each worker of each process reads a part of the stream of its own, pass after pass (see `StreamPart`): in a pass
+    every pair is given out exactly once. A batch holds pairs of one part, may hold the end of one pass and the
+    beginning of the next, and is never short, so no process waits for another. `iter` goes on after the last batch
+    that was given out; one iterator is used at a time.
+
+    Args:
+        stream: the whole stream, the same on all ranks.
+        collator: makes a batch of `batch_size` pairs, in the worker.
+        batch_size: pairs in a batch, on this rank.
+        rank, world_size: this process, and how many there are.
+        num_workers: processes that read and collate; 0 does so in this one.
+        seed: of the orders of shards and pairs; the same on all ranks.
+        shuffle_buffer: pairs of each part in memory, given out in a random order, the shards in a random order, too; 0
+            keeps the order of the data.
+        prefetch_factor: batches that a worker prepares ahead, 2 if None.
+        pin_memory: whether batches are put into page-locked memory.
+        multiprocessing_context: of the workers; None for the usual one.
+
+    Raises:
+        ValueError: the stream is split over the processes already.
+    """
+
+    drop_last = True
+
+    def __init__(
+        self,
+        stream: PairStream,
+        collator: Collator,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle_buffer: int = 0,
+        prefetch_factor: int | None = None,
+        pin_memory: bool = False,
+        multiprocessing_context: Any = None,
+    ):
+        check_whole(stream.rows)
+        self.dataset = stream
+        self.collator = collator
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.prefetch_factor = prefetch_factor if num_workers else None
+        self.pin_memory = pin_memory
+        self.multiprocessing_context = multiprocessing_context if num_workers else None
+        num_shards = num_separate_shards(stream.rows)
+        self._settings = _Settings(rank, world_size, num_workers, batch_size, seed, shuffle_buffer, num_shards)
+        self._restarts = 0
+        self._turn = 0
+        self._states = [BlockState().to_json() for _ in range(max(1, num_workers))]
+        if shuffles_itself(stream.rows):
+            logger.warning(
+                "The stream has a shuffle buffer of its own, which a resumed run finds empty: it will not see exactly "
+                "the same pairs. Pass the stream unshuffled and let the trainer shuffle it."
+            )
+
+    @property
+    def passes(self) -> int:
+        """Pass over the data, from 0, in which the slowest worker of this rank is, as of the last batch given out."""
+        return min(state["last_pass"] for state in self._states)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches after the last one given out.
+
+        Raises:
+            ValueError: the stream has no rows, or a row or shard is of no use.
+            RuntimeError: a worker died.
+        """
+        generator = torch.Generator().manual_seed(self._settings.seed)  # or it would draw from the global one
+        loader = DataLoader(
+            _WorkerBatches(self.dataset, self.collator, self._settings, self._restarts, self._turn, self._states),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor,
+            pin_memory=self.pin_memory,
+            multiprocessing_context=self.multiprocessing_context,
+            generator=generator,
+        )
+        batches = iter(loader)
+        try:
+            while True:
+                yield self._accept(*next(batches))
+        finally:
+            # An error would keep this frame, and with it workers that wait for seconds until they are ended by force.
+            del batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch that was given out, for JSON; of this rank only."""
+        return {
+            **asdict(self._settings),
+            "restarts": self._restarts,
+            "turn": self._turn,
+            "workers": list(self._states),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved place at the next `iter`.
+
+        With other settings the place cannot be found: the pass then starts anew, shuffled differently, and a warning
+        says so.
+        """
+        changed = {name: value for name, value in asdict(self._settings).items() if state.get(name) != value}
+        if not changed:
+            self._restarts, self._turn, self._states = state["restarts"], state["turn"], list(state["workers"])
+            return
+        pass_number = min(worker["last_pass"] for worker in state["workers"])
+        logger.warning(
+            "The place in the stream was saved with %s, which is now %s: pass %d over the data starts anew, and some "
+            "of its pairs may be seen twice.",
+            ", ".join(f"{name} {state.get(name)}" for name in changed),
+            ", ".join(map(str, changed.values())),
+            pass_number,
+        )
+        start = BlockState(start=Place(pass_number), last_pass=pass_number)
+        self._restarts, self._turn = state["restarts"] + 1, 0
+        self._states = [start.to_json() for _ in self._states]
+
+    def _accept(self, batch: Batch | ValueError, state: dict[str, Any]) -> Batch:
+        if isinstance(batch, ValueError):
+            raise batch
+        self._states[self._turn] = state
+        self._turn = (self._turn + 1) % len(self._states)
+        return batch
+
+
+class _WorkerBatches(IterableDataset):
+    """What one worker of a `StreamLoader` makes: batches, each with the worker's state after it."""
+
+    def __init__(
+        self,
+        stream: PairStream,
+        collator: Collator,
+        settings: _Settings,
+        restarts: int,
+        turn: int,
+        states: list[dict[str, Any]],
+    ):
+        self.stream = stream
+        self.collator = collator
+        self.settings = settings
+        self.restarts = restarts
+        self.turn = turn
+        self.states = list(states)
+
+    def __iter__(self) -> Iterator[tuple[Batch | ValueError, dict[str, Any]]]:
+        info = get_worker_info()
+        # Torch asks its worker 0 first: it takes the part whose turn it is.
+        number = (self.turn + (info.id if info else 0)) % len(self.states)
+        state = self.states[number]
+        try:
+            pairs = self._pairs(number, BlockState.from_json(state))
+            while True:
+                batch = self.collator([next(pairs) for _ in range(self.settings.batch_size)])
+                state = pairs.state.to_json()
+                yield batch, state
+        except ValueError as error:
+            # Torch would wrap a worker's error in its traceback; what was wrong with the data is for people to read.
+            error.add_note(traceback.format_exc())
+            yield error, state
+
+    def _pairs(self, number: int, state: BlockState) -> BlockShuffle:
+        settings = self.settings
+        # Neighbouring parts are of different ranks, so that a few shards more than parts are spread over the ranks.
+        part, num_parts = number * settings.world_size + settings.rank, settings.world_size * len(self.states)
+        shards_seed = pairs_seed = None
+        if settings.shuffle_buffer:
+            shards_seed = (0, settings.seed, self.restarts)
+            pairs_seed = (1, settings.seed, self.restarts, part)
+        reader = StreamPart(self.stream, part, num_parts, shards_seed)
+        return BlockShuffle(reader.read, settings.shuffle_buffer or settings.batch_size, pairs_seed, state)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

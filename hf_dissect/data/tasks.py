@@ -1,0 +1,50 @@
+"""Numbers of tasks that are names, the same in training, in evaluation and after a model is loaded again."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from hf_dissect.data.pairs import PairDataset
+
+TASKS_FILE = "tasks.json"
+
+logger = logging.getLogger(__name__)
+
+
+def number_tasks_alike(train: Any, evaluation: Any) -> None:
+    """Number the named tasks of the evaluation data as the training data number them.
+
+    Args:
+        train: Training pairs, or None.
+        evaluation: Pairs, a dict of several, or None.
+
+    Raises:
+        ValueError: A task of the evaluation data is not one of the training data.
+    """
+    names = getattr(train, "task_names", None)
+    if names is None:
+        return
+    for pairs in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
+        if isinstance(pairs, PairDataset):
+            pairs.number_tasks(names)
+
+
+def save_task_names(pairs: Any, folder: str | Path) -> None:
+    """Write the names of the tasks, in the order of their numbers, where the tasks of `pairs` are names."""
+    names = getattr(pairs, "task_names", None)
+    if names is not None:
+        (Path(folder) / TASKS_FILE).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+
+
+def number_tasks_as_saved(pairs: Any, folder: str | Path) -> None:
+    """Number the named tasks of `pairs` as in the training of the model in `folder` (`ValueError` if one is new)."""
+    file = Path(folder) / TASKS_FILE
+    if getattr(pairs, "task_names", None) is None:
+        return
+    if file.is_file():
+        pairs.number_tasks(json.loads(file.read_text(encoding="utf-8")))
+    else:
+        logger.warning(
+            "%s has no %s: tasks are numbered in the alphabetical order of their names.", folder, TASKS_FILE
+        )

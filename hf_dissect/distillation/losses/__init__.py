@@ -1,0 +1,1 @@
+"""The terms of a distillation, one file each."""

@@ -1,0 +1,154 @@
+"""Exchange between the processes of a run; a single process keeps its own values.
+
+The functions serve losses, which see no accelerator and may need a gradient; `Ranks` serves everything else.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; `(0, 1)` without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate `(b, D)` of all ranks to `(b * world size, D)`; the gradient flows back to every rank's own rows."""
+    return tensor if rank_and_world_size()[1] == 1 else _GatherWithGrad.apply(tensor)
+
+
+def gather_last_dimension(values: torch.Tensor) -> torch.Tensor:
+    """Concatenate `(n, b)` of all ranks to `(n, b * world size)`, without gradient."""
+    return values if rank_and_world_size()[1] == 1 else _gather(values.T).T
+
+
+def pass_to_next_rank(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Send tensors to the next rank of the ring and return those of the previous one, of the same shapes and types."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return tensors
+    received = [torch.empty_like(tensor) for tensor in tensors]
+    operations = []
+    for tag, (sent, place) in enumerate(zip(tensors, received, strict=True)):
+        operations.append(dist.P2POp(dist.isend, sent.contiguous(), (rank + 1) % world_size, tag=tag))
+        operations.append(dist.P2POp(dist.irecv, place, (rank - 1) % world_size, tag=tag))
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return received
+
+
+class Ranks:
+    """Exchange of small tensors between processes; gathered tensors are on the CPU.
+
+    Args:
+        accelerator: Accelerator of the trainer.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return self._accelerator.num_processes
+
+    @property
+    def own(self) -> int:
+        """Number of this process."""
+        return self._accelerator.process_index
+
+    @property
+    def alone(self) -> bool:
+        """True with one process."""
+        return self.count == 1
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Concatenate `(n, ...)`, of equal shape everywhere, over the ranks."""
+        if not self.alone:
+            values = self._accelerator.gather(values.to(self._accelerator.device))
+        return values.cpu()
+
+    def table(self, *numbers: int) -> torch.Tensor:
+        """Gather the integers of each rank: int64 `(count, number of integers)`."""
+        return self.gather(torch.tensor([numbers], dtype=torch.int64))
+
+    def gather_rows(self, values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Concatenate `(n, ...)` over the ranks, where rank r has `sizes[r]` rows; stays on its device."""
+        if self.alone:
+            return values
+        longest = max(1, *sizes)  # at least 1, as nothing cannot be split by rank
+        device = self._accelerator.device
+        padded = torch.zeros(longest, *values.shape[1:], dtype=values.dtype, device=device)
+        padded[: len(values)] = values
+        parts = self._accelerator.gather(padded).split(longest)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(values.device)
+
+    def gather_columns(self, columns: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Concatenate columns `(n,)` of any types over the ranks (see `gather_rows`), all of them in one exchange."""
+        if self.alone:
+            return {name: column.cpu() for name, column in columns.items()}
+        parts = [
+            column.cpu().contiguous().view(torch.uint8).view(len(column), column.element_size())
+            for column in columns.values()
+        ]
+        everywhere = self.gather_rows(torch.cat(parts, dim=1), sizes).cpu()
+        split = everywhere.split([part.shape[1] for part in parts], dim=1)
+        return {
+            name: part.contiguous().view(-1).view(column.dtype)
+            for (name, column), part in zip(columns.items(), split, strict=True)
+        }
+
+    def send_rows(self, values: torch.Tensor, to_ranks: Sequence[int], from_ranks: Sequence[int]) -> torch.Tensor:
+        """Send rows to other ranks and return those received, ordered by their sender.
+
+        Args:
+            values: Rows to send, `(sum(to_ranks), ...)`, ordered by receiver.
+            to_ranks: Number of rows for each rank.
+            from_ranks: Number of rows from each rank.
+
+        Returns:
+            Rows received, `(sum(from_ranks), ...)`, on the device of `values`.
+        """
+        sent = values.to(self._accelerator.device).contiguous()
+        as_bytes = sent.dtype == torch.bool
+        sent = sent.view(torch.uint8) if as_bytes else sent
+        received = sent.new_empty(sum(from_ranks), *sent.shape[1:])
+        dist.all_to_all_single(received, sent, list(from_ranks), list(to_ranks))
+        return (received.view(torch.bool) if as_bytes else received).to(values.device)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Gather an object from each rank, in their order."""
+        if self.alone:
+            return [item]
+        everywhere: list[Any] = [None] * self.count
+        dist.all_gather_object(everywhere, item)
+        return everywhere
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self._accelerator.wait_for_everyone()
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    gathered = tensor.new_empty(len(tensor) * dist.get_world_size(), *tensor.shape[1:])
+    dist.all_gather_single(gathered, tensor.contiguous())
+    return gathered
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.rows = len(tensor)
+        return _gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        own = gradient.new_empty(ctx.rows, *gradient.shape[1:])
+        dist.reduce_scatter_single(own, gradient.contiguous())
+        return own

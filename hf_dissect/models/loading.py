@@ -1,0 +1,284 @@
+"""Loads or builds the dual encoder that is trained, and answers in one place what the rest needs to know of it."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    VisionTextDualEncoderProcessor,
+)
+from transformers.utils import cached_file
+
+from hf_dissect.models.adapters import is_adapter, load_adapted, same_adapter
+from hf_dissect.models.families import (
+    TOWERS,
+    bare_model,
+    check_dual_encoder,
+    clamp_logit_scale_,
+    contrastive_kind,
+    freeze_tower,
+    logit_scale_and_bias,
+    logit_scale_parameter,
+    max_text_length,
+    networks_of,
+    text_padding,
+)
+from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.from_scratch import build_model_and_processor
+
+__all__ = [
+    "bare_model",
+    "check_dual_encoder",
+    "clamp_logit_scale_",
+    "contrastive_kind",
+    "freeze_tower",
+    "load_model_and_processor",
+    "logit_scale_and_bias",
+    "logit_scale_parameter",
+    "max_text_length",
+    "networks_of",
+    "same_architecture",
+    "text_padding",
+]
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, SafetensorError)
+
+
+def load_model_and_processor(
+    *,
+    name_or_path: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    captions: Iterable[str] | None = None,
+    max_caption_length: int | None = None,
+    freeze: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
+    """Loads a trained dual encoder, or builds one from scratch.
+
+    Args:
+        name_or_path: Hub id or local folder of a trained model, or of a PEFT adapter, which comes with its base and
+            can be trained on; weights are loaded in float32, as training needs them.
+        config: configuration, with `model_type`, of a model with random weights (see `build_model_and_processor`);
+            exactly one of `name_or_path` and `config` is given.
+        tokenizer: Hub id or local folder of a tokenizer to use; None takes the model's own, or trains one on
+            `captions` where the model is built from `config`.
+        vocab_size: tokens of a trained tokenizer.
+        captions: texts to train a tokenizer on; not read where a tokenizer is there.
+        max_caption_length: tokens after which a caption is cut, the added ones included; None is what the text tower
+            can read. The tokenizer keeps it as `model_max_length`, so that it is saved with the processor.
+        freeze: "vision" or "text" freezes that tower (`freeze_tower`).
+        trust_remote_code: whether code from the model's repository may run.
+
+    Returns:
+        The model in evaluation mode, and its processor; a bare tokenizer where the images are stored features.
+
+    Raises:
+        ValueError: an argument is impossible, the configuration is at fault, or the model is no dual encoder.
+        OSError: the model, its weights or its tokenizer cannot be had or read.
+    """
+    if (name_or_path is None) == (config is None):
+        raise ValueError(
+            f"exactly one of name_or_path and config must be given, got name_or_path={name_or_path!r} and "
+            f"config={config!r}"
+        )
+    if freeze is not None and freeze not in TOWERS:
+        raise ValueError(f"freeze must be one of {', '.join(TOWERS)} or None, got {freeze!r}")
+    if max_caption_length is not None and max_caption_length < 3:
+        raise ValueError(
+            "max_caption_length must be at least 3 (a start token, one of the caption, an end token), got "
+            f"{max_caption_length}"
+        )
+    own_tokenizer = None if tokenizer is None else _load_tokenizer(tokenizer, "tokenizer", trust_remote_code)
+    if config is not None:
+        model, processor = build_model_and_processor(
+            config,
+            tokenizer=own_tokenizer,
+            captions=captions,
+            vocab_size=vocab_size,
+            max_caption_length=max_caption_length,
+        )
+    else:
+        model = _load_model(str(name_or_path), trust_remote_code)
+        check_dual_encoder(model)
+        processor = _load_processor(str(name_or_path), model, own_tokenizer, trust_remote_code)
+    _limit_captions(model, processor, max_caption_length)
+    if freeze is not None:
+        freeze_tower(model, freeze)
+    return model, processor
+
+
+def _load_model(name_or_path: str, trust_remote_code: bool) -> PreTrainedModel:
+    folder = Path(name_or_path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise OSError(
+            f"name_or_path {name_or_path!r} is a folder without a config.json, so no model was saved there; give the "
+            "folder of a run, one of its checkpoint-N folders, or any folder written by save_pretrained"
+        )
+    try:
+        if is_adapter(name_or_path):
+            return load_adapted(name_or_path, trust_remote_code)
+        return AutoModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise _loading_error("name_or_path", name_or_path, error) from error
+
+
+def _load_tokenizer(name_or_path: str, argument: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise _loading_error(argument, name_or_path, error) from error
+
+
+def _load_processor(
+    name_or_path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    base_name = getattr(bare_model(model), "name_or_path", "")
+    if isinstance(model, PeftModel) and base_name and not _holds_a_tokenizer(name_or_path):
+        name_or_path = base_name  # an adapter that was saved without a processor is used with that of its base
+    if isinstance(getattr(bare_model(model).config, "vision_config", None), PrecomputedFeaturesConfig):
+        return tokenizer or _load_tokenizer(name_or_path, "name_or_path", trust_remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS:
+        processor = None
+    if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
+        # A folder may hold the two parts without saying that they belong together.
+        try:
+            image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        except LOADING_ERRORS as error:
+            raise _loading_error("name_or_path", name_or_path, error, "the image processor of ") from error
+        tokenizer = tokenizer or _load_tokenizer(name_or_path, "name_or_path", trust_remote_code)
+        processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
+    if tokenizer is not None:
+        processor.tokenizer = tokenizer
+    return processor
+
+
+def _holds_a_tokenizer(name_or_path: str) -> bool:
+    return cached_file(name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _loading_error(argument: str, value: str, error: Exception, part: str = "") -> OSError | ValueError:
+    kind = ValueError if isinstance(error, ValueError | KeyError | TypeError | ImportError) else OSError
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if Path(value).exists():
+        way_out = "check that the folder was written to the end by save_pretrained and fits the installed transformers"
+    elif constants.is_offline_mode():
+        kind = OSError
+        way_out = (
+            "there is no such local folder, and the Hub is switched off by HF_HUB_OFFLINE; give a folder, or unset it"
+        )
+    else:
+        way_out = (
+            "there is no such local folder, and the Hub did not give it; check the spelling and the network, and log "
+            "in (hf auth login) if the model is gated"
+        )
+    return kind(f"{part}{argument} {value!r} could not be loaded: {way_out} ({reason})")
+
+
+def _limit_captions(model: PreTrainedModel, processor: Any, max_caption_length: int | None) -> None:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    config = bare_model(model).config
+    text_config = getattr(config, "text_config", config)
+    if len(tokenizer) > getattr(text_config, "vocab_size", len(tokenizer)):
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens, but the model's text tower knows only {text_config.vocab_size}; "
+            "use the model's own tokenizer, or train from scratch (config)"
+        )
+    if max_caption_length is not None:
+        limit = getattr(text_config, "max_position_embeddings", None) and max_text_length(model)
+        if limit is not None and max_caption_length > limit:
+            raise ValueError(
+                f"max_caption_length must be at most {limit}, what the text tower can read, got {max_caption_length}"
+            )
+        tokenizer.model_max_length = max_caption_length
+    tokenizer.model_max_length = max_text_length(model, tokenizer)
+
+
+def same_architecture(model: nn.Module, checkpoint_folder: str | Path) -> None:
+    """Makes sure, before anything is loaded, that a checkpoint was written by a model like this one.
+
+    Only the configuration and the headers of the weight files are read. Tensors are matched by name and shape; what is
+    left over on both sides is matched by shape alone, as transformers renames some tensors on saving. Of an adapter
+    (PEFT) its own weights are compared; sharded checkpoints (FSDP, DeepSpeed) are left to the checks of their loaders.
+
+    Args:
+        model: the model, wrapped or not, that the checkpoint is to be loaded into.
+        checkpoint_folder: what the Trainer or `save_pretrained` wrote.
+
+    Raises:
+        ValueError: model type, names or shapes differ; the message says which.
+        OSError: there is no checkpoint in the folder, or its files cannot be read.
+    """
+    folder = Path(checkpoint_folder)
+    if (folder / "adapter_config.json").is_file():
+        same_adapter(model, folder)
+        return
+    bare = bare_model(model)
+    saved_type = _read_json(folder / "config.json").get("model_type")
+    if saved_type != bare.config.model_type:
+        raise ValueError(
+            f"checkpoint {str(folder)!r} holds a model of type {saved_type}, but the model to be trained is of type "
+            f"{bare.config.model_type}; name a checkpoint of this run, or start anew in another output_dir"
+        )
+    if any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob("global_step*")):
+        return
+    saved = _saved_shapes(folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
+    missing = {name: shape for name, shape in expected.items() if saved.get(name) != shape}
+    unexpected = {name: shape for name, shape in saved.items() if expected.get(name) != shape}
+    if Counter(missing.values()) != Counter(unexpected.values()):
+        raise ValueError(
+            f"checkpoint {str(folder)!r} is of another model: it has {_some(unexpected)} where the model to be "
+            f"trained has {_some(missing)}; name a checkpoint of this run, or start anew in another output_dir"
+        )
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise OSError(
+            f"checkpoint {str(folder)!r} has no model.safetensors, so its writing was broken off or it is no "
+            "checkpoint; name an earlier checkpoint"
+        )
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                shapes.update({name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()})
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"weights {str(file)!r} cannot be read ({error}); name an earlier checkpoint") from error
+    return shapes
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"checkpoint {str(file.parent)!r} has no readable config.json ({error}); name a folder written by the "
+            "Trainer or by save_pretrained"
+        ) from error
+
+
+def _some(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if not shapes:
+        return "nothing"
+    first = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:3])
+    return first if len(shapes) <= 3 else f"{first} and {len(shapes) - 3} more"

@@ -1,0 +1,207 @@
+"""The file of a recipe, and what recipes of all kinds have in common: how they are read, checked and saved."""
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from hf_dissect.recipe.fields import (
+    Faults,
+    RecipeError,
+    find_unusable_numbers,
+    problem_with,
+    read_section,
+    read_training,
+    show,
+)
+from hf_dissect.recipe.yaml import format_yaml, parse_yaml
+
+MAX_BYTES = 1_000_000
+
+
+class RecipeFile:
+    """The base of recipes, dataclasses whose fields are the keys of the file.
+
+    Fields that are dataclasses are sections. Relative paths in a recipe are relative to the current working directory,
+    not to its file.
+    """
+
+    name: str
+    description: str
+    training: dict[str, Any]
+
+    MEANT_FOR_OTHERS: ClassVar[dict[str, str]] = {}
+    """Keys of other kinds of recipes, and what to say of them."""
+
+    @classmethod
+    def load(cls, path_or_shipped_name: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read and check a recipe.
+
+        Args:
+            path_or_shipped_name: a YAML file, or the name of a shipped recipe such as `quickstart`;
+                `recipes/quickstart.yaml` means the shipped one where there is no such file.
+            overrides: `section.key=value`, the value in YAML: `selection.options.variant=momentum`.
+
+        Raises:
+            RecipeError: the file cannot be read, or has faults; all of them are listed.
+        """
+        return cls._build(*load_settings(path_or_shipped_name), overrides)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Self:
+        """Check plain settings, nested as in the YAML file; `source` names them in errors (`RecipeError`)."""
+        return cls._build(copy.deepcopy(settings), source, overrides)
+
+    @classmethod
+    def _build(cls, settings: dict[str, Any], source: str, overrides: Sequence[str]) -> Self:
+        faults = Faults()
+        apply_overrides(settings, overrides, faults)
+        find_unusable_numbers(settings, "", faults)
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        readers = {"training": read_training, **cls._readers()}
+        values: dict[str, Any] = {"name": ""}
+        for key, value in settings.items():
+            if key in cls.MEANT_FOR_OTHERS:
+                faults.add(key, cls.MEANT_FOR_OTHERS[key])
+            elif key not in fields:
+                faults.add_unknown(str(key), value, fields)
+            elif key in readers:
+                values[key] = readers[key](value, faults)
+            elif dataclasses.is_dataclass(fields[key]):
+                values[key] = read_section(fields[key], value, key, faults)
+            elif problem := problem_with(value, fields[key]):
+                faults.add(key, problem)
+            else:
+                values[key] = value
+        recipe = cls(**values)
+        for keys, problem in recipe._conflicts():
+            if not any(map(faults.concern, keys)):
+                faults.add(keys[0], problem)
+        if faults.messages:
+            raise RecipeError(source, faults.messages)
+        return recipe
+
+    @classmethod
+    def _readers(cls) -> dict[str, Callable[[Any, Faults], Any]]:
+        """Of sections that are no dataclasses, what checks them; faults are added."""
+        return {}
+
+    def _conflicts(self) -> Iterator[tuple[Sequence[str], str]]:
+        """What does not go together: the dotted keys that it concerns, and the problem in words."""
+        raise NotImplementedError
+
+    @property
+    def output_dir(self) -> str:
+        """The run's folder: `training.output_dir`, else `runs/<name>`."""
+        return self.training.get("output_dir") or f"runs/{self.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, defaults included, as plain data in the order of the file."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path, command: str = "train") -> None:
+        """Write the complete recipe; `load` reads it back equal. The folder of `path` must exist.
+
+        `command` is the one that repeats the run, named at the top of the file.
+        """
+        path = Path(path)
+        shown = str(path) if str(path).isprintable() else path.name if path.name.isprintable() else "recipe.yaml"
+        header = f"# All settings of a run, defaults included. Repeat it with: hf-dissect {command} {shown}\n"
+        path.write_text(header + format_yaml(self.to_dict()), encoding="utf-8")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package, in alphabetical order."""
+    installed = Path(__file__).parents[1] / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_description(path: str | Path) -> str:
+    """The description in a recipe's file, the rest unchecked (that would need torch); `RecipeError` if unreadable."""
+    return str(read_settings(Path(path)).get("description", ""))
+
+
+def _find(path_or_shipped_name: str | Path) -> Path:
+    """The file that is meant; a path that does not exist comes back as it is."""
+    path = Path(path_or_shipped_name)
+    could_be_shipped = path.suffix in ("", ".yaml") and path.parent in (Path("."), Path("recipes"))
+    if could_be_shipped and not path.is_file():
+        return shipped_recipes().get(path.stem, path)
+    return path
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe's file, as it stands there, unchecked; `RecipeError` if unreadable."""
+    content = _read_bytes(path)
+    if len(content) > MAX_BYTES:
+        raise RecipeError(str(path), [f"is larger than {MAX_BYTES} bytes; a recipe is a small YAML file"])
+    try:
+        settings = parse_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(str(path), [f"line {line}: not UTF-8 text; a recipe is a YAML file"]) from error
+    except ValueError as error:
+        raise RecipeError(str(path), [str(error)]) from error
+    if settings is None:
+        raise RecipeError(str(path), ["is empty; a recipe needs at least a name and a model"])
+    if not isinstance(settings, dict):
+        kind = type(settings).__name__
+        raise RecipeError(str(path), [f"holds {show(settings)} (a {kind}); a recipe is a mapping of sections"])
+    return settings
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The content of a file, one byte more than allowed at most."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        shipped = list(shipped_recipes())
+        near = difflib.get_close_matches(path.stem, shipped, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise RecipeError(str(path), [f"no such file; shipped recipes: {', '.join(shipped)}{meant}"]) from error
+    except IsADirectoryError as error:
+        inside = path / "recipe.yaml"
+        meant = f"; did you mean {inside}?" if inside.is_file() else "; a recipe is a YAML file"
+        raise RecipeError(str(path), [f"is a folder{meant}"]) from error
+    except (OSError, ValueError) as error:  # not permitted, a name too long, a null byte in the name
+        raise RecipeError(str(path), [f"cannot be read: {error}"]) from error
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Sequence[str], faults: Faults) -> None:
+    """Set the values that `overrides` (`section.key=value`) name, in place; what is wrong goes to `faults`."""
+    for override in overrides:
+        _apply_override(settings, override, faults)
+
+
+def _apply_override(settings: dict[str, Any], override: str, faults: Faults) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    *sections, name = key.split(".")
+    if not equals or not name or not all(sections):
+        faults.add(key or "override", f"{show(override)} is not an override; allowed: section.key=value")
+        return
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        faults.add(key, f"{show(text)} is not a YAML value ({error}); quote text with special characters")
+        return
+    place: Any = settings
+    for depth, section in enumerate(sections):
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            above = ".".join(sections[: depth + 1])
+            faults.add(key, f"{above} is {show(place)}, not a mapping; give it as a whole: {above}=...")
+            return
+    place[name] = value
+
+
+def load_settings(path_or_shipped_name: str | Path) -> tuple[dict[str, Any], str]:
+    """The mapping in a recipe, unchecked, and the file's name for errors; `RecipeError` if it cannot be read."""
+    path = _find(path_or_shipped_name)
+    return read_settings(path), str(path)

@@ -1,0 +1,291 @@
+"""One audit from a model and a data set to a folder of results."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from hf_dissect.auditing.embeddings import PairEmbeddings, embed_pairs
+from hf_dissect.auditing.export import CleanExport, check_folder, export_clean
+from hf_dissect.auditing.ledger_columns import read_ledger_columns, open_ledger
+from hf_dissect.auditing.page import write_page
+from hf_dissect.auditing.scores import score_matches, estimate_mismatched_share, estimate_mismatched_probability
+from hf_dissect.auditing.table import build_score_table, write_table
+from hf_dissect.auditing.thumbnails import write_thumbnails
+from hf_dissect.data.bad_rows import BadRows
+from hf_dissect.data.pairs import PairDataset
+from hf_dissect.distillation.saved_student import is_student
+from hf_dissect.runs.evaluate import data_section, evaluating_trainer, recipe_of
+from hf_dissect.evaluation import noise_detection_metrics
+from hf_dissect.hub.address import HubAddress, is_hub_address
+from hf_dissect.hub.pull import download_model
+from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
+from hf_dissect.recipe.recipe import DataSection, Recipe
+from hf_dissect.runs.run import first_free, load_split
+from hf_dissect.selection import correlation_of
+from hf_dissect.selection.ledger import LEDGER_FILE
+
+logger = logging.getLogger(__name__)
+
+SCORES_FILE, PAGE_FILE, THUMBNAILS = "scores.parquet", "audit.html", "thumbnails"
+MAX_PAGE_PAIRS = 100_000
+THRESHOLD = 0.5
+NOTE = (
+    "The score tells how much more likely image and caption occur together than by chance (pointwise mutual "
+    "information, in nats, as the model sees it): the lowest are the likeliest to be mismatched. p(mismatched) "
+    "compares it with the scores of images with captions of other pairs. A model that has learnt mismatched pairs by "
+    "heart finds none of them."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditResult:
+    """What an audit found.
+
+    Attributes:
+        folder: with `scores.parquet`, `audit.html` and `thumbnails/`.
+        table: the content of `scores.parquet`, see `build_score_table`.
+        mismatched_share: about how many of the readable pairs are mismatched.
+        bad_rows: pairs that cannot be read, by reason.
+        auroc: of the score, where the truth is known, else None.
+        export: what `export_clean` wrote, if it was asked for.
+    """
+
+    folder: Path
+    table: pa.Table
+    mismatched_share: float
+    bad_rows: BadRows
+    auroc: float | None = None
+    export: CleanExport | None = None
+
+
+def audit(
+    checkpoint: str,
+    *,
+    data: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    task_column: str | None = None,
+    image_features: str | None = None,
+    max_rows: int | None = None,
+    output_dir: str | Path = "audit",
+    ledger: str | Path | None = None,
+    export_to: str | Path | None = None,
+    keep: float | None = None,
+    threshold: float | None = None,
+    max_page_pairs: int = MAX_PAGE_PAIRS,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> AuditResult:
+    """Rank the pairs of a data set by how likely they are mismatched.
+
+    Args:
+        checkpoint, data, image_column, caption_column, task_column, image_features: see `evaluate_checkpoint`; the
+            data of the checkpoint's own recipe come with the noise that it injects.
+        split: of the data.
+        max_rows: audit the first rows only.
+        output_dir: folder of the results; where it holds an audit already, `<output_dir>-2` and so on.
+        ledger: run folder or ledger file whose columns are added; None takes that of the checkpoint, if it trained on
+            these data.
+        export_to: new folder for the data set without the suspicious pairs; None writes none.
+        keep: share of the readable pairs to keep there, in (0, 1].
+        threshold: keep the pairs up to this `p_mismatched` there, in [0, 1]; 0.5 where neither is given.
+        max_page_pairs: the page shows the most suspicious pairs, so many at most; the table has all.
+        batch_size: pairs a forward pass.
+        num_workers: processes that decode.
+
+    Raises:
+        ValueError: settings or data of no use, see `evaluate_checkpoint`; a ledger that does not fit the data;
+            `export_to` is not empty; fewer than 10 readable pairs.
+    """
+    _check_export(export_to, keep, threshold)
+    if is_student(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is the student of a distillation: it classifies and knows no captions, so it cannot audit "
+            "pairs; name a CLIP-like model. What the student can do is told by: hf-dissect evaluate "
+            f"{checkpoint}"
+        )
+    recipe = recipe_of(checkpoint) if data is None else None
+    model_name = _model_name(checkpoint)
+    if is_hub_address(checkpoint):
+        checkpoint = str(download_model(HubAddress.parse(checkpoint)))
+    section = _section(checkpoint, data, recipe, max_rows)
+    named = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
+    named["image_features"] = image_features
+    section = dataclasses.replace(section, **{name: value for name, value in named.items() if value is not None})
+    given_ledger = None if ledger is None else open_ledger(ledger)
+    rows = load_split(section, split, whole=data is not None)
+    model, processor = load_model_and_processor(name_or_path=checkpoint)
+    with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
+        pairs = trainer.eval_dataset
+        embeddings = embed_pairs(trainer, pairs)
+        is_first, device = trainer.is_world_process_zero(), trainer.args.device
+    logit_scale, _ = logit_scale_and_bias(model)
+    scores, share = _scores(embeddings, logit_scale.mean().item(), device, progress=is_first)
+    if given_ledger is not None:
+        more = _ledger_columns(given_ledger, embeddings, pairs)
+    elif data is None and split == "train":
+        more = _own_ledger_columns(checkpoint, embeddings, pairs)
+    else:
+        more = {}
+    table = build_score_table(pairs, embeddings, scores, more)
+    bad_rows = BadRows(1.0, len(pairs))
+    bad_rows.add(embeddings.sample_id, embeddings.bad_reason)
+    result = AuditResult(_free_folder(Path(output_dir)), table, share, bad_rows, _auroc(embeddings, scores["score"]))
+    if not is_first:
+        return result
+    name = Path(data).name if data is not None else recipe.name
+    _write(result, pairs, f"Audit of {name}, split {split}", model_name, max_page_pairs, num_workers)
+    if export_to is None:
+        return result
+    kept = np.zeros(len(pairs), bool)
+    kept[_good(embeddings).numpy()] = _kept(scores, keep, threshold)
+    return dataclasses.replace(result, export=export_clean(Path(export_to), rows, pairs, kept, split=split))
+
+
+def _check_export(export_to: str | Path | None, keep: float | None, threshold: float | None) -> None:
+    for name, value in (("keep", keep), ("threshold", threshold)):
+        if value is not None and export_to is None:
+            raise ValueError(f"--{name} says what --export-clean writes; name a folder with --export-clean as well.")
+    if keep is not None and threshold is not None:
+        raise ValueError("--keep and --threshold both say which pairs are kept; give one of them.")
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"--keep {keep}: a share of the pairs, above 0 and at most 1.")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold {threshold}: a probability, from 0 to 1.")
+    if export_to is not None:
+        check_folder(Path(export_to))
+
+
+def _section(checkpoint: str, data: str | None, recipe: Recipe | None, max_rows: int | None) -> DataSection:
+    section = DataSection(source="scenes") if data == "scenes" else data_section(checkpoint, data, recipe)
+    return dataclasses.replace(
+        section,
+        streaming=False,  # pictures are looked up again, and rows are written
+        max_train_rows=max_rows or section.max_train_rows,
+        max_eval_rows=max_rows or section.max_eval_rows,
+    )
+
+
+def _good(embeddings: PairEmbeddings) -> torch.Tensor:
+    return embeddings.bad_reason == 0
+
+
+def _scores(
+    embeddings: PairEmbeddings, logit_scale: float, device: torch.device, progress: bool
+) -> tuple[dict[str, Any], float]:
+    good = _good(embeddings)
+    image, text = embeddings.image[good], embeddings.text[good]
+    matches = score_matches(
+        image,
+        text,
+        logit_scale=logit_scale,
+        image_key=embeddings.image_key[good],
+        caption_key=embeddings.caption_key[good],
+        device=device,
+        progress=progress,
+    )
+    scores = {
+        "correlation": correlation_of(image, text),
+        "score": matches.score,
+        "p_mismatched": estimate_mismatched_probability(matches),
+    }
+    return scores, estimate_mismatched_share(matches)
+
+
+def _auroc(embeddings: PairEmbeddings, score: torch.Tensor) -> float | None:
+    if embeddings.is_clean is None:
+        return None
+    return noise_detection_metrics(score, embeddings.is_clean[_good(embeddings)])["auroc"]
+
+
+def _ledger_columns(ledger: Any, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:
+    correlation = correlation_of(embeddings.image, embeddings.text)
+    by_row = pairs.num_samples is not None
+    return read_ledger_columns(ledger, embeddings.sample_id, correlation, by_row=by_row)
+
+
+def _own_ledger_columns(checkpoint: str, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:
+    if not (Path(checkpoint) / LEDGER_FILE).is_file():
+        return {}
+    try:
+        return _ledger_columns(open_ledger(checkpoint), embeddings, pairs)
+    except ValueError as error:
+        logger.warning("The run's ledger is left out: %s", error)
+        return {}
+
+
+def _kept(scores: dict[str, Any], keep: float | None, threshold: float | None) -> np.ndarray:
+    """Which of the readable pairs stay, bool `(number of readable pairs,)`."""
+    if keep is None:
+        return scores["p_mismatched"] <= (THRESHOLD if threshold is None else threshold)
+    best_first = np.argsort(-scores["score"].numpy(), kind="stable")
+    kept = np.zeros(len(best_first), bool)
+    kept[best_first[: max(1, round(keep * len(best_first)))]] = True
+    return kept
+
+
+def _model_name(checkpoint: str) -> str:
+    """The Hub id, or the name of the folder: the page may go to others, who need not know where it lay."""
+    folder = Path(checkpoint).expanduser()
+    return folder.resolve().name if folder.exists() else checkpoint
+
+
+def _free_folder(folder: Path) -> Path:
+    """The folder, or `<folder>-2`, `-3`, ... when it holds an audit already: none is overwritten."""
+    free = first_free(folder, lambda path: (path / SCORES_FILE).exists())
+    if free != folder:
+        logger.warning("%s already holds an audit; this one goes to %s.", folder, free)
+    return free
+
+
+def _write(
+    result: AuditResult, pairs: PairDataset, title: str, model: str, max_page_pairs: int, num_workers: int
+) -> None:
+    folder, table = result.folder, result.table
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(table, folder / SCORES_FILE)
+    num_readable = len(table) - len(result.bad_rows)
+    shown = table.slice(0, min(num_readable, max_page_pairs))
+    unpictured = []
+    if pairs.has_pictures:
+        unpictured = write_thumbnails(folder / THUMBNAILS, pairs, _indices(pairs, shown), num_workers)
+    notes = [NOTE]
+    if len(shown) < num_readable:
+        notes.append(f"The {len(shown):,} most suspicious pairs are shown; scores.parquet has all {len(table):,}.")
+    if "ledger_differential" in table.column_names:
+        notes.append("The differential is the score of the pair in the run's history minus its correlation now.")
+    write_page(
+        folder / PAGE_FILE,
+        shown,
+        title=title,
+        facts=_facts(result, num_readable, model),
+        notes=notes,
+        bad_rows=result.bad_rows,
+        pictures=THUMBNAILS if pairs.has_pictures else None,
+        unpictured=unpictured,
+    )
+
+
+def _facts(result: AuditResult, num_readable: int, model: str) -> Sequence[tuple[str, str]]:
+    likely = int((result.table["p_mismatched"].to_numpy(zero_copy_only=False) > THRESHOLD).sum())
+    facts = [
+        ("Pairs", f"{num_readable:,}"),
+        ("Unreadable", f"{len(result.bad_rows):,}"),
+        ("Estimated mismatched", f"{result.mismatched_share:.1%}"),
+        (f"Above p = {THRESHOLD}", f"{likely:,}"),
+        ("Model", model),
+    ]
+    return facts if result.auroc is None else [*facts, ("AUROC of the score", f"{result.auroc:.3f}")]
+
+
+def _indices(pairs: PairDataset, shown: pa.Table) -> np.ndarray:
+    """Of the pairs of a table, their places in the data set."""
+    first = np.searchsorted(pairs.row_of_pair, shown["row"].to_numpy())
+    return first + shown["place"].to_numpy()

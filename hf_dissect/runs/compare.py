@@ -1,0 +1,156 @@
+"""Runs a recipe with several strategies and seeds, and sets the results beside each other."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hf_dissect.evaluation import summarise_seeds
+from hf_dissect.recipe.recipe import Recipe
+from hf_dissect.report.page import RunSummary, write_report
+from hf_dissect.training.run_folder import write_json
+from hf_dissect.runs.run import in_folder, load_data, run_recipe
+
+logger = logging.getLogger(__name__)
+
+TABLE_COLUMNS = {
+    "strategy": "strategy",
+    "recall_sum": "recall sum",
+    "image_to_text_R@1": "i2t R@1",
+    "text_to_image_R@1": "t2i R@1",
+    "zero_shot_accuracy@1": "zero-shot",
+    "noise_kept": "mismatched kept",
+    "ranking_auroc": "AUROC of rule",
+    "label_auroc": "AUROC of labels",
+    "noise_detection_auroc": "AUROC of model",
+    "steps": "steps",
+    "train_s": "seconds",
+}
+TABLE_DECIMALS = {
+    "recall_sum": 1,
+    "image_to_text_R@1": 1,
+    "text_to_image_R@1": 1,
+    "zero_shot_accuracy@1": 3,
+    "noise_kept": 3,
+    "ranking_auroc": 3,
+    "label_auroc": 3,
+    "noise_detection_auroc": 3,
+    "steps": 0,
+    "train_s": 0,
+}
+TABLE_LEGEND = (
+    "recall sum: R@1 + R@5 + R@10 in both directions on the test split, at most 600.\n"
+    "mismatched kept: share of mismatched pairs among the kept ones, last epoch.\n"
+    "AUROC of rule: how well the strategy's own ranking tells clean from mismatched candidates, last epoch.\n"
+    "AUROC of labels: the same for the final soft labels (gsc) or the last division (ncr), over all labelled pairs.\n"
+    "AUROC of model: the same for the correlation under the final weights, over all training pairs.\n"
+    "seconds: data, scoring and training; scoring is charged, evaluation is not."
+)
+
+
+def compare(
+    recipe: Recipe,
+    strategies: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    *,
+    resume: bool = False,
+    announce: Callable[[str], None] = logger.info,
+) -> dict[str, Any]:
+    """Run each strategy with each seed, on the same data, for the same number of optimiser steps.
+
+    The folders of the runs stand in the recipe's `output_dir`, as `<strategy>-seed<n>`; beside them `metrics.json` and
+    `report.html` of the whole. Both are rewritten after each run, so an interrupted comparison leaves what it has.
+
+    Args:
+        recipe: the settings that all runs share.
+        strategies: `name` or `name:variant`; those of the recipe's `compare` section by default.
+        seeds: likewise; of initial weights, order of the data and random choices. The data and their noise stay the
+            same.
+        resume: take over the runs that finished with the same settings, instead of running them again.
+        announce: told of each run before it starts.
+
+    Returns:
+        The content of `metrics.json`: "name", "table" (a row per strategy, figures as mean and std) and "runs".
+
+    Raises:
+        RecipeError: a strategy or seed does not fit the recipe; before anything runs.
+    """
+    # As settings of the recipe they are checked like all others, and saved with the comparison.
+    given = {"strategies": strategies, "seeds": seeds}
+    recipe = recipe.with_overrides(
+        [f"compare.{name}={json.dumps(list(values))}" for name, values in given.items() if values is not None]
+    )
+    strategies, seeds, folder = recipe.compare.strategies, recipe.compare.seeds, Path(recipe.output_dir)
+    # Seeds outside, strategies inside: a machine that slows down meanwhile does so for all strategies.
+    planned = [(spec, seed, _variation(recipe, spec, seed, folder)) for seed in seeds for spec in strategies]
+    splits = load_data(recipe)
+    summaries: list[RunSummary] = []
+    comparison: dict[str, Any] = {}
+    for number, (spec, seed, variation) in enumerate(planned, 1):
+        name = spec if len(seeds) == 1 else f"{spec}, seed {seed}"
+        if resume and _is_finished(variation):
+            announce(f"[{number}/{len(planned)}] {name}: finished before")
+        else:
+            announce(f"[{number}/{len(planned)}] {name}")
+            run_recipe(variation, splits, name=name)
+        processes = PartialState()
+        processes.wait_for_everyone()  # the first process writes what all read
+        summaries.append(RunSummary.load(Path(variation.output_dir) / "report_data.json"))
+        summaries[-1].name = name
+        comparison = _comparison(recipe, summaries, [part[:2] for part in planned[:number]])
+        if processes.is_main_process:
+            _write(recipe, folder, summaries, comparison)
+    return comparison
+
+
+def _variation(recipe: Recipe, spec: str, seed: int, folder: Path) -> Recipe:
+    place = folder / f"{spec.replace(':', '-')}-seed{seed}"
+    return in_folder(recipe.with_strategy(spec).with_overrides([f"training.seed={seed}"]), place)
+
+
+def _is_finished(variation: Recipe) -> bool:
+    """Whether the folder of a run holds its result, with these settings."""
+    folder = Path(variation.output_dir)
+    if not (folder / "report_data.json").is_file() or not (folder / "recipe.yaml").is_file():
+        return False
+    found, wanted = Recipe.load(folder / "recipe.yaml").to_dict(), variation.to_dict()
+    # What else is compared beside this run is no setting of it.
+    return found | {"compare": None} == wanted | {"compare": None}
+
+
+def _comparison(recipe: Recipe, summaries: list[RunSummary], done: list[tuple[str, int]]) -> dict[str, Any]:
+    runs = [summary.metrics for summary in summaries]
+    table = []
+    for spec in dict.fromkeys(spec for spec, _ in done):
+        own = [(seed, run) for (part, seed), run in zip(done, runs, strict=True) if part == spec]
+        figures = summarise_seeds([_figures(run) for _, run in own])
+        table.append({"strategy": spec, "seeds": [seed for seed, _ in own], **figures})
+    return {"name": recipe.name, "table": table, "runs": runs}
+
+
+def _write(recipe: Recipe, folder: Path, summaries: list[RunSummary], comparison: dict[str, Any]) -> None:
+    write_json(folder / "metrics.json", comparison)
+    recipe.save(folder / "recipe.yaml", command="compare")
+    write_report(folder / "report.html", summaries, title=recipe.name, table=comparison["table"])
+
+
+def _figures(run: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one run that the table may show, flat."""
+    times, selection = run["times"], run["selection"]
+    return {
+        **{
+            key: value
+            for key, value in run["final"].items()
+            if not key.endswith(("_scored", "_unscored", "_mismatched"))
+        },
+        "noise_kept": selection.get("noise_kept_last_epoch"),
+        "noise_kept_whole_run": selection.get("noise_kept"),
+        "ranking_auroc": selection.get("ranking_auroc_last_epoch"),
+        "label_auroc": selection.get("label_auroc", selection.get("p_clean_auroc")),
+        "steps": run["steps"],
+        "train_s": times["data_s"] + times["scoring_s"] + times["training_s"],
+        "scoring_s": times["scoring_s"],
+    }

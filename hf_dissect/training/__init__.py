@@ -1,0 +1,1 @@
+"""What every run shares, whatever it trains: checkpoints, resuming, interruption, run folder and card."""

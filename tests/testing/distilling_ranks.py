@@ -1,0 +1,51 @@
+"""Run by test_ranks.py in two processes: trains as the one process does that the test runs on the rows of both."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from testing.tiny_modalities import tiny_columns, tiny_trainer, weights_of
+
+torch.set_num_threads(1)
+
+SETTINGS = {
+    "term_weights": {"hinton": 0.5, "contrastive": 0.5},
+    "memory_bank": 20,
+    "retrieval_weight": 0.5,
+    "embedding_size": 5,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "max_steps": 6,
+    "logging_steps": 3,
+}
+
+
+def columns() -> dict[str, np.ndarray]:
+    """Rows of which the ranks have unequally many complete ones in a batch."""
+    given = tiny_columns(32)
+    given["skeleton"][::5] = np.nan
+    return given
+
+
+def logged(trainer) -> list[dict[str, float]]:
+    """The figures of the terms, in order."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{name: value for name, value in log.items() if name not in ("grad_norm", "epoch")} for log in logs]
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    trainer = tiny_trainer(
+        folder, columns(), per_device_train_batch_size=4, save_strategy="steps", save_steps=3, **SETTINGS
+    )
+    trainer.train()
+    weights = weights_of(trainer)
+    both = trainer.ranks.gather(weights[None])
+    assert torch.equal(both[0], both[1]), "the processes differ"
+    again = tiny_trainer(folder, columns(), per_device_train_batch_size=4, **SETTINGS)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert torch.equal(weights, weights_of(again)), "the resumed run differs"
+    if trainer.is_world_process_zero():
+        torch.save({"weights": weights, "logs": logged(trainer)}, folder / "two.pt")

@@ -1,0 +1,49 @@
+"""FSDP2, as the shipped configuration has it: weights in parts, global selection, GradCache, a whole model saved."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.test_utils import execute_subprocess_async
+from safetensors.torch import load_file
+from testing.tiny_recipe import write_tiny_recipe
+from transformers import AutoModel
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(*arguments: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")]
+    execute_subprocess_async(
+        [*launch, str(ROOT / "tests" / "testing" / "fsdp2_on_cpu.py"), "train", *arguments],
+        env=environment,
+        timeout=300,
+        echo=False,
+    )
+
+
+def test_a_run_with_fsdp2_leaves_a_whole_model_and_resumes(tmp_path):
+    recipe = write_tiny_recipe(
+        tmp_path / "tiny.yaml",
+        selection={"scope": "global", "options": {"variant": "momentum"}},
+        objective={"grad_cache_chunk_size": 3},  # of 8 kept pairs
+        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "use_cpu": None},
+    )
+    folder = tmp_path / "run"
+    train(str(recipe), "--output-dir", str(folder))
+    whole = load_file(folder / "model.safetensors")
+    model = AutoModel.from_pretrained(folder)
+    assert model.logit_scale.shape == () and torch.equal(model.logit_scale, whole["logit_scale"])
+    assert json.loads((folder / "metrics.json").read_text())["final"]["recall_sum"] > 0
+
+    shutil.rmtree(folder / "checkpoint-4")
+    train(str(recipe), "--output-dir", str(folder), "--resume")
+    assert json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+    resumed = load_file(folder / "model.safetensors")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
