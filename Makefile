@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test peft-suite lint format clean
+.PHONY: quickstart test docs peft-suite lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The theme's advertisement of its successor is kept out of the output.
+docs: $(VENV)/installed
+	@PYTHONWARNINGS="ignore:Editable installation" \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # PEFT's own tests, run for MoLA by tests/mola/peft_suite.py; needs the network, for PEFT's source archive and for
 # diffusers, which the tests import. Their settings measure coverage and fail on the warnings of newer transformers:
@@ -52,4 +58,4 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

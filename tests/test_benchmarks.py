@@ -1,4 +1,4 @@
-"""The benchmarks that the README rests on run, on sizes too small to measure anything."""
+"""The benchmarks that the documentation rests on run, on sizes too small to measure anything."""
 
 import json
 import subprocess

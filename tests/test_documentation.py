@@ -1,8 +1,8 @@
-"""Every command and snippet of the README is carried out, made small, so that none of them can go stale."""
+"""Every command and snippet of README.md and docs/ is carried out, made small, so that none of them can go stale."""
 
 import io
 import json
-import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,19 +15,14 @@ import torch
 import yaml
 from datasets import ClassLabel
 from testing import hub_client, tiny_models
+from testing.document_pages import PAGES, ROOT, blocks, commands, languages
 from testing.loopback_hub import serving
 from testing.tiny_recipe import tiny_settings
 
-from hf_dissect import DissectTrainer, DissectTrainingArguments, make_scenes
+from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, make_scenes
 from hf_dissect.cli import main
 from hf_dissect.data import make_scene_classes
-from hf_dissect.data.loading import SOURCES
-from hf_dissect.recipe.file import shipped_recipes
-from hf_dissect.recipe.recipe import Recipe
-from hf_dissect.selection import STRATEGIES
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from hf_dissect.report.data import RunSummary
 
 SCRATCH = f"model.config={json.dumps(tiny_settings()['model']['config'])}"
 SMALL = ["training.per_device_train_batch_size=16", "training.max_steps=2", "training.use_cpu=true"]
@@ -41,10 +36,14 @@ PAPER += ["training.eval_strategy=no"]
 UTD = ["training.per_device_train_batch_size=8", "training.max_steps=2", "training.use_cpu=true"]
 UTD += ["student.config.grid=[1, 1]"]
 
-# What is added to each command to make it small; None for the targets of make, which are looked up only.
+# What is added to each command to make it small; None for those that have a test of their own below.
 COMMANDS = {
     "make quickstart": None,
     "make test": None,
+    "hf-dissect train pairs.yaml": FINETUNE,
+    "hf-dissect compare pairs.yaml --strategies none,random,small_loss": FINETUNE,
+    "python docs/draw_quickstart.py": None,
+    "make docs": None,
     "hf-dissect train mine.yaml": FINETUNE,
     "hf-dissect train mine.yaml selection.ratio=0.3 selection.options.variant=momentum": FINETUNE,
     "hf-dissect train runs/mine/recipe.yaml": [],
@@ -52,18 +51,21 @@ COMMANDS = {
     "hf-dissect recipes": [],
     "hf-dissect recipes quickstart": [],
     "hf-dissect train flickr8k-local data.path=/data/flickr8k": [SCRATCH, *SMALL, "model.max_caption_length=16"],
-    "hf-dissect recipes --accelerate": [],
-    "hf-dissect recipes --accelerate multi-gpu > multi-gpu.yaml": [],
-    "accelerate launch --config_file multi-gpu.yaml -m hf_dissect.cli train cc3m": PAPER,
-    "torchrun --nproc-per-node 8 -m hf_dissect.cli train cc3m selection.scope=global": PAPER,
-    "hf-dissect train mine.yaml training.per_device_train_batch_size=4096 objective.grad_cache_chunk_size=64": [
-        *FINETUNE,
-        "objective.grad_cache_chunk_size=4",
-    ],
     "hf-dissect train mine.yaml objective.gsc.gamma=0.02 selection.strategy=none": [
         *FINETUNE,
         "objective.gsc.warmup_epochs=0",
     ],
+    "make peft-suite": None,
+    "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
+    "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
+    "hf-dissect train amid-clip data.path=/data/birds": [
+        *("student.name_or_path=clip", "auxiliaries.caption.name_or_path=clip", "training.save_strategy=no"),
+        *("training.per_device_train_batch_size=8", "training.max_steps=2", "training.use_cpu=true"),
+    ],
+    "hf-dissect evaluate runs/amid-utd-mhad": [],
+    "hf-dissect push runs/amid-utd-mhad USER/student": [],
+    "hf-dissect train hub:USER/student data.path=/data/utd_mhad": [],
+    "hf-dissect evaluate hub:USER/student --data /data/utd_mhad": [],
     "hf-dissect evaluate runs/mine": [],
     "hf-dissect evaluate runs/mine --data /data/flickr8k --split validation": [],
     'hf-dissect evaluate runs/mine --data /data/pets --classes cat,dog --template "a photo of a {}."': [],
@@ -76,42 +78,25 @@ COMMANDS = {
     "hf-dissect train mine.yaml selection.ledger=hub:USER/mine-scores selection.warmup_epochs=0": FINETUNE,
     "hf-dissect audit runs/mine": [],
     "hf-dissect audit runs/mine --data /data/flickr8k --export-clean flickr8k-clean --keep 0.8": [],
-    "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
-    "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
-    "hf-dissect train amid-clip data.path=/data/birds": [
-        *("student.name_or_path=clip", "auxiliaries.caption.name_or_path=clip", "training.save_strategy=no"),
-        *("training.per_device_train_batch_size=8", "training.max_steps=2", "training.use_cpu=true"),
+    "hf-dissect recipes --accelerate": [],
+    "hf-dissect recipes --accelerate multi-gpu > multi-gpu.yaml": [],
+    "accelerate launch --config_file multi-gpu.yaml -m hf_dissect.cli train cc3m": PAPER,
+    "torchrun --nproc-per-node 8 -m hf_dissect.cli train cc3m selection.scope=global": PAPER,
+    "hf-dissect train mine.yaml training.per_device_train_batch_size=4096 objective.grad_cache_chunk_size=64": [
+        *FINETUNE,
+        "objective.grad_cache_chunk_size=4",
     ],
-    "hf-dissect evaluate runs/amid-utd-mhad": [],
-    "hf-dissect push runs/amid-utd-mhad USER/student": [],
-    "hf-dissect train hub:USER/student data.path=/data/utd_mhad": [],
-    "hf-dissect evaluate hub:USER/student --data /data/utd_mhad": [],
 }
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    return [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
-
-
-def first_column(heading: str) -> list[str]:
-    """The names in code in the first column of the table that begins with `heading`."""
-    table = README[README.index(f"\n| {heading} |") + 1 :].split("\n\n")[0].splitlines()[2:]
-    return [name for row in table for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
 
 
 def test_every_fenced_command_is_run_below():
     assert commands() == list(COMMANDS)
-    languages = set(re.findall(r"^```(\w*)$", README, flags=re.MULTILINE)) - {""}
-    assert languages == {"console", "python", "yaml", "bibtex"}
+    assert languages() == {"console", "python", "yaml", "bibtex"}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """What the README takes for given: photographs in /data, a model of the Hub, tar shards."""
+    """Write what the pages take for given: photographs in /data, a model of the Hub, tar shards."""
     place = tmp_path_factory.mktemp("given")
     (place / "flickr8k").mkdir()
     for split in ("train", "validation", "test"):
@@ -149,13 +134,14 @@ def hub():
         yield running
 
 
-def test_commands_run_in_the_order_of_the_readme(data, hub, tmp_path, monkeypatch, capsys):
+def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("clip", "shards"):
         (tmp_path / name).symlink_to(data / name)
     hub_client.use(hub, tmp_path / "huggingface", monkeypatch)
-    (recipe,) = blocks("yaml")
-    Path("mine.yaml").write_text(recipe.replace("/data/flickr8k", str(data / "flickr8k")))
+    for recipe in RECIPES:
+        name = yaml.safe_load(recipe)["name"]
+        Path(f"{name}.yaml").write_text(recipe.replace("/data/flickr8k", str(data / "flickr8k")))
     for command, added in COMMANDS.items():
         if added is None:
             continue
@@ -171,7 +157,7 @@ def test_commands_run_in_the_order_of_the_readme(data, hub, tmp_path, monkeypatc
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
         *("mine", "mine-2", "mine-3", "mine-4", "mine-5", "mine-6", "mine-7", "flickr8k-local", "cc3m", "cc3m-2"),
-        *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-utd-mhad-3", "amid-clip"),
+        *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-utd-mhad-3", "amid-clip", "pairs", "pairs-2"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
     assert steps == [2, 4]
@@ -179,80 +165,102 @@ def test_commands_run_in_the_order_of_the_readme(data, hub, tmp_path, monkeypatc
     assert "zero-shot top-1 accuracy" in shown and "dissect:momentum" in shown
 
 
-@pytest.mark.parametrize("command", [command for command, added in COMMANDS.items() if added is None])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
 def test_make_targets_exist(command):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     assert subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True).returncode == 0
 
 
-def test_the_first_snippet_trains_in_seconds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(compile(blocks("python")[0], "README.md", "exec"), names)
-    assert names["trainer"].state.global_step == 3 * 512 // 64
+def test_the_picture_is_drawn_from_a_comparison(tmp_path):
+    """`python docs/draw_quickstart.py`, on runs of two evaluations each."""
+    for place, name in enumerate(("dissect", "none", "random")):
+        log = [{"step": step, "eval_recall_sum": 50.0 * step, "selection_noise_kept": 0.4} for step in (1, 2)]
+        folder = tmp_path / f"{place}-seed0"
+        folder.mkdir()
+        RunSummary(name, {}, log).save(folder / "report_data.json")
+    script = runpy.run_path(str(ROOT / "docs" / "draw_quickstart.py"))
+    script["main"]([str(tmp_path), "--output", str(tmp_path / "picture.svg")])
+    drawn = (tmp_path / "picture.svg").read_text()
+    shown = (ROOT / "docs" / "images" / "quickstart.svg").read_text()
+    for picture in (drawn, shown):
+        legend = [picture.index(f">{name}<") for name in ("none", "random", "dissect")]
+        assert legend == sorted(legend) and "recall sum" in picture and len(picture) < 60_000
+    with pytest.raises(FileNotFoundError, match="make quickstart"):
+        script["read_runs"](tmp_path / "nowhere")
+
+
+RECIPES = [recipe for page in PAGES for recipe in blocks(page, "yaml")]
+
+
+def test_the_recipes_are_recipes():
+    recipes = [Recipe.from_dict(yaml.safe_load(recipe.replace("1e-5", "1.0e-5"))) for recipe in RECIPES]
+    assert [recipe.name for recipe in recipes] == ["pairs", "mine"]
+    assert [recipe.selection.strategy for recipe in recipes] == ["small_loss", "dissect"]
+    assert all(recipe.training["per_device_train_batch_size"] == 128 for recipe in recipes)
+
+
+def run(snippet: str, page: str, **given) -> dict:
+    """Run a snippet and return the names that it leaves."""
+    exec(compile(snippet, page, "exec"), given)
+    return given
+
+
+def check_training_of_a_model_of_the_hub(snippet, page, data, capsys):
+    trained = run(snippet.replace("openai/clip-vit-base-patch32", str(data / "clip")), page)
+    assert trained["trainer"].state.global_step == 3 * 512 // 64
+    assert json.loads(Path("runs/x/metrics.json").read_text())["selection"]["kept_share"] == 0.5
+    assert snippet.count("\n") <= 10
+
+
+def check_training_from_scratch(snippet, page, data, capsys):
+    """The snippet trains in seconds."""
+    trained = run(snippet, page)
+    assert trained["trainer"].state.global_step == 3 * 512 // 64
     assert json.loads(Path("runs/x/metrics.json").read_text())["selection"]["kept_share"] == 0.5
     assert Path("runs/x/report.html").is_file()
 
 
-def test_the_adapter_of_the_second_snippet_is_made_saved_and_loaded(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def check_adapter_is_made_saved_and_loaded(snippet, page, data, capsys):
     model, processor = tiny_models.tiny_clip()
-    names: dict = {"batch": tiny_models.tiny_inputs(model, processor, tiny_models.CAPTIONS[:4])}
-    snippet = blocks("python")[1].replace("openai/clip-vit-base-patch32", str(data / "clip"))
-    exec(compile(snippet, "README.md", "exec"), names)
+    batch = tiny_models.tiny_inputs(model, processor, tiny_models.CAPTIONS[:4])
+    names = run(snippet.replace("openai/clip-vit-base-patch32", str(data / "clip")), page, batch=batch)
     assert "tensor" in capsys.readouterr().out
     assert torch.equal(names["model"](**names["batch"]).logits_per_text, names["outputs"].logits_per_text)
 
 
-def test_the_strategy_of_the_third_snippet_trains(tmp_path):
-    names: dict = {}
-    exec(compile(blocks("python")[2], "README.md", "exec"), names)
+def check_strategy_trains(snippet, page, data, capsys):
+    strategy = run(snippet, page)["MiddleLoss"]()
     model, processor = tiny_models.tiny_clip()
     args = DissectTrainingArguments(
-        str(tmp_path), per_device_train_batch_size=16, max_steps=2, save_run_folder=False, use_cpu=True
+        "runs/x", per_device_train_batch_size=16, max_steps=2, save_run_folder=False, use_cpu=True
     )
     trainer = DissectTrainer(
         model=model,
         processing_class=processor,
         train_dataset=tiny_models.tiny_pairs(32),
         args=args,
-        strategy=names["MiddleLoss"](),
+        strategy=strategy,
     )
     trainer.train()
     assert trainer.monitor.run.figures()["kept_share"] == 0.5
-    assert len(blocks("python")) == 3
 
 
-def test_the_recipe_is_a_recipe():
-    recipe = Recipe.from_dict(yaml.safe_load(blocks("yaml")[0].replace("1e-5", "1.0e-5")))
-    assert recipe.selection.strategy == "dissect" and recipe.training["per_device_train_batch_size"] == 128
+# The check of each Python snippet, by its page and its number there.
+SNIPPETS = {
+    ("README.md", 0): check_training_of_a_model_of_the_hub,
+    ("docs/python.md", 0): check_training_from_scratch,
+    ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
+    ("docs/own_strategy.md", 0): check_strategy_trains,
+}
+FOUND = {(page, number): text for page in PAGES for number, text in enumerate(blocks(page, "python"))}
 
 
-def test_tables_name_what_there_is():
-    assert sorted(first_column("name")) == sorted(STRATEGIES)
-    assert sorted(first_column("shipped recipe")) == sorted(shipped_recipes())
-    sources = README[README.index("| `data.source` |") :].split("\n\n")[0].splitlines()[2:]
-    assert [row.split("`")[1] for row in sources] == list(SOURCES)
+def test_every_snippet_has_a_check():
+    assert list(FOUND) == list(SNIPPETS)
 
 
-def test_run_files_are_those_of_a_run():
-    named = first_column("in the run folder")
-    assert {"recipe.yaml", "metrics.json", "report.html", "ledger.safetensors", "selection.parquet"} <= set(named)
-
-
-def test_links_within_the_tree_resolve():
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    headings = ["#" + heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)]
-    assert all(link in headings for link in links if link.startswith("#"))
-    inside = [link for link in links if not link.startswith(("https://", "#"))]
-    assert inside and all((ROOT / link).exists() for link in inside)
-
-
-def test_the_cost_table_follows_from_the_formula():
-    rows = re.findall(r"^\| (0\.\d) \| 3 B \| ([\d.]+) B \| ([\d.]+) B \|$", README, flags=re.MULTILINE)
-    assert len(rows) == 3
-    for ratio, scored, random in rows:
-        assert float(scored) == pytest.approx(1 + 3 * float(ratio)) and float(random) == pytest.approx(
-            3 * float(ratio)
-        )
+@pytest.mark.parametrize(("page", "number"), FOUND)
+def test_snippet_does_what_its_page_says(page, number, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    SNIPPETS[page, number](FOUND[page, number], page, data, capsys)

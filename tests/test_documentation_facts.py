@@ -1,0 +1,138 @@
+"""Tables, figures, links and the shape of README.md and docs/ agree with the code and with the measurements."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import yaml
+from testing.document_pages import PAGES, ROOT, TEXTS, anchors, first_column, inline_code, links, table
+
+from hf_dissect import Recipe
+from hf_dissect.data.loading import SOURCES
+from hf_dissect.distillation import METHODS
+from hf_dissect.recipe.file import shipped_recipes
+from hf_dissect.selection import STRATEGIES
+
+MEASURED = ROOT / "benchmarks" / "results"
+
+
+def test_readme_can_be_read_in_two_minutes():
+    assert len((ROOT / "README.md").read_bytes()) <= 9_000
+
+
+def test_the_site_shows_every_page_and_nothing_else():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    shown = [page for entry in nav for page in (next(iter(entry.values())) if isinstance(entry, dict) else [entry])]
+    assert [f"docs/{page}" for page in shown] == list(PAGES[1:])
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} == set(PAGES[1:])
+    listed = {f"docs/{link}" for link in links("docs/index.md")}
+    assert listed == set(PAGES[2:])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    folder = (ROOT / page).parent
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = ((folder / file) if file else ROOT / page).resolve()
+        assert target.exists(), link
+        # The site has only what is in docs/.
+        assert page == "README.md" or target.is_relative_to(ROOT / "docs"), link
+        if anchor:
+            assert anchor in anchors(target.relative_to(ROOT).as_posix()), link
+
+
+def test_readme_links_to_every_kind_of_page():
+    inside = [link for link in links("README.md") if not link.startswith(("https://", "#"))]
+    assert {"LICENSE", "benchmarks/README.md", "docs/images/quickstart.svg", "docs/results.md"} <= set(inside)
+    assert {page for page in PAGES[1:]} - set(inside) == {"docs/index.md"}
+
+
+def test_tables_name_what_there_is():
+    assert sorted(first_column("docs/strategies.md", "name")) == sorted(STRATEGIES)
+    assert sorted(first_column("README.md", "method")) == sorted(STRATEGIES)
+    assert sorted(first_column("docs/recipes.md", "shipped recipe")) == sorted(shipped_recipes())
+    assert first_column("docs/distillation.md", "`distillation.method`") == list(METHODS)
+    assert first_column("docs/data.md", "`data.source`") == list(SOURCES)
+
+
+def test_the_index_of_papers_names_every_recipe():
+    of_papers = {name for row in table("docs/paper_index.md", "paper") for name in re.findall(r"`([^`]+)`", row[2])}
+    assert of_papers == set(shipped_recipes())
+
+
+def test_run_files_are_those_of_a_run():
+    named = first_column("docs/run_folder.md", "in the run folder")
+    assert {"recipe.yaml", "metrics.json", "report.html", "ledger.safetensors", "selection.parquet"} <= set(named)
+
+
+def test_the_cost_table_follows_from_the_formula():
+    rows = re.findall(
+        r"^\| (0\.\d) \| 3 B \| ([\d.]+) B \| ([\d.]+) B \|$", TEXTS["docs/costs.md"], flags=re.MULTILINE
+    )
+    assert len(rows) == 3
+    for ratio, scored, random in rows:
+        assert float(scored) == pytest.approx(1 + 3 * float(ratio)) and float(random) == pytest.approx(
+            3 * float(ratio)
+        )
+
+
+def test_recall_sums_are_those_that_were_measured():
+    of_three_rates: dict[str, dict[int, list[float]]] = {}
+    for run in json.loads((MEASURED / "noisy_correspondence.json").read_text())["runs"]:
+        of_three_rates.setdefault(run["method"], {}).setdefault(run["noise"], []).append(run["last"])
+    shown = {
+        method: [f"{mean(sums):.1f} ± {stdev(sums):.1f}" for _, sums in sorted(rates.items())]
+        for method, rates in of_three_rates.items()
+    }
+    results = TEXTS["docs/results.md"].split("## Remedies")[1].split("##")[0]
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (.*)$", results, flags=re.MULTILINE))
+    assert {method: row.split(" | ")[:3] for method, row in rows.items()} == shown
+    names = {"soft labels, GSC": "gsc", "soft labels, GSC+ (twice the cost)": "gsc+"}
+    names["oracle, which knows the truth"] = "oracle"
+    in_readme = re.findall(r"^\| (.*?) \| (\d.*±.*) \|$", TEXTS["README.md"], flags=re.MULTILINE)
+    assert len(in_readme) == 7
+    for name, row in in_readme:
+        assert row.split(" | ") == shown[names.get(name, name.strip("`"))]
+
+
+@pytest.mark.parametrize(
+    ("heading", "file"),
+    [("## Selection on Flickr8k", "flickr8k_features"), ("## The scenes of the quickstart", "quickstart")],
+)
+def test_comparisons_are_those_that_were_measured(heading, file):
+    measured = json.loads((MEASURED / f"{file}.json").read_text())["table"]
+    results = TEXTS["docs/results.md"].split(heading)[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| (\S+ ± \S+) \| (\S+ ± \S+) \|", results, flags=re.MULTILINE)
+    assert rows == [
+        (row["strategy"], *(f"{row[key]['mean']:.1f} ± {row[key]['std']:.1f}" for key in _FIRST_COLUMNS))
+        for row in measured
+    ]
+
+
+_FIRST_COLUMNS = ("recall_sum", "image_to_text_R@1")
+
+
+def test_benchmarks_named_in_the_text_take_these_options():
+    named = [shlex.split(code) for code in inline_code() if code.startswith("python ")]
+    assert len(named) > 10
+    for words in named:
+        source = Path(ROOT, words[1]).read_text()
+        assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
+
+
+def test_commands_named_in_the_text_fit_their_recipes():
+    named = [shlex.split(code) for code in inline_code() if re.match(r"hf-dissect (train|compare) ", code)]
+    assert len(named) >= 4
+    for _, _, recipe, *rest in named:
+        Recipe.load(recipe).with_overrides([word for word in rest if re.match(r"[a-z_.]+=", word)])
+
+
+def test_files_named_in_the_text_exist():
+    named = [code for code in inline_code() if re.fullmatch(r"(benchmarks|docs|recipes)/[\w./]+", code)]
+    assert named and all((ROOT / code).exists() for code in named)
