@@ -19,21 +19,20 @@ from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import predict_pairs, retrieval_of_predictions
-from hf_dissect.evaluation.selection_figures import label_figures, noise_figures, selection_figures
 from hf_dissect.losses import grad_cached_backward
-from hf_dissect.model_card import SelectionCard, describe_model, tag_model
-from hf_dissect.models.adapters import describe_adapter, restore_base, save_base
+from hf_dissect.model_card import SelectionCard, tag_model
+from hf_dissect.models.adapters import restore_base, save_base
 from hf_dissect.models.loading import check_dual_encoder, contrastive_kind, logit_scale_and_bias, networks_of
 from hf_dissect.models.tasks import representations
 from hf_dissect.objective import Objective
-from hf_dissect.report.selection import write_selection_report
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.trace import SelectionTrace
+from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 from hf_dissect.training.non_finite import NonFiniteLossError, check_finite
-from hf_dissect.training.run_folder import changed_settings, without_speed
-from hf_dissect.training.run_state import Part, join_over_ranks
+from hf_dissect.training.run_folder import without_speed
+from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
@@ -126,7 +125,10 @@ class DissectTrainer(BaseTrainer):
         self.bad_rows = self.selector.bad_rows
         self.stream: StreamLoader | None = None  # while the training data are a stream
         self._stream_batches: Iterator[Batch] | None = None
-        self._label_figures: dict[str, float | None] = {}
+        self.summary = SelectionSummary(self.selector, train_dataset, recipe, args)
+        self.parts["selection"] = Part(self.selector)
+        self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
+        self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
         self.add_callback(ClampLogitScale())
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
@@ -163,11 +165,12 @@ class DissectTrainer(BaseTrainer):
             return super().get_train_dataloader()
         self.stream = stream_loader(self.train_dataset, self.data_collator, self.args)
         self._stream_batches = iter(self.stream)
+        self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return self.stream
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor | int | None]:
+    ) -> tuple[list[Batch], Any]:
         """Pull the candidate batches of one update and keep of each what the strategy selects."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # a finished run that is resumed
@@ -184,7 +187,7 @@ class DissectTrainer(BaseTrainer):
         """Exchange what all ranks have to know before a selection; return how many candidates each of them has."""
         passes = 0 if self.stream is None else self.stream.passes
         sizes, all_passes, stops = self.ranks.table(num_good, passes, self.stop_request.made).T.tolist()
-        self.stop_if(any(stops))
+        self.stop_request.grant_if(any(stops))
         if self.stream is not None and min(all_passes) > self.selector.epoch:
             self.enter_epoch(min(all_passes))
         return sizes
@@ -298,6 +301,7 @@ class DissectTrainer(BaseTrainer):
             output = super()._train(checkpoint, **arguments)
         finally:
             self.stream = self._stream_batches = None  # its workers end
+            self.parts.pop("stream", None)
         self.selector.trace.close()
         return output
 
@@ -324,17 +328,6 @@ class DissectTrainer(BaseTrainer):
             save_base(self.model, folder)
         save_task_names(self.train_dataset, folder)
 
-    def stateful_parts(self) -> dict[str, Part]:
-        """Return the parts of the base, the selection, and each rank's data and logs."""
-        parts = super().stateful_parts() | {
-            "selection": Part(self.selector),
-            "bad_rows": Part(self.bad_rows, each_rank=True, join=BadRows.join_states),
-            "decorrelation": Part(self.objective.decorrelation, each_rank=True),
-        }
-        if self.stream is not None:
-            parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
-        return parts
-
     def restore_extra(self, folder: str, has_state: bool) -> None:
         """Load the ledger and continue the epoch."""
         if Path(folder, LEDGER_FILE).is_file():
@@ -357,8 +350,6 @@ class DissectTrainer(BaseTrainer):
         restore_base(self.model, self.state.best_model_checkpoint)
         super()._load_best_model()
 
-    # ---- what a run leaves behind ----
-
     def final_figures(
         self,
         test_dataset: Any,
@@ -378,45 +369,13 @@ class DissectTrainer(BaseTrainer):
         dataset, final = self.eval_dataset if test_dataset is None else test_dataset, {}
         if retrieval and dataset is not None:
             final = without_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
-        self._label_figures = {}
         if noise_detection and getattr(self.train_dataset, "knows_truth", False):
             with self.times.measure("evaluation"):
                 scored = self.score_pairs(self.train_dataset)
-            unlogged = unlogged | noise_figures(scored)
-            self._label_figures = label_figures(self.ledger, scored["sample_id"], scored["is_clean"])
+            unlogged = unlogged | self.summary.evaluate_noise(scored)
         if unlogged:
             self.log({f"test_{key}": float(value) for key, value in unlogged.items()})
         return final | unlogged
-
-    def own_metrics(self) -> dict[str, Any]:
-        """Return strategy, selection, adapter and settings."""
-        name, adapter = self.strategy.name, describe_adapter(self.model)
-        return {
-            "name": name,
-            "strategy": name,
-            "num_pairs": num_pairs(self.train_dataset),
-            "selection": {**selection_figures(self.monitor), **self._label_figures},
-            **({} if adapter is None else {"adapter": adapter}),
-            "settings": changed_settings(self.args, always=("selection_strategy", "selection_ratio")),
-        }
-
-    def gathered_metrics(self) -> dict[str, Any]:
-        """Return the bad rows of all ranks."""
-        return {"bad_rows": join_over_ranks(self.bad_rows, self.ranks).summary()}
-
-    def describe_run(self) -> dict[str, Any]:
-        """Return the model, what it started from, and the scores of the last epoch."""
-        return {
-            "recipe": self.recipe,
-            "model_id": self.hub_model_id,
-            "histogram": self.monitor.score_histogram(),
-            **describe_model(self.model, self.recipe),
-        }
-
-    def write_report(self, folder: Path, metrics: Mapping[str, Any]) -> None:
-        """Write `report_data.json` and `report.html`."""
-        title = metrics["name"] if self.recipe is None else f"{self.recipe.name}: {metrics['name']}"
-        write_selection_report(folder, metrics, self.state.log_history, self.monitor, self.train_dataset, title)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

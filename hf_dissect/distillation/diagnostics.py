@@ -37,6 +37,10 @@ class Meter:
         self._sums = {}
         return {name: float(total / count) for name, (total, count) in zip(names, everywhere, strict=True) if count}
 
+    def reset(self) -> None:
+        """Discard what was counted."""
+        self._sums = {}
+
     def state_dict(self) -> dict[str, list[float]]:
         """Return what was counted since the last log."""
         return {name: sums.tolist() for name, sums in self._sums.items()}

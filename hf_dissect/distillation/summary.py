@@ -1,13 +1,86 @@
-"""Figures of a distillation for `metrics.json`, made of what the trainer knows."""
+"""Summary of a distillation: its part of `metrics.json`, its report, and what its card shows."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from hf_dissect.distillation.training_args import OWN_FIELDS
+from hf_dissect.distillation.diagnostics import RowCounts, Watch
+from hf_dissect.distillation.networks import DistillationNetworks
+from hf_dissect.distillation.training_args import OWN_FIELDS, AuxiliaryDistillationArguments
+from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation import format_results_table
+from hf_dissect.report.distillation import write_distillation_report
+from hf_dissect.training.run_state import join_over_ranks
 
 SHOWN_SETTINGS = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 SHOWN_SETTINGS += ("learning_rate", "weight_decay", "warmup_steps", "bf16", "fp16", "seed", *OWN_FIELDS)
 """Arguments that `metrics.json` holds, whether they have their default or not."""
+
+
+class DistillationSummary:
+    """Reporter of a distillation, see `hf_dissect.training.summary.Summary`.
+
+    Args:
+        args: Arguments of the run.
+        auxiliaries: Columns of the auxiliary modalities.
+        recipe: Recipe of the run, if it has one.
+        watch: Warnings of the run.
+        rows: Rows that lack something.
+        processor: Image processor or tokenizer of the student's modality; None for arrays.
+        shape: Shape of the array that the student reads; empty for pictures and text.
+    """
+
+    def __init__(
+        self,
+        args: AuxiliaryDistillationArguments,
+        *,
+        auxiliaries: Sequence[str],
+        recipe: Any,
+        watch: Watch,
+        rows: RowCounts,
+        processor: Any,
+        shape: Sequence[int],
+    ) -> None:
+        self._args = args
+        self._auxiliaries = list(auxiliaries)
+        self._recipe = recipe
+        self._watch = watch
+        self._rows = rows
+        self._processor = processor
+        self._shape = shape
+
+    def metrics(self, model: DistillationNetworks, log_history: list[dict]) -> dict[str, Any]:
+        """Return method, modalities, diagnostics, rows and settings."""
+        args = self._args
+        return {
+            "name": args.method if self._recipe is None else self._recipe.name,
+            "method": args.method,
+            "term_weights": dataclasses.asdict(args.weights),
+            "student": args.student_column,
+            "auxiliaries": self._auxiliaries,
+            "diagnostics": _last_diagnostics(log_history),
+            "warnings": self._watch.warned,
+            "rows": self._rows.summary(),
+            "settings": {name: getattr(args, name) for name in SHOWN_SETTINGS},
+        }
+
+    def gathered_metrics(self, ranks: Ranks) -> dict[str, Any]:
+        """Return the rows of all ranks that lack something."""
+        return {"rows": join_over_ranks(self._rows, ranks).summary()}
+
+    def describe(self, model: DistillationNetworks) -> dict[str, Any]:
+        """Return the recipe, the student, and what reads its modality."""
+        return {
+            "recipe": self._recipe,
+            "student": model.student,
+            "processor": self._processor,
+            "shape": self._shape,
+        }
+
+    def write_report(self, folder: Path, metrics: dict[str, Any], log_history: list[dict]) -> None:
+        """Write `report.html`."""
+        write_distillation_report(folder / "report.html", metrics, log_history)
 
 
 def figures_table(figures: Mapping[str, float], method: str | None = None) -> str:
@@ -19,7 +92,7 @@ def figures_table(figures: Mapping[str, float], method: str | None = None) -> st
     return format_results_table([named | row], [*named, *row], decimals=1)
 
 
-def last_diagnostics(log_history: list[dict]) -> dict[str, float]:
+def _last_diagnostics(log_history: list[dict]) -> dict[str, float]:
     """Return the last logged figures of the terms, the discriminator and the accuracies in training."""
     logged = next((entry for entry in reversed(log_history) if "loss" in entry), {})
     known = ("information_", "discriminator_", "generator_", "loss_")

@@ -1,6 +1,5 @@
 """The Trainer of a student, of the teacher that sees more than it, and of the modalities that only training has."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ from hf_dissect.distillation.networks import DistillationNetworks, standardised
 from hf_dissect.distillation.objective import DistillationObjective
 from hf_dissect.distillation.saved_student import STUDENT_FOLDER
 from hf_dissect.distillation.student import StudentForClassification, feature_size
-from hf_dissect.distillation.summary import SHOWN_SETTINGS, last_diagnostics
+from hf_dissect.distillation.summary import DistillationSummary
 from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
 from hf_dissect.distillation.training_data import Columns, ModalityRows
 from hf_dissect.hub.published_files import ENCODER_FOLDER
-from hf_dissect.report.distillation import write_distillation_report
 from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.run_folder import without_speed
-from hf_dissect.training.run_state import STATE_FILE, Part, join_over_ranks
+from hf_dissect.training.run_state import STATE_FILE, Part
 from hf_dissect.training.trainer import BaseTrainer
 
 
@@ -103,6 +101,21 @@ class DistillationTrainer(BaseTrainer):
         self.meter = Meter()
         self.watch = Watch(args.teacher_drop, args.discriminator_ceiling)
         self.rows = RowCounts(args.max_bad_fraction, len(train_rows))
+        self.summary = DistillationSummary(
+            args,
+            auxiliaries=self.modalities[1:],
+            recipe=recipe,
+            watch=self.watch,
+            rows=self.rows,
+            processor=self.processors.get(args.student_column),
+            shape=self.data_collator.shapes.get(args.student_column, ()),
+        )
+        self.parts["watch"] = Part(self.watch)
+        self.parts["banks"] = Part(self.objective)
+        self.parts["rows"] = Part(self.rows, each_rank=True, join=RowCounts.join_states)
+        self.parts["meter"] = Part(self.meter, each_rank=True)
+        if self.adversary is not None:
+            self.parts["adversary"] = Part(self.adversary)
 
     @property
     def student(self) -> StudentForClassification:
@@ -160,7 +173,7 @@ class DistillationTrainer(BaseTrainer):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self.rows.add(batch["row"].cpu(), batch["row_state"].cpu())
-        self.stop_if(self.ranks.table(self.stop_request.made).any())
+        self.stop_request.grant_if(self.ranks.table(self.stop_request.made).any())
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -278,19 +291,9 @@ class DistillationTrainer(BaseTrainer):
             processor.save_pretrained(folder)
             processor.save_pretrained(folder / ENCODER_FOLDER)
 
-    def stateful_parts(self) -> dict[str, Part]:
-        """Return the parts of the base, adversary, memory banks, and each rank's rows and figures."""
-        parts = super().stateful_parts() | {
-            "watch": Part(self.watch),
-            "banks": Part(self.objective),
-            "rows": Part(self.rows, each_rank=True, join=RowCounts.join_states),
-            "meter": Part(self.meter, each_rank=True),
-        }
-        return parts if self.adversary is None else {**parts, "adversary": Part(self.adversary)}
-
     def reset(self, step: int) -> None:
         """Discard the figures of an earlier call."""
-        self.meter = Meter()
+        self.meter.reset()
 
     # ---- what a run leaves behind ----
 
@@ -298,40 +301,6 @@ class DistillationTrainer(BaseTrainer):
         """Evaluate the trained networks on `test_dataset`, by default the `eval_dataset`."""
         dataset = self.eval_dataset if test_dataset is None else test_dataset
         return {} if dataset is None else without_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
-
-    def own_metrics(self) -> dict[str, Any]:
-        """Return method, modalities, diagnostics, rows and settings."""
-        args = self.args
-        return {
-            "name": args.method if self.recipe is None else self.recipe.name,
-            "method": args.method,
-            "term_weights": dataclasses.asdict(args.weights),
-            "student": args.student_column,
-            "auxiliaries": self.modalities[1:],
-            "diagnostics": last_diagnostics(self.state.log_history),
-            "warnings": self.watch.warned,
-            "rows": self.rows.summary(),
-            "settings": {name: getattr(args, name) for name in SHOWN_SETTINGS},
-        }
-
-    def gathered_metrics(self) -> dict[str, Any]:
-        """Return the rows of all ranks that lack something."""
-        return {"rows": join_over_ranks(self.rows, self.ranks).summary()}
-
-    def describe_run(self) -> dict[str, Any]:
-        """Return the student, and what reads its modality."""
-        column = self.args.student_column
-        return {
-            "recipe": self.recipe,
-            "student": self.student,
-            "processor": self.processors.get(column),
-            "shape": self.data_collator.shapes.get(column, ()),
-            "model_id": self.hub_model_id,
-        }
-
-    def write_report(self, folder: Path, metrics: Mapping[str, Any]) -> None:
-        """Write `report.html`."""
-        write_distillation_report(folder / "report.html", metrics, self.state.log_history)
 
     def check_checkpoint(self, folder: str) -> None:
         """Make sure that a checkpoint holds these networks (`ValueError`)."""

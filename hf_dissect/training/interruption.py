@@ -4,6 +4,7 @@ Written by hand because the Trainer ends on SIGTERM without a checkpoint, and be
 same step: the request is only noted here, and the ranks agree on it in the exchange before each selection.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from hf_dissect.training.checkpoints import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 class StoppedBySignal(SystemExit):
@@ -73,16 +76,23 @@ class StopRequest:
     """Request to end the process. A second SIGTERM ends it at once.
 
     Attributes:
-        made: Whether the request was made.
+        made: Whether this process was asked.
+        granted: Whether the run ends after the current step, since any process was asked.
     """
 
     def __init__(self) -> None:
-        self.made = False
+        self.made = self.granted = False
+
+    def grant_if(self, asked: bool) -> None:
+        """End the run after the current step if any process was asked; all processes have to agree on it."""
+        if asked and not self.granted:
+            logger.warning("SIGTERM: a checkpoint is written after this step, then the run ends.")
+        self.granted = self.granted or bool(asked)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGTERM as a request inside the block (in the main thread, where alone Python can)."""
-        self.made = False
+        self.made = self.granted = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -30,6 +30,7 @@ from hf_dissect.training.non_finite import check_finite_weights
 from hf_dissect.training.resume_callback import ResumeCallback
 from hf_dissect.training.run_folder import METRICS_FILE, finite, installed_versions, times_of_parts, write_json
 from hf_dissect.training.run_state import Part, moved_step, read_state, restore_state, save_state
+from hf_dissect.training.summary import Summary
 from hf_dissect.training.time_spent import TimeSpent
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,7 @@ class BaseTrainer(Trainer):
 
     It writes checkpoints wholly or not at all, ends with one on SIGTERM, restores what the Trainer forgets, keeps a
     model card current and publishes runs without anything private. A subclass says what it saves (`save_extra`,
-    `stateful_parts`), how it counts epochs (`begin_epoch`, `reset`) and what it reports (`own_metrics`,
-    `final_figures`, `describe_run`, `write_report`).
+    `parts`), how it counts epochs (`begin_epoch`, `reset`) and what it reports (`final_figures`, `summary`).
 
     Args:
         model: The model.
@@ -52,11 +52,14 @@ class BaseTrainer(Trainer):
     Attributes:
         ranks: `Ranks`, the processes of the run.
         times: `TimeSpent`, the seconds of its parts.
+        parts: Parts of the run whose state a checkpoint holds, by name; a subclass adds its own.
+        summary: `Summary` that reports the run; made by the subclass.
         publisher: `Publisher` that sends the run to the Hub.
         model_card: Callback that writes the card.
     """
 
     card_callback: ClassVar[type[ModelCardCallback]]
+    summary: Summary
     model_in_checkpoint: ClassVar[str] = ""
     """Folder, within a checkpoint, of the model that is published; "" for the checkpoint itself."""
     timed_parts: ClassVar[tuple[str, ...]] = ("data", "training", "evaluation")
@@ -71,14 +74,14 @@ class BaseTrainer(Trainer):
         self.times = TimeSpent()
         self.publisher = Publisher(args, self.model_in_checkpoint)
         self.stop_request = StopRequest()
-        self.stops = False
         self._scalars: ShardableScalars | None = None  # of a model that is split over processes
         self._unfinished: Path | None = None  # where a checkpoint is being written
         super().__init__(model=model, args=args, **trainer_arguments)
         self.ranks = Ranks(self.accelerator)
         self.loss_since_log = LossSinceLog(self)
+        self.parts = {"times": Part(self.times), "loss_since_log": Part(self.loss_since_log, each_rank=True)}
         self.model_card = self.card_callback(self.run_metrics, self.describe_run)
-        self.add_callback(ResumeCallback(self))
+        self.add_callback(ResumeCallback(self.stop_request, self.loss_since_log, self.begin_epoch))
         self.add_callback(self.model_card)
 
     # ---- what a subclass adds ----
@@ -87,13 +90,6 @@ class BaseTrainer(Trainer):
         """Write what is saved next to the weights, in a checkpoint and at the end; called where files are written."""
         if self.recipe is not None:
             self.recipe.save(folder / "recipe.yaml")
-
-    def stateful_parts(self) -> dict[str, Part]:
-        """Return the parts whose state a checkpoint holds, by name."""
-        return {
-            "times": Part(self.times),
-            "loss_since_log": Part(self.loss_since_log, each_rank=True),
-        }
 
     def restore_extra(self, folder: str, has_state: bool) -> None:
         """Restore what `save_extra` wrote and what follows from the restored parts.
@@ -113,24 +109,9 @@ class BaseTrainer(Trainer):
         """Check that a checkpoint is one of this model (`ValueError`)."""
         same_architecture(self.model, folder)
 
-    def own_metrics(self) -> dict[str, Any]:
-        """Return what `metrics.json` holds of this kind of run, with a `name`, as far as this process knows it."""
-        raise NotImplementedError
-
-    def gathered_metrics(self) -> dict[str, Any]:
-        """Return the part of `metrics.json` that takes all ranks; called on all of them."""
-        return {}
-
     def final_figures(self, test_dataset: Any, **options: Any) -> dict[str, Any]:
         """Evaluate the trained model; called on all ranks."""
         raise NotImplementedError
-
-    def describe_run(self) -> dict[str, Any]:
-        """Return what the card shows next to the metrics, keyword arguments of its `write_files`."""
-        raise NotImplementedError
-
-    def write_report(self, folder: Path, metrics: dict[str, Any]) -> None:
-        """Write the report of the finished run; called on the process that saves."""
 
     # ---- the run ----
 
@@ -164,11 +145,10 @@ class BaseTrainer(Trainer):
         return output
 
     def _train(self, checkpoint: str | None, **arguments: Any) -> TrainOutput:
-        self.stops = False
         with self.times.measure("training"), self.stop_request.listening(), explain_dead_worker(self.args.output_dir):
             output = super().train(resume_from_checkpoint=checkpoint, **arguments)
             self._save_if_asked_late()
-        if self.stops:
+        if self.stop_request.granted:
             raise StoppedBySignal(str(last_complete_checkpoint(self.args.output_dir)))
         return output
 
@@ -189,13 +169,13 @@ class BaseTrainer(Trainer):
         # First, so that nothing that follows can cost the trained model; not pushed before the rest is there.
         self.save_model(_internal_call=True)
         final = self.final_figures(test_dataset, **options)
-        metrics = {**self.run_metrics(final), **self.gathered_metrics()}
+        metrics = {**self.run_metrics(final), **self.summary.gathered_metrics(self.ranks)}
         if name is not None:
             metrics["name"] = name
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             write_json(folder / METRICS_FILE, metrics)
-            self.write_report(folder, metrics)
+            self.summary.write_report(folder, metrics, self.state.log_history)
         # After all else: PEFT writes a card of its own next to each adapter it saves.
         self.model_card.finish(self.args, self.state, metrics, "validation" if test_dataset is None else "test")
         if self.args.push_to_hub:
@@ -206,13 +186,12 @@ class BaseTrainer(Trainer):
         """Return the content of `metrics.json` as far as this process knows it, with `final` as final figures."""
         run = {"seed": self.args.seed, "steps": self.state.global_step, "final": final}
         times = times_of_parts(self.times.so_far(), self.timed_parts)
-        return finite({**run, **self.own_metrics(), "times": times, "versions": installed_versions()})
+        own = self.summary.metrics(self.model, self.state.log_history)
+        return finite({**run, **own, "times": times, "versions": installed_versions()})
 
-    def stop_if(self, asked: bool) -> None:
-        """End the run after the current step if any process was asked to end."""
-        if asked and not self.stops:
-            logger.warning("SIGTERM: a checkpoint is written after this step, then the run ends.")
-        self.stops = self.stops or bool(asked)
+    def describe_run(self) -> dict[str, Any]:
+        """Return what the card shows next to the metrics."""
+        return {"model_id": self.hub_model_id, **self.summary.describe(self.model)}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the Trainer's loader, always with the last rows: `dataloader_drop_last` is for training batches."""
@@ -252,7 +231,7 @@ class BaseTrainer(Trainer):
         try:
             with explain_unwritable(f"The checkpoint of step {self.state.global_step}", run_folder):
                 super()._save_checkpoint(model, trial)
-                save_state(self._unfinished / name, self.stateful_parts(), self.args, self.ranks)
+                save_state(self._unfinished / name, self.parts, self.args, self.ranks)
                 self._name_best_checkpoint(self._unfinished / name, final)
                 self.ranks.wait()
                 if self.is_local_process_zero():
@@ -282,10 +261,10 @@ class BaseTrainer(Trainer):
 
     def _save_if_asked_late(self) -> None:
         """Save once more for a request to end that came after the last step had begun."""
-        stopped_before = self.stops
-        self.stop_if(self.ranks.table(self.stop_request.made).any())
+        stopped_before = self.stop_request.granted
+        self.stop_request.grant_if(self.ranks.table(self.stop_request.made).any())
         # The weights of the best step, where they were loaded at the end, make no checkpoint of the last.
-        if self.stops and not stopped_before and not self.args.load_best_model_at_end:
+        if self.stop_request.granted and not stopped_before and not self.args.load_best_model_at_end:
             self._save_checkpoint(self.model, trial=None)
 
     def _name_best_checkpoint(self, written: Path, final: Path) -> None:
@@ -331,7 +310,7 @@ class BaseTrainer(Trainer):
         self.reset(self._checkpoint_step)
         saved = read_state(checkpoint)
         if saved is not None:
-            restore_state(saved, self.stateful_parts(), self.ranks)
+            restore_state(saved, self.parts, self.ranks)
         self.restore_extra(checkpoint, has_state=saved is not None)
         if self._checkpoint_step != self.state.global_step:
             self.lr_scheduler.last_epoch = self.state.global_step - 1

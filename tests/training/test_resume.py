@@ -56,7 +56,7 @@ def interrupt() -> None:
 
 def outcome(trainer: DissectTrainer) -> dict:
     """All that a run leaves behind and that does not depend on the clock."""
-    metrics = {**trainer.run_metrics({}), **trainer.gathered_metrics()}
+    metrics = {**trainer.run_metrics({}), **trainer.summary.gathered_metrics(trainer.ranks)}
     tensors = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     tensors |= {f"ledger {name}": trainer.ledger.column(name).clone() for name in trainer.ledger.columns}
     if trainer.ledger.ids is not None:
@@ -280,6 +280,21 @@ class FullForTheTokenizer(DissectTrainer):
         processor.save_pretrained(arguments[0])
 
 
+class FullForTheState(DissectTrainer):
+    """Finds the disk full when the state of the second checkpoint is collected."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        state_dict = self.selector.state_dict
+
+        def filling():
+            if self.state.global_step == 2 * SAVE_STEPS:
+                fill_disk()
+            return state_dict()
+
+        self.selector.state_dict = filling
+
+
 WRITES = {
     "record of the selection": full_from("_save_checkpoint", before=True),
     "ledger": full_from("save_model", before=True),
@@ -287,7 +302,7 @@ WRITES = {
     "tokenizer": FullForTheTokenizer,
     "optimiser": full_from("_save_optimizer_and_scheduler", before=True),
     "state of the Trainer": full_from("_save_rng_state", before=False),
-    "state of the selection": full_from("stateful_parts", before=True),
+    "state of the selection": FullForTheState,
 }
 
 

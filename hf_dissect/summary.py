@@ -1,0 +1,75 @@
+"""Summary of a selection run: its part of `metrics.json`, its report, and what its card shows."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_dissect.distributed import Ranks
+from hf_dissect.evaluation.selection_figures import label_figures, noise_figures, selection_figures
+from hf_dissect.model_card import describe_model
+from hf_dissect.models.adapters import describe_adapter
+from hf_dissect.report.selection import write_selection_report
+from hf_dissect.selection import OnlineSelector
+from hf_dissect.training.run_folder import changed_settings
+from hf_dissect.training.run_state import join_over_ranks
+from hf_dissect.training_args import DissectTrainingArguments
+from hf_dissect.training_data import num_pairs
+
+SHOWN_SETTINGS = ("selection_strategy", "selection_ratio")
+"""Settings that are shown even if they have their default."""
+
+
+class SelectionSummary:
+    """Reporter of a selection run, see `hf_dissect.training.summary.Summary`.
+
+    Args:
+        selector: Selector of the run.
+        dataset: Training data.
+        recipe: Recipe of the run, if it has one.
+        args: Arguments of the run.
+    """
+
+    def __init__(self, selector: OnlineSelector, dataset: Any, recipe: Any, args: DissectTrainingArguments) -> None:
+        self._selector = selector
+        self._dataset = dataset
+        self._recipe = recipe
+        self._args = args
+        self._label_figures: dict[str, float | None] = {}
+
+    def evaluate_noise(self, scored: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Return the figures of noise detection by the final model; those of the labels go to the metrics.
+
+        Args:
+            scored: `sample_id` int64, `correlation` float32 and `is_clean` bool, `(n,)` each.
+        """
+        self._label_figures = label_figures(self._selector.ledger, scored["sample_id"], scored["is_clean"])
+        return noise_figures(scored)
+
+    def metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
+        """Return strategy, selection, adapter and settings."""
+        name, adapter = self._selector.strategy.name, describe_adapter(model)
+        return {
+            "name": name,
+            "strategy": name,
+            "num_pairs": num_pairs(self._dataset),
+            "selection": {**selection_figures(self._selector.monitor), **self._label_figures},
+            **({} if adapter is None else {"adapter": adapter}),
+            "settings": changed_settings(self._args, always=SHOWN_SETTINGS),
+        }
+
+    def gathered_metrics(self, ranks: Ranks) -> dict[str, Any]:
+        """Return the bad rows of all ranks."""
+        return {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """Return the recipe, the model, what it started from, and the scores of the last epoch."""
+        histogram = self._selector.monitor.score_histogram()
+        return {"recipe": self._recipe, "histogram": histogram, **describe_model(model, self._recipe)}
+
+    def write_report(self, folder: Path, metrics: dict[str, Any], log_history: list[dict]) -> None:
+        """Write `report_data.json` and `report.html`."""
+        title = metrics["name"] if self._recipe is None else f"{self._recipe.name}: {metrics['name']}"
+        write_selection_report(folder, metrics, log_history, self._selector.monitor, self._dataset, title)
