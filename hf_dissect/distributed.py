@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -47,11 +48,11 @@ class Ranks:
     """Exchange of small tensors between processes; gathered tensors are on the CPU.
 
     Args:
-        accelerator: Accelerator of the trainer.
+        accelerator: Accelerator of the trainer; None for the processes that `accelerate` sees.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self._accelerator = PartialState() if accelerator is None else accelerator
 
     @property
     def count(self) -> int:
@@ -71,7 +72,7 @@ class Ranks:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Concatenate `(n, ...)`, of equal shape everywhere, over the ranks."""
         if not self.alone:
-            values = self._accelerator.gather(values.to(self._accelerator.device))
+            values = gather(values.to(self._accelerator.device))
         return values.cpu()
 
     def table(self, *numbers: int) -> torch.Tensor:
@@ -86,7 +87,7 @@ class Ranks:
         device = self._accelerator.device
         padded = torch.zeros(longest, *values.shape[1:], dtype=values.dtype, device=device)
         padded[: len(values)] = values
-        parts = self._accelerator.gather(padded).split(longest)
+        parts = gather(padded).split(longest)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(values.device)
 
     def gather_columns(self, columns: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, torch.Tensor]:
