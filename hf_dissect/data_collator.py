@@ -175,6 +175,6 @@ def _stack_features(rows: Sequence[dict[str, Any]], reasons: list[int], dim: int
             usable[position] = True
     usable &= np.isfinite(features).all(axis=1)
     features[~usable] = 0
-    for position in np.flatnonzero(~usable):
+    for position in np.flatnonzero(~usable).tolist():
         reasons[position] = reasons[position] or BadReason.IMAGE
     return torch.from_numpy(features)

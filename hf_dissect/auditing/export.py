@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -85,7 +86,7 @@ def export_clean(
             kept = [keep[first_pair[row] : first_pair[row + 1]] for row in chosen]
             batch = table[chosen.tolist()]
             for name in parallel:
-                batch = _replace(batch, name, lambda values, kept=kept: _filtered(values, kept))
+                batch = _replace(batch, name, partial(_filtered, kept=kept))
             shards.write(embed_table_storage(batch.cast(shards.schema)))
         shards.close(split)
         if folder.exists():

@@ -53,10 +53,12 @@ def score_matches(
     the two occur together more often than by chance.
 
     Args:
-        image_embeds, text_embeds: Embeddings, float32 `(n, D)`, unit length.
+        image_embeds: Embeddings of the images, float32 `(n, D)`, unit length.
+        text_embeds: Embeddings of the captions, float32 `(n, D)`, unit length.
         logit_scale: Factor of the model that turns cosines into logits.
-        image_key, caption_key: Keys, int64 `(n,)`, equal for pairs that share an image or a caption, which are not
-            compared with each other. None where all differ.
+        image_key: Keys of the images, int64 `(n,)`, equal for pairs that share an image, which are not compared with
+            each other; None where all differ.
+        caption_key: Keys of the captions, int64 `(n,)`, likewise.
         num_references: Number of other pairs to compare with; memory and time a pair grow with it, not with `n`.
         seed: Seed for the choice of references.
         block_size: Number of pairs scored at a time.

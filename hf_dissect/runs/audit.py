@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -86,9 +86,15 @@ def audit(
     """Rank the pairs of a data set by how likely they are mismatched.
 
     Args:
-        checkpoint, data, image_column, caption_column, task_column, image_features: See `evaluate_checkpoint`; the
-            data of the checkpoint's own recipe come with the noise that it injects.
+        checkpoint: Run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to use the recipe there as well.
+        data: "scenes", a local folder or file, tar shards, or a Hub data set id; None for the data of the recipe in
+            the checkpoint's folder, with the noise that it injects.
         split: Split of the data.
+        image_column: Column of the images; None for the usual names.
+        caption_column: Column of the captions; None for the usual names.
+        task_column: Column of the tasks, for an adapter that routes by them; None for that of the recipe, with its
+            own data.
+        image_features: `.npz` file of stored features, for models that read those.
         max_rows: Number of rows to audit, from the first; None for all.
         output_dir: Folder of the results; `<output_dir>-2` and so on where it holds an audit already.
         ledger: Run folder or ledger file whose columns are added; None for the ledger of the checkpoint, if it trained
@@ -116,14 +122,14 @@ def audit(
     if is_hub_address(checkpoint):
         checkpoint = str(download_model(HubAddress.parse(checkpoint)))
     section = _section(checkpoint, data, recipe, max_rows)
-    named = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
-    named["image_features"] = image_features
+    named: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
+    named |= {"task_column": task_column, "image_features": image_features}
     section = dataclasses.replace(section, **{name: value for name, value in named.items() if value is not None})
     given_ledger = None if ledger is None else open_ledger(ledger)
     rows = load_split(section, split, whole=data is not None)
     model, processor = load_model_and_processor(name_or_path=checkpoint)
     with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
-        pairs = trainer.eval_dataset
+        pairs = cast(PairDataset, trainer.eval_dataset)
         embeddings = embed_pairs(trainer, pairs)
         is_first, device = trainer.is_world_process_zero(), trainer.args.device
     logit_scale, _ = logit_scale_and_bias(model)
@@ -140,7 +146,7 @@ def audit(
     result = AuditResult(_free_folder(Path(output_dir)), table, share, bad_rows, _auroc(embeddings, scores["score"]))
     if not is_first:
         return result
-    name = Path(data).name if data is not None else recipe.name
+    name = recipe.name if recipe is not None else Path(str(data)).name
     _write(result, pairs, f"Audit of {name}, split {split}", model_name, max_page_pairs, num_workers)
     if export_to is None:
         return result
@@ -285,7 +291,7 @@ def _facts(result: AuditResult, num_readable: int, model: str) -> Sequence[tuple
     return facts if result.auroc is None else [*facts, ("AUROC of the score", f"{result.auroc:.3f}")]
 
 
-def _indices(pairs: PairDataset, shown: pa.Table) -> np.ndarray:
+def _indices(pairs: PairDataset, shown: pa.Table) -> list[int]:
     """Return the indices in the data set of the pairs of a table."""
     first = np.searchsorted(pairs.row_of_pair, shown["row"].to_numpy())
-    return first + shown["place"].to_numpy()
+    return (first + shown["place"].to_numpy()).tolist()

@@ -47,7 +47,9 @@ def push_ledger(
     Args:
         run: Run folder, or one of its checkpoints.
         repo_id: Id `USER/REPO` of the data set, or a name alone for one of the user; created where missing.
-        private, revision, token: See `hf_dissect.hub.push.push_run`.
+        private: Visibility of a new repository; None for the default of its owner.
+        revision: Branch to write to, created where missing; None for the main branch.
+        token: Token of the user; None for the one that is logged in.
 
     Raises:
         HubError: The folder has no ledger, like that of a distillation, or see `Repository.open` and `upload`.
