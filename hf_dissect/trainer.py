@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream, key_hash
-from hf_dissect.data_collator import SelectionCollator, tokenizer_of
+from hf_dissect.data_collator import SelectionCollator, find_tokenizer
 from hf_dissect.distributed import Ranks
 from hf_dissect.evaluating_trainer import EvaluatingTrainer
 from hf_dissect.hub.publisher import PublishingTrainer
@@ -98,7 +98,7 @@ class DissectTrainer(ResumableTrainer, PublishingTrainer, EvaluatingTrainer, Car
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
         if data_collator is None:
-            tokenizer_of(processing_class)
+            find_tokenizer(processing_class)
         train_dataset = training_pairs(train_dataset, args)
         eval_dataset = pairs_for("eval_dataset", eval_dataset, args)
         if model is not None:
