@@ -1,4 +1,4 @@
-"""Rows to candidate batches: decoded and tokenised in the data loader's workers, bad rows marked, not fatal."""
+"""Collator of candidate batches: decodes and tokenises in the data loader's workers, and marks bad rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,23 +16,26 @@ from hf_dissect.data.pairs import ROW_KEYS, key_hash
 
 
 class SelectionCollator:
-    """Collates pairs into candidate batches that carry sample ids.
+    """Collator of pairs into candidate batches with sample ids.
 
     A bad row keeps its place with a placeholder and a reason, so that batches have the same size on all ranks; the
-    trainer drops it before anything is learnt from it.
+    trainer drops it before it trains.
 
     Args:
-        processor: of the model, with `tokenizer` and `image_processor`, or a bare tokenizer when the images are
-            precomputed feature vectors.
-        text_padding: "longest" in the batch, or "max_length" for models that pool the last position (SigLIP).
-        max_caption_length: tokens a caption is cut to; None for the tokenizer's own limit.
+        processor: Processor of the model, with `tokenizer` and `image_processor`, or a bare tokenizer when the images
+            are precomputed feature vectors.
+        text_padding: Padding of the captions: "longest" in the batch, or "max_length" for models that pool the last
+            position (SigLIP).
+        max_caption_length: Number of tokens to cut a caption to; None for the tokenizer's own limit.
 
     Raises:
-        ValueError: the processor has no tokenizer, or its tokenizer cannot pad.
+        ValueError: The processor has no tokenizer, or its tokenizer cannot pad.
     """
 
-    def __init__(self, processor: Any, *, text_padding: str = "longest", max_caption_length: int | None = None):
-        self.tokenizer = tokenizer_of(processor)
+    def __init__(
+        self, processor: Any, *, text_padding: str = "longest", max_caption_length: int | None = None
+    ) -> None:
+        self.tokenizer = find_tokenizer(processor)
         self.image_processor = getattr(processor, "image_processor", None)
         self.text_padding = text_padding
         self.max_caption_length = max_caption_length
@@ -42,12 +45,12 @@ class SelectionCollator:
         """Collate `B` dicts with `image`, `caption`, `sample_id` and optionally `task_id`, `is_clean`.
 
         Returns:
-            The model's inputs (`pixel_values`, `input_ids`, ...) and, with leading dimension `B`: `sample_id`,
+            Inputs of the model (`pixel_values`, `input_ids`, ...) and, with leading dimension `B`: `sample_id`,
             `image_key`, `caption_key` int64, `bad_reason` int8 (`BadReason`), and `task_id` int64 and `is_clean` bool
             where the rows have them.
 
         Raises:
-            ValueError: rows are no pairs with integer ids, or pictures came without an image processor.
+            ValueError: Rows are not pairs with integer ids, or pictures came without an image processor.
         """
         for key in ROW_KEYS:
             if any(key not in row for row in rows):
@@ -69,7 +72,7 @@ class SelectionCollator:
 
     @property
     def padding(self) -> dict[str, tuple[int, str]]:
-        """What tokenised captions are padded with, and on which side ("left" or "right"), by the key of the batch."""
+        """Padding of tokenised captions by key of the batch: the value and the side, "left" or "right"."""
         tokenizer = self.tokenizer
         return {
             "input_ids": (tokenizer.pad_token_id, tokenizer.padding_side),
@@ -109,11 +112,11 @@ class SelectionCollator:
         return dict(self.image_processor(images=images, return_tensors="pt"))
 
 
-def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a processor, or the processor itself when it is one.
+def find_tokenizer(processor: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor, or the processor itself when it is one.
 
     Raises:
-        ValueError: there is none, or it cannot pad.
+        ValueError: There is no tokenizer, or it cannot pad.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -172,6 +175,6 @@ def _stack_features(rows: Sequence[dict[str, Any]], reasons: list[int], dim: int
             usable[position] = True
     usable &= np.isfinite(features).all(axis=1)
     features[~usable] = 0
-    for position in np.flatnonzero(~usable):
+    for position in np.flatnonzero(~usable).tolist():
         reasons[position] = reasons[position] or BadReason.IMAGE
     return torch.from_numpy(features)

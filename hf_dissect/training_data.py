@@ -10,7 +10,7 @@ from hf_dissect.data.images import is_feature_vector
 from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import number_tasks_alike
-from hf_dissect.data_collator import SelectionCollator, tokenizer_of
+from hf_dissect.data_collator import SelectionCollator, find_tokenizer
 from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.models.loading import bare_model, check_dual_encoder, max_text_length, text_padding
@@ -35,7 +35,7 @@ def check_arguments(args: Any, data_collator: Any, processing_class: Any) -> Non
     if processing_class is None and data_collator is None:
         raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
     if data_collator is None:
-        tokenizer_of(processing_class)
+        find_tokenizer(processing_class)
 
 
 def pairs_for(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:

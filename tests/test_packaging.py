@@ -98,7 +98,8 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tree, wheel):
         "recipes/accelerate/multi-gpu.yaml",
         "model_cards/dissect.md.jinja",
         "model_cards/student.md.jinja",
-        "report.html.jinja",
+        "report/templates/distillation.html.jinja",
+        "auditing/audit.html.jinja",
         "trainer.py",
     ):
         assert f"hf_dissect/{needed}" in names

@@ -1,8 +1,9 @@
-"""The data set without its suspicious pairs, as Parquet shards with the columns it had."""
+"""Export of a data set without its suspicious pairs, as Parquet shards with the columns it had."""
 
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -22,7 +23,13 @@ SHARD_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class CleanExport:
-    """What was written: the folder, and the numbers of pairs and rows before and after."""
+    """Result of an export.
+
+    Attributes:
+        folder: Folder of the shards.
+        pairs_before, pairs_after: Numbers of pairs in the data set and in the export.
+        rows_before, rows_after: Numbers of rows in the data set and in the export.
+    """
 
     folder: Path
     pairs_before: int
@@ -32,10 +39,10 @@ class CleanExport:
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure, before any work, that an export overwrites nothing.
+    """Check, before any work, that an export overwrites nothing.
 
     Raises:
-        ValueError: something is there.
+        ValueError: The folder is not empty, or is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--export-clean {folder} is not empty; name a new folder, or remove this one.")
@@ -46,18 +53,18 @@ def export_clean(
 ) -> CleanExport:
     """Write the rows that keep a caption as `<split>-<i>-of-<n>.parquet`.
 
-    Pictures are copied as they are, those in files of their own into the shards. Of a row with several captions the
-    kept ones stay, and the truths that belong to them; a row without any goes.
+    Pictures are copied unchanged, also those in files of their own. A row with several captions keeps those of the
+    kept pairs and their truths; a row without any is dropped.
 
     Args:
-        folder: new or empty; written under a temporary name first.
-        rows: the data set, its pictures undecoded.
-        pairs: of it.
-        keep: bool `(len(pairs),)`.
-        split: name for the files.
+        folder: New or empty folder; written under a temporary name first.
+        rows: Data set, its pictures undecoded.
+        pairs: Pairs of `rows`.
+        keep: Mask of the pairs to keep, bool `(len(pairs),)`.
+        split: Name of the split, for the files.
 
     Raises:
-        ValueError: the folder is not empty, or no pair is kept.
+        ValueError: The folder is not empty, or no pair is kept.
     """
     check_folder(folder)
     if not keep.any():
@@ -79,7 +86,7 @@ def export_clean(
             kept = [keep[first_pair[row] : first_pair[row + 1]] for row in chosen]
             batch = table[chosen.tolist()]
             for name in parallel:
-                batch = _replace(batch, name, lambda values, kept=kept: _filtered(values, kept))
+                batch = _replace(batch, name, partial(_filtered, kept=kept))
             shards.write(embed_table_storage(batch.cast(shards.schema)))
         shards.close(split)
         if folder.exists():
@@ -91,15 +98,16 @@ def export_clean(
 
 
 class _Shards:
-    """Parquet files of one schema, a new one when the last is large; named when it is known how many there are."""
+    """Parquet files of one schema: a new one when the last is large, all named when their number is known."""
 
-    def __init__(self, folder: Path, schema: pa.Schema):
+    def __init__(self, folder: Path, schema: pa.Schema) -> None:
         self.schema = schema
         self._folder = folder
         self._files: list[Path] = []
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, table: pa.Table) -> None:
+        """Append rows to the last file, or to a new one."""
         if self._writer is None:
             self._files.append(self._folder / f"{len(self._files)}.parquet")
             self._writer = pq.ParquetWriter(self._files[-1], self.schema)
@@ -108,6 +116,7 @@ class _Shards:
             self._finish()
 
     def close(self, split: str) -> None:
+        """Finish the last file and name all of them."""
         self._finish()
         for number, file in enumerate(self._files):
             file.rename(self._folder / f"{split}-{number:05}-of-{len(self._files):05}.parquet")
@@ -119,7 +128,7 @@ class _Shards:
 
 
 def _with_pictures(features: datasets.Features) -> datasets.Features:
-    """The columns as a reader wants them: pictures that were left undecoded here are decoded by whoever loads them."""
+    """Return the columns with decoding switched on again, for those who load the export."""
     return datasets.Features(
         {name: datasets.Image() if isinstance(kind, datasets.Image) else kind for name, kind in features.items()}
     )
@@ -135,7 +144,7 @@ def _replace(table: pa.Table, name: str, change: Callable[[pa.Array], pa.Array])
 
 
 def _filtered(values: pa.Array, kept: list[np.ndarray]) -> pa.Array:
-    """Lists without the values that are not kept."""
+    """Return lists without the values that are not kept."""
     flat = pc.list_flatten(values).filter(pa.array(np.concatenate(kept)))
     offsets = np.concatenate([[0], np.cumsum([places.sum() for places in kept])])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)

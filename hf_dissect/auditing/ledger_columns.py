@@ -1,4 +1,4 @@
-"""What a run remembers of the pairs that are audited, where it trained on the same ones."""
+"""Columns of an audit that come from the ledger of a run on the same pairs."""
 
 import os
 from pathlib import Path
@@ -9,15 +9,15 @@ from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.ledger import LEDGER_FILE, read_ledger
 from hf_dissect.selection.soft_labels import SoftLabels
 
-_EVIDENCE = ("agreement", "structure")  # of an epoch that is not over; of no meaning afterwards
+_EVIDENCE = ("agreement", "structure")  # belong to an unfinished epoch, without meaning afterwards
 
 
 def open_ledger(path: str | os.PathLike) -> SampleLedger:
-    """The ledger of a run folder, or a ledger file, with all its columns.
+    """Open the ledger of a run folder, or a ledger file, with all its columns.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no ledger, or damaged.
+        FileNotFoundError: There is no ledger.
+        ValueError: The file is damaged or something else.
     """
     path = Path(path)
     path = path / LEDGER_FILE if path.is_dir() else path
@@ -33,21 +33,21 @@ def open_ledger(path: str | os.PathLike) -> SampleLedger:
 def read_ledger_columns(
     ledger: SampleLedger, sample_id: torch.Tensor, correlation: torch.Tensor, *, by_row: bool
 ) -> dict[str, torch.Tensor]:
-    """The columns of a ledger for some pairs.
+    """Read the columns of a ledger for the pairs of a data set.
 
     Args:
-        ledger: of a run.
-        sample_id: int64 `(n,)`, all ids of the audited data set.
-        correlation: float32 `(n,)`, now.
-        by_row: whether these ids are row numbers.
+        ledger: Ledger of a run.
+        sample_id: All ids of the audited data set, int64 `(n,)`.
+        correlation: Correlation of the pairs now, float32 `(n,)`.
+        by_row: True for ids that are row numbers.
 
     Returns:
-        float32 `(n,)` each, NaN where the run did not meet a pair: `ledger_<column>`; `ledger_differential`, the
-        history minus the correlation now (DISSect), where there is a history; and `ledger_label`, the soft label
-        (GSC), where there is one.
+        Columns, float32 `(n,)` each, NaN where the run did not meet a pair: `ledger_<column>`;
+        `ledger_differential`, the history minus the correlation now (DISSect), where there is a history; and
+        `ledger_label`, the soft label (GSC), where there is one.
 
     Raises:
-        ValueError: no pair of the ledger is among these.
+        ValueError: No pair of the ledger is among these.
     """
     if by_row != (ledger.num_samples is not None) or (by_row and ledger.num_samples != len(sample_id)):
         held = "arbitrary ids" if ledger.num_samples is None else f"the row numbers of {ledger.num_samples} pairs"

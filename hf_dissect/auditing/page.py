@@ -1,4 +1,4 @@
-"""The audited pairs as one HTML page that opens from the file system, however many they are."""
+"""HTML page of the audited pairs that opens from the file system, for any number of pairs."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ MAX_CAPTION = 400
 MAX_BAD_IDS = 200
 
 _MEASURES = {
-    # column: (name on the page, digits, whether the highest come first)
+    # column: (name on the page, digits, True for the highest first)
     "score": ("score", 2, False),
     "p_mismatched": ("p(mismatched)", 3, True),
     "correlation": ("correlation", 2, False),
@@ -44,17 +44,20 @@ def write_page(
     pictures: str | None = None,
     unpictured: Sequence[int] = (),
 ) -> Path:
-    """Write the page; it is replaced only once the new one is complete.
+    """Write the page under a temporary name first, so that an earlier one stays until the new one is complete.
 
     Args:
-        path: the HTML file.
-        table: see `build_score_table`, of readable pairs only; all of them go into the page.
-        title: heading of the page.
-        facts: names and values to show at the top.
-        notes: sentences below them.
-        bad_rows: what could not be read.
-        pictures: name of the folder of `write_thumbnails` beside the page; None where there are no pictures.
-        unpictured: rows without a picture there.
+        path: HTML file.
+        table: Table of readable pairs, see `build_score_table`; the page shows all of them.
+        title: Heading of the page.
+        facts: Names and values to show at the top.
+        notes: Sentences below the facts.
+        bad_rows: Rows that could not be read.
+        pictures: Folder of `write_thumbnails`, next to the page; None without pictures.
+        unpictured: Rows without a picture there.
+
+    Returns:
+        `path`.
     """
     folder = Path(__file__).parent
     script = (folder / "audit.js").read_text("utf-8")
@@ -119,6 +122,6 @@ def _shortened(caption: str) -> str:
 
 
 def _as_data_block(content: dict[str, Any]) -> Markup:
-    """JSON in which nothing can end the script element that it stands in, nor open a comment there."""
+    """Return JSON that can neither end the script element around it nor open a comment there."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))

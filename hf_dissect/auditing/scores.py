@@ -1,4 +1,4 @@
-"""How much more an image and its caption have to do with each other than with the rest of the data set."""
+"""Scores of how much better an image and its caption match each other than the rest of the data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ _SMALLEST_SPREAD = 1e-3
 
 @dataclass(frozen=True)
 class MatchScores:
-    """Scores of `n` pairs, and what the same score gives where image and caption are strangers.
+    """Scores of `n` pairs, and of strangers, which are images with captions of other pairs.
 
     Attributes:
-        score: float32 `(n,)`, in nats; low is suspicious.
-        chance: float32 `(m,)`, scores of images with captions of other pairs, drawn at random.
+        score: Scores of the pairs, float32 `(n,)`, in nats; a low one is suspicious.
+        chance: Scores of strangers drawn at random, float32 `(m,)`.
     """
 
     score: torch.Tensor
@@ -53,18 +53,20 @@ def score_matches(
     the two occur together more often than by chance.
 
     Args:
-        image_embeds, text_embeds: float32 `(n, D)`, unit length.
-        logit_scale: of the model, which turns cosines into logits.
-        image_key, caption_key: int64 `(n,)`, equal where pairs share an image, or a caption: such pairs are no
-            references for each other. None where all differ.
-        num_references: other pairs to compare with; memory and time grow with it, not with `n`.
-        seed: of their choice.
-        block_size: pairs scored at a time.
-        device: where they are; None for where the embeddings lie.
-        progress: whether to show a bar.
+        image_embeds: Embeddings of the images, float32 `(n, D)`, unit length.
+        text_embeds: Embeddings of the captions, float32 `(n, D)`, unit length.
+        logit_scale: Factor of the model that turns cosines into logits.
+        image_key: Keys of the images, int64 `(n,)`, equal for pairs that share an image, which are not compared with
+            each other; None where all differ.
+        caption_key: Keys of the captions, int64 `(n,)`, likewise.
+        num_references: Number of other pairs to compare with; memory and time a pair grow with it, not with `n`.
+        seed: Seed for the choice of references.
+        block_size: Number of pairs scored at a time.
+        device: Device to score on; None for the device of the embeddings.
+        progress: Show a progress bar.
 
     Raises:
-        ValueError: fewer than 10 pairs; embeddings that are not finite; one image or one caption for all.
+        ValueError: There are fewer than 10 pairs, embeddings are not finite, or all pairs share one image or caption.
     """
     count = len(image_embeds)
     if count < FEWEST_PAIRS:
@@ -100,7 +102,7 @@ def _typical_logit(
     device: torch.device | None,
     bar: tqdm,
 ) -> torch.Tensor:
-    """Log of the mean exponentiated logit of each of `own` with those of `others` that are its references, `(n,)`."""
+    """Return the log of the mean exponentiated logit of each of `own` with its references in `others`, `(n,)`."""
     compared = others[references].to(device).T
     typical = []
     for rows in blocks:
@@ -119,7 +121,7 @@ def _typical_logit(
 
 
 def estimate_mismatched_share(scores: MatchScores) -> float:
-    """About how many of the pairs are mismatched, as a share.
+    """Estimate the share of mismatched pairs.
 
     Half of all strangers score below their median, and pairs that belong together rarely do: the mismatched pairs are
     twice as many as the pairs below it, or fewer where the model knows little (Storey 2002, with lambda = 1/2).
@@ -129,11 +131,10 @@ def estimate_mismatched_share(scores: MatchScores) -> float:
 
 
 def estimate_mismatched_probability(scores: MatchScores) -> np.ndarray:
-    """Probability of each pair to be a mismatched one, float64 `(n,)`, never rising with the score.
+    """Estimate the probability of each pair to be mismatched, float64 `(n,)`, never rising with the score.
 
-    Bayes' rule with two groups: strangers, whose scores are known from chance, as many as
-    `estimate_mismatched_share` says; and pairs that belong together, whose scores are taken for normal, with a mean
-    and a deviation fitted by EM.
+    Bayes' rule with two groups: strangers, with the scores of `chance` and the share of `estimate_mismatched_share`;
+    and pairs that belong together, with normal scores whose mean and deviation are fitted by EM.
     """
     score = scores.score.double().numpy()
     chance = scores.chance.double().numpy()
@@ -141,7 +142,7 @@ def estimate_mismatched_probability(scores: MatchScores) -> np.ndarray:
     if share in (0.0, 1.0):
         return np.full(len(score), share)
     strange = share * _normal(score, chance.mean(), max(chance.std(), _SMALLEST_SPREAD))
-    matched = np.searchsorted(np.sort(chance), score) / len(chance)  # to begin with
+    matched = np.searchsorted(np.sort(chance), score) / len(chance)  # first guess
     for _ in range(_FIT_ROUNDS):
         weight = matched / max(matched.sum(), 1e-12)
         mean = (weight * score).sum()
@@ -153,14 +154,14 @@ def estimate_mismatched_probability(scores: MatchScores) -> np.ndarray:
 
 def _normal(values: np.ndarray, mean: float, spread: float) -> np.ndarray:
     density = np.exp(-0.5 * ((values - mean) / spread) ** 2) / spread
-    return np.maximum(density, 1e-300)  # so that a value far from both groups is of the nearer one
+    return np.maximum(density, 1e-300)  # so that a value far from both groups belongs to the nearer one
 
 
 def _falling(probability: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """The nearest that never rises with the score: of two groups of unequal spread, the wider one has both tails."""
+    """Make a probability never rise with the score: of two groups of unequal spread, the wider one has both tails."""
     order = np.argsort(score)
     values = probability[order]
-    # The place that separates likely mismatched from likely matched pairs best; from there outwards.
+    # Begin where likely mismatched and likely matched pairs are separated best, and move outwards.
     wrong = np.concatenate([[0], np.cumsum(values < 0.5)]) + np.concatenate(
         [np.cumsum((values >= 0.5)[::-1])[::-1], [0]]
     )

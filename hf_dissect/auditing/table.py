@@ -1,4 +1,4 @@
-"""The scores of all pairs as one table, the most suspicious pair first."""
+"""Table of the scores of all pairs, the most suspicious pair first."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,18 +22,18 @@ def build_score_table(
     scores: Mapping[str, torch.Tensor | np.ndarray],
     more: Mapping[str, torch.Tensor] | None = None,
 ) -> pa.Table:
-    """One row a pair; by rising `score`, those that cannot be read at the end.
+    """Build a table of one row a pair, sorted by rising `score`, with unreadable pairs at the end.
 
     Args:
-        pairs: the `n` pairs.
-        embeddings: of all of them.
+        pairs: The `n` pairs.
+        embeddings: Embeddings of all of them.
         scores: `correlation`, `score` and `p_mismatched` of the readable pairs, `(number of readable pairs,)` each.
-        more: further columns, float32 `(n,)`, NaN where a value is not known.
+        more: Further columns, float32 `(n,)`, NaN where a value is unknown.
 
     Returns:
-        `rank` (from 1), `sample_id`, `row` (of the data set), `place` (of the caption among those of the row),
-        `caption`, the scores, `is_clean` where the truth is known, what `more` has, and `problem`: why a pair cannot
-        be read. What a pair does not have is null.
+        Table with `rank` (from 1), `sample_id`, `row` (of the data set), `place` (of the caption among those of the
+        row), `caption`, the scores, `is_clean` where the truth is known, the columns of `more`, and `problem`, the
+        reason why a pair cannot be read. Missing values are null.
     """
     reasons = embeddings.bad_reason.numpy()
     (good,) = np.nonzero(reasons == BadReason.GOOD)
@@ -61,14 +61,14 @@ def build_score_table(
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write Parquet under a temporary name first, so that a half-written file is never found."""
+    """Write a Parquet file under a temporary name first, so that a half-written file is never found."""
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(table, temporary)
     temporary.replace(path)
 
 
 def read_captions(pairs: PairDataset) -> pa.Array:
-    """Caption of each pair, string `(len(pairs),)`; null where there is none or it is no text."""
+    """Read the caption of each pair, string `(len(pairs),)`; null where it is missing or not text."""
     values = read_column(pairs.rows, pairs.columns.caption)
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     if is_list(values.type):

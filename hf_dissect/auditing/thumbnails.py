@@ -1,4 +1,4 @@
-"""Small pictures as files beside the page, so that a browser reads those of the page it shows and no others."""
+"""Small pictures as files next to the page, so that a browser reads only those that it shows."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +16,13 @@ def write_thumbnails(folder: Path, pairs: PairDataset, indices: Sequence[int], n
     """Write `<row // 1000>/<row>.jpg`, at most 160 px, one a row; pairs that share a row share the picture.
 
     Args:
-        folder: of the files; made if need be.
-        pairs: the data set.
-        indices: of the pairs to write.
-        num_workers: threads that decode, besides the one that waits for them.
+        folder: Folder of the files; created where missing.
+        pairs: Data set.
+        indices: Indices of the pairs to write.
+        num_workers: Number of threads that decode; one at least.
 
     Returns:
-        The rows of which there is no picture.
+        Rows without a picture.
     """
     row_of_pair = pairs.row_of_pair
     of_row = {int(row_of_pair[index]): int(index) for index in indices}

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def number_tasks_alike(train: Any, evaluation: Any) -> None:
-    """Number the named tasks of the evaluation data as the training data number them.
+    """Give the named tasks of the evaluation data the numbers that they have in the training data.
 
     Args:
         train: Training pairs, or None.
@@ -38,7 +38,15 @@ def save_task_names(pairs: Any, folder: str | Path) -> None:
 
 
 def number_tasks_as_saved(pairs: Any, folder: str | Path) -> None:
-    """Number the named tasks of `pairs` as in the training of the model in `folder` (`ValueError` if one is new)."""
+    """Give the named tasks of `pairs` the numbers that they had in the training of a model.
+
+    Args:
+        pairs: Pairs, with or without tasks.
+        folder: Folder of the model.
+
+    Raises:
+        ValueError: A task is not one of the training.
+    """
     file = Path(folder) / TASKS_FILE
     if getattr(pairs, "task_names", None) is None:
         return

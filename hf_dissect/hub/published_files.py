@@ -62,19 +62,20 @@ def select_published_files(
     """
     paths = [path for place in ("", "base_model", ENCODER_FOLDER) for path in (folder / place).glob("*")]
     names = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
-    files: dict[str, Path | bytes] = {name: path for name, path in names.items() if is_published(name)}
+    sources = {name: path for name, path in names.items() if is_published(name)}
     left_out: list[str] = []
     if cards_in is not None:
-        files = {name: path for name, path in files.items() if name not in CARDS}
-        files |= {name: cards_in / name for name in CARDS if (cards_in / name).is_file()}
-    if CARD_FILE in files:
-        files[CARD_FILE] = name_model(files[CARD_FILE].read_text(encoding="utf-8"), repo_id).encode()
-    if RECIPE_FILE in files:
-        text, left_out = format_published_recipe(read_settings(files[RECIPE_FILE]), repo_id)
+        sources = {name: path for name, path in sources.items() if name not in CARDS}
+        sources |= {name: cards_in / name for name in CARDS if (cards_in / name).is_file()}
+    files: dict[str, Path | bytes] = dict(sources)
+    if CARD_FILE in sources:
+        files[CARD_FILE] = name_model(sources[CARD_FILE].read_text(encoding="utf-8"), repo_id).encode()
+    if RECIPE_FILE in sources:
+        text, left_out = format_published_recipe(read_settings(sources[RECIPE_FILE]), repo_id)
         files[RECIPE_FILE] = text.encode()
-    for name in files:
-        if name == METRICS_FILE or Path(name).name in _CONFIGURATIONS:
-            files[name] = remove_paths(files[name])
+    for name, path in sources.items():
+        if name == METRICS_FILE or path.name in _CONFIGURATIONS:
+            files[name] = remove_paths(path)
     if files.get("adapter_config.json") != names.get("adapter_config.json"):
         left_out.append("base_model_name_or_path of the adapter")
     check_private(files, folder)

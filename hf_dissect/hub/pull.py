@@ -60,7 +60,8 @@ def pull_recipe(
         )
     recipe = kind.from_dict(shared, str(address), overrides)
     if output_dir is not None:
-        return dataclasses.replace(recipe, training=recipe.training | {"output_dir": output_dir})
+        replaced: Any = recipe  # a dataclass, which its base is not
+        return dataclasses.replace(replaced, training=recipe.training | {"output_dir": output_dir})
     if "output_dir" not in recipe.training:
         _check_below_runs(recipe, address)
     return recipe

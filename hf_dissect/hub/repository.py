@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
 from huggingface_hub.errors import (
@@ -161,7 +161,7 @@ def _additions(files: Mapping[str, Path | bytes]) -> Iterable[CommitOperationAdd
     return [CommitOperationAdd(path, content) for path, content in files.items()]
 
 
-def _cause(error: Exception) -> BaseException:
+def _cause(error: BaseException) -> BaseException:
     """Return the cause of an error: the client wraps what went wrong when it sent a file."""
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
 
@@ -209,6 +209,6 @@ def _advice(error: BaseException, repo_id: str, what: str) -> str | None:
 
 
 def _in_short(error: BaseException) -> str:
-    error: Any = _cause(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    cause = _cause(error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__

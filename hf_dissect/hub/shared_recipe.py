@@ -135,7 +135,8 @@ def _modalities(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _drop_loaders(part: dict[str, Any] | list[Any], key: str) -> list[str]:
     """Remove settings at any depth that load code or name files; return their keys."""
     dropped = []
-    for child, value in list(part.items() if isinstance(part, dict) else enumerate(part)):
+    children: list[tuple[Any, Any]] = list(part.items() if isinstance(part, dict) else enumerate(part))
+    for child, value in children:
         if child in _LOADERS or (isinstance(value, str) and is_local_path(value)):
             part[child] = None
             dropped.append(f"{key}.{child}")

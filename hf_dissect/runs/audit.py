@@ -1,10 +1,10 @@
-"""One audit from a model and a data set to a folder of results."""
+"""Audit of a data set by a model, from the names of both to a folder of results."""
 
 import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,20 +13,20 @@ from tqdm.auto import tqdm
 
 from hf_dissect.auditing.embeddings import PairEmbeddings, join_embeddings
 from hf_dissect.auditing.export import CleanExport, check_folder, export_clean
-from hf_dissect.auditing.ledger_columns import read_ledger_columns, open_ledger
+from hf_dissect.auditing.ledger_columns import open_ledger, read_ledger_columns
 from hf_dissect.auditing.page import write_page
-from hf_dissect.auditing.scores import score_matches, estimate_mismatched_share, estimate_mismatched_probability
+from hf_dissect.auditing.scores import estimate_mismatched_probability, estimate_mismatched_share, score_matches
 from hf_dissect.auditing.table import build_score_table, write_table
 from hf_dissect.auditing.thumbnails import write_thumbnails
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.distillation.saved_student import is_student
-from hf_dissect.runs.evaluate import data_section, evaluating_trainer, recipe_of
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.pull import download_model
 from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
 from hf_dissect.recipe.recipe import DataSection, Recipe
+from hf_dissect.runs.evaluate import data_section, evaluating_trainer, recipe_of
 from hf_dissect.runs.run import first_free, load_split
 from hf_dissect.selection import correlation_of
 from hf_dissect.selection.ledger import LEDGER_FILE
@@ -37,7 +37,7 @@ SCORES_FILE, PAGE_FILE, THUMBNAILS = "scores.parquet", "audit.html", "thumbnails
 MAX_PAGE_PAIRS = 100_000
 THRESHOLD = 0.5
 NOTE = (
-    "The score tells how much more likely image and caption occur together than by chance (pointwise mutual "
+    "The score says how much more likely image and caption occur together than by chance (pointwise mutual "
     "information, in nats, as the model sees it): the lowest are the likeliest to be mismatched. p(mismatched) "
     "compares it with the scores of images with captions of other pairs. A model that has learnt mismatched pairs by "
     "heart finds none of them."
@@ -46,15 +46,15 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class AuditResult:
-    """What an audit found.
+    """Result of an audit.
 
     Attributes:
-        folder: with `scores.parquet`, `audit.html` and `thumbnails/`.
-        table: the content of `scores.parquet`, see `build_score_table`.
-        mismatched_share: about how many of the readable pairs are mismatched.
-        bad_rows: pairs that cannot be read, by reason.
-        auroc: of the score, where the truth is known, else None.
-        export: what `export_clean` wrote, if it was asked for.
+        folder: Folder with `scores.parquet`, `audit.html` and `thumbnails/`.
+        table: Content of `scores.parquet`, see `build_score_table`.
+        mismatched_share: Estimated share of mismatched pairs among the readable ones.
+        bad_rows: Pairs that cannot be read, by reason.
+        auroc: AUROC of the score; None where the truth is unknown.
+        export: Result of `export_clean`; None without an export.
     """
 
     folder: Path
@@ -87,29 +87,35 @@ def audit(
     """Rank the pairs of a data set by how likely they are mismatched.
 
     Args:
-        checkpoint, data, image_column, caption_column, task_column, image_features: see `evaluate_checkpoint`; the
-            data of the checkpoint's own recipe come with the noise that it injects.
-        split: of the data.
-        max_rows: audit the first rows only.
-        output_dir: folder of the results; where it holds an audit already, `<output_dir>-2` and so on.
-        ledger: run folder or ledger file whose columns are added; None takes that of the checkpoint, if it trained on
-            these data.
-        export_to: new folder for the data set without the suspicious pairs; None writes none.
-        keep: share of the readable pairs to keep there, in (0, 1].
-        threshold: keep the pairs up to this `p_mismatched` there, in [0, 1]; 0.5 where neither is given.
-        max_page_pairs: the page shows the most suspicious pairs, so many at most; the table has all.
-        batch_size: pairs a forward pass.
-        num_workers: processes that decode.
+        checkpoint: Run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to use the recipe there as well.
+        data: "scenes", a local folder or file, tar shards, or a Hub data set id; None for the data of the recipe in
+            the checkpoint's folder, with the noise that it injects.
+        split: Split of the data.
+        image_column: Column of the images; None for the usual names.
+        caption_column: Column of the captions; None for the usual names.
+        task_column: Column of the tasks, for an adapter that routes by them; None for that of the recipe, with its
+            own data.
+        image_features: `.npz` file of stored features, for models that read those.
+        max_rows: Number of rows to audit, from the first; None for all.
+        output_dir: Folder of the results; `<output_dir>-2` and so on where it holds an audit already.
+        ledger: Run folder or ledger file whose columns are added; None for the ledger of the checkpoint, if it trained
+            on these data.
+        export_to: New folder for the data set without the suspicious pairs; None writes none.
+        keep: Share of the readable pairs to keep there, in (0, 1].
+        threshold: Highest `p_mismatched` to keep there, in [0, 1]; 0.5 where neither is given.
+        max_page_pairs: Number of pairs on the page at most, the most suspicious first; the table has all.
+        batch_size: Number of pairs in a forward pass.
+        num_workers: Number of processes that decode.
 
     Raises:
-        ValueError: settings or data of no use, see `evaluate_checkpoint`; a ledger that does not fit the data;
-            `export_to` is not empty; fewer than 10 readable pairs.
+        ValueError: Settings or data cannot be used (see `evaluate_checkpoint`), the ledger does not fit the data,
+            `export_to` is not empty, or fewer than 10 pairs are readable.
     """
     _check_export(export_to, keep, threshold)
     if is_student(checkpoint):
         raise ValueError(
             f"{checkpoint} is the student of a distillation: it classifies and knows no captions, so it cannot audit "
-            "pairs; name a CLIP-like model. What the student can do is told by: hf-dissect evaluate "
+            "pairs; name a CLIP-like model. For what the student can do, run: hf-dissect evaluate "
             f"{checkpoint}"
         )
     recipe = recipe_of(checkpoint) if data is None else None
@@ -117,14 +123,14 @@ def audit(
     if is_hub_address(checkpoint):
         checkpoint = str(download_model(HubAddress.parse(checkpoint)))
     section = _section(checkpoint, data, recipe, max_rows)
-    named = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
-    named["image_features"] = image_features
+    named: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
+    named |= {"task_column": task_column, "image_features": image_features}
     section = dataclasses.replace(section, **{name: value for name, value in named.items() if value is not None})
     given_ledger = None if ledger is None else open_ledger(ledger)
     rows = load_split(section, split, whole=data is not None)
     model, processor = load_model_and_processor(name_or_path=checkpoint)
     with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
-        pairs = trainer.eval_dataset
+        pairs = cast(PairDataset, trainer.eval_dataset)
         is_first, device = trainer.is_world_process_zero(), trainer.args.device
         batches = trainer.get_eval_dataloader(pairs)
         batches = tqdm(batches, desc="reading pairs", unit="batch", disable=not is_first)
@@ -143,7 +149,7 @@ def audit(
     result = AuditResult(_free_folder(Path(output_dir)), table, share, bad_rows, _auroc(embeddings, scores["score"]))
     if not is_first:
         return result
-    name = Path(data).name if data is not None else recipe.name
+    name = recipe.name if recipe is not None else Path(str(data)).name
     _write(result, pairs, f"Audit of {name}, split {split}", model_name, max_page_pairs, num_workers)
     if export_to is None:
         return result
@@ -225,7 +231,7 @@ def _own_ledger_columns(checkpoint: str, embeddings: PairEmbeddings, pairs: Pair
 
 
 def _kept(scores: dict[str, Any], keep: float | None, threshold: float | None) -> np.ndarray:
-    """Which of the readable pairs stay, bool `(number of readable pairs,)`."""
+    """Return a mask of the readable pairs to keep, bool `(number of readable pairs,)`."""
     if keep is None:
         return scores["p_mismatched"] <= (THRESHOLD if threshold is None else threshold)
     best_first = np.argsort(-scores["score"].numpy(), kind="stable")
@@ -235,13 +241,13 @@ def _kept(scores: dict[str, Any], keep: float | None, threshold: float | None) -
 
 
 def _model_name(checkpoint: str) -> str:
-    """The Hub id, or the name of the folder: the page may go to others, who need not know where it lay."""
+    """Return the Hub id or the name of the folder: the page may go to others, who need not know its path."""
     folder = Path(checkpoint).expanduser()
     return folder.resolve().name if folder.exists() else checkpoint
 
 
 def _free_folder(folder: Path) -> Path:
-    """The folder, or `<folder>-2`, `-3`, ... when it holds an audit already: none is overwritten."""
+    """Return the folder, or `<folder>-2`, `-3`, ... when it holds an audit already, so that none is overwritten."""
     free = first_free(folder, lambda path: (path / SCORES_FILE).exists())
     if free != folder:
         logger.warning("%s already holds an audit; this one goes to %s.", folder, free)
@@ -288,7 +294,7 @@ def _facts(result: AuditResult, num_readable: int, model: str) -> Sequence[tuple
     return facts if result.auroc is None else [*facts, ("AUROC of the score", f"{result.auroc:.3f}")]
 
 
-def _indices(pairs: PairDataset, shown: pa.Table) -> np.ndarray:
-    """Of the pairs of a table, their places in the data set."""
+def _indices(pairs: PairDataset, shown: pa.Table) -> list[int]:
+    """Return the indices in the data set of the pairs of a table."""
     first = np.searchsorted(pairs.row_of_pair, shown["row"].to_numpy())
-    return first + shown["place"].to_numpy()
+    return (first + shown["place"].to_numpy()).tolist()

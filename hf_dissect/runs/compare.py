@@ -11,8 +11,8 @@ from accelerate import PartialState
 from hf_dissect.evaluation import summarise_seeds
 from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.report.page import RunSummary, write_report
-from hf_dissect.training.run_folder import write_json
 from hf_dissect.runs.run import in_folder, load_data, run_recipe
+from hf_dissect.training.run_folder import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import hf_dissect.distillation.encoders  # noqa: F401  (makes the small encoders known by their model_type)
 from hf_dissect.data.loading import load_splits
-from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
 from hf_dissect.distillation.data_collator import array_shape
-from hf_dissect.distillation.training_data import Columns, check_lengths, column_names
 from hf_dissect.distillation.encoders import standardisation
 from hf_dissect.distillation.recipe import DistillationDataSection, DistillationRecipe, ModalitySection
 from hf_dissect.distillation.trainer import DistillationTrainer
-from hf_dissect.runs.run import checkpoint_to_resume, show_progress, train_to_end
+from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
+from hf_dissect.distillation.training_data import Columns, check_lengths, column_names
 from hf_dissect.models.tokenizer_training import train_tokenizer
+from hf_dissect.runs.run import checkpoint_to_resume, show_progress, train_to_end
 
 VOCABULARY = 4096
 

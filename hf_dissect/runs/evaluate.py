@@ -12,15 +12,15 @@ import datasets
 
 from hf_dissect.data import as_pairs
 from hf_dissect.data.pair_columns import CAPTION_COLUMNS
+from hf_dissect.data.tasks import number_tasks_as_saved
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.pull import download_model, pull_recipe
 from hf_dissect.models.loading import load_model_and_processor
 from hf_dissect.recipe.recipe import DataSection, Recipe, RecipeError
-from hf_dissect.training.run_folder import without_speed
 from hf_dissect.runs.run import load_split, zero_shot_figures
-from hf_dissect.data.tasks import number_tasks_as_saved
 from hf_dissect.trainer import DissectTrainer
+from hf_dissect.training.run_folder import without_speed
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Publishes the ledger of a run as a data set of the Hub, so that others can filter the same pairs by its scores."""
+"""Publication of a ledger as a data set of the Hub, so that others can filter the same pairs by its scores."""
 
 import json
 import tempfile
@@ -14,9 +14,9 @@ from hf_dissect.hub.published_files import check_private
 from hf_dissect.hub.push import Push
 from hf_dissect.hub.repository import HubError, Repository
 from hf_dissect.hub.shared_recipe import select_shareable
-from hf_dissect.selection.ledger_files import ID_COLUMN, find_scored, write_tables
 from hf_dissect.recipe.file import read_settings
 from hf_dissect.selection.ledger import LEDGER_FILE, SavedLedger, read_ledger
+from hf_dissect.selection.ledger_files import ID_COLUMN, find_scored, write_tables
 
 _TEMPLATE = "ledger.md.jinja"
 _DATA_FOLDER = "data"
@@ -45,12 +45,14 @@ def push_ledger(
     """Publish the scores of the pairs of a run, by their ids alone: no caption, no image, no name of a file.
 
     Args:
-        run: folder of a run, or one of its checkpoints.
-        repo_id: `USER/REPO` of the data set, or a name alone for one of the user's own; created if it is not there.
-        private, revision, token: as of `hf_dissect.hub.push.push_run`.
+        run: Run folder, or one of its checkpoints.
+        repo_id: Id `USER/REPO` of the data set, or a name alone for one of the user; created where missing.
+        private: Visibility of a new repository; None for the default of its owner.
+        revision: Branch to write to, created where missing; None for the main branch.
+        token: Token of the user; None for the one that is logged in.
 
     Raises:
-        HubError: the folder has no ledger, as of a distillation, or see `Repository.open` and `Repository.upload`.
+        HubError: The folder has no ledger, like that of a distillation, or see `Repository.open` and `upload`.
     """
     folder = Path(run)
     if is_student(folder):
@@ -68,7 +70,7 @@ def push_ledger(
     with tempfile.TemporaryDirectory() as place:
         tables = write_tables(ledger, Path(place))
         repository = Repository.open(repo_id, "dataset", private=private, revision=revision, token=token)
-        card = ledger_card(ledger, settings, repository.repo_id)
+        card = format_ledger_card(ledger, settings, repository.repo_id)
         files: dict[str, Path | bytes] = {f"{_DATA_FOLDER}/{table.name}": table for table in tables}
         files["README.md"] = card.encode()
         check_private(files, folder)
@@ -77,13 +79,13 @@ def push_ledger(
     return Push(repository.url, repository.repo_id, sorted(files), [])
 
 
-def ledger_card(ledger: SavedLedger, settings: Mapping[str, Any], repo_id: str) -> str:
-    """The card of a published ledger.
+def format_ledger_card(ledger: SavedLedger, settings: Mapping[str, Any], repo_id: str) -> str:
+    """Format the card of a published ledger.
 
     Args:
-        ledger: what is published.
-        settings: of the run's recipe, as they may be shared; empty without a recipe.
-        repo_id: where it is published.
+        ledger: Ledger to publish.
+        settings: Settings of the run's recipe that may be shared; empty without a recipe.
+        repo_id: Repository to publish in.
     """
     data, selection = (settings.get(name) or {} for name in ("data", "selection"))
     hub_data = data.get("path") if data.get("source") == "hub" else None

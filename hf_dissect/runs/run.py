@@ -11,16 +11,16 @@ import transformers
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
-from hf_dissect.models.adapters import add_adapter
-from hf_dissect.training.checkpoints import last_complete_checkpoint
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
 from hf_dissect.evaluation import evaluate_zero_shot
+from hf_dissect.models.adapters import add_adapter
 from hf_dissect.models.loading import freeze_tower, load_model_and_processor, networks_of
-from hf_dissect.training.progress import RunProgress
+from hf_dissect.models.twin_encoder import TwinDualEncoder
 from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
 from hf_dissect.trainer import DissectTrainer
+from hf_dissect.training.checkpoints import last_complete_checkpoint
+from hf_dissect.training.progress import RunProgress
 from hf_dissect.training_args import DissectTrainingArguments
-from hf_dissect.models.twin_encoder import TwinDualEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -262,6 +262,6 @@ def test_what_makes_no_sense_is_told(arguments, message, run, workplace, capsys)
 
 def test_commands_about_pairs_say_what_to_do_with_a_student(run, workplace, capsys):
     assert main(["audit", str(run)]) == 2
-    assert f"is told by: hf-dissect evaluate {run}" in capsys.readouterr().err
+    assert f"run: hf-dissect evaluate {run}" in capsys.readouterr().err
     assert main(["push-ledger", str(run), "ada/scores"]) == 2
     assert f"publish its student by: hf-dissect push {run} ada/scores" in capsys.readouterr().err

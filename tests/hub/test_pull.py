@@ -84,7 +84,7 @@ def test_a_revision(hub, workplace, capsys):
 @pytest.mark.parametrize("text", ["hub:", "hub:name", "hub:a/b/c", "hub:a/b@", "hub:../x", "hub:a b/c"])
 def test_what_is_no_address(text, workplace, capsys):
     assert main(["train", text]) == 2
-    assert "is no repository of the Hub; write hub:USER/REPO" in capsys.readouterr().err
+    assert "is not a repository of the Hub; write hub:USER/REPO" in capsys.readouterr().err
 
 
 def test_what_is_not_there(hub, workplace, capsys):

@@ -15,11 +15,10 @@ from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect.cli import main
 from hf_dissect.hub.repository import HubError
-from hf_dissect.runs import push_ledger as ledger_dataset
-from hf_dissect.runs.push_ledger import ledger_card, push_ledger
+from hf_dissect.runs.push_ledger import format_ledger_card, push_ledger
 from hf_dissect.runs.run import build_trainer
 from hf_dissect.selection import SampleLedger
-from hf_dissect.selection.ledger import read_ledger
+from hf_dissect.selection.ledger import SavedLedger, read_ledger
 
 
 def test_the_scores_are_read_as_they_were_recorded(hub: LoopbackHub, run, capsys):
@@ -100,8 +99,8 @@ def test_texts_of_the_recipe_cannot_break_the_card():
         "data": {"source": "hub", "path": "ada/pairs", "id_column": "<i>|", "caption_column": "<script>"},
         "selection": {"strategy": "<script>alert(1)</script>|", "options": {"`": "]("}},
     }
-    saved = ledger_dataset.SavedLedger(None, ledger.ids, {name: ledger.column(name) for name in ledger.columns}, {})
-    text = ledger_card(saved, settings, "ada/scores")
+    saved = SavedLedger(None, ledger.ids, {name: ledger.column(name) for name in ledger.columns}, {})
+    text = format_ledger_card(saved, settings, "ada/scores")
     head, body = text.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(head)["source_datasets"] == ["ada/pairs"]
     assert "<" not in body and "\n---" not in body and body.count("\n# ") == 1

@@ -13,11 +13,11 @@ from testing import tiny_models
 from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger, load_model_and_processor, make_scenes
-from hf_dissect.runs.audit import audit
-from hf_dissect.auditing.ledger_columns import read_ledger_columns, open_ledger
+from hf_dissect.auditing.ledger_columns import open_ledger, read_ledger_columns
 from hf_dissect.cli import main
 from hf_dissect.data import shuffle_captions
 from hf_dissect.evaluation import noise_detection_metrics
+from hf_dissect.runs.audit import audit
 from hf_dissect.runs.run import run_recipe
 
 COLUMNS = ["rank", "sample_id", "row", "place", "caption", "correlation", "score", "p_mismatched", "is_clean"]

@@ -153,4 +153,6 @@ def test_impossible_settings_are_refused(settings, message):
 def test_the_selector_knows_no_trainer():
     tree = ast.parse(Path(selector_module.__file__).read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not [name for name in modules if "trainer" in name or "hf_dissect.training" in name or "transformers" in name]
+    assert not [
+        name for name in modules if "trainer" in name or "hf_dissect.training" in name or "transformers" in name
+    ]
