@@ -9,32 +9,13 @@ ROOT = Path(__file__).parents[1]
 # A room is a folder or a module of the package. It imports itself and the rooms before it.
 ROOMS = """
     version settings distributed peft_registration mola models losses data selection evaluation recipe report hub cards
-    auditing training data_collator training_args training_data objective model_card evaluating_trainer
-    resumable_trainer trainer distillation runs cli hf_dissect
+    auditing training data_collator objective training_args training_data model_card summary trainer distillation runs
+    cli hf_dissect
 """.split()
 MOST_IN_ROOT, LONGEST_FILE = 12, 350
 
 # Imports that are wrong and not mended yet: importing module, imported module.
-EXCEPTIONS = {
-    ("auditing.embeddings", "trainer"),
-    ("distillation.model_card", "distillation.trainer"),
-    ("distillation.run_state", "distillation.trainer"),
-    ("distillation.summary", "distillation.trainer"),
-    ("evaluation.pair_scores", "trainer"),
-    ("recipe.rules", "recipe.recipe"),
-    ("selection.initial_ledger", "hub.pull"),
-    ("selection.initial_ledger", "trainer"),
-    ("training.card_callback", "model_card"),
-    ("training.card_callback", "trainer"),
-    ("training.run_folder", "objective"),
-    ("training.run_folder", "trainer"),
-    ("training.run_folder", "training_args"),
-    ("training.run_folder", "training_data"),
-    ("training.run_state", "resumable_trainer"),
-    ("training.run_state", "training.trainer"),
-    ("training.run_state", "training_data"),
-    ("training_args", "objective"),
-}
+EXCEPTIONS = {("recipe.rules", "recipe.recipe")}
 LONG_FILES = {"hf_dissect/mola/routing.py"}
 
 
