@@ -1,6 +1,5 @@
 """The Hugging Face Trainer with one thing added: of each candidate batch, only the pairs worth a gradient train."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -22,7 +21,7 @@ from hf_dissect.evaluation.predictions import predict_pairs, retrieval_of_predic
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
 from hf_dissect.models.adapters import restore_base, save_base
-from hf_dissect.models.loading import check_dual_encoder, contrastive_kind, logit_scale_and_bias, networks_of
+from hf_dissect.models.loading import contrastive_kind, logit_scale_and_bias, networks_of
 from hf_dissect.models.tasks import representations
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
@@ -38,8 +37,9 @@ from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import (
     begin_with_initial_ledger,
     check_arguments,
-    check_grad_cache,
+    check_model,
     check_tasks,
+    load_ledger,
     make_collator,
     num_pairs,
     pairs_for,
@@ -49,8 +49,6 @@ from hf_dissect.training_data import (
 )
 
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
-
-logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -62,8 +60,8 @@ class DissectTrainer(BaseTrainer):
         model: Model with `get_image_features` and `get_text_features`.
         args: `DissectTrainingArguments`.
         data_collator: Collator of the pairs; by default a `SelectionCollator` for the model and the processor.
-        train_dataset: `datasets.Dataset` or `IterableDataset` with an image and a caption column (see
-            `DissectTrainingArguments`), or a torch data set of dicts with `image`, `caption` and `sample_id`.
+        train_dataset: `datasets.Dataset` or `IterableDataset` with an image and a caption column, or a torch data set
+            of dicts with `image`, `caption` and `sample_id`.
         eval_dataset: Data set of the same kind, or a dict of several.
         processing_class: Processor of the model; saved with it.
         strategy: `SelectionStrategy` of your own, instead of the one that `args` names.
@@ -110,9 +108,7 @@ class DissectTrainer(BaseTrainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
-        check_grad_cache(self.model, args, self.is_deepspeed_enabled)
-        check_dual_encoder(self.model)
-        check_tasks(self.model, train_dataset, eval_dataset)
+        check_model(self.model, args, train_dataset, eval_dataset, self.is_deepspeed_enabled)
         tag_model(self.model)
         if data_collator is None:
             self.data_collator = make_collator(self.model, processing_class, args)
@@ -132,7 +128,7 @@ class DissectTrainer(BaseTrainer):
         self.add_callback(ClampLogitScale())
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
-        args, pairs = self.args, self.train_dataset
+        args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
         records = args.record_selection and self.is_world_process_zero()
         return OnlineSelector(
             strategy,
@@ -148,13 +144,7 @@ class DissectTrainer(BaseTrainer):
             ranks=self.ranks,
             bad_rows=BadRows(args.max_bad_fraction, num_pairs(pairs)),
             trace=SelectionTrace(args.output_dir if records else None),
-            hooks=LoopHooks(
-                agree=self._agree,
-                prepare=self._prepare_inputs,
-                autocast=self.accelerator.autocast,
-                measure=self.times.measure,
-                check_finite=self._check_finite,
-            ),
+            hooks=LoopHooks(self._agree, self._prepare_inputs, autocast, self.times.measure, self._check_finite),
         )
 
     # ---- the way of a pair: collated -> scored -> selected -> loss ----
@@ -168,9 +158,7 @@ class DissectTrainer(BaseTrainer):
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return self.stream
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Any]:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Batch], Any]:
         """Pull the candidate batches of one update and keep of each what the strategy selects."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # a finished run that is resumed
@@ -231,9 +219,7 @@ class DissectTrainer(BaseTrainer):
         loss = grad_cached_backward(
             model,
             forward_inputs(model, inputs),
-            lambda cached, scale, bias: self._loss(
-                model, inputs, cached, scale, bias, projections=cached["projections"]
-            ),
+            lambda cached, *scale: self._loss(model, inputs, cached, *scale, projections=cached["projections"]),
             chunk_size=self.args.grad_cache_chunk_size,
             backward=lambda part: self.accelerator.backward(part * share),
             no_sync=partial(self.accelerator.no_sync, model),
@@ -330,12 +316,8 @@ class DissectTrainer(BaseTrainer):
 
     def restore_extra(self, folder: str, has_state: bool) -> None:
         """Load the ledger and continue the epoch."""
-        if Path(folder, LEDGER_FILE).is_file():
-            self.ledger.load(Path(folder, LEDGER_FILE))
-        else:
-            logger.warning("%s has no %s: the history of the pairs begins again.", folder, LEDGER_FILE)
+        load_ledger(self.ledger, folder, has_state)
         if not has_state:
-            logger.warning("%s has no state of the selection: its figures and logs begin again.", folder)
             return
         self.enter_epoch(self.selector.epoch)
         if num_pairs(self.train_dataset) is None and self.stream is None:
@@ -357,13 +339,9 @@ class DissectTrainer(BaseTrainer):
         retrieval: bool = True,
         noise_detection: bool = True,
     ) -> dict[str, Any]:
-        """Evaluate the trained model.
+        """Evaluate the trained model on `test_dataset` (None for `eval_dataset`), and add the `more_figures`.
 
-        Args:
-            test_dataset: Data of the retrieval figures; None for `eval_dataset`.
-            more_figures: Function that computes further figures, such as zero-shot accuracies.
-            retrieval: Whether to compute the retrieval figures.
-            noise_detection: Whether to score all training pairs with the final model, where the truth is known.
+        With `noise_detection`, all training pairs are scored with the final model, where the truth is known.
         """
         unlogged = {} if more_figures is None else more_figures()
         dataset, final = self.eval_dataset if test_dataset is None else test_dataset, {}

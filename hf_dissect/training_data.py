@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hf_dissect.mola import mola_routing
 from hf_dissect.objective import Objective
 from hf_dissect.selection import SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
+from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,13 @@ def stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArgumen
     )
 
 
+def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluation: Any, uses_deepspeed: bool) -> None:
+    """Check that the model is a dual encoder that goes with arguments, tasks and DeepSpeed (`ValueError`)."""
+    check_grad_cache(model, args, uses_deepspeed)
+    check_dual_encoder(model)
+    check_tasks(model, train, evaluation)
+
+
 def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed: bool) -> None:
     """Make sure that several backward passes a step are possible where `grad_cache_chunk_size` asks for them.
 
@@ -198,6 +207,17 @@ def warn_if_warm_up_outlasts(
                 "Train longer, or warm up shorter.",
                 *(args.max_steps, epochs, warmup, deed),
             )
+
+
+def load_ledger(ledger: SampleLedger, folder: str, has_state: bool) -> None:
+    """Load the ledger of a checkpoint; warn of what a checkpoint of the plain Trainer does not have."""
+    file = Path(folder, LEDGER_FILE)
+    if file.is_file():
+        ledger.load(file)
+    else:
+        logger.warning("%s has no %s: the history of the pairs begins again.", folder, LEDGER_FILE)
+    if not has_state:
+        logger.warning("%s has no state of the selection: its figures and logs begin again.", folder)
 
 
 def begin_with_initial_ledger(

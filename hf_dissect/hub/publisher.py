@@ -6,8 +6,8 @@ import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from hf_dissect.hub.published_files import CARD_FILE, CARDS, RECIPE_FILE, remove_paths
@@ -99,14 +99,16 @@ class Publisher:
             return False
         return self.args.hub_always_push or self._jobs is None or self._jobs.is_done()
 
-    def push_checkpoint(self, checkpoint: str | Path, message: str) -> None:
-        """Begin to send a checkpoint; its failure is logged and does not end the training."""
+    def push_checkpoint(self, checkpoint: str | Path, state: TrainerState) -> None:
+        """Begin to send the checkpoint of a state; its failure is logged and does not end the training."""
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        progress = f"step {state.global_step}" if by_steps else f"epoch {round(state.epoch)}"
         is_free = self._jobs is None or self._jobs.is_done()
         if is_free:
             for left in Path(self.args.output_dir).glob(f"{STAGING_PREFIX}*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         staged = self._stage(Path(checkpoint))
-        job = self.repository.api.run_as_future(self._publish_checkpoint, staged, message)
+        job = self.repository.api.run_as_future(self._publish_checkpoint, staged, f"Training in progress, {progress}")
         if is_free:
             self._jobs = PushInProgress([job])
         else:

@@ -28,7 +28,8 @@ from hf_dissect.distillation.trainer import DistillationTrainer
 from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
 from hf_dissect.distillation.training_data import Columns, check_lengths, column_names
 from hf_dissect.models.tokenizer_training import train_tokenizer
-from hf_dissect.runs.run import checkpoint_to_resume, show_progress, train_to_end
+from hf_dissect.runs.run import show_progress, train_to_end
+from hf_dissect.training.checkpoints import find_checkpoint
 
 VOCABULARY = 4096
 
@@ -42,7 +43,7 @@ def run_distillation(recipe: DistillationRecipe, *, resume: bool = False) -> dic
     Raises:
         ValueError: there is no checkpoint to resume from, or settings and data do not fit.
     """
-    checkpoint = checkpoint_to_resume(recipe.output_dir) if resume else None
+    checkpoint = find_checkpoint(recipe.output_dir) if resume else None
     splits = load_columns(recipe.data)
     trainer = build_trainer(recipe, splits)
     train_to_end(trainer, checkpoint)

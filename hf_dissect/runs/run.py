@@ -18,7 +18,7 @@ from hf_dissect.models.loading import freeze_tower, load_model_and_processor, ne
 from hf_dissect.models.twin_encoder import TwinDualEncoder
 from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
 from hf_dissect.trainer import DissectTrainer
-from hf_dissect.training.checkpoints import last_complete_checkpoint
+from hf_dissect.training.checkpoints import find_checkpoint
 from hf_dissect.training.progress import RunProgress
 from hf_dissect.training_args import DissectTrainingArguments
 
@@ -121,7 +121,7 @@ def run_recipe(
     Raises:
         ValueError: there is no checkpoint to resume from, or see `build_trainer`.
     """
-    checkpoint = checkpoint_to_resume(recipe.output_dir) if resume else None
+    checkpoint = find_checkpoint(recipe.output_dir) if resume else None
     splits = load_data(recipe) if splits is None else splits
     trainer = build_trainer(recipe, splits)
     processor = trainer.processing_class
@@ -141,14 +141,6 @@ def run_recipe(
     )
 
 
-def checkpoint_to_resume(output_dir: str) -> str:
-    """The last complete checkpoint of a run's folder (`ValueError` if there is none)."""
-    checkpoint = last_complete_checkpoint(output_dir)
-    if checkpoint is None:
-        raise ValueError(f"No checkpoint to resume from in {output_dir}.")
-    return str(checkpoint)
-
-
 def show_progress(trainer: Trainer) -> None:
     """Give a trainer one bar for the whole run in place of its own, where bars are wanted."""
     if not trainer.args.disable_tqdm:
@@ -156,7 +148,7 @@ def show_progress(trainer: Trainer) -> None:
         trainer.add_callback(RunProgress())
 
 
-def train_to_end(trainer: Trainer, checkpoint: str | None) -> None:
+def train_to_end(trainer: Trainer, checkpoint: Path | None) -> None:
     """Train, from a checkpoint if one is given; an error closes the bar of `show_progress`."""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

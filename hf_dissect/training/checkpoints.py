@@ -11,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_dissect.distributed import Ranks
+
 logger = logging.getLogger(__name__)
 
 UNFINISHED_FOLDER = "unfinished_checkpoints"
@@ -61,6 +63,41 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
         else:
             return checkpoint
     return None
+
+
+@contextmanager
+def write_whole(final: Path, ranks: Ranks, names_it: bool) -> Iterator[Path]:
+    """Give the folder to write a checkpoint to; give it its name when the block ends without an error.
+
+    Args:
+        final: Folder that the checkpoint gets at the end.
+        ranks: Processes of the run; all of them have written before the checkpoint gets its name.
+        names_it: Whether this process gives it its name: the first one of each node.
+
+    Raises:
+        CheckpointError: something could not be written.
+    """
+    run_folder = final.parent
+    written = run_folder / UNFINISHED_FOLDER / final.name
+    step = final.name.rpartition("-")[2]
+    try:
+        with explain_unwritable(f"The checkpoint of step {step}", run_folder):
+            yield written
+            ranks.wait()
+            if names_it:
+                publish(written, final)
+            ranks.wait()
+    finally:
+        if names_it:
+            remove_unfinished(run_folder)
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """Return the last complete checkpoint of a run folder (`ValueError` if there is none)."""
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(f"No checkpoint to resume from in {folder}.")
+    return checkpoint
 
 
 def publish(unfinished: Path, final: Path) -> None:

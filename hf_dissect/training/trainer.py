@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hf_dissect.distributed import Ranks
 from hf_dissect.hub.publisher import Publisher
@@ -20,9 +20,10 @@ from hf_dissect.training.card_callback import ModelCardCallback
 from hf_dissect.training.checkpoints import (
     UNFINISHED_FOLDER,
     explain_unwritable,
+    find_checkpoint,
     last_complete_checkpoint,
-    publish,
     remove_unfinished,
+    write_whole,
 )
 from hf_dissect.training.interruption import StoppedBySignal, StopRequest, explain_dead_worker
 from hf_dissect.training.loss_since_log import LossSinceLog
@@ -50,20 +51,18 @@ class BaseTrainer(Trainer):
         trainer_arguments: Further arguments of `transformers.Trainer`.
 
     Attributes:
+        model_in_checkpoint: Folder, within a checkpoint, of the model that is published; "" for the checkpoint itself.
+        timed_parts: Parts of a run whose seconds `metrics.json` holds.
         ranks: `Ranks`, the processes of the run.
         times: `TimeSpent`, the seconds of its parts.
         parts: Parts of the run whose state a checkpoint holds, by name; a subclass adds its own.
         summary: `Summary` that reports the run; made by the subclass.
-        publisher: `Publisher` that sends the run to the Hub.
-        model_card: Callback that writes the card.
     """
 
     card_callback: ClassVar[type[ModelCardCallback]]
     summary: Summary
     model_in_checkpoint: ClassVar[str] = ""
-    """Folder, within a checkpoint, of the model that is published; "" for the checkpoint itself."""
     timed_parts: ClassVar[tuple[str, ...]] = ("data", "training", "evaluation")
-    """Parts of a run whose seconds `metrics.json` holds."""
     # The loss is the mean over a micro-batch, to be divided by the number of accumulation steps.
     loss_is_scaled_for_ga = False
 
@@ -124,14 +123,11 @@ class BaseTrainer(Trainer):
 
         Raises:
             ValueError: there is no checkpoint to resume from, or it is another model's.
-            CheckpointError: a checkpoint cannot be written; the last good one is named.
-            DataWorkerDied: a data worker ended unexpectedly; the last good checkpoint is named.
+            CheckpointError, DataWorkerDied: see there; the last good checkpoint is named.
             StoppedBySignal: the process was asked to end, and a checkpoint was written.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"No checkpoint to resume from in {self.args.output_dir}.")
+            resume_from_checkpoint = find_checkpoint(self.args.output_dir)
         checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if checkpoint is None:
             self.reset(step=0)
@@ -153,18 +149,15 @@ class BaseTrainer(Trainer):
         return output
 
     def finish(self, test_dataset: Any = None, *, name: str | None = None, **options: Any) -> dict[str, Any]:
-        """Evaluate the trained model and write the run folder; called on all ranks, written by the first.
+        """Evaluate the trained model, write the run folder, and return the content of `metrics.json`.
 
-        The folder gets the model and what belongs to it, `recipe.yaml` when the run has one, `metrics.json`, a report
-        and a model card; with `push_to_hub` it is published. The final figures are logged as `test_*`.
+        Called on all ranks, written by the first. The folder gets the model and what belongs to it, the recipe, the
+        metrics, a report and a model card; with `push_to_hub` it is published.
 
         Args:
             test_dataset: Data of the final figures; None for the trainer's `eval_dataset`.
             name: Name of the run in report and figures; None for its own.
             options: Keyword arguments of `final_figures`.
-
-        Returns:
-            The content of `metrics.json`.
         """
         # First, so that nothing that follows can cost the trained model; not pushed before the rest is there.
         self.save_model(_internal_call=True)
@@ -225,21 +218,14 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        final = run_folder / name
+        final = run_folder / f"checkpoint-{self.state.global_step}"
         self._unfinished = run_folder / UNFINISHED_FOLDER
         try:
-            with explain_unwritable(f"The checkpoint of step {self.state.global_step}", run_folder):
+            with write_whole(final, self.ranks, names_it=self.is_local_process_zero()) as written:
                 super()._save_checkpoint(model, trial)
-                save_state(self._unfinished / name, self.parts, self.args, self.ranks)
-                self._name_best_checkpoint(self._unfinished / name, final)
-                self.ranks.wait()
-                if self.is_local_process_zero():
-                    publish(self._unfinished / name, final)
-                self.ranks.wait()
+                save_state(written, self.parts, self.args, self.ranks)
+                self._name_best_checkpoint(written, final)
         finally:
-            if self.is_local_process_zero():
-                remove_unfinished(run_folder)
             self._unfinished = None
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
@@ -324,12 +310,9 @@ class BaseTrainer(Trainer):
             self.hub_model_id = self.publisher.open(token, private)
 
     def create_model_card(self, dataset_tags: str | list[str] | None = None, **given: Any) -> None:
-        """Write the run's card to `output_dir`; `push_to_hub` does so, and passes on what it was given.
+        """Write the run's card to `output_dir`, as `transformers.Trainer.create_model_card`.
 
-        Args:
-            dataset_tags: Ids of the data sets of the Hub that were trained on.
-            given: `language`, `license` and `tags` for the metadata; a license is only named if it is given. Other
-                arguments of `transformers.Trainer.create_model_card` are known from the run.
+        `language`, `license`, `tags` and `dataset_tags` go to the metadata; all else is known from the run.
         """
         named = {name: given.get(name) for name in ("language", "license", "tags")}
         self.model_card.write(self.args, self.state, datasets=dataset_tags, **named)
@@ -345,11 +328,7 @@ class BaseTrainer(Trainer):
     ) -> Push | Future | None:
         """Save the model and publish the run folder, as `transformers.Trainer.push_to_hub`; called on all processes.
 
-        Returns:
-            What was published, a future of it if not `blocking`, None on other processes than the first.
-
-        Raises:
-            HubError: the Hub cannot be written to, or a file holds something private.
+        Other processes than the first get None. A `HubError` says what cannot be written or would publish a secret.
         """
         if self.is_world_process_zero() and (token or revision or self.hub_model_id is None):
             self.hub_model_id = self.publisher.open(token, private, revision)
@@ -373,9 +352,7 @@ class BaseTrainer(Trainer):
         if self._unfinished is not None or not self.is_world_process_zero() or not self.publisher.is_due:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        by_steps = self.args.save_strategy == SaveStrategy.STEPS
-        progress = f"step {self.state.global_step}" if by_steps else f"epoch {round(self.state.epoch)}"
-        self.publisher.push_checkpoint(checkpoint_folder, f"Training in progress, {progress}")
+        self.publisher.push_checkpoint(checkpoint_folder, self.state)
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
