@@ -246,12 +246,23 @@ def check_strategy_trains(snippet, page, data, capsys):
     assert trainer.monitor.run.figures()["kept_share"] == 0.5
 
 
+def check_plain_loop_selects(snippet, page, data, capsys):
+    """The plain loop trains on half of each batch, and all pairs have scores."""
+    model, processor = tiny_models.tiny_clip()
+    before = [weight.clone() for weight in model.parameters()]
+    names = run(snippet, page, model=model, processor=processor, dataset=tiny_models.tiny_pairs(64))
+    assert len(names["batch"]["sample_id"]) == 32 and names["selector"].pop_logs()["selection_kept_share"] == 0.5
+    assert names["selector"].ledger.column("correlation").isfinite().all()
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
 # The check of each Python snippet, by its page and its number there.
 SNIPPETS = {
     ("README.md", 0): check_training_of_a_model_of_the_hub,
     ("docs/python.md", 0): check_training_from_scratch,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/own_strategy.md", 0): check_strategy_trains,
+    ("docs/own_strategy.md", 1): check_plain_loop_selects,
 }
 FOUND = {(page, number): text for page in PAGES for number, text in enumerate(blocks(page, "python"))}
 
