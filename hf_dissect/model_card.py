@@ -21,7 +21,7 @@ from hf_dissect.cards.rows import (
 )
 from hf_dissect.cards.templates import render_card, template_folder
 from hf_dissect.report.data import replace_file
-from hf_dissect.report.tables import mapping
+from hf_dissect.report.tables import as_mapping
 
 if TYPE_CHECKING:
     from hf_dissect.recipe.file import RecipeFile
@@ -88,7 +88,7 @@ def write_model_card(
     """
     metrics = json.loads(json.dumps(metrics, default=str))  # names instead of enumerations, as in the file
     model = model or ModelFacts()
-    adapter = mapping(metrics.get("adapter"))
+    adapter = as_mapping(metrics.get("adapter"))
     base_id = hub_id(base_model)
     title = card_title(recipe, metrics)
     metadata = card_metadata(
@@ -120,7 +120,7 @@ def write_model_card(
         evaluated=evaluated,
         results=result_rows(metrics),
         noise=noise_rows(metrics),
-        versions=told(list(mapping(metrics.get("versions")).items())),
+        versions=told(list(as_mapping(metrics.get("versions")).items())),
         model_id=model_id or ".",
         model=model,
         trusts_code=recipe is not None and recipe.model.trust_remote_code,
@@ -146,5 +146,5 @@ def _adapter(adapter: Mapping) -> dict | None:
     if not adapter:
         return None
     is_mola = adapter["type"] == "mola"
-    variant = mapping(adapter.get("settings")).get("variant")
+    variant = as_mapping(adapter.get("settings")).get("variant")
     return {"is_mola": is_mola, "routes_by_task": is_mola and variant == "grad"}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_dissect.report.tables import mapping
+from hf_dissect.report.tables import as_mapping
 
 _OF_STRATEGY = {
     "dissect": "zhao2025dissect",
@@ -31,11 +31,11 @@ def cited_papers(metrics: Mapping, *, model_type: str, locked_tower: bool) -> li
         model_type: of the dual encoder; CLIP is cited where the model has no paper of its own here.
         locked_tower: whether a tower is frozen, or stored features stand for it.
     """
-    settings = mapping(metrics.get("settings"))
+    settings = as_mapping(metrics.get("settings"))
     keys = [
         _OF_STRATEGY.get(metrics.get("strategy")),
         _OF_STRATEGY["gsc"] if settings.get("gsc") is not None else None,
-        _OF_ADAPTER.get(mapping(metrics.get("adapter")).get("type")),
+        _OF_ADAPTER.get(as_mapping(metrics.get("adapter")).get("type")),
         "gao2021gradcache" if settings.get("grad_cache_chunk_size") else None,
         _OF_MODEL.get(model_type, "radford2021clip"),
         "zhai2022lit" if locked_tower else None,

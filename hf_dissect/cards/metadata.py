@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
-from hf_dissect.report.plots import finite
-from hf_dissect.report.tables import final_figures, label, mapping
+from hf_dissect.report.plots import to_finite
+from hf_dissect.report.tables import select_final_figures, label, as_mapping
 
 if TYPE_CHECKING:
     from hf_dissect.recipe.recipe import Recipe
@@ -48,7 +48,7 @@ def card_metadata(
         reads_features: whether the model reads stored features, so that no picture can be shown to it.
         told: `license`, `language`, `tags` and `datasets` as the user gave them.
     """
-    adapter = mapping(metrics.get("adapter"))
+    adapter = as_mapping(metrics.get("adapter"))
     own = None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path)
     results = eval_results(metrics, recipe, evaluated)
     return ModelCardData(
@@ -68,8 +68,8 @@ def eval_results(metrics: Mapping, recipe: "Recipe | None", evaluated: str) -> l
     """Retrieval (recalls in per cent) and zero-shot accuracy (shares of 1) as results of the Hub."""
     retrieval, zero_shot = _retrieval_data(recipe, evaluated), _zero_shot_data(recipe)
     results = []
-    for key, value in final_figures(metrics).items():
-        number = finite(value)
+    for key, value in select_final_figures(metrics).items():
+        number = to_finite(value)
         if number is None or not may_be_published(key):
             continue
         if _ZERO_SHOT.fullmatch(key):

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 from hf_dissect.cards.metadata import DATA_NAMES
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
-from hf_dissect.report.tables import final_figures, format_number, mapping, results_table, run_figures
+from hf_dissect.report.tables import (
+    select_final_figures,
+    format_number,
+    as_mapping,
+    results_table,
+    collect_run_figures,
+)
 
 if TYPE_CHECKING:
     from hf_dissect.recipe.recipe import Recipe
@@ -37,7 +43,7 @@ _DETECTION = "noise_detection_"
 def data_rows(metrics: Mapping, recipe: "Recipe | None") -> Rows:
     """What the model was trained on, and the noise that was put into it."""
     rows = [] if recipe is None else _source_rows(recipe)
-    bad = mapping(metrics.get("bad_rows")).get("count")
+    bad = as_mapping(metrics.get("bad_rows")).get("count")
     return told(
         [*rows, ("Training pairs", _count(metrics.get("num_pairs"))), ("Unreadable rows skipped", bad or None)]
     )
@@ -64,11 +70,11 @@ def _source_rows(recipe: "Recipe") -> list[tuple[str, object]]:
 
 def training_rows(metrics: Mapping, recipe: "Recipe | None") -> Rows:
     """Selection, objective, length and cost of the training; what the run did not record is left out."""
-    settings = mapping(metrics.get("settings"))
+    settings = as_mapping(metrics.get("settings"))
     selection = {"strategy": metrics.get("strategy")}
     selection |= {key.removeprefix("selection_"): value for key, value in settings.items() if key in _SELECTION}
-    times, figures = mapping(metrics.get("times")), run_figures(metrics)
-    kept = mapping(metrics.get("selection")).get("kept_share")
+    times, figures = as_mapping(metrics.get("times")), collect_run_figures(metrics)
+    kept = as_mapping(metrics.get("selection")).get("kept_share")
     return told(
         [
             ("Recipe", None if recipe is None else recipe.name),
@@ -89,27 +95,27 @@ def adapter_rows(adapter: Mapping) -> Rows:
     if not adapter:
         return []
     kind = "MoLA, mixture of low-rank adapters" if adapter["type"] == "mola" else adapter["type"]
-    settings = [(f"Adapter: {key}", value) for key, value in mapping(adapter.get("settings")).items()]
+    settings = [(f"Adapter: {key}", value) for key, value in as_mapping(adapter.get("settings")).items()]
     return told([("Adapter", kind), *settings, ("Trained parameters", _count(adapter.get("trained_parameters", 0)))])
 
 
 def hyperparameter_rows(metrics: Mapping) -> Rows:
     """Settings of the training that differ from their defaults and are in no other table."""
     shown = {"selection_strategy", *_SELECTION, *_OBJECTIVE}
-    settings = mapping(metrics.get("settings")).items()
+    settings = as_mapping(metrics.get("settings")).items()
     return told([(key, value) for key, value in settings if key not in shown and not _HOUSEKEEPING.match(key)])
 
 
 def result_rows(metrics: Mapping) -> Rows:
     """The final figures but those of the noise, the most asked for first."""
-    figures = {key: value for key, value in final_figures(metrics).items() if not key.startswith(_DETECTION)}
+    figures = {key: value for key, value in select_final_figures(metrics).items() if not key.startswith(_DETECTION)}
     table = results_table([("", figures)], corner="")
     return told([(name, cell.text + cell.spread) for name, cell in zip(table.columns, table.rows[0], strict=True)])
 
 
 def noise_rows(metrics: Mapping) -> Rows:
     """What the run found of the mismatched pairs; none where the truth is not known."""
-    selection, final = mapping(metrics.get("selection")), final_figures(metrics)
+    selection, final = as_mapping(metrics.get("selection")), select_final_figures(metrics)
     rows = [(name, _figure(key, selection.get(key))) for key, name in _NOISE.items()]
     for key, value in final.items():
         if key.startswith(_DETECTION):

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from hf_dissect.evaluation import summarise_seeds
 from hf_dissect.recipe.recipe import Recipe
-from hf_dissect.report.page import RunSummary, write_report
+from hf_dissect.report.selection import RunSummary, write_report
 from hf_dissect.training.run_folder import write_json
 from hf_dissect.runs.run import in_folder, load_data, run_recipe
 

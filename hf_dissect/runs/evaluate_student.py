@@ -32,7 +32,7 @@ from hf_dissect.hub.pull import download_model
 from hf_dissect.hub.shared_recipe import select_shareable
 from hf_dissect.recipe.fields import Faults, RecipeError, read_section
 from hf_dissect.recipe.file import read_settings
-from hf_dissect.report.tables import mapping
+from hf_dissect.report.tables import as_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +134,8 @@ def _origin(folder: Path, checkpoint: str, is_own: bool) -> _Origin:
     recipe = next((place / RECIPE_FILE for place in places if (place / RECIPE_FILE).is_file()), None)
     if recipe is None:
         text = (folder / METRICS_FILE).read_text("utf-8") if (folder / METRICS_FILE).is_file() else "{}"
-        metrics = mapping(json.loads(text))
-        settings = mapping(metrics.get("settings"))
+        metrics = as_mapping(json.loads(text))
+        settings = as_mapping(metrics.get("settings"))
         names = (metrics.get("student", "image"), settings.get("label_column", "label"))
         return _Origin(*names, settings.get("max_caption_length"), None)
     settings, faults = read_settings(recipe), Faults()
@@ -146,7 +146,7 @@ def _origin(folder: Path, checkpoint: str, is_own: bool) -> _Origin:
     data = read_section(DistillationDataSection, settings.get("data"), "data", faults)
     if faults.messages:
         raise RecipeError(str(recipe) if is_own else checkpoint, faults.messages)
-    length = mapping(settings.get("distillation")).get("max_caption_length")
+    length = as_mapping(settings.get("distillation")).get("max_caption_length")
     return _Origin(student.column or "image", data.label_column, length, data)
 
 

@@ -19,7 +19,7 @@ from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.models.adapters import describe_adapter
 from hf_dissect.objective import label_columns
 from hf_dissect.report.data import replace_file
-from hf_dissect.report.page import PairSample, RunSummary, write_report
+from hf_dissect.report.selection import PairSample, RunSummary, write_report
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.monitor import ObservedPair
 from hf_dissect.training_args import DissectTrainingArguments
