@@ -1,36 +1,30 @@
-"""Model card of a run, so that a checkpoint says on what terms it was trained wherever it is copied to."""
+"""Model card of a run with sample selection."""
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_dissect.cards.citations import bibtex, cited_papers
-from hf_dissect.cards.metadata import TAGS, card_metadata
-from hf_dissect.cards.privacy import hub_dataset, hub_id, may_be_published
-from hf_dissect.cards.rows import (
-    adapter_rows,
-    data_rows,
-    hyperparameter_rows,
-    noise_rows,
-    result_rows,
-    told,
-    training_rows,
-)
-from hf_dissect.cards.templates import render_card, template_folder
-from hf_dissect.report.data import replace_file
+from hf_dissect.cards.card import choose_title, write_card
+from hf_dissect.cards.citations import find_papers
+from hf_dissect.cards.metadata import build_metadata, find_pair_results, list_results
+from hf_dissect.cards.privacy import hub_dataset
+from hf_dissect.cards.rows import list_selection, tabulate_adapter, tabulate_data, tabulate_noise, tabulate_training
 from hf_dissect.report.tables import as_mapping
 
 if TYPE_CHECKING:
-    from hf_dissect.recipe.file import RecipeFile
     from hf_dissect.recipe.recipe import Recipe
 
-__all__ = ["TAGS", "ModelFacts", "card_description", "card_title", "write_model_card"]
+__all__ = ["TAGS", "ModelFacts", "name_model", "write_model_card"]
+
+TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
 
 _TEMPLATE = "dissect.md.jinja"
 _TITLE = "CLIP trained with hf_dissect"
+_MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def write_model_card(
             base model that it is put on.
         recipe: of the run, if it has one.
         model: how the model is run; a CLIP by default.
-        model_id: id under which the model can be loaded; by default the folder of the card is meant.
+        model_id: id under which the model can be loaded; by default the folder of the card is meant, see `name_model`.
         evaluated: the split that the final figures are of, "test" or "validation".
         progress: how far a run has come that is not finished, such as "step 40 of 200".
         picture: name of the picture with the run's curves, in the folder of the card.
@@ -89,60 +83,55 @@ def write_model_card(
     metrics = json.loads(json.dumps(metrics, default=str))  # names instead of enumerations, as in the file
     model = model or ModelFacts()
     adapter = as_mapping(metrics.get("adapter"))
-    base_id = hub_id(base_model)
-    title = card_title(recipe, metrics)
-    metadata = card_metadata(
-        metrics,
-        name=title,
-        recipe=recipe,
-        evaluated=evaluated,
-        base_model=base_id,
-        reads_features=model.feature_size is not None,
-        told=told_by_user or {},
+    title = choose_title(recipe, metrics, _TITLE)
+    dataset = None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path)
+    reads_features = model.feature_size is not None
+    metadata = build_metadata(
+        title,
+        dataset=dataset,
+        started_from=base_model,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="feature-extraction" if reads_features else "zero-shot-image-classification",
+        tags=[*TAGS, *(("peft", adapter["type"]) if adapter else ())],
+        results=list_results(metrics, find_pair_results(recipe, evaluated)),
+        given=told_by_user or {},
     )
-    locked = model.feature_size is not None or (recipe is not None and recipe.model.freeze is not None)
-    papers = cited_papers(metrics, model_type=model.model_type, locked_tower=locked)
-    card = render_card(
+    locked = reads_features or (recipe is not None and recipe.model.freeze is not None)
+    return write_card(
+        path,
         _TEMPLATE,
-        metadata=metadata.to_yaml(),
         title=title,
-        description=card_description(recipe),
+        metadata=metadata,
+        metrics=metrics,
+        recipe=recipe,
+        started_from=base_model,
+        training=[
+            *tabulate_adapter(adapter),
+            *tabulate_training(metrics, recipe, list_selection(metrics, recipe)),
+        ],
+        evaluated=evaluated,
         progress=progress,
+        model_id=model_id,
+        papers=find_papers(metrics, model_type=model.model_type, locked_tower=locked),
         selects=metrics.get("strategy") != "none",
-        base_model=base_id,
-        from_scratch=base_model is None,
-        dataset=None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path),
-        data=data_rows(metrics, recipe),
-        training=[*adapter_rows(adapter), *training_rows(metrics, recipe)],
-        hyperparameters=hyperparameter_rows(metrics),
+        dataset=dataset,
+        data=tabulate_data(metrics, recipe),
         picture=picture,
         picture_text=picture_text,
-        evaluated=evaluated,
-        results=result_rows(metrics),
-        noise=noise_rows(metrics),
-        versions=told(list(as_mapping(metrics.get("versions")).items())),
-        model_id=model_id or ".",
+        noise=tabulate_noise(metrics),
         model=model,
         trusts_code=recipe is not None and recipe.model.trust_remote_code,
-        adapter=_adapter(adapter),
-        citations=bibtex(papers, template_folder() / "citations.bib"),
+        adapter=_describe_adapter(adapter),
     )
-    return replace_file(path, card)
 
 
-def card_title(recipe: "RecipeFile | None", metrics: Mapping, default: str = _TITLE) -> str:
-    """The name of recipe or run, if it may be published."""
-    names = (None if recipe is None else recipe.name, metrics.get("name"), default)
-    return next(" ".join(str(name).split()) for name in names if name and may_be_published(name))
+def name_model(card: str, model_id: str) -> str:
+    """The text of a card whose loading snippet names `model_id`, an id of the Hub, instead of the card's folder."""
+    return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
 
 
-def card_description(recipe: "RecipeFile | None") -> str:
-    """The description in a recipe, if it may be published."""
-    return recipe.description if recipe is not None and may_be_published(recipe.description) else ""
-
-
-def _adapter(adapter: Mapping) -> dict | None:
-    """What the card's text and snippet need to know of the adapter; None where the model has none."""
+def _describe_adapter(adapter: Mapping) -> dict[str, bool] | None:
+    """Return the facts that text and snippet of the card need of an adapter; None for a model without one."""
     if not adapter:
         return None
     is_mola = adapter["type"] == "mola"

@@ -13,19 +13,11 @@ from torch.utils.data import DataLoader
 
 from hf_dissect.data.loading import load_splits
 from hf_dissect.distillation.data_collator import DistillationCollator, array_shape, row_masks
-from hf_dissect.distillation.training_data import Columns, ModalityRows, column_names
 from hf_dissect.distillation.evaluation import prediction_metrics
 from hf_dissect.distillation.recipe import DistillationDataSection, ModalitySection
-from hf_dissect.runs.distil import (
-    first_rows,
-    load_columns,
-    load_processor,
-    read_arrays,
-    rows_of_groups,
-)
 from hf_dissect.distillation.saved_student import student_folder
 from hf_dissect.distillation.student import StudentForClassification
-from hf_dissect.runs.evaluate import data_section
+from hf_dissect.distillation.training_data import Columns, ModalityRows, column_names
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import METRICS_FILE, RECIPE_FILE
 from hf_dissect.hub.pull import download_model
@@ -33,6 +25,14 @@ from hf_dissect.hub.shared_recipe import select_shareable
 from hf_dissect.recipe.fields import Faults, RecipeError, read_section
 from hf_dissect.recipe.file import read_settings
 from hf_dissect.report.tables import as_mapping
+from hf_dissect.runs.distil import (
+    first_rows,
+    load_columns,
+    load_processor,
+    read_arrays,
+    rows_of_groups,
+)
+from hf_dissect.runs.evaluate import data_section
 
 logger = logging.getLogger(__name__)
 
