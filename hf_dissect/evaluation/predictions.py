@@ -1,4 +1,4 @@
-"""From what a Trainer's evaluation loop gathers to retrieval figures."""
+"""Computes retrieval figures from the outputs of a Trainer's evaluation loop."""
 
 import logging
 
@@ -10,11 +10,14 @@ logger = logging.getLogger(__name__)
 
 
 def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
-    """Retrieval metrics of all readable pairs; none, with a warning, when there are no readable pairs.
+    """Compute the retrieval metrics of all readable pairs.
 
     Args:
-        predictions: `predictions` are image and text embeddings `(pairs, D)`; `label_ids` the image keys, equal for
-            pairs of one image, and the reasons why a pair is bad, 0 for a good one, each `(pairs,)`.
+        predictions: `predictions` are image and text embeddings `(pairs, D)`; `label_ids` are the image keys, equal
+            for pairs of one image, and the reason why a pair is bad, 0 for a good one, each `(pairs,)`.
+
+    Returns:
+        The figures of `retrieval_from_pairs`; empty if no pair is readable. A warning counts the unreadable pairs.
     """
     image_embeds, text_embeds = predictions.predictions
     image_key, bad_reason = predictions.label_ids

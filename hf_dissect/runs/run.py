@@ -18,6 +18,7 @@ from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.loading import freeze_tower, load_model_and_processor, networks_of
 from hf_dissect.training.progress import RunProgress
 from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
+from hf_dissect.runs.saved_model import load_split
 from hf_dissect.training.run_folder import write_run_folder
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training_args import DissectTrainingArguments
@@ -181,21 +182,6 @@ def zero_shot_figures(model: Any, processor: Any, section: ZeroShotSection, reci
         model, processor, rows, section.classes, section.templates, section.image_column, section.label_column
     )
     return {f"zero_shot_{key}": value for key, value in figures.items()}
-
-
-def load_split(section: DataSection, split: str, *, whole: bool = True) -> Any:
-    """One split of some data; data that know no splits are taken whole, with a warning, unless `whole` is false.
-
-    Raises:
-        ValueError: the data have splits, but not this one.
-    """
-    splits = load_splits(**dataclasses.asdict(section))
-    if split in splits:
-        return splits[split]
-    if whole and list(splits) == ["train"]:
-        logger.warning("The data have no split %r; all of them are evaluated.", split)
-        return splits["train"]
-    raise ValueError(f"split {split!r}: the data have {', '.join(splits)}; name one of these with --split.")
 
 
 def free_output_dir(recipe: Recipe) -> Recipe:
