@@ -29,14 +29,14 @@ _MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a reader must know of a model to run it.
+    """Facts of a model that a reader needs to run it.
 
     Args:
-        model_type: of its configuration; of twins, of that of the first.
-        loss: "softmax" or "sigmoid": what makes probabilities of its logits.
-        padding: "longest" or "max_length": how its captions are padded.
+        model_type: type in its configuration; for twins, that of the first network.
+        loss: "softmax" or "sigmoid", the function that turns its logits into probabilities.
+        padding: "longest" or "max_length", the padding of its captions.
         feature_size: dimension of the stored features that it reads instead of pictures; None for pictures.
-        twins: whether it is a `TwinDualEncoder`.
+        twins: True for a `TwinDualEncoder`.
     """
 
     model_type: str = "clip"
@@ -63,19 +63,18 @@ def write_model_card(
     """Write the card of one run to `path` (its `README.md`), and return the path.
 
     Args:
-        path: the file to write.
-        metrics: the content of the run's `metrics.json`, as far as it is known.
-        base_model: what training started from, None for a model from scratch. Only an id of the Hub is named in the
-            card: the path of a local folder would tell a reader nothing, and others too much. Of an adapter it is the
-            base model that it is put on.
-        recipe: of the run, if it has one.
-        model: how the model is run; a CLIP by default.
-        model_id: id under which the model can be loaded; by default the folder of the card is meant, see `name_model`.
-        evaluated: the split that the final figures are of, "test" or "validation".
-        progress: how far a run has come that is not finished, such as "step 40 of 200".
+        path: file to write.
+        metrics: content of the run's `metrics.json`, as far as it is known.
+        base_model: model that the training started from, or the base model of an adapter; None for a model from
+            scratch. Only an id of the Hub is named in the card, never the path of a local folder.
+        recipe: recipe of the run, if it has one.
+        model: facts that are needed to run the model; a CLIP by default.
+        model_id: id under which the model can be loaded; None for the folder of the card, see `name_model`.
+        evaluated: split of the final figures, "test" or "validation".
+        progress: how far an unfinished run has come, such as "step 40 of 200".
         picture: name of the picture with the run's curves, in the folder of the card.
-        picture_text: what it shows, for readers who cannot see it.
-        told_by_user: `license`, `language`, `tags` and `datasets` for the metadata. No license is told otherwise.
+        picture_text: description of the picture for readers who cannot see it.
+        told_by_user: `license`, `language`, `tags` and `datasets` for the metadata; a card has no license without it.
 
     Raises:
         FileNotFoundError: the card template is neither in the package nor in the source tree.
@@ -126,7 +125,7 @@ def write_model_card(
 
 
 def name_model(card: str, model_id: str) -> str:
-    """The text of a card whose loading snippet names `model_id`, an id of the Hub, instead of the card's folder."""
+    """Replace the folder in the loading snippet of a card by `model_id`, an id of the Hub, and return the text."""
     return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
 
 

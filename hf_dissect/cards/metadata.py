@@ -39,7 +39,7 @@ class ResultKind:
 
     pattern: str
     task: str
-    data: Mapping[str, str | None]
+    data: Mapping[str, Any]
 
 
 def build_metadata(

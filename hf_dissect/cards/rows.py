@@ -147,7 +147,7 @@ def tabulate_results(metrics: Mapping[str, Any]) -> Rows:
 
 
 def tabulate_noise(metrics: Mapping[str, Any]) -> Rows:
-    """Tabulate how well the run told mismatched pairs from matched ones; no rows if the truth is not known."""
+    """Tabulate how well the run separated matched from mismatched pairs; no rows if the truth is not known."""
     selection, final = as_mapping(metrics.get("selection")), select_final_figures(metrics)
     rows = [(name, _format_figure(key, selection.get(key))) for key, name in _NOISE.items()]
     for key, value in final.items():

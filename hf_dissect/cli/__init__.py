@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # StoppedBySignal, after a checkpoint
         print(f"\nhf-dissect: {stop} {options.after_interrupt}".rstrip(), file=sys.stderr)
-        return stop.code
+        return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
         if options.debug or not _is_for_the_user(error):
             raise

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_dissect.cli.options import add_command, add_recipe_arguments, load_recipe
 from hf_dissect.cli.output import announce, is_first_process, quiet_libraries
+from hf_dissect.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from hf_dissect.cli.options import Commands
@@ -38,7 +39,7 @@ def _compare(options: argparse.Namespace) -> None:
         overrides.append(f"compare.strategies={json.dumps([part.strip() for part in options.strategies.split(',')])}")
     if options.seeds is not None:
         overrides.append(f"compare.seeds=[{options.seeds}]")
-    recipe = load_recipe(options, overrides)
+    recipe = load_recipe(options, overrides, Recipe)
     quiet_libraries()
     from hf_dissect.runs.compare import compare, format_comparison
     from hf_dissect.runs.run import free_output_dir

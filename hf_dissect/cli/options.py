@@ -51,13 +51,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", help="run folder (default: runs/<name of the recipe>)")
 
 
-def load_recipe(options: argparse.Namespace, overrides: Sequence[str], kind: type[_AnyRecipe] = Recipe) -> _AnyRecipe:
+def load_recipe(options: argparse.Namespace, overrides: Sequence[str], kind: type[_AnyRecipe]) -> _AnyRecipe:
     """Load and check the recipe that the options name, from this machine or from the Hub.
 
     Args:
         options: options of a command with the arguments of `add_recipe_arguments`.
         overrides: `section.key=value`, the settings to change.
-        kind: class of the recipe.
+        kind: `Recipe`, or `DistillationRecipe` for a distillation.
 
     Raises:
         HubError: there is no such repository, it has no recipe, or it cannot be reached.

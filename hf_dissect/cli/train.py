@@ -8,6 +8,7 @@ from hf_dissect.cli.options import add_command, add_recipe_arguments, load_recip
 from hf_dissect.cli.output import is_first_process, quiet_libraries
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.recipe.file import load_settings
+from hf_dissect.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from hf_dissect.cli.options import Commands
@@ -36,7 +37,7 @@ def _train(options: argparse.Namespace) -> None:
     if _is_distillation(options.recipe):
         _distil(options)
         return
-    recipe = load_recipe(options, options.overrides)
+    recipe = load_recipe(options, options.overrides, Recipe)
     quiet_libraries()
     from hf_dissect.evaluation.tables import format_retrieval
     from hf_dissect.runs.run import free_output_dir, run_recipe

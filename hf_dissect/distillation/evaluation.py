@@ -57,5 +57,5 @@ def recall_at_1(
         cosines = queries[start : start + 1024].float() @ gallery.float().T
         if itself:
             cosines.diagonal(start).fill_(-torch.inf)
-        right += (gallery_labels[cosines.argmax(1)] == query_labels[start : start + 1024]).sum().item()
+        right += int((gallery_labels[cosines.argmax(1)] == query_labels[start : start + 1024]).sum())
     return right / len(queries)

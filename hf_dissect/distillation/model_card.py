@@ -1,4 +1,4 @@
-"""Model card of a student: what it reads and tells, how it learnt, and its results as the Hub reads them."""
+"""Model card of the student of a distillation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,10 +52,12 @@ def write_student_card(
     """Write the card of a trainer's student to `path`, and return the path.
 
     Args:
-        path: the file to write.
-        trainer: knows the student, its processor and the recipe.
-        metrics: the content of the run's `metrics.json`, as far as it is known.
-        evaluated, progress, told_by_user: as of `hf_dissect.model_card.write_model_card`.
+        path: file to write.
+        trainer: trainer of the student, with its processor and recipe.
+        metrics: content of the run's `metrics.json`, as far as it is known.
+        evaluated: split of the final figures, "test" or "validation".
+        progress: how far an unfinished run has come, such as "step 40 of 200".
+        told_by_user: `license`, `language`, `tags` and `datasets` for the metadata.
     """
     recipe, student = trainer.recipe, trainer.student
     title = choose_title(recipe, metrics, _TITLE)
@@ -100,7 +102,7 @@ def write_student_card(
 
 
 def _reads(trainer: "AuxiliaryDistillationTrainer") -> str:
-    """The kind of the student's modality: "image", "text" or "array"."""
+    """Return the kind of the student's modality: "image", "text" or "array"."""
     processor = trainer.processors.get(trainer.args.student_column)
     if processor is None:
         return "array"

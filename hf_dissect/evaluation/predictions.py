@@ -1,6 +1,7 @@
 """Computes retrieval figures from the outputs of a Trainer's evaluation loop."""
 
 import logging
+from typing import Any
 
 from transformers import EvalPrediction
 
@@ -19,8 +20,10 @@ def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
     Returns:
         The figures of `retrieval_from_pairs`; empty if no pair is readable. A warning counts the unreadable pairs.
     """
-    image_embeds, text_embeds = predictions.predictions
-    image_key, bad_reason = predictions.label_ids
+    outputs: Any = predictions.predictions  # transformers types both fields as tuples of one array
+    labels: Any = predictions.label_ids
+    image_embeds, text_embeds = outputs
+    image_key, bad_reason = labels
     good = bad_reason == 0
     if not good.all():
         logger.warning("%d of %d evaluation pairs cannot be read and are left out.", (~good).sum(), len(good))

@@ -81,7 +81,7 @@ def write_distillation_report(
 
 
 def _draw_panels(log_history: Sequence[Mapping]) -> list[dict[str, Any]]:
-    """Draw one figure for each panel of which any key was logged."""
+    """Draw one figure for each panel with a key that was logged."""
     uids, panels = map("f{}".format, itertools.count()), []
     for panel in _PANELS:
         curves, ends, legend = [], [], []

@@ -31,7 +31,7 @@ def write_page(
         path: HTML file; it is replaced only once the new one is complete.
         template: file name of a template that extends `page.html.jinja`.
         title: heading of the page.
-        facts: names and values of the figures that stand at the top of the page; empty values are left out.
+        facts: names and values of the figures at the top of the page; empty values are left out.
         runs: name and content of `metrics.json` of each run on the page; times, settings and versions are read here.
         time_parts: keys of the measured times, without `_s`; the rest of the total is shown as "other".
         values: everything else that the template shows.

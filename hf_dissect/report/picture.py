@@ -4,7 +4,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_dissect.report.data import replace_bytes
 from hf_dissect.report.plots import Points, histogram_problem, series, thin_curve
@@ -96,7 +96,7 @@ def _draw(panels: Sequence[tuple[_Panel, list]], histogram: Mapping | None) -> b
     count = len(panels) + (histogram is not None)
     columns = min(count, 2)
     rows = -(-count // columns)
-    settings = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.usetex": False}
+    settings: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.usetex": False}
     with matplotlib.rc_context(settings):
         width, height = 4.6 * columns, 2.7 * rows
         figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH)
@@ -125,7 +125,7 @@ def _draw_lines(axes: "Axes", panel: _Panel, curves: list[tuple[_Line, Points]])
     axes.set_title(f"{panel.title} (%)" if panel.percent else panel.title, loc="left", fontsize=9.5)
     axes.set_xlabel("optimiser step")
     axes.set_xlim(0, max(max(points[0]) for _, points in curves) * 1.03 or 1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if panel.percent:
         axes.set_ylim(bottom=0)
     _finish(axes)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -117,7 +117,7 @@ def draw_curves(
         # A run of one evaluation has a single x: without room around it the axis would show fractions of a step.
         last = max((max(curve.x) for curve in curves if curve.x), default=1)
         axes.set_xlim(0, max(last, 1) * 1.03)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         if percent:
             axes.set_ylim(bottom=0)
         return _convert_to_markup(figure, uid, alt)
@@ -128,7 +128,9 @@ def draw_histogram(histogram: Mapping, *, uid: str, alt: str, columns: int) -> M
 
     Args:
         histogram: `edges` `(n + 1,)` and the counts `kept` and `dropped`, each `(n,)`.
-        uid, alt, columns: see `draw_curves`.
+        uid: a word that no other figure of the page has.
+        alt: description of the panel for readers who cannot see it.
+        columns: number of panels next to each other.
     """
     edges = [float(edge) for edge in histogram["edges"]]
     with _open_figure(columns) as (figure, axes):
@@ -152,11 +154,12 @@ def histogram_problem(histogram: Mapping | None) -> str | None:
         return "The recorded histogram is incomplete: {edges} edges, {kept} kept and {dropped} dropped counts.".format(
             **sizes
         )
-    if any(value is None for values in parts.values() for value in values):
+    numbers = {name: [value for value in values if value is not None] for name, values in parts.items()}
+    if numbers != parts:
         return "The recorded histogram holds values that are not finite numbers."
-    if any(right <= left for left, right in zip(parts["edges"], parts["edges"][1:], strict=False)):
+    if any(right <= left for left, right in zip(numbers["edges"], numbers["edges"][1:], strict=False)):
         return "The recorded histogram's edges do not increase."
-    if sum(parts["kept"]) + sum(parts["dropped"]) == 0:
+    if sum(numbers["kept"]) + sum(numbers["dropped"]) == 0:
         return "The recorded histogram is empty: no candidate was counted in the last epoch."
     return None
 
@@ -185,7 +188,7 @@ def _open_figure(columns: int) -> Iterator[tuple["Figure", "Axes"]]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",  # text stays text: smaller, selectable, in the page's font
         "svg.hashsalt": "hf_dissect",  # the same run gives the same file
         "text.parse_math": False,

@@ -11,7 +11,12 @@ from hf_dissect.report.plots import to_finite
 MISSING = "–"
 _RECALL = r"(?=.*(?:\b|_)(?:r|recall)@)"
 # Columns come in this order, the ones most asked for first. Others, such as median ranks, come last.
-_ORDER = (r".*recall_sum", rf"{_RECALL}.*image_to_text.*", rf"{_RECALL}.*text_to_image.*", rf"{_RECALL}.*")
+_ORDER: tuple[str, ...] = (
+    r".*recall_sum",
+    rf"{_RECALL}.*image_to_text.*",
+    rf"{_RECALL}.*text_to_image.*",
+    rf"{_RECALL}.*",
+)
 _ORDER += (r"noise_kept", r"total_s", r"scoring_share", r".*zero_shot.*", r"label_auroc", r".*noise.*")
 _LOWER_IS_BETTER = re.compile(r".*(rank|noise_kept|loss).*|.*_s")
 _HIGHER_IS_BETTER = re.compile(r".*(recall|r@|auroc|auc|precision|recognised|accuracy|top_?\d).*")

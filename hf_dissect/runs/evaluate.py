@@ -123,7 +123,7 @@ def evaluate_checkpoint(
 def evaluating_trainer(
     checkpoint: str, model: Any, processor: Any, rows: Any, section: DataSection, batch_size: int, num_workers: int
 ) -> Iterator[DissectTrainer]:
-    """Yield a trainer that evaluates a dual encoder on `rows` and leaves no file behind.
+    """Yield a trainer that evaluates a dual encoder on `rows` and writes no files.
 
     Args:
         checkpoint: folder or Hub id of the model, whose adapter may have numbered the tasks.

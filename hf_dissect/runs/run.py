@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from transformers import Trainer
@@ -14,6 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 from hf_dissect.models.adapters import add_adapter
 from hf_dissect.training.checkpoints import last_complete_checkpoint
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
+from hf_dissect.distillation.recipe import DistillationRecipe
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.loading import freeze_tower, load_model_and_processor, networks_of
 from hf_dissect.training.progress import RunProgress
@@ -27,6 +28,8 @@ from hf_dissect.models.twin_encoder import TwinDualEncoder
 logger = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 200_000
+
+_AnyRecipe = TypeVar("_AnyRecipe", Recipe, DistillationRecipe)
 
 
 def load_data(recipe: Recipe) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def zero_shot_figures(model: Any, processor: Any, section: ZeroShotSection, reci
     return {f"zero_shot_{key}": value for key, value in figures.items()}
 
 
-def free_output_dir(recipe: Recipe) -> Recipe:
+def free_output_dir(recipe: _AnyRecipe) -> _AnyRecipe:
     """The recipe, moved to `<output_dir>-2`, `-3`, ... when its folder already holds a run: none is overwritten."""
     folder = Path(recipe.output_dir)
     free = first_free(folder, holds_a_run)
@@ -200,7 +203,7 @@ def first_free(folder: Path, is_taken: Callable[[Path], bool]) -> Path:
     return next(path for path in names if not is_taken(path))
 
 
-def in_folder(recipe: Recipe, folder: str | Path) -> Recipe:
+def in_folder(recipe: _AnyRecipe, folder: str | Path) -> _AnyRecipe:
     """The recipe, with `folder` as its run folder."""
     return dataclasses.replace(recipe, training=recipe.training | {"output_dir": str(folder)})
 
