@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,12 @@ from hf_dissect.report.tables import as_mapping
 if TYPE_CHECKING:
     from hf_dissect.recipe.recipe import Recipe
 
-__all__ = ["TAGS", "ModelFacts", "name_model", "write_model_card"]
+__all__ = ["TAGS", "ModelFacts", "write_model_card"]
 
 TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
 
 _TEMPLATE = "dissect.md.jinja"
 _TITLE = "CLIP trained with hf_dissect"
-_MODEL_ID = re.compile(r"(^```python\n.*?^model_id = )[^\n]*", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def write_model_card(
             scratch. Only an id of the Hub is named in the card, never the path of a local folder.
         recipe: recipe of the run, if it has one.
         model: facts that are needed to run the model; a CLIP by default.
-        model_id: id under which the model can be loaded; None for the folder of the card, see `name_model`.
+        model_id: id under which the model can be loaded; None for the folder of the card.
         evaluated: split of the final figures, "test" or "validation".
         progress: how far an unfinished run has come, such as "step 40 of 200".
         picture: name of the picture with the run's curves, in the folder of the card.
@@ -122,11 +120,6 @@ def write_model_card(
         trusts_code=recipe is not None and recipe.model.trust_remote_code,
         adapter=_describe_adapter(adapter),
     )
-
-
-def name_model(card: str, model_id: str) -> str:
-    """Replace the folder in the loading snippet of a card by `model_id`, an id of the Hub, and return the text."""
-    return _MODEL_ID.sub(lambda match: match[1] + json.dumps(model_id), card, count=1)
 
 
 def _describe_adapter(adapter: Mapping) -> dict[str, bool] | None:

@@ -5,14 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from hf_dissect.hub.address import HubAddress, is_hub_address
-from hf_dissect.recipe.recipe import Recipe
+from hf_dissect.recipe.file import RecipeFile
 
 if TYPE_CHECKING:
-    from hf_dissect.distillation.recipe import DistillationRecipe
-
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-_AnyRecipe = TypeVar("_AnyRecipe", Recipe, "DistillationRecipe")
+_AnyRecipe = TypeVar("_AnyRecipe", bound=RecipeFile)
 
 
 def add_command(

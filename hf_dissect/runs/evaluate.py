@@ -10,10 +10,10 @@ import datasets
 
 from hf_dissect.data import as_pairs
 from hf_dissect.data.pair_columns import CAPTION_COLUMNS
+from hf_dissect.data.tasks import number_tasks_as_saved
 from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.loading import load_model_and_processor
-from hf_dissect.data.tasks import number_tasks_as_saved
 from hf_dissect.recipe.recipe import DataSection
 from hf_dissect.runs.evaluate_student import evaluate_student
 from hf_dissect.runs.run import zero_shot_figures

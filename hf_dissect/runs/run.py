@@ -14,10 +14,10 @@ from transformers.trainer_callback import ProgressCallback
 from hf_dissect.models.adapters import add_adapter
 from hf_dissect.training.checkpoints import last_complete_checkpoint
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
-from hf_dissect.distillation.recipe import DistillationRecipe
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.loading import freeze_tower, load_model_and_processor, networks_of
 from hf_dissect.training.progress import RunProgress
+from hf_dissect.recipe.file import RecipeFile
 from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
 from hf_dissect.runs.saved_model import load_split
 from hf_dissect.training.run_folder import write_run_folder
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 200_000
 
-_AnyRecipe = TypeVar("_AnyRecipe", Recipe, DistillationRecipe)
+_AnyRecipe = TypeVar("_AnyRecipe", bound=RecipeFile)
 
 
 def load_data(recipe: Recipe) -> dict[str, Any]:
@@ -205,7 +205,8 @@ def first_free(folder: Path, is_taken: Callable[[Path], bool]) -> Path:
 
 def in_folder(recipe: _AnyRecipe, folder: str | Path) -> _AnyRecipe:
     """The recipe, with `folder` as its run folder."""
-    return dataclasses.replace(recipe, training=recipe.training | {"output_dir": str(folder)})
+    replaced: Any = recipe  # a dataclass, which its base is not
+    return dataclasses.replace(replaced, training=recipe.training | {"output_dir": str(folder)})
 
 
 def holds_a_run(folder: Path) -> bool:

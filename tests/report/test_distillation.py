@@ -1,6 +1,6 @@
 """The report of a distillation must show the whole run and let nothing of the user's data act as markup."""
 
-from html_page import Page
+from testing.html_page import Page
 
 from hf_dissect.report.distillation import write_distillation_report
 

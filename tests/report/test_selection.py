@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from html_page import Page
 from PIL import Image
+from testing.html_page import Page
 
 from hf_dissect.report.plots import MAX_POINTS, histogram_problem, mean_series, series
 from hf_dissect.report.selection import PairSample, RunSummary, write_report
