@@ -1,4 +1,4 @@
-"""Model card of a run, so that a checkpoint says on what terms it was trained wherever it is copied to."""
+"""Model card of a run with sample selection."""
 
 import json
 import os
@@ -11,32 +11,24 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_dissect.cards.citations import bibtex, cited_papers
-from hf_dissect.cards.metadata import TAGS, card_metadata
-from hf_dissect.cards.privacy import hub_dataset, hub_id, may_be_published
-from hf_dissect.cards.rows import (
-    adapter_rows,
-    data_rows,
-    hyperparameter_rows,
-    noise_rows,
-    result_rows,
-    told,
-    training_rows,
-)
-from hf_dissect.cards.templates import render_card, template_folder
+from hf_dissect.cards.card import choose_title, write_card
+from hf_dissect.cards.citations import find_papers
+from hf_dissect.cards.metadata import build_metadata, find_pair_results, list_results
+from hf_dissect.cards.privacy import hub_dataset
+from hf_dissect.cards.rows import list_selection, tabulate_adapter, tabulate_data, tabulate_noise, tabulate_training
 from hf_dissect.models.adapters import base_of_adapter, describe_adapter
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.models.loading import bare_model, contrastive_kind, networks_of, text_padding
-from hf_dissect.report.data import replace_file
 from hf_dissect.report.picture import PICTURE, draw_run
-from hf_dissect.report.tables import mapping
+from hf_dissect.report.tables import as_mapping
 from hf_dissect.training.card_callback import CARD, ModelCardCallback
 
 if TYPE_CHECKING:
-    from hf_dissect.recipe.file import RecipeFile
     from hf_dissect.recipe.recipe import Recipe
 
-__all__ = ["TAGS", "ModelFacts", "card_description", "card_title", "write_model_card"]
+__all__ = ["TAGS", "ModelFacts", "write_model_card"]
+
+TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
 
 _TEMPLATE = "dissect.md.jinja"
 _TITLE = "CLIP trained with hf_dissect"
@@ -44,14 +36,14 @@ _TITLE = "CLIP trained with hf_dissect"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a reader must know of a model to run it.
+    """Facts of a model that a reader needs to run it.
 
     Args:
-        model_type: of its configuration; of twins, of that of the first.
-        loss: "softmax" or "sigmoid": what makes probabilities of its logits.
-        padding: "longest" or "max_length": how its captions are padded.
+        model_type: type in its configuration; for twins, that of the first network.
+        loss: "softmax" or "sigmoid", the function that turns its logits into probabilities.
+        padding: "longest" or "max_length", the padding of its captions.
         feature_size: dimension of the stored features that it reads instead of pictures; None for pictures.
-        twins: whether it is a `TwinDualEncoder`.
+        twins: True for a `TwinDualEncoder`.
     """
 
     model_type: str = "clip"
@@ -143,82 +135,71 @@ def write_model_card(
     """Write the card of one run to `path` (its `README.md`), and return the path.
 
     Args:
-        path: the file to write.
-        metrics: the content of the run's `metrics.json`, as far as it is known.
-        base_model: what training started from, None for a model from scratch. Only an id of the Hub is named in the
-            card: the path of a local folder would tell a reader nothing, and others too much. Of an adapter it is the
-            base model that it is put on.
-        recipe: of the run, if it has one.
-        model: how the model is run; a CLIP by default.
-        model_id: id under which the model can be loaded; by default the folder of the card is meant.
-        evaluated: the split that the final figures are of, "test" or "validation".
-        progress: how far a run has come that is not finished, such as "step 40 of 200".
+        path: file to write.
+        metrics: content of the run's `metrics.json`, as far as it is known.
+        base_model: model that the training started from, or the base model of an adapter; None for a model from
+            scratch. Only an id of the Hub is named in the card, never the path of a local folder.
+        recipe: recipe of the run, if it has one.
+        model: facts that are needed to run the model; a CLIP by default.
+        model_id: id under which the model can be loaded; None for the folder of the card.
+        evaluated: split of the final figures, "test" or "validation".
+        progress: how far an unfinished run has come, such as "step 40 of 200".
         picture: name of the picture with the run's curves, in the folder of the card.
-        picture_text: what it shows, for readers who cannot see it.
-        told_by_user: `license`, `language`, `tags` and `datasets` for the metadata. No license is told otherwise.
+        picture_text: description of the picture for readers who cannot see it.
+        told_by_user: `license`, `language`, `tags` and `datasets` for the metadata; a card has no license without it.
 
     Raises:
         FileNotFoundError: the card template is neither in the package nor in the source tree.
     """
     metrics = json.loads(json.dumps(metrics, default=str))  # names instead of enumerations, as in the file
     model = model or ModelFacts()
-    adapter = mapping(metrics.get("adapter"))
-    base_id = hub_id(base_model)
-    title = card_title(recipe, metrics)
-    metadata = card_metadata(
-        metrics,
-        name=title,
-        recipe=recipe,
-        evaluated=evaluated,
-        base_model=base_id,
-        reads_features=model.feature_size is not None,
-        told=told_by_user or {},
+    adapter = as_mapping(metrics.get("adapter"))
+    title = choose_title(recipe, metrics, _TITLE)
+    dataset = None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path)
+    reads_features = model.feature_size is not None
+    metadata = build_metadata(
+        title,
+        dataset=dataset,
+        started_from=base_model,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="feature-extraction" if reads_features else "zero-shot-image-classification",
+        tags=[*TAGS, *(("peft", adapter["type"]) if adapter else ())],
+        results=list_results(metrics, find_pair_results(recipe, evaluated)),
+        given=told_by_user or {},
     )
-    locked = model.feature_size is not None or (recipe is not None and recipe.model.freeze is not None)
-    papers = cited_papers(metrics, model_type=model.model_type, locked_tower=locked)
-    card = render_card(
+    locked = reads_features or (recipe is not None and recipe.model.freeze is not None)
+    return write_card(
+        path,
         _TEMPLATE,
-        metadata=metadata.to_yaml(),
         title=title,
-        description=card_description(recipe),
+        metadata=metadata,
+        metrics=metrics,
+        recipe=recipe,
+        started_from=base_model,
+        training=[
+            *tabulate_adapter(adapter),
+            *tabulate_training(metrics, recipe, list_selection(metrics, recipe)),
+        ],
+        evaluated=evaluated,
         progress=progress,
+        model_id=model_id,
+        papers=find_papers(metrics, model_type=model.model_type, locked_tower=locked),
         selects=metrics.get("strategy") != "none",
-        base_model=base_id,
-        from_scratch=base_model is None,
-        dataset=None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path),
-        data=data_rows(metrics, recipe),
-        training=[*adapter_rows(adapter), *training_rows(metrics, recipe)],
-        hyperparameters=hyperparameter_rows(metrics),
+        dataset=dataset,
+        data=tabulate_data(metrics, recipe),
         picture=picture,
         picture_text=picture_text,
-        evaluated=evaluated,
-        results=result_rows(metrics),
-        noise=noise_rows(metrics),
-        versions=told(list(mapping(metrics.get("versions")).items())),
-        model_id=model_id or ".",
+        noise=tabulate_noise(metrics),
         model=model,
         trusts_code=recipe is not None and recipe.model.trust_remote_code,
-        adapter=_adapter(adapter),
-        citations=bibtex(papers, template_folder() / "citations.bib"),
+        adapter=_describe_adapter(adapter),
     )
-    return replace_file(path, card)
 
 
-def card_title(recipe: "RecipeFile | None", metrics: Mapping, default: str = _TITLE) -> str:
-    """The name of recipe or run, if it may be published."""
-    names = (None if recipe is None else recipe.name, metrics.get("name"), default)
-    return next(" ".join(str(name).split()) for name in names if name and may_be_published(name))
-
-
-def card_description(recipe: "RecipeFile | None") -> str:
-    """The description in a recipe, if it may be published."""
-    return recipe.description if recipe is not None and may_be_published(recipe.description) else ""
-
-
-def _adapter(adapter: Mapping) -> dict | None:
-    """What the card's text and snippet need to know of the adapter; None where the model has none."""
+def _describe_adapter(adapter: Mapping) -> dict[str, bool] | None:
+    """Return the facts that text and snippet of the card need of an adapter; None for a model without one."""
     if not adapter:
         return None
     is_mola = adapter["type"] == "mola"
-    variant = mapping(adapter.get("settings")).get("variant")
+    variant = as_mapping(adapter.get("settings")).get("variant")
     return {"is_mola": is_mola, "routes_by_task": is_mola and variant == "grad"}

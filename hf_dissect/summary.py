@@ -11,7 +11,7 @@ from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation.selection_figures import label_figures, noise_figures, selection_figures
 from hf_dissect.model_card import describe_model
 from hf_dissect.models.adapters import describe_adapter
-from hf_dissect.report.selection import write_selection_report
+from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
 from hf_dissect.training.run_folder import changed_settings
 from hf_dissect.training.run_state import join_over_ranks

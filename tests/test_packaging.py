@@ -31,7 +31,7 @@ from hf_dissect.evaluation import load
 from hf_dissect.model_card import write_model_card
 from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.recipe.file import shipped_recipes
-from hf_dissect.report.page import RunSummary, write_report
+from hf_dissect.report.selection import RunSummary, write_report
 
 print(hf_dissect.__file__)
 for name, path in shipped_recipes().items():

@@ -1,1 +1,1 @@
-"""Cards that tell on what terms a model was trained, wherever it is copied to."""
+"""Model cards, which carry the terms of training of a model wherever it is copied to."""

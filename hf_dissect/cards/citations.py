@@ -1,10 +1,10 @@
 """Names the papers of the methods that a run used, so that its card cites these and no others."""
 
-import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from hf_dissect.report.tables import mapping
+from hf_dissect.cards.templates import find_template_folder
+from hf_dissect.report.tables import as_mapping
 
 _OF_STRATEGY = {
     "dissect": "zhao2025dissect",
@@ -21,33 +21,44 @@ _OF_MODEL = {
     "align": "jia2021align",
     "chinese_clip": "yang2022chineseclip",
 }
+_OF_DISTILLATION = {
+    "amid": "chen2023amid",
+    "mi_student_only": "chen2023amid",
+    "hinton": "hinton2015distilling",
+    "crd": "tian2020crd",
+}
 
 
-def cited_papers(metrics: Mapping, *, model_type: str, locked_tower: bool) -> list[str]:
-    """Keys in `citations.bib` of what a run used, each once.
+def find_papers(metrics: Mapping[str, Any], *, model_type: str | None = None, locked_tower: bool = False) -> list[str]:
+    """Return the keys in `citations.bib` of the methods that a run used, each once.
 
     Args:
-        metrics: the content of the run's `metrics.json`.
-        model_type: of the dual encoder; CLIP is cited where the model has no paper of its own here.
-        locked_tower: whether a tower is frozen, or stored features stand for it.
+        metrics: content of the run's `metrics.json`.
+        model_type: type of the dual encoder, None for other models; CLIP is cited for a type without a paper here.
+        locked_tower: True if a tower is frozen, or stored features take its place.
     """
-    settings = mapping(metrics.get("settings"))
+    settings = as_mapping(metrics.get("settings"))
     keys = [
-        _OF_STRATEGY.get(metrics.get("strategy")),
+        _OF_STRATEGY.get(metrics.get("strategy", "")),
         _OF_STRATEGY["gsc"] if settings.get("gsc") is not None else None,
-        _OF_ADAPTER.get(mapping(metrics.get("adapter")).get("type")),
+        _OF_ADAPTER.get(as_mapping(metrics.get("adapter")).get("type", "")),
         "gao2021gradcache" if settings.get("grad_cache_chunk_size") else None,
-        _OF_MODEL.get(model_type, "radford2021clip"),
+        _OF_DISTILLATION.get(metrics.get("method", "")),
+        None if model_type is None else _OF_MODEL.get(model_type, "radford2021clip"),
         "zhai2022lit" if locked_tower else None,
     ]
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 
-def bibtex(keys: list[str], file: Path) -> str:
-    """The entries of `file` that `keys` name, in this order.
+def read_bibtex(keys: Sequence[str]) -> str:
+    """Return the entries of `citations.bib` with these keys, in the order of the keys.
 
     Raises:
+        FileNotFoundError: the file is neither in the package nor in the source tree.
         KeyError: the file has no such entry.
     """
-    entries = {re.match(r"@\w+\{(\w+),", entry)[1]: entry for entry in file.read_text("utf-8").strip().split("\n\n")}
-    return "\n\n".join(entries[key] for key in keys)
+    if not keys:
+        return ""
+    entries = (find_template_folder() / "citations.bib").read_text("utf-8").strip().split("\n\n")
+    by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+    return "\n\n".join(by_key[key] for key in keys)

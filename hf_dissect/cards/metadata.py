@@ -1,19 +1,19 @@
 """The part of a card that the Hub reads: tags, ids of base model and data, and the evaluation results."""
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_dissect.cards.privacy import hub_dataset, may_be_published
-from hf_dissect.report.plots import finite
-from hf_dissect.report.tables import final_figures, label, mapping
+from hf_dissect.cards.privacy import hub_dataset, hub_id, may_be_published
+from hf_dissect.report.plots import to_finite
+from hf_dissect.report.tables import label, select_final_figures
 
 if TYPE_CHECKING:
     from hf_dissect.recipe.recipe import Recipe
 
-TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
 DATA_NAMES = {
     "scenes": "Drawn scenes of hf_dissect",
     "hub": "Image-text pairs",
@@ -21,102 +21,131 @@ DATA_NAMES = {
     "imagefolder": "Local image-text pairs",
     "webdataset": "Image-text pairs in tar shards",
 }
-"""What data are called that have no id on the Hub, by their source in a recipe."""
+"""Names of data without an id on the Hub, by their source in a recipe."""
 
-_RETRIEVAL = re.compile(r"(?!.*noise).*(?:r@\d+|recall_sum|median_rank).*", re.IGNORECASE)
-_ZERO_SHOT = re.compile(r"zero_shot_.*")
+_RETRIEVAL = r"(?!.*noise).*(?:r@\d+|recall_sum|median_rank).*"
+_ZERO_SHOT = r"zero_shot_.*"
 
 
-def card_metadata(
-    metrics: Mapping,
-    *,
-    name: str,
-    recipe: "Recipe | None",
-    evaluated: str,
-    base_model: str | None,
-    reads_features: bool,
-    told: Mapping,
-) -> ModelCardData:
-    """The metadata of one run's card.
+@dataclass(frozen=True)
+class ResultKind:
+    """Figures that are results of one task on one data set.
 
     Args:
-        metrics: the content of the run's `metrics.json`.
-        name: of the model.
-        recipe: of the run, if it has one.
-        evaluated: the split that the final figures are of: "test" or "validation".
-        base_model: id of the Hub, None where there is none.
-        reads_features: whether the model reads stored features, so that no picture can be shown to it.
-        told: `license`, `language`, `tags` and `datasets` as the user gave them.
+        pattern: matches all of the name of such a figure, case ignored.
+        task: task of the Hub, such as "image-classification".
+        data: fields of `EvalResult` that name the data, see `describe_data`.
     """
-    adapter = mapping(metrics.get("adapter"))
-    own = None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path)
-    results = eval_results(metrics, recipe, evaluated)
+
+    pattern: str
+    task: str
+    data: Mapping[str, Any]
+
+
+def build_metadata(
+    name: str,
+    *,
+    dataset: str | None,
+    started_from: str | None,
+    library_name: str,
+    pipeline_tag: str | None,
+    tags: Sequence[str],
+    results: Sequence[EvalResult],
+    given: Mapping[str, Any],
+) -> ModelCardData:
+    """Build the metadata of the card of a run.
+
+    Args:
+        name: name of the model.
+        dataset: id on the Hub of the training data, None if they have none.
+        started_from: model that the training started from; it is named if it is an id of the Hub.
+        library_name: library that loads the model.
+        pipeline_tag: task of the Hub that the model solves.
+        tags: tags of the model; those that the user gave are added.
+        results: final figures, see `list_results`.
+        given: `license`, `language`, `tags` and `datasets` as the user gave them.
+    """
     return ModelCardData(
-        license=told.get("license"),
-        language=told.get("language"),
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="feature-extraction" if reads_features else "zero-shot-image-classification",
-        tags=[*TAGS, *(("peft", adapter["type"]) if adapter else ()), *listed(told.get("tags"))],
-        base_model=base_model,
-        datasets=list(dict.fromkeys([*([own] if own else []), *listed(told.get("datasets"))])) or None,
+        license=given.get("license"),
+        language=given.get("language"),
+        library_name=library_name,
+        pipeline_tag=pipeline_tag,
+        tags=[*tags, *_as_list(given.get("tags"))],
+        base_model=hub_id(started_from),
+        datasets=list(dict.fromkeys([*_as_list(dataset), *_as_list(given.get("datasets"))])) or None,
         model_name=name if results else None,
-        eval_results=results or None,
+        eval_results=list(results) or None,
     )
 
 
-def eval_results(metrics: Mapping, recipe: "Recipe | None", evaluated: str) -> list[EvalResult]:
-    """Retrieval (recalls in per cent) and zero-shot accuracy (shares of 1) as results of the Hub."""
-    retrieval, zero_shot = _retrieval_data(recipe, evaluated), _zero_shot_data(recipe)
+def list_results(metrics: Mapping[str, Any], kinds: Sequence[ResultKind]) -> list[EvalResult]:
+    """Return the final figures that one of `kinds` describes as results of the Hub; the first that matches counts."""
     results = []
-    for key, value in final_figures(metrics).items():
-        number = finite(value)
-        if number is None or not may_be_published(key):
+    for key, value in select_final_figures(metrics).items():
+        kind = next((kind for kind in kinds if re.fullmatch(kind.pattern, key, re.IGNORECASE)), None)
+        number = to_finite(value)
+        if kind is None or number is None or not may_be_published(key):
             continue
-        if _ZERO_SHOT.fullmatch(key):
-            results.append(eval_result("zero-shot-image-classification", zero_shot, key, number))
-        elif _RETRIEVAL.fullmatch(key):
-            results.append(eval_result("image-text-retrieval", retrieval, key, number))
+        results.append(
+            EvalResult(
+                task_type=kind.task,
+                task_name=kind.task.replace("-", " ").capitalize(),
+                metric_type=" ".join(key.split()),
+                metric_name=" ".join(label(key).split()),
+                metric_value=number,
+                **kind.data,
+            )
+        )
     return results
 
 
-def eval_result(task: str, data: Mapping, key: str, value: float) -> EvalResult:
-    """The figure `key` as a result of the Hub, on the data that `data_fields` tells."""
-    return EvalResult(
-        task_type=task,
-        task_name=task.replace("-", " ").capitalize(),
-        metric_type=" ".join(key.split()),
-        metric_name=" ".join(label(key).split()),
-        metric_value=value,
-        **data,
-    )
+def find_pair_results(recipe: "Recipe | None", evaluated: str) -> list[ResultKind]:
+    """Return the kinds of results of a dual encoder: zero-shot accuracy and retrieval.
 
-
-def _retrieval_data(recipe: "Recipe | None", evaluated: str) -> dict:
+    Args:
+        recipe: recipe of the run, if it has one.
+        evaluated: split of the retrieval figures, "test" or "validation".
+    """
     if recipe is None:
-        return data_fields(None, None, evaluated)
-    data = recipe.data
-    return data_fields(data.source, data.path, getattr(data, f"{evaluated}_split"), data.name)
+        retrieval, zero_shot = describe_data(None, None, evaluated), describe_data(None, None, "test")
+    else:
+        data, section = recipe.data, recipe.evaluation.zero_shot
+        retrieval = describe_data(data.source, data.path, getattr(data, f"{evaluated}_split"), data.name)
+        zero_shot = describe_data(None, None, "test")
+        if section is not None:
+            zero_shot = describe_data(section.source if section.path else "scenes", section.path, section.split)
+    return [
+        ResultKind(_ZERO_SHOT, "zero-shot-image-classification", zero_shot),
+        ResultKind(_RETRIEVAL, "image-text-retrieval", retrieval),
+    ]
 
 
-def _zero_shot_data(recipe: "Recipe | None") -> dict:
-    section = None if recipe is None else recipe.evaluation.zero_shot
-    if section is None:
-        return data_fields(None, None, "test")
-    return data_fields(section.source if section.path else "scenes", section.path, section.split)
+def describe_data(
+    source: str | None,
+    path: str | None,
+    split: str | None,
+    config: str | None = None,
+    unnamed: tuple[str, str] | None = None,
+) -> dict[str, str | None]:
+    """Return the fields of `EvalResult` that name the data; a place on this machine is not among them.
 
-
-def data_fields(source: str | None, path: str | None, split: str | None, config: str | None = None) -> dict:
-    """The fields of `EvalResult` that tell the data; a place on this machine is not among them."""
+    Args:
+        source: source of the data as in a recipe.
+        path: path of the data as in a recipe.
+        split: evaluated split.
+        config: configuration of a data set of the Hub.
+        unnamed: type and name of data without an id on the Hub; by default those of image-text pairs.
+    """
     name = hub_dataset(source, path)
-    split = split if split and may_be_published(split) else None  # of files, it may be told by their names
+    kind, words = unnamed or (source or "image-text-pairs", DATA_NAMES.get(source or "", "Image-text pairs"))
     return {
-        "dataset_type": name or source or "image-text-pairs",
-        "dataset_name": name or DATA_NAMES.get(source, "Image-text pairs"),
+        "dataset_type": name or kind,
+        "dataset_name": name or words,
         "dataset_config": config if name else None,
-        "dataset_split": split,
+        # The split of files may be the name of a folder.
+        "dataset_split": split if split and may_be_published(split) else None,
     }
 
 
-def listed(value: str | list[str] | None) -> list[str]:
-    """What a user gave as one text or as several."""
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])

@@ -1,4 +1,4 @@
-"""Tells what a card may publish: ids of the Hub and plain settings, but no place on a disk and no token."""
+"""Decides what a card may publish: ids of the Hub and plain settings, but no place on a disk and no token."""
 
 import re
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ _AROUND_WORDS = "\"'`()[]{}<>,;:="
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` where it can be an id of the Hub, None otherwise: the path of a local folder tells a reader nothing."""
+    """Return `name` if it can be an id of the Hub, else None: the path of a local folder is of no use to a reader."""
     if not name or _TOKEN.search(name) or Path(name).exists() or not is_repo_id(name):
         return None
     return name
 
 
 def hub_dataset(source: str | None, path: str | None) -> str | None:
-    """The Hub's id of the data that a recipe's `source` and `path` name; None where they lie elsewhere."""
+    """Return the id on the Hub of the data at `source` and `path` of a recipe, or None if they are not on the Hub."""
     if source == "hub":
         return hub_id(path)
     shards = _HUB_FILES.match(path or "")
@@ -28,7 +28,7 @@ def hub_dataset(source: str | None, path: str | None) -> str | None:
 
 
 def may_be_published(value: object) -> bool:
-    """Whether no text in `value`, a setting or a line of words, is a local path, a URL or an access token."""
+    """Check that no text in `value` is a local path, a URL or an access token."""
     if isinstance(value, Mapping):
         return all(may_be_published(part) for item in value.items() for part in item)
     if isinstance(value, list | tuple | set):

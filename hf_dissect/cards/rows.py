@@ -1,23 +1,32 @@
-"""Rows of the tables in a card: data, selection, objective, adapter, hyper-parameters, results and noise."""
+"""Rows of the tables in a card: data, training, adapter, hyper-parameters, results and noise."""
 
 import json
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hf_dissect.cards.metadata import DATA_NAMES
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
-from hf_dissect.report.tables import final_figures, format_number, mapping, results_table, run_figures
+from hf_dissect.report.tables import (
+    as_mapping,
+    collect_run_figures,
+    format_number,
+    results_table,
+    select_final_figures,
+)
 
 if TYPE_CHECKING:
+    from hf_dissect.recipe.file import RecipeFile
     from hf_dissect.recipe.recipe import Recipe
 
 Rows = list[tuple[str, str]]
 
+_Values = Sequence[tuple[str, object]]
+
 _SELECTION = {"selection_ratio", "selection_scope", "selection_warmup_epochs", "selection_options"}
 _SELECTION |= {"mask_false_negatives"}
 _OBJECTIVE = {"gsc": "Soft labels (GSC)", "grad_cache_chunk_size": "GradCache: pairs a pass"}
-# Neither makes another model: how often is logged, saved and evaluated, by how many processes, and where to.
+# None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"
     "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|.*_column|skip_memory|greater_is|do_"
@@ -34,16 +43,16 @@ _NOISE = {
 _DETECTION = "noise_detection_"
 
 
-def data_rows(metrics: Mapping, recipe: "Recipe | None") -> Rows:
-    """What the model was trained on, and the noise that was put into it."""
-    rows = [] if recipe is None else _source_rows(recipe)
-    bad = mapping(metrics.get("bad_rows")).get("count")
-    return told(
-        [*rows, ("Training pairs", _count(metrics.get("num_pairs"))), ("Unreadable rows skipped", bad or None)]
+def tabulate_data(metrics: Mapping[str, Any], recipe: "Recipe | None") -> Rows:
+    """Tabulate the pairs that the model was trained on, and the noise that was put into them."""
+    rows = [] if recipe is None else _tabulate_source(recipe)
+    bad = as_mapping(metrics.get("bad_rows")).get("count")
+    return format_rows(
+        [*rows, ("Training pairs", _format_count(metrics.get("num_pairs"))), ("Unreadable rows skipped", bad or None)]
     )
 
 
-def _source_rows(recipe: "Recipe") -> list[tuple[str, object]]:
+def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
     data = recipe.data
     name = hub_dataset(data.source, data.path)
     scenes = data.source == "scenes"
@@ -55,80 +64,110 @@ def _source_rows(recipe: "Recipe") -> list[tuple[str, object]]:
         ("Split", None if scenes else data.train_split),
         ("Scenes", f"{data.scenes_image_size} pixels wide, seed {data.scenes_seed}" if scenes else None),
         ("Styles", data.scenes_tasks if scenes and data.scenes_tasks > 1 else None),
-        ("Tasks told by the column", data.task_column),
+        ("Column of the tasks", data.task_column),
         ("Rows used", f"the first {data.max_train_rows:,}" if data.max_train_rows else None),
         ("Images", "stored features" if data.image_features else None),
         ("Injected noise", fixed if data.noise_permutation else noise if data.noise_rate else None),
     ]
 
 
-def training_rows(metrics: Mapping, recipe: "Recipe | None") -> Rows:
-    """Selection, objective, length and cost of the training; what the run did not record is left out."""
-    settings = mapping(metrics.get("settings"))
+def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[tuple[str, object]]:
+    """Return the selection, the objective and the frozen tower of a run, for `tabulate_training`."""
+    settings = as_mapping(metrics.get("settings"))
     selection = {"strategy": metrics.get("strategy")}
     selection |= {key.removeprefix("selection_"): value for key, value in settings.items() if key in _SELECTION}
-    times, figures = mapping(metrics.get("times")), run_figures(metrics)
-    kept = mapping(metrics.get("selection")).get("kept_share")
-    return told(
+    kept = as_mapping(metrics.get("selection")).get("kept_share")
+    return [
+        *((f"Selection: {key}", value) for key, value in selection.items()),
+        ("Candidates that trained", _format_figure("kept_share", kept)),
+        *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
+        ("Frozen tower", None if recipe is None else recipe.model.freeze),
+    ]
+
+
+def list_distillation(metrics: Mapping[str, Any], dataset: str | None) -> list[tuple[str, object]]:
+    """Return the data, the weights of the terms and the rows of a distillation, for `tabulate_training`."""
+    rows = as_mapping(metrics.get("rows"))
+    weights = as_mapping(metrics.get("term_weights"))
+    return [
+        ("Data", dataset),
+        *((f"Weight of {name.replace('_', ' ')}", weight) for name, weight in weights.items() if weight),
+        ("Complete training rows", rows.get("complete")),
+        ("Rows without a label", rows.get("unlabelled") or None),
+        ("Rows without an auxiliary modality", rows.get("student_only") or None),
+        ("Rows that could not be used", rows.get("unusable") or None),
+    ]
+
+
+def tabulate_training(metrics: Mapping[str, Any], recipe: "RecipeFile | None", method: _Values) -> Rows:
+    """Tabulate a training: the recipe, the method, length and cost; whatever the run did not record is left out.
+
+    Args:
+        metrics: content of the run's `metrics.json`.
+        recipe: recipe of the run, if it has one.
+        method: names and values that describe the method, see `list_selection` and `list_distillation`.
+    """
+    return format_rows(
         [
             ("Recipe", None if recipe is None else recipe.name),
-            *((f"Selection: {key}", value) for key, value in selection.items()),
-            ("Candidates that trained", _figure("kept_share", kept)),
-            *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
-            ("Frozen tower", None if recipe is None else recipe.model.freeze),
-            ("Optimiser steps", _count(metrics.get("steps"))),
+            *method,
+            ("Optimiser steps", _format_count(metrics.get("steps"))),
             ("Seed", metrics.get("seed")),
-            ("Wall-clock", _figure("total_s", times.get("total_s"))),
-            ("Time for scoring", _figure("scoring_share", figures["scoring_share"])),
+            ("Wall-clock", _format_figure("total_s", as_mapping(metrics.get("times")).get("total_s"))),
+            ("Time for scoring", _format_figure("scoring_share", collect_run_figures(metrics)["scoring_share"])),
         ]
     )
 
 
-def adapter_rows(adapter: Mapping) -> Rows:
-    """Type, settings and size of an adapter as `describe_adapter` tells them; none without one."""
+def tabulate_adapter(adapter: Mapping[str, Any]) -> Rows:
+    """Tabulate type, settings and size of an adapter as `describe_adapter` returns them; empty without an adapter."""
     if not adapter:
         return []
     kind = "MoLA, mixture of low-rank adapters" if adapter["type"] == "mola" else adapter["type"]
-    settings = [(f"Adapter: {key}", value) for key, value in mapping(adapter.get("settings")).items()]
-    return told([("Adapter", kind), *settings, ("Trained parameters", _count(adapter.get("trained_parameters", 0)))])
+    settings = [(f"Adapter: {key}", value) for key, value in as_mapping(adapter.get("settings")).items()]
+    return format_rows(
+        [("Adapter", kind), *settings, ("Trained parameters", _format_count(adapter.get("trained_parameters", 0)))]
+    )
 
 
-def hyperparameter_rows(metrics: Mapping) -> Rows:
-    """Settings of the training that differ from their defaults and are in no other table."""
+def tabulate_hyperparameters(metrics: Mapping[str, Any]) -> Rows:
+    """Tabulate the settings that differ from their defaults and are not in another table."""
     shown = {"selection_strategy", *_SELECTION, *_OBJECTIVE}
-    settings = mapping(metrics.get("settings")).items()
-    return told([(key, value) for key, value in settings if key not in shown and not _HOUSEKEEPING.match(key)])
+    settings = as_mapping(metrics.get("settings")).items()
+    return format_rows([(key, value) for key, value in settings if key not in shown and not _HOUSEKEEPING.match(key)])
 
 
-def result_rows(metrics: Mapping) -> Rows:
-    """The final figures but those of the noise, the most asked for first."""
-    figures = {key: value for key, value in final_figures(metrics).items() if not key.startswith(_DETECTION)}
+def tabulate_results(metrics: Mapping[str, Any]) -> Rows:
+    """Tabulate the final figures except those of the noise, the most asked for first."""
+    figures = {key: value for key, value in select_final_figures(metrics).items() if not key.startswith(_DETECTION)}
     table = results_table([("", figures)], corner="")
-    return told([(name, cell.text + cell.spread) for name, cell in zip(table.columns, table.rows[0], strict=True)])
+    return format_rows(
+        [(name, cell.text + cell.spread) for name, cell in zip(table.columns, table.rows[0], strict=True)]
+    )
 
 
-def noise_rows(metrics: Mapping) -> Rows:
-    """What the run found of the mismatched pairs; none where the truth is not known."""
-    selection, final = mapping(metrics.get("selection")), final_figures(metrics)
-    rows = [(name, _figure(key, selection.get(key))) for key, name in _NOISE.items()]
+def tabulate_noise(metrics: Mapping[str, Any]) -> Rows:
+    """Tabulate how well the run separated matched from mismatched pairs; no rows if the truth is not known."""
+    selection, final = as_mapping(metrics.get("selection")), select_final_figures(metrics)
+    rows = [(name, _format_figure(key, selection.get(key))) for key, name in _NOISE.items()]
     for key, value in final.items():
         if key.startswith(_DETECTION):
             name = key.removeprefix(_DETECTION).replace("auroc", "AUROC").replace("_", " ")
-            rows.append((f"Final scores: {name}", _figure(key, value)))
-    return told(rows)
+            rows.append((f"Final scores: {name}", _format_figure(key, value)))
+    return format_rows(rows)
 
 
-def told(rows: list[tuple[str, object]]) -> Rows:
-    """The rows that have a value which may be published, as text."""
+def format_rows(rows: _Values) -> Rows:
+    """Return as text the rows whose name and value may be published, without those that have no value."""
     known = [(name, value) for name, value in rows if value is not None and value != {} and value != []]
     shown = [(name, value) for name, value in known if may_be_published(name) and may_be_published(value)]
     return [(name, value if isinstance(value, str) else json.dumps(value, default=str)) for name, value in shown]
 
 
-def _figure(key: str, value: object) -> str | None:
-    # What is a share in the first epochs is one in the last.
+def _format_figure(key: str, value: object) -> str | None:
+    # The figures of the last epoch have the unit of the whole run's.
     return None if value is None else format_number(value, key.removesuffix("_last_epoch"))
 
 
-def _count(value: object) -> str | None:
+def _format_count(value: object) -> str | None:
     return f"{value:,}" if isinstance(value, int) else None

@@ -1,19 +1,19 @@
-"""Fills the card templates that come with the package, with what comes from data kept from being markup."""
+"""Fills the card templates of the package so that text from data cannot act as markup."""
 
 import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-# Installed inside the package; in a source tree at its top level.
+# An installation has them inside the package, a source tree at its top level.
 _HOMES = Path(__file__).parents[1], Path(__file__).parents[2]
 
 
-def template_folder() -> Path:
-    """Where the templates are, and what they draw from.
+def find_template_folder() -> Path:
+    """Find the folder of the templates and of `citations.bib`.
 
     Raises:
-        FileNotFoundError: they are neither in the package nor in the source tree.
+        FileNotFoundError: it is neither in the package nor in the source tree.
     """
     folders = [home / "model_cards" for home in _HOMES]
     for folder in folders:
@@ -23,21 +23,21 @@ def template_folder() -> Path:
 
 
 def render_card(template: str, **values: object) -> str:
-    """The text of a card; templates have the filter `inline`, see `on_one_line`.
+    """Fill the card template of this file name; templates may use the filter `inline`, see `put_on_one_line`.
 
     Raises:
-        FileNotFoundError: see `template_folder`.
+        FileNotFoundError: see `find_template_folder`.
     """
     environment = Environment(
-        loader=FileSystemLoader(template_folder()),
+        loader=FileSystemLoader(find_template_folder()),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["inline"] = on_one_line
+    environment.filters["inline"] = put_on_one_line
     return environment.get_template(template).render(**values)
 
 
-def on_one_line(text: object) -> str:
-    """`text` on one line, without what Markdown or HTML would take for markup, a table cell's end, a tag or a link."""
+def put_on_one_line(text: object) -> str:
+    """Put `text` on one line and escape all characters that Markdown or HTML would take for markup."""
     return re.sub(r"[&|<>\[\]`\\*]", lambda match: f"&#{ord(match[0])};", " ".join(str(text).split()))

@@ -1,4 +1,4 @@
-"""Let `python -m hf_dissect.cli` do what the command `hf-dissect` does."""
+"""Makes `python -m hf_dissect.cli` do the same as the command `hf-dissect`."""
 
 import sys
 

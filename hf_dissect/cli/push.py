@@ -1,35 +1,32 @@
-"""`hf-dissect push`: a finished run becomes a model repository of the Hub."""
+"""`hf-dissect push`: publishes a finished run as a model repository of the Hub."""
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from hf_dissect.cli.process import add_command
+from hf_dissect.cli.options import add_command, add_repository_arguments
 
-AFTER_INTERRUPT = "Nothing was published; the same command goes on."
+if TYPE_CHECKING:
+    from hf_dissect.cli.options import Commands
+
+SUMMARY = "Publish a finished run on the Hugging Face Hub."
+AFTER_INTERRUPT = "Nothing was published; repeat the same command to continue."
 EPILOG = """examples:
   hf-dissect push runs/quickstart ada/quickstart
   hf-dissect push runs/mine ada/mine --private
   hf-dissect push runs/mine ada/mine --revision seed-1     another branch of the repository
 
 Published are the model or adapter (of a distillation the student, and its encoder alone), the processor, recipe.yaml
-without what is of this machine, metrics.json, the card and the report's picture; checkpoints, the ledger and
-report.html with its pictures stay here. A push that broke off is repeated with the same command: what arrived is not
-sent again."""
+without the paths of this machine, metrics.json, the card and the report's picture. Checkpoints, the ledger and
+report.html with its pictures stay here. Repeat the same command after a push that broke off: files that arrived are
+not sent again."""
 
 
-def add_parser(subparsers) -> None:
-    """Add the command to those of `hf-dissect`."""
-    summary = "Publish a finished run on the Hugging Face Hub."
-    parser = add_command(subparsers, "push", _push, summary, EPILOG, AFTER_INTERRUPT)
+def add_parser(commands: "Commands") -> None:
+    """Add the command to `hf-dissect`."""
+    parser = add_command(commands, "push", _push, SUMMARY, EPILOG, AFTER_INTERRUPT)
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
     add_repository_arguments(parser)
-
-
-def add_repository_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where something is published to."""
-    parser.add_argument("repo_id", metavar="REPO_ID", help="USER/REPO; it is created if it is not there")
-    parser.add_argument("--private", action="store_true", default=None, help="create it as a private repository")
-    parser.add_argument("--revision", help="branch to write to (default: main); created if it is not there")
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What the networks of a distillation can do: accuracy, and retrieval of rows of the same class."""
+"""Metrics of the networks of a distillation: accuracy, and retrieval of rows of the same class."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,13 @@ from hf_dissect.distillation.data_collator import row_masks
 def prediction_metrics(
     predictions: Mapping[str, np.ndarray], label: np.ndarray, row_state: np.ndarray
 ) -> dict[str, float]:
-    """Accuracies and the student's retrieval over a set of `n` rows.
+    """Compute the accuracies and the student's retrieval over a set of `n` rows.
 
     Args:
-        predictions: `NAME_logits` `(n, C)` of student, teacher and auxiliaries, `student_embeds` `(n, E)`.
-        label: int64 `(n,)`.
-        row_state: int8 `(n,)`; teacher and auxiliaries are judged on complete rows, the student on all labelled ones.
+        predictions: `NAME_logits` `(n, C)` of student, teacher and auxiliaries, and `student_embeds` `(n, E)`.
+        label: class of each row, int64 `(n,)`.
+        row_state: state of each row, int8 `(n,)`. Teacher and auxiliaries are evaluated on complete rows, the student
+            on all labelled rows.
 
     Returns:
         `student_accuracy`, `teacher_accuracy`, `auxiliary_NAME_accuracy` and `retrieval_R@1`, shares in [0, 1].
@@ -40,19 +41,21 @@ def recall_at_1(
     gallery: torch.Tensor | None = None,
     gallery_labels: torch.Tensor | None = None,
 ) -> float:
-    """Share of queries whose nearest row of the gallery, by cosine, is of their class.
+    """Compute the share of queries whose nearest row of the gallery, by cosine, has their class.
 
     Args:
-        queries: `(n, E)` of unit length.
-        query_labels: int64 `(n,)`.
-        gallery, gallery_labels: `(m, E)` and `(m,)`; without them, the other queries are the gallery.
+        queries: embeddings `(n, E)` of unit length.
+        query_labels: classes of the queries, int64 `(n,)`.
+        gallery: embeddings `(m, E)` of unit length; None for the other queries.
+        gallery_labels: classes of the gallery, int64 `(m,)`.
     """
     itself = gallery is None
-    gallery, gallery_labels = (queries, query_labels) if itself else (gallery, gallery_labels)
+    gallery = queries if gallery is None else gallery
+    gallery_labels = query_labels if gallery_labels is None else gallery_labels
     right = 0
     for start in range(0, len(queries), 1024):
         cosines = queries[start : start + 1024].float() @ gallery.float().T
         if itself:
             cosines.diagonal(start).fill_(-torch.inf)
-        right += (gallery_labels[cosines.argmax(1)] == query_labels[start : start + 1024]).sum().item()
+        right += int((gallery_labels[cosines.argmax(1)] == query_labels[start : start + 1024]).sum())
     return right / len(queries)

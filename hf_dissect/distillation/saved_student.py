@@ -1,4 +1,4 @@
-"""Tells whether a saved model is the student of a distillation, and where its files are."""
+"""Recognises the student of a distillation among saved models, and finds its files."""
 
 from pathlib import Path
 
@@ -8,29 +8,35 @@ from hf_dissect.distillation.student import StudentConfig
 from hf_dissect.hub.address import HubAddress, is_hub_address
 
 STUDENT_FOLDER = "student"
-"""Where, in a checkpoint of all networks, the student lies alone."""
+"""Folder, in a checkpoint of all networks, of the student alone."""
 
 
 def student_folder(checkpoint: str | Path) -> Path | None:
-    """The folder of the student that a run folder or a checkpoint on this machine holds; None where there is none."""
+    """Return the folder of the student in a run folder or a checkpoint of this machine, or None if there is none."""
     for folder in (Path(checkpoint), Path(checkpoint) / STUDENT_FOLDER):
         if (folder / "config.json").is_file():
-            return folder if _model_type(folder) == StudentConfig.model_type else None
+            return folder if _read_model_type(folder) == StudentConfig.model_type else None
     return None
 
 
 def is_student(checkpoint: str | Path) -> bool:
-    """Whether a run folder, a checkpoint, an id of the Hub or `hub:USER/REPO` holds the student of a distillation.
+    """Check that a run folder, a checkpoint, a Hub id or `hub:USER/REPO` holds the student of a distillation.
 
-    What cannot be read holds none; whoever loads the model then tells why.
+    The answer is False for a model that cannot be read; whoever loads the model then reports why.
     """
     if Path(checkpoint).exists():
         return student_folder(checkpoint) is not None
-    address = HubAddress.parse(checkpoint) if is_hub_address(checkpoint) else HubAddress(str(checkpoint))
-    return _model_type(address.repo_id, address.revision) == StudentConfig.model_type
+    address = parse_address(checkpoint)
+    return _read_model_type(address.repo_id, address.revision) == StudentConfig.model_type
 
 
-def _model_type(place: str | Path, revision: str | None = None) -> str | None:
+def parse_address(checkpoint: str | Path) -> HubAddress:
+    """Return the address on the Hub that a Hub id or `hub:USER/REPO` names."""
+    name = str(checkpoint)
+    return HubAddress.parse(name) if is_hub_address(name) else HubAddress(name)
+
+
+def _read_model_type(place: str | Path, revision: str | None = None) -> str | None:
     try:
         return PreTrainedConfig.get_config_dict(str(place), revision=revision)[0].get("model_type")
     except (OSError, ValueError):

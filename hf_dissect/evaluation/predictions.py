@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import EvalPrediction
@@ -34,14 +35,19 @@ def predict_pairs(
 
 
 def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
-    """Retrieval metrics of all readable pairs; none, with a warning, when there are no readable pairs.
+    """Compute the retrieval metrics of all readable pairs.
 
     Args:
-        predictions: `predictions` are image and text embeddings `(pairs, D)`; `label_ids` the image keys, equal for
-            pairs of one image, and the reasons why a pair is bad, 0 for a good one, each `(pairs,)`.
+        predictions: `predictions` are image and text embeddings `(pairs, D)`; `label_ids` are the image keys, equal
+            for pairs of one image, and the reason why a pair is bad, 0 for a good one, each `(pairs,)`.
+
+    Returns:
+        The figures of `retrieval_from_pairs`; empty if no pair is readable. A warning counts the unreadable pairs.
     """
-    image_embeds, text_embeds = predictions.predictions
-    image_key, bad_reason = predictions.label_ids
+    outputs: Any = predictions.predictions  # transformers types both fields as tuples of one array
+    labels: Any = predictions.label_ids
+    image_embeds, text_embeds = outputs
+    image_key, bad_reason = labels
     good = bad_reason == 0
     if not good.all():
         logger.warning("%d of %d evaluation pairs cannot be read and are left out.", (~good).sum(), len(good))

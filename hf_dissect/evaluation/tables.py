@@ -1,4 +1,4 @@
-"""Prints results of several runs beside each other, with their spread, in a terminal."""
+"""Formats figures as text tables for a terminal: one run, or several next to each other with their spread."""
 
 import math
 import statistics
@@ -6,25 +6,32 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 MISSING = "-"
+_NAMES = {
+    "recall_sum": "recall sum",
+    "zero_shot_accuracy@1": "zero-shot top-1 accuracy",
+    "zero_shot_accuracy@5": "zero-shot top-5 accuracy",
+    "noise_detection_auroc": "noise detection AUROC",
+    "noise_detection_average_precision": "noise detection average precision",
+}
 
 
 def summarise_seeds(runs: Sequence[Mapping[str, object]]) -> dict[str, dict[str, float | None]]:
-    """Mean and spread of each figure over runs that differ in their seed only.
+    """Compute mean and spread of each figure over runs that differ in their seed only.
 
     Args:
-        runs: One flat mapping of figures per run. What is no number (text, nested mappings) is left out; None is a
-            figure that a run could not compute, and NaN, which makes the mean NaN, one that it computed as NaN.
+        runs: One flat mapping of figures per run. Text and nested mappings are left out. None is a figure that the
+            run could not compute; a figure that it computed as NaN makes the mean NaN.
 
     Returns:
-        For each figure `{"mean", "std"}`: mean and sample standard deviation (divisor n - 1) of the runs that have it;
-        `std` is None where only one has it, and both are None where all hold None.
+        For each figure `{"mean", "std"}`: mean and sample standard deviation (divisor n - 1) of the runs that have it.
+        `std` is None if only one run has the figure; both are None if all runs hold None.
     """
-    summary = {}
+    summary: dict[str, dict[str, float | None]] = {}
     for name in dict.fromkeys(name for run in runs for name in run):
         values = [run[name] for run in runs if name in run]
-        numbers = [float(value) for value in values if _is_number(value)]
+        numbers = [float(value) for value in values if isinstance(value, Real) and not isinstance(value, bool)]
         if numbers:
-            summary[name] = {"mean": statistics.fmean(numbers), "std": _sample_deviation(numbers)}
+            summary[name] = {"mean": statistics.fmean(numbers), "std": _compute_deviation(numbers)}
         elif all(value is None for value in values):
             summary[name] = {"mean": None, "std": None}
     return summary
@@ -35,13 +42,13 @@ def format_results_table(
     columns: Sequence[str] | Mapping[str, str],
     decimals: int | Mapping[str, int] = 2,
 ) -> str:
-    """Lays rows out as a plain text table: text to the left, numbers to the right, a rule under the headings.
+    """Format rows as a plain text table: text to the left, numbers to the right, a rule under the headings.
 
     Args:
         rows: One mapping per line. A value is text, a number, a (mean, std) tuple, a `{"mean", "std"}` mapping (both
-            printed as `mean ± std`, without the spread where it is None), or None. None and absent keys print as `-`.
+            printed as `mean ± std`, or as `mean` if std is None), or None. None and absent keys print as `-`.
         columns: Keys to print, in order; a mapping gives each its heading.
-        decimals: Digits after the point of what is no integer, for all columns or by key (2 where not named).
+        decimals: Digits after the point of numbers that are not integers, for all columns or by key (2 by default).
 
     Returns:
         The table, without a newline at its end.
@@ -51,7 +58,7 @@ def format_results_table(
     for key, heading in headings.items():
         digits = decimals.get(key, 2) if isinstance(decimals, Mapping) else decimals
         values = [row.get(key) for row in rows]
-        cells = [heading, *(_cell(value, digits) for value in values)]
+        cells = [heading, *(_format_cell(value, digits) for value in values)]
         width = max(map(len, cells))
         is_text = any(isinstance(value, str) for value in values)
         printed.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
@@ -60,11 +67,21 @@ def format_results_table(
     return "\n".join([*lines[:1], rule, *lines[1:]])
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def format_retrieval(figures: Mapping[str, float]) -> str:
+    """Format the figures of one dual encoder: recalls in per cent, and accuracies and the like below them."""
+    rows = []
+    for name, direction in (("image to text", "image_to_text"), ("text to image", "text_to_image")):
+        keys = {f"R@{k}": f"{direction}_R@{k}" for k in (1, 5, 10)} | {"median rank": f"{direction}_median_rank"}
+        if f"{direction}_R@1" in figures:
+            rows.append({"retrieval": name, **{heading: figures[key] for heading, key in keys.items()}})
+    parts = [format_results_table(rows, list(rows[0]), decimals=1)] if rows else []
+    if known := {name: figures[key] for key, name in _NAMES.items() if figures.get(key) is not None}:
+        width = max(map(len, known))
+        parts.append("\n".join(f"{name:{width}}  {value:.4g}" for name, value in known.items()))
+    return "\n\n".join(parts) or "Nothing was evaluated: there is no validation or test split."
 
 
-def _sample_deviation(numbers: list[float]) -> float | None:
+def _compute_deviation(numbers: list[float]) -> float | None:
     if len(numbers) < 2:
         return None
     if not all(map(math.isfinite, numbers)):
@@ -72,13 +89,13 @@ def _sample_deviation(numbers: list[float]) -> float | None:
     return statistics.stdev(numbers)
 
 
-def _cell(value: object, decimals: int) -> str:
+def _format_cell(value: object, decimals: int) -> str:
     if isinstance(value, Mapping):
         value = (value["mean"], value.get("std"))
     if isinstance(value, tuple):
         mean, spread = value
-        shown = _cell(mean, decimals)
-        return shown if mean is None or spread is None else f"{shown} ± {_cell(spread, decimals)}"
+        shown = _format_cell(mean, decimals)
+        return shown if mean is None or spread is None else f"{shown} ± {_format_cell(spread, decimals)}"
     if value is None:
         return MISSING
     is_fraction = isinstance(value, Real) and not isinstance(value, Integral)

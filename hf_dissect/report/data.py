@@ -1,4 +1,4 @@
-"""What a report needs to know of a finished run, kept as one JSON file so that it can be redrawn without the model."""
+"""The data of a report, kept as one JSON file so that the report can be drawn again without the model."""
 
 import base64
 import io
@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -23,9 +24,13 @@ FORMAT_VERSION = 1
 class PairSample:
     """One image-text pair for the sample sheet.
 
-    `correlation` is the score max(100 * cosine, 0) at the last visit and `differential` the historical minus the
-    current score (DISSect, arXiv 2507.12998), None without a history. `is_clean` is None where the truth is unknown,
-    `image` is None where there is no picture to show.
+    Args:
+        sample_id: id of the pair.
+        caption: text of the pair.
+        correlation: score max(100 * cosine, 0) at the last visit.
+        differential: historical minus current score (DISSect, arXiv 2507.12998); None without a history.
+        is_clean: True if the caption belongs to the image; None if the truth is unknown.
+        image: picture to show; None if there is none.
     """
 
     sample_id: int
@@ -43,22 +48,23 @@ class RunSummary:
     Args:
         name: `dissect`, or `dissect, seed 0` for one of several seeds; runs that differ in the seed alone share a
             colour.
-        metrics: the content of the run's `metrics.json`.
+        metrics: content of the run's `metrics.json`.
         log_history: `trainer.state.log_history`.
-        score_histogram: correlation of the last epoch's candidates: `edges` (n + 1), counts `kept` and `dropped` (n).
+        score_histogram: correlations of the last epoch's candidates: `edges` `(n + 1,)` and the counts `kept` and
+            `dropped`, each `(n,)`.
         best_kept: kept pairs, best first; the first 12 are saved and shown.
         worst_dropped: dropped pairs, worst first; the first 12 are saved and shown.
     """
 
     name: str
-    metrics: dict
-    log_history: list[dict] = field(default_factory=list)
-    score_histogram: dict | None = None
+    metrics: dict[str, Any]
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    score_histogram: dict[str, Any] | None = None
     best_kept: list[PairSample] = field(default_factory=list)
     worst_dropped: list[PairSample] = field(default_factory=list)
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the run to one JSON file, pictures as JPEG of at most 160 px; NaN and infinities become null."""
+        """Write the run to one JSON file; pictures become JPEG of at most 160 px, NaN and infinities become null."""
         content = {
             "format_version": FORMAT_VERSION,
             "name": self.name,
@@ -68,15 +74,15 @@ class RunSummary:
             "best_kept": [_sample_to_json(sample) for sample in (self.best_kept or [])[:MAX_SAMPLES]],
             "worst_dropped": [_sample_to_json(sample) for sample in (self.worst_dropped or [])[:MAX_SAMPLES]],
         }
-        return replace_file(path, json.dumps(_plain(content), allow_nan=False))
+        return replace_file(path, json.dumps(_to_plain(content), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RunSummary":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no JSON, lacks a part, or is of another format version.
+            ValueError: the file is not JSON, lacks a part, or has another format version.
         """
         try:
             content = json.loads(Path(path).read_text("utf-8"))
@@ -101,23 +107,23 @@ class RunSummary:
 
 
 def thumbnail(image: Image.Image | None) -> str | None:
-    """`image` as base64 JPEG of at most 160 px without metadata, or None where it is absent or cannot be decoded."""
+    """Encode `image` as base64 JPEG of at most 160 px without metadata; None if it is absent or cannot be decoded."""
     jpeg = thumbnail_jpeg(image)
     return None if jpeg is None else base64.b64encode(jpeg).decode("ascii")
 
 
 def thumbnail_jpeg(image: Image.Image | None) -> bytes | None:
-    """What `thumbnail` gives, as the content of a JPEG file."""
+    """Encode `image` as `thumbnail` does, but return the content of a JPEG file."""
     if image is None:
         return None
     try:
         jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
         if jpeg and max(image.size) <= THUMBNAIL_SIZE:
-            options = {"quality": "keep"}  # a stored thumbnail: a second loss would show
+            options: dict[str, Any] = {"quality": "keep"}  # a stored thumbnail, which would lose quality twice
         else:
-            image = _on_white(image)
+            image = _put_on_white(image)
             image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-            # Pictures of a few pixels are magnified by the page, and so are their JPEG artefacts.
+            # The page magnifies pictures of a few pixels, and with them their JPEG artefacts.
             options = {"quality": 92, "subsampling": 0} if max(image.size) <= 64 else {"quality": 80}
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", comment=b"", **options)
@@ -127,13 +133,13 @@ def thumbnail_jpeg(image: Image.Image | None) -> bytes | None:
 
 
 def replace_file(path: str | os.PathLike, text: str) -> Path:
-    """Write `text` as UTF-8 under a temporary name and move it to `path`, so that no reader meets half a file."""
+    """Write `text` as UTF-8 under a temporary name and move it to `path`, so that nobody reads half a file."""
     # A caption may hold lone surrogates, which UTF-8 cannot express.
     return replace_bytes(path, text.encode("utf-8", "replace"))
 
 
 def replace_bytes(path: str | os.PathLike, content: bytes) -> Path:
-    """Write `content` as `replace_file` writes text."""
+    """Write `content` to `path` as `replace_file` writes text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -145,7 +151,7 @@ def replace_bytes(path: str | os.PathLike, content: bytes) -> Path:
     return path
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _put_on_white(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -167,14 +173,14 @@ def _sample_from_json(content: dict) -> PairSample:
     return sample
 
 
-def _plain(value: object) -> object:
-    """`value` in the types that strict JSON has; scalars of NumPy and torch by their `item`, the unknown as text."""
+def _to_plain(value: object) -> object:
+    """Convert `value` to the types of strict JSON; numbers of NumPy and torch become plain, unknown objects text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return _to_plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)

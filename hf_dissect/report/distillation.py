@@ -1,64 +1,101 @@
-"""Report of a distillation: how far the terms came."""
+"""The report of a distillation: what the networks achieve, how far the terms came, and the rows that trained them."""
 
 import itertools
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from hf_dissect.report.page import make_legend_entry, write_page
+from hf_dissect.report.plots import DASHES, Curve, describe_curves, draw_curves, series
+from hf_dissect.report.tables import compare_settings, format_number, results_table, select_final_figures
 
-from hf_dissect.report.data import replace_file
-from hf_dissect.report.plots import DASHES, Curve, line_panel, series
-from hf_dissect.version import __version__
 
-# (heading, axis label, whether shares, logged keys and their names)
-_NETWORKS = (("student", "student"), ("teacher", "teacher"), ("auxiliary_.*", "auxiliary"))
+@dataclass(frozen=True)
+class _Panel:
+    heading: str
+    ylabel: str
+    keys: Mapping[str, str]
+    """Pattern of a logged key -> name of its curve."""
+    percent: bool = False
+
+
+_NETWORKS = {"student": "student", "teacher": "teacher", "auxiliary_.*": "auxiliary"}
 _PANELS = (
-    (
-        "Mutual information",
-        "bound in nats",
-        False,
-        (("information_student", "I(T;S)"), ("information_auxiliary", "I(T;A)")),
+    _Panel(
+        "Mutual information", "bound in nats", {"information_student": "I(T;S)", "information_auxiliary": "I(T;A)"}
     ),
-    ("Discriminator", "accuracy", True, (("discriminator_accuracy", "accuracy"),)),
-    ("Accuracy in training", "accuracy", True, tuple((f"{key}_accuracy", name) for key, name in _NETWORKS)),
-    ("Accuracy in evaluation", "accuracy", True, tuple((f"eval_{key}_accuracy", name) for key, name in _NETWORKS)),
-    ("Loss", "loss", False, (("loss", "all terms"),)),
+    _Panel("Discriminator", "accuracy", {"discriminator_accuracy": "accuracy"}, percent=True),
+    _Panel(
+        "Accuracy in training",
+        "accuracy",
+        {f"{key}_accuracy": name for key, name in _NETWORKS.items()},
+        percent=True,
+    ),
+    _Panel(
+        "Accuracy in evaluation",
+        "accuracy",
+        {f"eval_{key}_accuracy": name for key, name in _NETWORKS.items()},
+        percent=True,
+    ),
+    _Panel("Loss", "loss", {"loss": "all terms"}),
 )
 _WARNINGS = {
     "teacher": "The teacher weakened in the course of the run: its accuracy fell well below its best.",
     "discriminator": "The discriminator saturated: the student learnt little from it.",
 }
+_TIME_PARTS = ("data", "training", "evaluation")
 
 
-def write_distillation_report(path: str | Path, metrics: Mapping[str, Any], log_history: list[dict]) -> Path:
-    """Write one HTML file that needs nothing else, from the content of `metrics.json` and the Trainer's logs."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    page = environment.get_template("distillation.html.jinja").render(
-        metrics=metrics,
-        version=__version__,
+def write_distillation_report(
+    path: str | os.PathLike, metrics: Mapping[str, Any], log_history: Sequence[Mapping]
+) -> Path:
+    """Write the report of a distillation to `path` as one HTML file, and return the path.
+
+    Args:
+        path: HTML file; it is replaced only once the new one is complete.
+        metrics: content of the run's `metrics.json`.
+        log_history: `trainer.state.log_history`.
+    """
+    name = metrics["name"]
+    return write_page(
+        path,
+        "distillation.html.jinja",
+        title=f"{name}: {metrics['method']}",
+        facts=[
+            ("Student of", metrics["student"]),
+            ("Trained with", ", ".join(metrics["auxiliaries"])),
+            ("Optimiser steps", format_number(metrics["steps"], "steps")),
+            ("Seed", str(metrics["seed"])),
+            ("Wall-clock", format_number(metrics["times"]["total_s"], "total_s")),
+        ],
+        runs=[(name, metrics)],
+        time_parts=_TIME_PARTS,
         warnings=[_WARNINGS[key] for key in metrics["warnings"]],
-        panels=_panels(log_history),
+        results=results_table([(name, select_final_figures(metrics))], corner="run"),
+        panels=_draw_panels(log_history),
+        rows=metrics["rows"],
+        terms=compare_settings([name], [metrics["term_weights"]], corner="weight of the term")[0],
     )
-    return replace_file(path, page)
 
 
-def _panels(log_history: list[dict]) -> list[dict]:
+def _draw_panels(log_history: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """Draw one figure for each panel with a key that was logged."""
     uids, panels = map("f{}".format, itertools.count()), []
-    for heading, ylabel, percent, lines in _PANELS:
-        curves, names = [], []
-        for place, (key, name) in enumerate(lines):
-            points = series(log_history, key)
+    for panel in _PANELS:
+        curves, ends, legend = [], [], []
+        for index, (pattern, name) in enumerate(panel.keys.items()):
+            points = series(log_history, pattern)
             if points[0]:
-                curves.append(Curve(*points, color=place, dashes=DASHES[place % len(DASHES)]))
-                names.append(f"{name} ends at {points[1][-1]:.4g}")
+                curves.append(Curve(*points, color=index, dashes=DASHES[index % len(DASHES)]))
+                end = f"{name} ends at {points[1][-1]:.4g}"
+                ends.append(end)
+                legend.append(make_legend_entry(end, index))
         if curves:
-            alt = f"{heading} over optimiser steps: {'; '.join(names)}."
-            figure = line_panel(curves, uid=next(uids), ylabel=ylabel, alt=alt, columns=2, percent=percent)
-            panels.append({"heading": heading, "figure": figure, "names": names})
+            alt = describe_curves(panel.heading, ends)
+            figure = draw_curves(
+                curves, uid=next(uids), ylabel=panel.ylabel, alt=alt, columns=2, percent=panel.percent
+            )
+            panels.append({"heading": panel.heading, "figure": figure, "legend": legend})
     return panels

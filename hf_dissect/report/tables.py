@@ -1,16 +1,22 @@
-"""Tables of the run report: which figures stand in a row, what their columns are called, how many digits they get."""
+"""Tables of the reports: the figures of a row, the titles of the columns and the digits of the numbers."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from hf_dissect.report.plots import finite
+from hf_dissect.report.plots import to_finite
 
 MISSING = "–"
 _RECALL = r"(?=.*(?:\b|_)(?:r|recall)@)"
-# Columns come in this order, the ones most asked for first; what matches nothing (median ranks) comes last.
-_ORDER = (r".*recall_sum", rf"{_RECALL}.*image_to_text.*", rf"{_RECALL}.*text_to_image.*", rf"{_RECALL}.*")
+# Columns come in this order, the ones most asked for first. Others, such as median ranks, come last.
+_ORDER: tuple[str, ...] = (
+    r".*recall_sum",
+    rf"{_RECALL}.*image_to_text.*",
+    rf"{_RECALL}.*text_to_image.*",
+    rf"{_RECALL}.*",
+)
 _ORDER += (r"noise_kept", r"total_s", r"scoring_share", r".*zero_shot.*", r"label_auroc", r".*noise.*")
 _LOWER_IS_BETTER = re.compile(r".*(rank|noise_kept|loss).*|.*_s")
 _HIGHER_IS_BETTER = re.compile(r".*(recall|r@|auroc|auc|precision|recognised|accuracy|top_?\d).*")
@@ -29,7 +35,7 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure as text; `best` where no row of the column is better."""
+    """One figure as text; `best` is True if no row of the column is better."""
 
     text: str
     spread: str = ""
@@ -38,7 +44,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """A caption-less table: the first column holds row headers (`names`), `rows` the cells beside them."""
+    """A table without a caption; `names` are the row headers in its first column, `rows` the cells next to them."""
 
     columns: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -46,13 +52,13 @@ class Table:
     corner: str = "run"
 
 
-def mapping(value: object) -> Mapping:
-    """`value` if it is a mapping, otherwise an empty one: metrics of an interrupted run hold None in places."""
+def as_mapping(value: object) -> Mapping:
+    """Return `value` if it is a mapping, else an empty one: metrics of an interrupted run hold None in places."""
     return value if isinstance(value, Mapping) else {}
 
 
 def label(key: str) -> str:
-    """The column title of a metric, such as `Image→text R@1` for `retrieval_r@1_image_to_text`."""
+    """Return the column title of a metric, such as `Image→text R@1` for `retrieval_r@1_image_to_text`."""
     if key in _LABELS:
         return _LABELS[key]
     text = re.sub(r"^(retrieval|eval|selection)_", "", key)
@@ -64,8 +70,11 @@ def label(key: str) -> str:
     return rest[:1].upper() + rest[1:]
 
 
-def number_style(key: str, values: Sequence[float]) -> tuple[float, int, str]:
-    """Factor, decimals and unit for all `values` of the column `key`; seconds end on `_s`, shares become per cent."""
+def choose_number_style(key: str, values: Sequence[float]) -> tuple[float, int, str]:
+    """Return factor, decimals and unit for all `values` of the column `key`.
+
+    A key that ends with `_s` means seconds; shares become per cent.
+    """
     largest = max((abs(value) for value in values), default=0.0)
     if key.endswith("_s"):
         return (1, 1, " s") if largest < 120 else (1 / 60, 1, " min") if largest < 7200 else (1 / 3600, 2, " h")
@@ -79,35 +88,40 @@ def number_style(key: str, values: Sequence[float]) -> tuple[float, int, str]:
 
 
 def format_number(value: object, key: str = "") -> str:
-    """`value` alone, in the digits and unit of the metric `key`; a dash for None and NaN."""
-    number = finite(value)
+    """Format one value with the digits and the unit of the metric `key`, or as a dash if it is None or NaN."""
+    number = to_finite(value)
     if number is None:
         return MISSING
-    factor, decimals, unit = number_style(key, [number])
+    factor, decimals, unit = choose_number_style(key, [number])
     return f"{number * factor:,.{decimals}f}{unit}"
 
 
 def results_table(rows: Sequence[tuple[str, Mapping]], *, corner: str) -> Table:
-    """One row per (name, figures), each figure a number or `{"mean", "std"}`; columns are the union of the keys."""
+    """Build a table with a row for each (name, figures) and a column for each key that any row has.
+
+    Args:
+        rows: names and figures; a figure is a number or `{"mean", "std"}`.
+        corner: title of the column of names.
+    """
     keys = list(dict.fromkeys(key for _, figures in rows for key in figures))
-    keys = [key for key in keys if any(_mean(figures.get(key)) is not None for _, figures in rows)]
-    keys.sort(key=_rank)
-    columns = [_column(key, [figures.get(key) for _, figures in rows]) for key in keys]
+    keys = [key for key in keys if any(_read_mean(figures.get(key)) is not None for _, figures in rows)]
+    keys.sort(key=_find_rank)
+    columns = [_build_column(key, [figures.get(key) for _, figures in rows]) for key in keys]
     cells = [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in rows]
     return Table([label(key) for key in keys], [name for name, _ in rows], cells, corner)
 
 
-def final_figures(metrics: Mapping) -> dict:
-    """The final figures of one run without the counts that they rest on."""
-    return {str(key): value for key, value in mapping(metrics.get("final")).items() if "_num_" not in str(key)}
+def select_final_figures(metrics: Mapping) -> dict[str, Any]:
+    """Return the final figures of one run without the counts that they rest on."""
+    return {str(key): value for key, value in as_mapping(metrics.get("final")).items() if "_num_" not in str(key)}
 
 
-def run_figures(metrics: Mapping) -> dict:
-    """The row of one run in the results table, out of its `metrics.json`."""
-    times, selection = mapping(metrics.get("times")), mapping(metrics.get("selection"))
-    total, scoring = finite(times.get("total_s")), finite(times.get("scoring_s"))
+def collect_run_figures(metrics: Mapping) -> dict[str, Any]:
+    """Return the row of one run in the results table, from the content of its `metrics.json`."""
+    times, selection = as_mapping(metrics.get("times")), as_mapping(metrics.get("selection"))
+    total, scoring = to_finite(times.get("total_s")), to_finite(times.get("scoring_s"))
     return {
-        **final_figures(metrics),
+        **select_final_figures(metrics),
         "noise_kept": selection.get("noise_kept"),
         "label_auroc": selection.get("label_auroc", selection.get("p_clean_auroc")),
         "total_s": total,
@@ -115,9 +129,15 @@ def run_figures(metrics: Mapping) -> dict:
     }
 
 
-def settings_tables(names: Sequence[str], settings: Sequence[object], *, corner: str) -> tuple[Table, Table]:
-    """Settings of several runs as (those equal in all runs, those that differ); nested keys are joined by dots."""
-    flat = [_flat(mapping(values)) for values in settings]
+def compare_settings(names: Sequence[str], settings: Sequence[object], *, corner: str) -> tuple[Table, Table]:
+    """Build two tables: the settings that are equal in all runs, and those that differ.
+
+    Args:
+        names: names of the runs.
+        settings: settings of each run, nested as they are; their keys are joined by dots.
+        corner: title of the column of keys.
+    """
+    flat = [_flatten(as_mapping(values)) for values in settings]
     equal, different = Table(["value"], corner=corner), Table(list(names), corner=corner)
     for key in dict.fromkeys(key for values in flat for key in values):
         values = [run.get(key, MISSING) for run in flat]
@@ -127,19 +147,19 @@ def settings_tables(names: Sequence[str], settings: Sequence[object], *, corner:
     return equal, different
 
 
-def _mean(value: object) -> float | None:
-    return finite(value.get("mean")) if isinstance(value, Mapping) else finite(value)
+def _read_mean(value: object) -> float | None:
+    return to_finite(value.get("mean")) if isinstance(value, Mapping) else to_finite(value)
 
 
-def _rank(key: str) -> int:
+def _find_rank(key: str) -> int:
     return next((i for i, pattern in enumerate(_ORDER) if re.fullmatch(pattern, key, re.IGNORECASE)), len(_ORDER))
 
 
-def _column(key: str, values: Sequence[object]) -> list[Cell]:
-    means = [_mean(value) for value in values]
+def _build_column(key: str, values: Sequence[object]) -> list[Cell]:
+    means = [_read_mean(value) for value in values]
     known = [mean for mean in means if mean is not None]
-    stds = [finite(value.get("std")) if isinstance(value, Mapping) else None for value in values]
-    factor, decimals, unit = number_style(key, known + [std for std in stds if std is not None])
+    stds = [to_finite(value.get("std")) if isinstance(value, Mapping) else None for value in values]
+    factor, decimals, unit = choose_number_style(key, known + [std for std in stds if std is not None])
     pick = min if _LOWER_IS_BETTER.fullmatch(key.lower()) else max
     judged = pick is min or _HIGHER_IS_BETTER.fullmatch(key.lower())
     texts = [None if mean is None else f"{mean * factor:,.{decimals}f}" for mean in means]
@@ -152,11 +172,11 @@ def _column(key: str, values: Sequence[object]) -> list[Cell]:
     return cells
 
 
-def _flat(values: Mapping, prefix: str = "") -> dict[str, str]:
-    result = {}
+def _flatten(values: Mapping, prefix: str = "") -> dict[str, str]:
+    result: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            result.update(_flat(value, f"{prefix}{key}."))
+            result.update(_flatten(value, f"{prefix}{key}."))
         else:
             result[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
     return result

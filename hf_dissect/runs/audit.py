@@ -26,8 +26,9 @@ from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.pull import download_model
 from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
 from hf_dissect.recipe.recipe import DataSection, Recipe
-from hf_dissect.runs.evaluate import data_section, evaluating_trainer, recipe_of
-from hf_dissect.runs.run import first_free, load_split
+from hf_dissect.runs.evaluate import evaluating_trainer
+from hf_dissect.runs.run import first_free
+from hf_dissect.runs.saved_model import choose_data, load_recipe, load_split
 from hf_dissect.selection import correlation_of
 from hf_dissect.selection.ledger import LEDGER_FILE
 
@@ -118,7 +119,7 @@ def audit(
             "pairs; name a CLIP-like model. For what the student can do, run: hf-dissect evaluate "
             f"{checkpoint}"
         )
-    recipe = recipe_of(checkpoint) if data is None else None
+    recipe = load_recipe(checkpoint) if data is None else None
     model_name = _model_name(checkpoint)
     if is_hub_address(checkpoint):
         checkpoint = str(download_model(HubAddress.parse(checkpoint)))
@@ -173,7 +174,7 @@ def _check_export(export_to: str | Path | None, keep: float | None, threshold: f
 
 
 def _section(checkpoint: str, data: str | None, recipe: Recipe | None, max_rows: int | None) -> DataSection:
-    section = DataSection(source="scenes") if data == "scenes" else data_section(checkpoint, data, recipe)
+    section = DataSection(source="scenes") if data == "scenes" else choose_data(checkpoint, data, recipe)
     return dataclasses.replace(
         section,
         streaming=False,  # pictures are looked up again, and rows are written

@@ -1,4 +1,4 @@
-"""Runs a recipe with several strategies and seeds, and sets the results beside each other."""
+"""Runs a recipe with several strategies and seeds, and puts the results next to each other."""
 
 import json
 import logging
@@ -8,15 +8,15 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_dissect.evaluation import summarise_seeds
+from hf_dissect.evaluation import format_results_table, summarise_seeds
 from hf_dissect.recipe.recipe import Recipe
-from hf_dissect.report.page import RunSummary, write_report
+from hf_dissect.report.selection import RunSummary, write_report
 from hf_dissect.runs.run import in_folder, load_data, run_recipe
 from hf_dissect.training.run_folder import write_json
 
 logger = logging.getLogger(__name__)
 
-TABLE_COLUMNS = {
+_COLUMNS = {
     "strategy": "strategy",
     "recall_sum": "recall sum",
     "image_to_text_R@1": "i2t R@1",
@@ -29,7 +29,7 @@ TABLE_COLUMNS = {
     "steps": "steps",
     "train_s": "seconds",
 }
-TABLE_DECIMALS = {
+_DECIMALS = {
     "recall_sum": 1,
     "image_to_text_R@1": 1,
     "text_to_image_R@1": 1,
@@ -41,7 +41,7 @@ TABLE_DECIMALS = {
     "steps": 0,
     "train_s": 0,
 }
-TABLE_LEGEND = (
+_LEGEND = (
     "recall sum: R@1 + R@5 + R@10 in both directions on the test split, at most 600.\n"
     "mismatched kept: share of mismatched pairs among the kept ones, last epoch.\n"
     "AUROC of rule: how well the strategy's own ranking tells clean from mismatched candidates, last epoch.\n"
@@ -61,31 +61,31 @@ def compare(
 ) -> dict[str, Any]:
     """Run each strategy with each seed, on the same data, for the same number of optimiser steps.
 
-    The folders of the runs stand in the recipe's `output_dir`, as `<strategy>-seed<n>`; beside them `metrics.json` and
-    `report.html` of the whole. Both are rewritten after each run, so an interrupted comparison leaves what it has.
+    The runs are written to `<strategy>-seed<n>` in the recipe's `output_dir`, next to `metrics.json` and `report.html`
+    of the comparison. These two are written after each run, so an interrupted comparison keeps its results.
 
     Args:
-        recipe: the settings that all runs share.
-        strategies: `name` or `name:variant`; those of the recipe's `compare` section by default.
-        seeds: likewise; of initial weights, order of the data and random choices. The data and their noise stay the
-            same.
-        resume: take over the runs that finished with the same settings, instead of running them again.
-        announce: told of each run before it starts.
+        recipe: settings that all runs share.
+        strategies: strategies as `name` or `name:variant`; by default those of the recipe's `compare` section.
+        seeds: seeds of initial weights, order of the data and random choices; by default those of the recipe's
+            `compare` section. The data and their noise stay the same.
+        resume: keep the runs that finished with the same settings instead of running them again.
+        announce: function that is called with a line of text before each run.
 
     Returns:
         The content of `metrics.json`: "name", "table" (a row per strategy, figures as mean and std) and "runs".
 
     Raises:
-        RecipeError: a strategy or seed does not fit the recipe; before anything runs.
+        RecipeError: a strategy or seed does not fit the recipe. Nothing has run then.
     """
-    # As settings of the recipe they are checked like all others, and saved with the comparison.
+    # As settings of the recipe they are checked like all others and saved with the comparison.
     given = {"strategies": strategies, "seeds": seeds}
     recipe = recipe.with_overrides(
         [f"compare.{name}={json.dumps(list(values))}" for name, values in given.items() if values is not None]
     )
     strategies, seeds, folder = recipe.compare.strategies, recipe.compare.seeds, Path(recipe.output_dir)
-    # Seeds outside, strategies inside: a machine that slows down meanwhile does so for all strategies.
-    planned = [(spec, seed, _variation(recipe, spec, seed, folder)) for seed in seeds for spec in strategies]
+    # The seed is the outer loop, so that a machine that slows down does so for all strategies.
+    planned = [(spec, seed, _vary(recipe, spec, seed, folder)) for seed in seeds for spec in strategies]
     splits = load_data(recipe)
     summaries: list[RunSummary] = []
     comparison: dict[str, Any] = {}
@@ -97,36 +97,42 @@ def compare(
             announce(f"[{number}/{len(planned)}] {name}")
             run_recipe(variation, splits, name=name)
         processes = PartialState()
-        processes.wait_for_everyone()  # the first process writes what all read
+        processes.wait_for_everyone()  # the first process writes the file that all read
         summaries.append(RunSummary.load(Path(variation.output_dir) / "report_data.json"))
         summaries[-1].name = name
-        comparison = _comparison(recipe, summaries, [part[:2] for part in planned[:number]])
+        comparison = _summarise(recipe, summaries, [part[:2] for part in planned[:number]])
         if processes.is_main_process:
             _write(recipe, folder, summaries, comparison)
     return comparison
 
 
-def _variation(recipe: Recipe, spec: str, seed: int, folder: Path) -> Recipe:
+def format_comparison(table: Sequence[dict[str, Any]]) -> str:
+    """Format the table of a comparison as text, with a legend; columns without any figure are left out."""
+    columns = {key: name for key, name in _COLUMNS.items() if any(_has_figure(row.get(key)) for row in table)}
+    return f"{format_results_table(table, columns, _DECIMALS)}\n\n{_LEGEND}"
+
+
+def _vary(recipe: Recipe, spec: str, seed: int, folder: Path) -> Recipe:
     place = folder / f"{spec.replace(':', '-')}-seed{seed}"
     return in_folder(recipe.with_strategy(spec).with_overrides([f"training.seed={seed}"]), place)
 
 
 def _is_finished(variation: Recipe) -> bool:
-    """Whether the folder of a run holds its result, with these settings."""
+    """Check that the folder of a run holds its result, with these settings."""
     folder = Path(variation.output_dir)
     if not (folder / "report_data.json").is_file() or not (folder / "recipe.yaml").is_file():
         return False
-    found, wanted = Recipe.load(folder / "recipe.yaml").to_dict(), variation.to_dict()
-    # What else is compared beside this run is no setting of it.
-    return found | {"compare": None} == wanted | {"compare": None}
+    saved, wanted = Recipe.load(folder / "recipe.yaml").to_dict(), variation.to_dict()
+    # The other runs of a comparison are not a setting of this one.
+    return saved | {"compare": None} == wanted | {"compare": None}
 
 
-def _comparison(recipe: Recipe, summaries: list[RunSummary], done: list[tuple[str, int]]) -> dict[str, Any]:
+def _summarise(recipe: Recipe, summaries: list[RunSummary], done: list[tuple[str, int]]) -> dict[str, Any]:
     runs = [summary.metrics for summary in summaries]
     table = []
     for spec in dict.fromkeys(spec for spec, _ in done):
         own = [(seed, run) for (part, seed), run in zip(done, runs, strict=True) if part == spec]
-        figures = summarise_seeds([_figures(run) for _, run in own])
+        figures = summarise_seeds([_flatten_figures(run) for _, run in own])
         table.append({"strategy": spec, "seeds": [seed for seed, _ in own], **figures})
     return {"name": recipe.name, "table": table, "runs": runs}
 
@@ -137,8 +143,8 @@ def _write(recipe: Recipe, folder: Path, summaries: list[RunSummary], comparison
     write_report(folder / "report.html", summaries, title=recipe.name, table=comparison["table"])
 
 
-def _figures(run: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one run that the table may show, flat."""
+def _flatten_figures(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of one run that the table may show, flat."""
     times, selection = run["times"], run["selection"]
     return {
         **{
@@ -154,3 +160,7 @@ def _figures(run: dict[str, Any]) -> dict[str, Any]:
         "train_s": times["data_s"] + times["scoring_s"] + times["training_s"],
         "scoring_s": times["scoring_s"],
     }
+
+
+def _has_figure(value: object) -> bool:
+    return value is not None and not (isinstance(value, dict) and value.get("mean") is None)

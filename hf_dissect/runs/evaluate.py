@@ -1,11 +1,9 @@
-"""Retrieval and zero-shot figures of a saved model on any image-text or labelled data."""
+"""Evaluates a saved model, be it a dual encoder or the student of a distillation, on its own or on other data."""
 
 import dataclasses
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,17 +11,16 @@ import datasets
 from hf_dissect.data import as_pairs
 from hf_dissect.data.pair_columns import CAPTION_COLUMNS
 from hf_dissect.data.tasks import number_tasks_as_saved
+from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.evaluation import evaluate_zero_shot
-from hf_dissect.hub.address import HubAddress, is_hub_address
-from hf_dissect.hub.pull import download_model, pull_recipe
 from hf_dissect.models.loading import load_model_and_processor
-from hf_dissect.recipe.recipe import DataSection, Recipe, RecipeError
-from hf_dissect.runs.run import load_split, zero_shot_figures
+from hf_dissect.recipe.recipe import DataSection
+from hf_dissect.runs.evaluate_student import evaluate_student
+from hf_dissect.runs.run import zero_shot_figures
+from hf_dissect.runs.saved_model import adapt_section, choose_data, fetch_model, load_recipe, load_split
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training.run_folder import without_speed
 from hf_dissect.training_args import DissectTrainingArguments
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -36,66 +33,84 @@ def evaluate_checkpoint(
     image_column: str | None = None,
     caption_column: str | None = None,
     task_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     classes: Sequence[str] | None = None,
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    templates: Sequence[str] | None = None,
     image_features: str | None = None,
     max_rows: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """Evaluate a checkpoint.
+    """Evaluate a saved model.
 
     Args:
-        checkpoint: run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to have the recipe there as well.
-        data: "scenes", a local folder or file, tar shards, or a Hub data set id; None for the data of the recipe that
-            lies in the checkpoint's folder.
-        split: of the data.
-        image_column, caption_column: names of the columns; None for the usual ones.
-        task_column: of the tasks, for an adapter that routes by them; None for that of the recipe, with its own data.
-            Without tasks such an adapter is evaluated as the mean of its experts.
-        label_column: of labelled images.
+        checkpoint: run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to read the recipe there as well.
+        data: "scenes", a local folder or file, tar shards, or the id of a data set on the Hub; for a student also an
+            .npz file. None for the data of the recipe next to the model.
+        split: split of the data.
+        image_column: column of the images, or of whatever a student reads; None for the usual one.
+        caption_column: column of the captions; None for the usual one.
+        task_column: column of the tasks, for an adapter that routes by them; None for that of the recipe, with its own
+            data. Without tasks such an adapter is evaluated as the mean of its experts.
+        label_column: column of the labels; None for "label", or the column in the recipe of a student.
         classes: class names; None for those of the label column, if it has names.
-        templates: captions of a class, with `{}` for its name.
-        image_features: `.npz` of stored features, for models that read those.
+        templates: captions of a class, with `{}` for its name; None for `DEFAULT_TEMPLATES`.
+        image_features: `.npz` file of stored features, for models that read those.
         max_rows: evaluate the first rows only.
-        batch_size: pairs a forward pass.
+        batch_size: pairs or rows per forward pass.
         num_workers: processes that decode.
 
     Returns:
-        Retrieval figures where the data have captions, `zero_shot_*` where they have labels and class names.
+        For a dual encoder, retrieval figures if the data have captions, and `zero_shot_*` if they have labels and
+        class names. For a student, see `evaluate_student`.
 
     Raises:
-        ValueError: the data have neither, or there is no recipe to take the data from.
+        HubError: the Hub has no such model, or cannot be reached.
+        ValueError: there are no data to evaluate on, or an argument does not suit the model.
     """
-    recipe = recipe_of(checkpoint) if data is None else None
-    if is_hub_address(checkpoint):
-        checkpoint = str(download_model(HubAddress.parse(checkpoint)))
-    section = data_section(checkpoint, data, recipe)
-    section = dataclasses.replace(
-        section,
-        image_column=image_column or section.image_column,
-        caption_column=caption_column or section.caption_column,
-        task_column=task_column or section.task_column,
-        image_features=image_features or section.image_features,
-        max_train_rows=max_rows or section.max_train_rows,  # data without splits are all train
-        max_eval_rows=max_rows or section.max_eval_rows,
-        noise_rate=0.0,
-        noise_permutation=None,
-    )
+    if is_student(checkpoint):
+        given = {
+            "--caption-column": caption_column,
+            "--task-column": task_column,
+            "--classes": classes,
+            "--template": templates,
+            "--image-features": image_features,
+        }
+        if unsuitable := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{checkpoint} is the student of a distillation, which classifies what it reads in one column: "
+                f"{', '.join(unsuitable)} say nothing to it; leave them out."
+            )
+        return evaluate_student(
+            checkpoint,
+            data=data,
+            split=split,
+            column=image_column,
+            label_column=label_column,
+            max_rows=max_rows,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+    recipe = load_recipe(checkpoint) if data is None else None
+    checkpoint = fetch_model(checkpoint)
+    columns = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
+    section = choose_data(checkpoint, data, recipe)
+    section = adapt_section(section, max_rows=max_rows, image_features=image_features, **columns)
+    section = dataclasses.replace(section, noise_rate=0.0, noise_permutation=None)
+    label_column = label_column or "label"
     rows = load_split(section, split, whole=data is not None)
     model, processor = load_model_and_processor(name_or_path=checkpoint)
     figures: dict[str, float] = {}
     if _has_captions(rows, section.caption_column):
-        figures.update(_retrieval(checkpoint, model, processor, rows, section, batch_size, num_workers))
-    names = classes or _class_names(rows, label_column)
-    if names:
-        zero_shot = evaluate_zero_shot(
-            model, processor, rows, names, templates, section.image_column or "image", label_column, batch_size
-        )
-        figures.update({f"zero_shot_{key}": value for key, value in zero_shot.items()})
-    elif data is None and recipe is not None and recipe.evaluation.zero_shot is not None:
-        figures.update(zero_shot_figures(model, processor, recipe.evaluation.zero_shot, recipe))
+        with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
+            figures |= without_speed(trainer.evaluate(metric_key_prefix="test"), "test")
+    if names := classes or _find_class_names(rows, label_column):
+        shown = templates or DEFAULT_TEMPLATES
+        image_column = section.image_column or "image"
+        zero_shot = evaluate_zero_shot(model, processor, rows, names, shown, image_column, label_column, batch_size)
+        figures |= {f"zero_shot_{key}": value for key, value in zero_shot.items()}
+    elif recipe is not None and recipe.evaluation.zero_shot is not None:
+        figures |= zero_shot_figures(model, processor, recipe.evaluation.zero_shot, recipe)
     if not figures:
         raise ValueError(
             f"The data have neither captions nor labels with class names (columns: {', '.join(rows.column_names)}); "
@@ -104,18 +119,21 @@ def evaluate_checkpoint(
     return figures
 
 
-def _retrieval(
-    checkpoint: str, model, processor, rows, section: DataSection, batch_size: int, num_workers: int
-) -> dict[str, float]:
-    with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
-        return without_speed(trainer.evaluate(metric_key_prefix="test"), "test")
-
-
 @contextmanager
 def evaluating_trainer(
     checkpoint: str, model: Any, processor: Any, rows: Any, section: DataSection, batch_size: int, num_workers: int
 ) -> Iterator[DissectTrainer]:
-    """A trainer whose `eval_dataset` are `rows` as pairs, and that leaves no file; see `evaluate_checkpoint`."""
+    """Yield a trainer that evaluates a dual encoder on `rows` and writes no files.
+
+    Args:
+        checkpoint: folder or Hub id of the model, whose adapter may have numbered the tasks.
+        model: the dual encoder.
+        processor: its processor.
+        rows: table of the pairs; the trainer has them as its `eval_dataset`.
+        section: names of the columns.
+        batch_size: pairs per forward pass.
+        num_workers: processes that decode.
+    """
     with tempfile.TemporaryDirectory() as folder:
         arguments = DissectTrainingArguments(
             folder,
@@ -135,41 +153,10 @@ def evaluating_trainer(
         yield DissectTrainer(model=model, args=arguments, eval_dataset=pairs, processing_class=processor)
 
 
-def recipe_of(checkpoint: str) -> Recipe | None:
-    """The recipe that lies in the folder of a run or of one of its checkpoints, or on the Hub, if there is one."""
-    if is_hub_address(checkpoint):
-        try:
-            return pull_recipe(HubAddress.parse(checkpoint), kind=Recipe)
-        except RecipeError as error:
-            raise ValueError(f"{error}\nName the data with --data.") from error
-    for folder in (Path(checkpoint), Path(checkpoint).parent):
-        if (folder / "recipe.yaml").is_file():
-            return Recipe.load(folder / "recipe.yaml")
-    return None
-
-
-def data_section(checkpoint: str, data: str | None, recipe: Recipe | None) -> DataSection:
-    """What `data` names, see `evaluate_checkpoint`; None for the data of the checkpoint's recipe.
-
-    Raises:
-        ValueError: neither data nor a recipe.
-    """
-    if data is None:
-        if recipe is None:
-            raise ValueError(f"{checkpoint} has no recipe.yaml to take the data from; name the data with --data.")
-        return recipe.data
-    if data == "scenes":
-        return DataSection(source="scenes", scenes_train=1)
-    if data.endswith(".tar"):
-        return DataSection(source="webdataset", path=data)
-    local = Path(data).expanduser().exists() or data.startswith((".", "/", "~"))
-    return DataSection(source="folder" if local else "hub", path=data)
-
-
 def _has_captions(rows: Any, caption_column: str | None) -> bool:
     return caption_column is not None or any(name in rows.column_names for name in CAPTION_COLUMNS)
 
 
-def _class_names(rows: Any, label_column: str) -> list[str] | None:
+def _find_class_names(rows: Any, label_column: str) -> list[str] | None:
     feature = rows.features.get(label_column)
     return feature.names if isinstance(feature, datasets.ClassLabel) else None

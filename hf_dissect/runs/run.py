@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from transformers import Trainer
@@ -16,7 +16,9 @@ from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.adapters import add_adapter
 from hf_dissect.models.loading import freeze_tower, load_model_and_processor, networks_of
 from hf_dissect.models.twin_encoder import TwinDualEncoder
+from hf_dissect.recipe.file import RecipeFile
 from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
+from hf_dissect.runs.saved_model import load_split
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training.checkpoints import find_checkpoint
 from hf_dissect.training.progress import RunProgress
@@ -25,6 +27,8 @@ from hf_dissect.training_args import DissectTrainingArguments
 logger = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 200_000
+
+_AnyRecipe = TypeVar("_AnyRecipe", bound=RecipeFile)
 
 
 def load_data(recipe: Recipe) -> dict[str, Any]:
@@ -172,22 +176,7 @@ def zero_shot_figures(model: Any, processor: Any, section: ZeroShotSection, reci
     return {f"zero_shot_{key}": value for key, value in figures.items()}
 
 
-def load_split(section: DataSection, split: str, *, whole: bool = True) -> Any:
-    """One split of some data; data that know no splits are taken whole, with a warning, unless `whole` is false.
-
-    Raises:
-        ValueError: the data have splits, but not this one.
-    """
-    splits = load_splits(**dataclasses.asdict(section))
-    if split in splits:
-        return splits[split]
-    if whole and list(splits) == ["train"]:
-        logger.warning("The data have no split %r; all of them are evaluated.", split)
-        return splits["train"]
-    raise ValueError(f"split {split!r}: the data have {', '.join(splits)}; name one of these with --split.")
-
-
-def free_output_dir(recipe: Recipe) -> Recipe:
+def free_output_dir(recipe: _AnyRecipe) -> _AnyRecipe:
     """The recipe, moved to `<output_dir>-2`, `-3`, ... when its folder already holds a run: none is overwritten."""
     folder = Path(recipe.output_dir)
     free = first_free(folder, holds_a_run)
@@ -203,9 +192,10 @@ def first_free(folder: Path, is_taken: Callable[[Path], bool]) -> Path:
     return next(path for path in names if not is_taken(path))
 
 
-def in_folder(recipe: Recipe, folder: str | Path) -> Recipe:
+def in_folder(recipe: _AnyRecipe, folder: str | Path) -> _AnyRecipe:
     """The recipe, with `folder` as its run folder."""
-    return dataclasses.replace(recipe, training=recipe.training | {"output_dir": str(folder)})
+    replaced: Any = recipe  # a dataclass, which its base is not
+    return dataclasses.replace(replaced, training=recipe.training | {"output_dir": str(folder)})
 
 
 def holds_a_run(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from hf_dissect.auditing.page import write_page
 from hf_dissect.auditing.thumbnails import write_thumbnails
 from hf_dissect.data import as_pairs, make_scenes
 from hf_dissect.data.bad_rows import BadRows
-from hf_dissect.report.page import PairSample, RunSummary, write_report
+from hf_dissect.report.selection import PairSample, RunSummary, write_report
 
 SCRIPT = "<script>alert(1)</script>"
 CAPTIONS = [f"pair {number} of {'odd' if number % 2 else 'even'} kind" for number in range(120)]

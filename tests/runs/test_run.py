@@ -16,7 +16,8 @@ from testing.tiny_recipe import STEPS, TOWER, tiny_recipe
 from hf_dissect import make_scenes
 from hf_dissect.data import make_scene_classes
 from hf_dissect.recipe.recipe import DataSection
-from hf_dissect.runs.run import build_trainer, free_output_dir, in_folder, load_data, load_split, run_recipe
+from hf_dissect.runs.run import build_trainer, free_output_dir, in_folder, load_data, run_recipe
+from hf_dissect.runs.saved_model import load_split
 
 SCENES_ONLY = dict.fromkeys(["scenes_train", "scenes_validation", "scenes_test", "noise_rate"])
 ONE_EPOCH = {"selection": {"strategy": "clipscore"}, "training": {"num_train_epochs": 1}}

@@ -5,53 +5,17 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
+from testing.html_page import Page
 
-from hf_dissect.report.page import PairSample, RunSummary, write_report
 from hf_dissect.report.plots import MAX_POINTS, histogram_problem, mean_series, series
+from hf_dissect.report.selection import PairSample, RunSummary, write_report
 from hf_dissect.report.tables import results_table
 
 SCRIPT = "<script>alert(1)</script>"
-
-
-class Page(HTMLParser):
-    """Tags, attributes and visible text of a page."""
-
-    VOID = {"meta", "img", "br"}
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.text, self.style, self.stack, self.problems = [], "", "", [], []
-        self.feed(path.read_text("utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if not self.stack or self.stack.pop() != tag:
-            self.problems.append(tag)
-
-    def handle_data(self, data):
-        if self.stack and self.stack[-1] == "style":
-            self.style += data
-        else:
-            self.text += data
-
-    def count(self, tag):
-        return sum(name == tag for name, _ in self.tags)
-
-    def attributes(self, *names):
-        return [value for _, attrs in self.tags for name, value in attrs.items() if name in names]
 
 
 def make_run(name="dissect", noise=True, samples=12):
@@ -300,7 +264,6 @@ def test_same_run_gives_the_same_file_and_matplotlib_is_left_as_it_was(tmp_path)
 
 
 def test_import_is_light():
-    code = (
-        "import sys, hf_dissect.report.page; print([m for m in ('torch', 'matplotlib', 'numpy') if m in sys.modules])"
-    )
+    heavy = "('torch', 'matplotlib', 'numpy')"
+    code = f"import sys, hf_dissect.report.selection; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

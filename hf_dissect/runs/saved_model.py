@@ -1,0 +1,118 @@
+"""Finds what the evaluation or the audit of a saved model needs: its files, its recipe and the rows to read."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hf_dissect.data import load_splits
+from hf_dissect.distillation.recipe import DistillationDataSection
+from hf_dissect.hub.address import HubAddress, is_hub_address
+from hf_dissect.hub.published_files import RECIPE_FILE
+from hf_dissect.hub.pull import download_model, pull_recipe
+from hf_dissect.recipe.recipe import DataSection, Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+
+_Section = TypeVar("_Section", DataSection, DistillationDataSection)
+_Rows = TypeVar("_Rows")
+
+
+def fetch_model(checkpoint: str) -> str:
+    """Download the model at `hub:USER/REPO` and return its folder; return any other checkpoint as it is.
+
+    Raises:
+        HubError: the Hub has no such model, or cannot be reached.
+    """
+    return str(download_model(HubAddress.parse(checkpoint))) if is_hub_address(checkpoint) else checkpoint
+
+
+def find_recipe_file(folder: Path, *, is_own: bool = True) -> Path | None:
+    """Return the recipe next to a saved model, or None if there is none.
+
+    Args:
+        folder: folder of a run or of one of its checkpoints.
+        is_own: True for a folder of this machine, whose parent may be the run; False for a copy from the Hub.
+    """
+    places = (folder, folder.parent) if is_own else (folder,)
+    return next((place / RECIPE_FILE for place in places if (place / RECIPE_FILE).is_file()), None)
+
+
+def load_recipe(checkpoint: str) -> Recipe | None:
+    """Load the recipe of a run, of one of its checkpoints or of `hub:USER/REPO`; return None if there is none.
+
+    Raises:
+        ValueError: the recipe on the Hub cannot be used.
+    """
+    if is_hub_address(checkpoint):
+        try:
+            return pull_recipe(HubAddress.parse(checkpoint), kind=Recipe)
+        except RecipeError as error:
+            raise ValueError(f"{error}\nName the data with --data.") from error
+    file = find_recipe_file(Path(checkpoint))
+    return None if file is None else Recipe.load(file)
+
+
+def describe_missing_recipe(checkpoint: str) -> str:
+    """Return the error message for a checkpoint without a recipe, when no data are named."""
+    return f"{checkpoint} has no {RECIPE_FILE} to take the data from; name the data with --data."
+
+
+def choose_data(checkpoint: str, data: str | None, recipe: Recipe | None) -> DataSection:
+    """Return the data section for `data`, or that of the checkpoint's recipe if `data` is None.
+
+    Args:
+        checkpoint: the evaluated model, for the error message.
+        data: "scenes", a local folder or file, tar shards, or the id of a data set on the Hub.
+        recipe: recipe of the checkpoint, if it has one.
+
+    Raises:
+        ValueError: there are neither data nor a recipe.
+    """
+    if data is None:
+        if recipe is None:
+            raise ValueError(describe_missing_recipe(checkpoint))
+        return recipe.data
+    if data == "scenes":
+        return DataSection(source="scenes", scenes_train=1)
+    if data.endswith(".tar"):
+        return DataSection(source="webdataset", path=data)
+    local = Path(data).expanduser().exists() or data.startswith((".", "/", "~"))
+    return DataSection(source="folder" if local else "hub", path=data)
+
+
+def adapt_section(section: _Section, *, max_rows: int | None = None, **columns: str | None) -> _Section:
+    """Return a data section with other columns and fewer rows; None leaves a setting as it is.
+
+    Args:
+        section: data section of a recipe of any kind.
+        max_rows: number of first rows to read, in any split.
+        columns: settings such as `image_column` and their values.
+    """
+    given: dict[str, Any] = {"max_train_rows": max_rows, "max_eval_rows": max_rows, **columns}
+    return dataclasses.replace(section, **{name: value for name, value in given.items() if value is not None})
+
+
+def load_split(section: DataSection, split: str, *, whole: bool = True) -> Any:
+    """Load one split of the data that a section describes; see `pick_split`."""
+    return pick_split(load_splits(**dataclasses.asdict(section)), split, whole=whole)
+
+
+def pick_split(splits: Mapping[str, _Rows], split: str, *, whole: bool) -> _Rows:
+    """Return one of several splits.
+
+    Args:
+        splits: rows by the name of their split.
+        split: name of the wanted split.
+        whole: if the data have no splits at all, warn and return all rows instead of failing.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split in splits:
+        return splits[split]
+    if whole and list(splits) == ["train"]:
+        logger.warning("The data have no split %r; all of them are evaluated.", split)
+        return splits["train"]
+    raise ValueError(f"split {split!r}: the data have {', '.join(splits)}; name one of these with --split.")
