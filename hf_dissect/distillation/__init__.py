@@ -20,6 +20,7 @@ _HOMES = {
     "AuxiliaryDistillationArguments": "hf_dissect.distillation.training_args",
     "AuxiliaryDistillationTrainer": "hf_dissect.distillation.trainer",
     "DistillationRecipe": "hf_dissect.distillation.recipe",
+    "DistillationTrainingArguments": "hf_dissect.distillation.training_args",
     "METHODS": "hf_dissect.distillation.terms",
     "TermWeights": "hf_dissect.distillation.terms",
     "recall_at_1": "hf_dissect.distillation.evaluation",

@@ -1,12 +1,24 @@
 """Online selection by GSC's soft labels: the pairs whose geometry agrees best with that of the others."""
 
+from dataclasses import dataclass
+
 import torch
 
-from hf_dissect.losses.gsc import check_temperature, gsc_evidence
+from hf_dissect.losses.gsc import gsc_evidence
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.soft_labels import SoftLabels
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+from hf_dissect.settings import check_values, setting
+
+
+@dataclass
+class GscOptions:
+    """Keywords of `Gsc`."""
+
+    beta: float = setting(0.7, "Weight of the new value in the labels' moving averages.", within="(0, 1]")
+    temperature: float = setting(0.07, "Temperature of the cross-modal similarities.", within="(0, inf)")
+    seed: int = setting(0, "Seed of the mixture's start.", within="[0, 4294967295]")
 
 
 class Gsc(SelectionStrategy):
@@ -17,9 +29,7 @@ class Gsc(SelectionStrategy):
     as before the first update, the candidates are selected at random.
 
     Args:
-        beta: weight of the new value in the labels' moving averages, in (0, 1].
-        temperature: of the cross-modal similarities, above 0.
-        seed: of the mixture's start.
+        beta, temperature, seed: See `GscOptions`.
 
     Raises:
         ValueError: an argument is outside of what is listed.
@@ -27,15 +37,16 @@ class Gsc(SelectionStrategy):
 
     name = "gsc"
     columns = SoftLabels.columns
+    options = GscOptions
 
     def __init__(
         self,
-        beta: float = 0.7,
-        temperature: float = 0.07,
-        seed: int = 0,
+        beta: float = GscOptions.beta,
+        temperature: float = GscOptions.temperature,
+        seed: int = GscOptions.seed,
     ):
         super().__init__()
-        check_temperature(temperature)
+        check_values(GscOptions, {"beta": beta, "temperature": temperature, "seed": seed})
         self.soft_labels = SoftLabels(beta, seed)
         self.temperature = temperature
 

@@ -1,11 +1,21 @@
 """Online selection by the small-loss division of NCR: a mixture on the last epoch's losses tells what is clean."""
 
+from dataclasses import dataclass
+
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
-from hf_dissect.selection.soft_labels import check_seed, upper_component_posterior
+from hf_dissect.selection.soft_labels import upper_component_posterior
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+from hf_dissect.settings import check_values, setting
+
+
+@dataclass
+class NcrOptions:
+    """Keywords of `Ncr` that a recipe may set; the others follow from further settings of the run."""
+
+    seed: int = setting(0, "Seed of the mixture's start.", within="[0, 4294967295]")
 
 
 class Ncr(SelectionStrategy):
@@ -21,7 +31,7 @@ class Ncr(SelectionStrategy):
 
     Args:
         warmup_epochs: epochs of random subsets before, at least 1: the first division needs an epoch of losses.
-        seed: of the mixture's start.
+        seed: See `NcrOptions`.
 
     Raises:
         ValueError: an argument is outside of what is listed.
@@ -29,12 +39,13 @@ class Ncr(SelectionStrategy):
 
     name = "ncr"
     columns = ("loss", "p_clean")
+    options = NcrOptions
 
-    def __init__(self, warmup_epochs: int = 1, seed: int = 0):
+    def __init__(self, warmup_epochs: int = 1, seed: int = NcrOptions.seed):
         super().__init__()
         if warmup_epochs < 1:
             raise ValueError(f"warmup_epochs={warmup_epochs}: ncr needs at least 1 to have losses to divide by.")
-        check_seed(seed)
+        check_values(NcrOptions, {"seed": seed})
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self._epoch = 0

@@ -38,6 +38,7 @@ class SelectionStrategy:
         columns: ledger columns it keeps, beside the `correlation` that is always recorded.
         stand_ins: own column -> the one that is taken for it where a run begins with the ledger of another rule.
         keeps_all: whether every candidate trains (the selection ratio is then without effect).
+        options: dataclass that declares its keywords for recipes; None for a rule without options.
         generator: source of its random choices, seeded anew from the run's seed and the step before each call of
             `select`, so that a resumed run chooses as the uninterrupted one and the training's random stream is
             untouched.
@@ -47,6 +48,7 @@ class SelectionStrategy:
     columns: ClassVar[tuple[str, ...]] = ()
     stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
+    options: ClassVar[type | None] = None
 
     def __init__(self):
         self.generator = torch.Generator()
