@@ -113,14 +113,14 @@ def list_in_docstring(arguments: _Class) -> _Class:
     """Append every field that a dataclass declares, with help and default, to the docstring of the class."""
     about, raises, errors = inspect.cleandoc(arguments.__doc__ or "").partition("Raises:")
     lines = [about.rstrip(), "", "Args:"]
+    fields = {field.name: field for field in dataclasses.fields(arguments)}
     for name, (_, declaration) in settings_of(arguments).items():
-        field = arguments.__dataclass_fields__[name]
+        field = fields[name]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         text = f"{name}: {field.metadata['help']} Default: {default!r}."
         if declaration.choices:
             text = text.replace(" Default:", f" Allowed: {', '.join(map(str, declaration.choices))}. Default:")
-        indents = {"initial_indent": " " * 4, "subsequent_indent": " " * 8}
-        lines.append(textwrap.fill(text, 119, break_on_hyphens=False, **indents))
+        lines += textwrap.wrap(text, 119, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
     arguments.__doc__ = "\n".join([*lines, "", raises + errors]).rstrip() + "\n"
     return arguments
 

@@ -83,7 +83,8 @@ def _encoder_conflicts(
         yield ("student.column",), "missing; name the column of the student's modality"
     if not auxiliaries and method != "student":
         others = ", ".join(name for name in METHODS if name != "student")
-        yield ("auxiliaries", "distillation.method"), f"missing; {others} learn from at least one (distillation.method)"
+        problem = f"missing; {others} learn from at least one (distillation.method)"
+        yield ("auxiliaries", "distillation.method"), problem
     if student.column in auxiliaries:
         yield (f"auxiliaries.{student.column}",), "is the student's own column; name another one"
     sections = {"student": student, **{f"auxiliaries.{name}": section for name, section in auxiliaries.items()}}

@@ -62,7 +62,7 @@ class DistillationSettings:
         "Terms of the objective to begin with; student: its task alone.",
         choices=tuple(METHODS),
     )
-    term_weights: dict[str, Any] | str = setting(
+    term_weights: dict[str, Any] | str | None = setting(  # HfArgumentParser takes JSON for this type alone
         {},
         'Weights in place of the method\'s, by term, such as {"conditional_entropy": 0.5}; 0 switches a term off. '
         f"Terms: {', '.join(TERMS)}.",
@@ -118,18 +118,21 @@ class DistillationSettings:
     @property
     def weights(self) -> TermWeights:
         """Weights of the terms: those of the method, changed by `term_weights`."""
-        return TermWeights(**{**vars(METHODS[self.method]), **self.term_weights})
+        return TermWeights(**{**vars(METHODS[self.method]), **self._term_weights()})
+
+    def _term_weights(self) -> dict[str, Any]:
+        return self.term_weights if isinstance(self.term_weights, dict) else {}
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield name and problem of the settings that no range alone can check."""
         if not isinstance(self.term_weights, dict):
             problem = f"{self.term_weights!r} is not allowed; allowed: a mapping of {', '.join(TERMS)} to weights"
             yield "term_weights", problem
-        for term, weight in self.term_weights.items() if isinstance(self.term_weights, dict) else ():
-            if problem := problem_with(term, str, TERMS):
-                yield "term_weights", problem
-            elif problem := problem_with(weight, float, within="[0, inf)"):
-                yield f"term_weights.{term}", problem
+        for term, weight in self._term_weights().items():
+            if unknown := problem_with(term, str, TERMS):
+                yield "term_weights", unknown
+            elif impossible := problem_with(weight, float, within="[0, inf)"):
+                yield f"term_weights.{term}", impossible
         if self.classification_weight == self.retrieval_weight == 0:
-            problem = f"{self.classification_weight} and retrieval_weight {self.retrieval_weight} leave no task"
+            problem = f"{self.classification_weight} with retrieval_weight {self.retrieval_weight} leaves no task"
             yield "classification_weight", f"{problem}; raise one of them"

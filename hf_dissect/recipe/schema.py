@@ -3,20 +3,14 @@
 import dataclasses
 from typing import Any
 
-from hf_dissect.settings import setting
+from hf_dissect.selection.options import OPTIONS, SCOPES
+from hf_dissect.settings import setting, settings_of
 
-# The variants of each strategy, the default first. Kept here as text so that reading a recipe needs no torch.
 STRATEGIES: dict[str, tuple[str, ...]] = {
-    "dissect": ("warmup", "momentum"),
-    "random": (),
-    "small_loss": (),
-    "big_loss": (),
-    "clipscore": (),
-    "ncr": (),
-    "gsc": (),
-    "none": (),
+    name: settings_of(options)["variant"][1].choices if hasattr(options, "variant") else ()
+    for name, options in OPTIONS.items()
 }
-SCOPES = ("local", "global")
+"""Variants of each strategy, the default first."""
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
 
 

@@ -14,6 +14,7 @@ from hf_dissect.recipe.schema import (
     SelectionSection,
     parse_strategy,
 )
+from hf_dissect.selection.options import OPTIONS
 from hf_dissect.settings import find_problems, settings_of, show
 
 
@@ -47,12 +48,8 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
 
 def option_conflicts(selection: SelectionSection) -> Iterator[Fault]:
     """Yield the faults of the strategy's options."""
-    if not selection.options:
-        return
-    from hf_dissect.selection import STRATEGIES as RULES  # imports torch: only when a recipe is really read
-
-    strategy, options = selection.strategy, RULES[selection.strategy].options
-    known = {} if options is None else settings_of(options)
+    strategy, options = selection.strategy, OPTIONS[selection.strategy]
+    known = settings_of(options)
     for name, value in selection.options.items():
         keys = (f"selection.options.{name}", "selection.strategy")
         if not known:
@@ -60,9 +57,8 @@ def option_conflicts(selection: SelectionSection) -> Iterator[Fault]:
             yield keys, f"{show(value)} {problem}"
         elif name not in known:
             yield keys, f"unknown key (value {show(value)}); allowed for {strategy}: {', '.join(known)}"
-    if options is not None:
-        for name, problem in find_problems(options, selection.options):
-            yield (f"selection.options.{name}",), problem
+    for name, problem in find_problems(options, selection.options):
+        yield (f"selection.options.{name}",), problem
 
 
 def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:

@@ -1,44 +1,40 @@
-"""Which candidates are worth a gradient: the ledger, the scores and the rules."""
+"""The choice of the candidates that are worth a gradient: ledger, scores and rules."""
 
-from hf_dissect.selection.clipscore import ClipScore
-from hf_dissect.selection.dissect import Dissect
-from hf_dissect.selection.gsc import Gsc
-from hf_dissect.selection.ledger import SampleLedger
-from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
-from hf_dissect.selection.ncr import Ncr
-from hf_dissect.selection.scoring import CandidateScores, correlation_of, score
-from hf_dissect.selection.soft_labels import SoftLabels
-from hf_dissect.selection.strategy import SCOPES, Selection, SelectionStrategy
-from hf_dissect.selection.uniform import KeepAll, Random
+import importlib
+from typing import TYPE_CHECKING, Any
 
-STRATEGIES: dict[str, type[SelectionStrategy]] = {
-    strategy.name: strategy for strategy in (Dissect, Random, SmallLoss, BigLoss, ClipScore, Ncr, Gsc, KeepAll)
+if TYPE_CHECKING:
+    from hf_dissect.selection.ledger import SampleLedger as SampleLedger
+    from hf_dissect.selection.options import SCOPES as SCOPES
+    from hf_dissect.selection.scoring import CandidateScores as CandidateScores
+    from hf_dissect.selection.scoring import correlation_of as correlation_of
+    from hf_dissect.selection.scoring import score as score
+    from hf_dissect.selection.soft_labels import SoftLabels as SoftLabels
+    from hf_dissect.selection.strategies import STRATEGIES as STRATEGIES
+    from hf_dissect.selection.strategies import make_strategy as make_strategy
+    from hf_dissect.selection.strategy import Selection as Selection
+    from hf_dissect.selection.strategy import SelectionStrategy as SelectionStrategy
+
+# Imported on first use: a recipe reads the options of the strategies without torch.
+_HOMES = {
+    "SCOPES": "options",
+    "STRATEGIES": "strategies",
+    "CandidateScores": "scoring",
+    "SampleLedger": "ledger",
+    "Selection": "strategy",
+    "SelectionStrategy": "strategy",
+    "SoftLabels": "soft_labels",
+    "correlation_of": "scoring",
+    "make_strategy": "strategies",
+    "score": "scoring",
 }
 
-
-def make_strategy(name: str, **options) -> SelectionStrategy:
-    """Build a strategy by the name recipes use, e.g. `make_strategy("dissect", variant="momentum")`.
-
-    Raises:
-        ValueError: the name is unknown, or the strategy does not take one of the options.
-    """
-    if name not in STRATEGIES:
-        raise ValueError(f"selection_strategy={name!r}: choose one of {', '.join(STRATEGIES)}.")
-    try:
-        return STRATEGIES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"selection_options={options!r}: {error}.") from error
+__all__ = [*_HOMES]
 
 
-__all__ = [
-    "SCOPES",
-    "STRATEGIES",
-    "CandidateScores",
-    "SampleLedger",
-    "Selection",
-    "SelectionStrategy",
-    "SoftLabels",
-    "correlation_of",
-    "make_strategy",
-    "score",
-]
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

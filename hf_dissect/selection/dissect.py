@@ -1,36 +1,15 @@
 """DISSect: the pairs whose correlation fell most against what it once was."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.options import DissectOptions
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
-from hf_dissect.settings import check_values, setting
-
-VARIANTS = ("warmup", "momentum")
-WARMUP_ON = ("subset", "all")
-
-
-@dataclass
-class DissectOptions:
-    """Keywords of `Dissect` that a recipe may set; the others follow from further settings of the run."""
-
-    variant: str = setting(
-        "warmup",
-        'Source of the history. "warmup": the score of the last warm-up epoch, frozen. "momentum": a moving average '
-        "of the scores at each visit, starting at the first one.",
-        choices=VARIANTS,
-    )
-    momentum: float = setting(0.9, 'Share of the old value in the moving average of "momentum".', within="[0, 1)")
-    warmup_on: str = setting(
-        "subset",
-        'Pairs that train during warm-up, a random "subset" of the selection ratio or "all" candidates.',
-        choices=WARMUP_ON,
-    )
+from hf_dissect.settings import check_values
 
 
 class Dissect(SelectionStrategy):
@@ -55,7 +34,6 @@ class Dissect(SelectionStrategy):
     name = "dissect"
     columns = ("history",)
     stand_ins: ClassVar[Mapping[str, str]] = {"history": "correlation"}
-    options = DissectOptions
 
     def __init__(
         self,

@@ -1,24 +1,14 @@
 """Online selection by GSC's soft labels: the pairs whose geometry agrees best with that of the others."""
 
-from dataclasses import dataclass
-
 import torch
 
 from hf_dissect.losses.gsc import gsc_evidence
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.options import GscOptions
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.soft_labels import SoftLabels
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
-from hf_dissect.settings import check_values, setting
-
-
-@dataclass
-class GscOptions:
-    """Keywords of `Gsc`."""
-
-    beta: float = setting(0.7, "Weight of the new value in the labels' moving averages.", within="(0, 1]")
-    temperature: float = setting(0.07, "Temperature of the cross-modal similarities.", within="(0, inf)")
-    seed: int = setting(0, "Seed of the mixture's start.", within="[0, 4294967295]")
+from hf_dissect.settings import check_values
 
 
 class Gsc(SelectionStrategy):
@@ -37,7 +27,6 @@ class Gsc(SelectionStrategy):
 
     name = "gsc"
     columns = SoftLabels.columns
-    options = GscOptions
 
     def __init__(
         self,

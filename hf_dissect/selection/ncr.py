@@ -1,21 +1,13 @@
 """Online selection by the small-loss division of NCR: a mixture on the last epoch's losses tells what is clean."""
 
-from dataclasses import dataclass
-
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.options import NcrOptions
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.soft_labels import upper_component_posterior
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
-from hf_dissect.settings import check_values, setting
-
-
-@dataclass
-class NcrOptions:
-    """Keywords of `Ncr` that a recipe may set; the others follow from further settings of the run."""
-
-    seed: int = setting(0, "Seed of the mixture's start.", within="[0, 4294967295]")
+from hf_dissect.settings import check_values
 
 
 class Ncr(SelectionStrategy):
@@ -39,7 +31,6 @@ class Ncr(SelectionStrategy):
 
     name = "ncr"
     columns = ("loss", "p_clean")
-    options = NcrOptions
 
     def __init__(self, warmup_epochs: int = 1, seed: int = NcrOptions.seed):
         super().__init__()

@@ -9,9 +9,6 @@ import torch
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
 
-SCOPES = ("local", "global")
-"""Among which candidates a strategy chooses when several processes train: each among its own, or all among all."""
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -31,14 +28,13 @@ class Selection:
 class SelectionStrategy:
     """Base class of the rules. A rule sees scores and the ledger, never the model or the trainer.
 
-    A new rule is one file with one subclass and one line in `hf_dissect.selection.STRATEGIES`.
+    A new rule is one file with one subclass, and a line each in `hf_dissect.selection.strategies` and `options`.
 
     Attributes:
         name: what recipes and arguments call it.
         columns: ledger columns it keeps, beside the `correlation` that is always recorded.
         stand_ins: own column -> the one that is taken for it where a run begins with the ledger of another rule.
         keeps_all: whether every candidate trains (the selection ratio is then without effect).
-        options: dataclass that declares its keywords for recipes; None for a rule without options.
         generator: source of its random choices, seeded anew from the run's seed and the step before each call of
             `select`, so that a resumed run chooses as the uninterrupted one and the training's random stream is
             untouched.
@@ -48,7 +44,6 @@ class SelectionStrategy:
     columns: ClassVar[tuple[str, ...]] = ()
     stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
-    options: ClassVar[type | None] = None
 
     def __init__(self):
         self.generator = torch.Generator()
