@@ -100,7 +100,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
 
     def make_strategy(self) -> SelectionStrategy:
         """Build the strategy that the arguments describe."""
-        options = dict(self.selection_options)
+        options = _options("selection_options", self.selection_options, such_as='{"variant": "momentum"}')
         if self.selection_strategy in ("dissect", "ncr"):
             options.setdefault("warmup_epochs", self.selection_warmup_epochs)
         if self.selection_strategy == "dissect":
@@ -112,7 +112,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
         if self.gsc is None:
             return None
         try:
-            return GscObjective(**{"seed": self.seed} | self.gsc)
+            return GscObjective(**{"seed": self.seed} | _options("gsc", self.gsc, such_as='{"gamma": 0.01}'))
         except TypeError as error:
             raise ValueError(f"gsc={self.gsc!r}: {error}.") from error
 

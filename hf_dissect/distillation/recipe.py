@@ -59,7 +59,7 @@ class DistillationRecipe(RecipeFile):
 
     def modalities(self) -> dict[str, ModalitySection]:
         """Return the section of each modality, by column, the student's first."""
-        return {self.student.column: self.student, **self.auxiliaries}
+        return {self.student.column or "": self.student, **self.auxiliaries}  # a checked recipe names the column
 
 
 def _read_auxiliaries(given: Any, faults: Faults) -> dict[str, ModalitySection]:

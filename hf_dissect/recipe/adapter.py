@@ -27,11 +27,11 @@ def read_adapter(given: Any, faults: Faults) -> dict[str, Any] | None:
 
     types, kind = adapter_types(), given.get("type")
     if kind not in list(types):  # a list: the value may not be hashable
-        problem = "missing" if kind is None else f"{show(kind)} is not allowed"
-        faults.add("adapter.type", f"{problem}; allowed: {', '.join(sorted(types))}{suggest(kind, types)}")
+        what = "missing" if kind is None else f"{show(kind)} is not allowed"
+        faults.add("adapter.type", f"{what}; allowed: {', '.join(sorted(types))}{suggest(kind, types)}")
         return None
     hints = _hints(types[kind])
-    sound = {"type": kind}
+    sound: dict[str, Any] = {"type": kind}
     for name, value in given.items():
         key = f"adapter.{name}"
         if name == "type" or faults.concern(key):

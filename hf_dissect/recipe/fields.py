@@ -5,11 +5,10 @@ import functools
 import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_dissect.settings import members_of, nearest, problem_with, settings_of, show, suggest
 
-_Section = TypeVar("_Section")
 _TRAINING_RANGES = {
     "per_device_train_batch_size": "[2, inf)",
     "per_device_eval_batch_size": "[1, inf)",
@@ -96,8 +95,8 @@ def entries_of(given: Any, where: str, faults: Faults) -> Iterator[tuple[str, st
 
 
 def read_section(
-    section: type[_Section], given: Any, where: str, faults: Faults, elsewhere: Mapping[str, str] | None = None
-) -> _Section:
+    section: type, given: Any, where: str, faults: Faults, elsewhere: Mapping[str, str] | None = None
+) -> Any:
     """Return an instance of the dataclass `section` from the mapping `given`; what is faulty keeps its default.
 
     Args:
@@ -116,7 +115,7 @@ def read_section(
             faults.add_unknown(key, value, known)
             continue
         expected, declaration = known[name]
-        nested = [member for member in members_of(expected) if dataclasses.is_dataclass(member)]
+        nested = [item for item in members_of(expected) if isinstance(item, type) and dataclasses.is_dataclass(item)]
         if nested and value is not None:
             values[name] = read_section(nested[0], value, key, faults)
         elif faults.concern(key):

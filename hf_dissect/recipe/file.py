@@ -58,8 +58,8 @@ class RecipeFile:
         faults = Faults()
         apply_overrides(settings, overrides, faults)
         find_unusable_numbers(settings, "", faults)
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        sources, readers = cls.argument_sources(), cls._readers()
+        fields = {field.name: field.type for field in cls._fields()}
+        sources, sections, readers = cls.argument_sources(), cls._sections(), cls._readers()
         values: dict[str, Any] = {"name": ""}
         for key, value in settings.items():
             if key in cls.MEANT_FOR_OTHERS:
@@ -70,8 +70,8 @@ class RecipeFile:
                 values[key] = read_training(value, faults, sources)
             elif key in readers:
                 values[key] = readers[key](value, faults)
-            elif dataclasses.is_dataclass(fields[key]):
-                values[key] = read_section(fields[key], value, key, faults, sources)
+            elif key in sections:
+                values[key] = read_section(sections[key], value, key, faults, sources)
             elif problem := problem_with(value, fields[key]):
                 faults.add(key, problem)
             else:
@@ -88,12 +88,24 @@ class RecipeFile:
     def argument_sources(cls) -> dict[str, str]:
         """Return the dotted key that sets a trainer argument, by the argument."""
         return {
-            declaration.argument: f"{section.name}.{name}"
-            for section in dataclasses.fields(cls)
-            if isinstance(section.type, type) and dataclasses.is_dataclass(section.type)
-            for name, (_, declaration) in settings_of(section.type).items()
+            declaration.argument: f"{key}.{name}"
+            for key, section in cls._sections().items()
+            for name, (_, declaration) in settings_of(section).items()
             if declaration.argument
         }
+
+    @classmethod
+    def _sections(cls) -> dict[str, type]:
+        return {
+            field.name: field.type
+            for field in cls._fields()
+            if isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
+        }
+
+    @classmethod
+    def _fields(cls) -> tuple[dataclasses.Field[Any], ...]:
+        # The subclasses are dataclasses; the base is not, since its fields would come first in the file.
+        return dataclasses.fields(cls)  # type: ignore[arg-type]
 
     @classmethod
     def _readers(cls) -> dict[str, Callable[[Any, Faults], Any]]:
@@ -111,7 +123,7 @@ class RecipeFile:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings, defaults included, as plain data in the order of the file."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
 
     def training_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the trainer's arguments, gathered from the sections."""
