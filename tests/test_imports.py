@@ -21,7 +21,6 @@ EXCEPTIONS = {
     ("distillation.run_state", "distillation.trainer"),
     ("distillation.summary", "distillation.trainer"),
     ("evaluation.pair_scores", "trainer"),
-    ("recipe.rules", "recipe.recipe"),
     ("selection.initial_ledger", "hub.pull"),
     ("selection.initial_ledger", "trainer"),
     ("training.card_callback", "model_card"),
