@@ -48,7 +48,7 @@ class _Help(str):
 
 def setting(
     default: Any, help: str, *, choices: tuple = (), within: str = "", argument: str | None = None
-) -> Any:  # Any, as of `dataclasses.field`: the annotation of the field gives the type
+) -> Any:  # like `dataclasses.field`: the annotation gives the type
     """Declare a field of a dataclass of settings.
 
     Args:
