@@ -399,7 +399,7 @@ def test_other_usual_data_sets_are_fine(kind, tmp_path):
 
 @pytest.mark.parametrize("ratio", [0, 1.5, float("nan"), -1])
 def test_an_impossible_ratio_is_told_before_training(ratio, tmp_path):
-    with pytest.raises(ValueError, match=r"selection_ratio=\S+: must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=r"selection_ratio=\S+ is not allowed; allowed: a number,? in \(0, 1\]"):
         make_trainer(tmp_path, tiny_models.tiny_pairs(16), selection_ratio=ratio)
 
 

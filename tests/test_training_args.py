@@ -66,13 +66,13 @@ def test_soft_labels_are_asked_for_by_name_also_as_json():
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.5, 1.01, 2, float("nan"), float("inf"), "half", None, True])
 def test_a_ratio_outside_of_its_range_is_told(ratio):
-    with pytest.raises(ValueError, match=r"selection_ratio=.*: must be above 0 and at most 1\."):
+    with pytest.raises(ValueError, match=r"selection_ratio=.* is not allowed; allowed: a number,? in \(0, 1\]\.$"):
         arguments(selection_ratio=ratio)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "1%", None])
 def test_a_share_of_bad_rows_outside_of_its_range_is_told(share):
-    with pytest.raises(ValueError, match=r"max_bad_fraction=.*: must be at least 0 and at most 1\."):
+    with pytest.raises(ValueError, match=r"max_bad_fraction=.* is not allowed; allowed: a number,? in \[0, 1\]\.$"):
         arguments(max_bad_fraction=share)
 
 
@@ -95,10 +95,11 @@ def test_the_ratio_is_without_effect_where_all_pairs_are_kept():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"selection_strategy": "best"}, "selection_strategy='best': choose one of dissect, random"),
-        ({"selection_strategy": None}, "selection_strategy=None: choose one of"),
+        ({"selection_strategy": "best"}, "selection_strategy='best' is not allowed; allowed: dissect, random"),
+        ({"selection_strategy": None}, "selection_strategy=None is not allowed; allowed: dissect, random"),
+        ({"selection_scope": "locl"}, "selection_scope='locl' is not allowed; allowed: local, global; did you mean"),
         ({"selection_options": {"varient": "momentum"}}, "selection_options=.*varient"),
-        ({"selection_options": {"variant": "fast"}}, "variant='fast': dissect has the variants warmup, momentum"),
+        ({"selection_options": {"variant": "fast"}}, "variant='fast' is not allowed; allowed: warmup, momentum"),
         ({"selection_options": "momentum"}, "selection_options='momentum': must be a dict, or JSON of one"),
         ({"selection_options": '{"variant"'}, "must be a dict, or JSON of one"),
         ({"selection_options": ["variant"]}, "must be a dict, or JSON of one"),
@@ -107,13 +108,14 @@ def test_the_ratio_is_without_effect_where_all_pairs_are_kept():
             "selection_options=.*variant",
         ),
         ({"selection_warmup_epochs": 0}, "warmup_epochs=0: the warm-up variant needs at least 1"),
-        ({"selection_warmup_epochs": -1}, "selection_warmup_epochs=-1: must be an integer of at least 0"),
-        ({"selection_warmup_epochs": 1.5}, "selection_warmup_epochs=1.5: must be an integer of at least 0"),
-        ({"scoring_batch_size": 0}, "scoring_batch_size=0: must be an integer of at least 1, or None"),
-        ({"scoring_batch_size": "8"}, "scoring_batch_size='8': must be an integer"),
-        ({"max_caption_length": 2}, "max_caption_length=2: must be an integer of at least 3, or None"),
+        ({"selection_warmup_epochs": -1}, "selection_warmup_epochs=-1 is not allowed; allowed: at least 0"),
+        ({"selection_warmup_epochs": 1.5}, "selection_warmup_epochs=1.5 .* an integer, at least 0"),
+        ({"scoring_batch_size": 0}, "scoring_batch_size=0 is not allowed; allowed: at least 1 or null"),
+        ({"scoring_batch_size": "8"}, "scoring_batch_size='8' .* an integer or null, at least 1"),
+        ({"max_caption_length": 2}, "max_caption_length=2 is not allowed; allowed: at least 3 or null"),
         ({"gsc": {"gama": 0.1}}, "gsc=.*gama.*unexpected keyword argument 'gama'"),
-        ({"gsc": {"beta": 2}}, "beta=2"),
+        ({"gsc": {"beta": 2}}, "gsc: beta=2 is not allowed; allowed: a number in"),
+        ({"gsc": {"warmup_epochs": 1.5}}, "gsc: warmup_epochs=1.5 .* an integer, at least 0"),
         ({"gsc": False}, "gsc=False: must be a dict, or JSON of one"),
         ({"gsc": "yes"}, "gsc='yes': must be a dict, or JSON of one"),
         ({"gsc": {}, "mask_false_negatives": True}, "gsc=.*does not go with mask_false_negatives"),

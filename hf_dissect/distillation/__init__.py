@@ -21,6 +21,7 @@ _HOMES = {
     "AuxiliaryDistillationTrainer": "hf_dissect.distillation.trainer",
     "DistillationTrainer": "hf_dissect.distillation.trainer",
     "DistillationRecipe": "hf_dissect.distillation.recipe",
+    "DistillationTrainingArguments": "hf_dissect.distillation.training_args",
     "METHODS": "hf_dissect.distillation.terms",
     "TermWeights": "hf_dissect.distillation.terms",
     "recall_at_1": "hf_dissect.distillation.evaluation",

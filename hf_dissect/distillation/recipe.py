@@ -1,66 +1,17 @@
-"""Turns a YAML file with a section `distillation` into the typed, checked settings of a run."""
+"""The typed, checked settings of a distillation: a recipe with a section `distillation`."""
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from hf_dissect.distillation.schema import DistillationDataSection, DistillationSettings, ModalitySection
 from hf_dissect.distillation.terms import METHODS
-from hf_dissect.distillation.training_args import OWN_FIELDS, distillation_problems
-from hf_dissect.recipe.fields import Faults, read_section, show
+from hf_dissect.recipe.fields import Faults, read_section
 from hf_dissect.recipe.file import RecipeFile
-from hf_dissect.recipe.schema import setting
+from hf_dissect.recipe.rules import Fault, model_source_conflicts
+from hf_dissect.settings import show
 
-KINDS = ("array", "image", "text")
-_ELSEWHERE = {
-    "student_column": "student.column",
-    "label_column": "data.label_column",
-    "max_bad_fraction": "data.max_bad_fraction",
-    "save_run_folder": "none: a recipe always writes it",
-}
-_DISTILLATION = [name for name in OWN_FIELDS if name not in _ELSEWHERE]
-
-
-@dataclasses.dataclass
-class ModalitySection:
-    """A modality and its encoder."""
-
-    column: str | None = setting(None, "Column of the data; null: the name of the section (of an auxiliary).")
-    kind: str = setting("array", "What the column holds.", choices=KINDS)
-    name_or_path: str | None = setting(None, "Hub id or folder of a trained encoder; this or config.")
-    config: dict[str, Any] | None = setting(
-        None, "Configuration (with model_type) of an encoder trained from scratch; this or name_or_path."
-    )
-    processor: str | None = setting(
-        None, "Hub id or folder of the image processor or tokenizer; null: the encoder's own, or one made here."
-    )
-    standardise: bool = setting(
-        True, "Whether arrays are standardised by the training data (encoders with input_mean and input_std)."
-    )
-    trust_remote_code: bool = setting(False, "Whether code from the encoder's repository may run.")
-
-
-@dataclasses.dataclass
-class DistillationDataSection:
-    """Where the rows come from, and which of them belong to which split."""
-
-    source: str = setting("folder", "What kind of data it is.", choices=("npz", "folder", "hub", "imagefolder"))
-    path: str | None = setting(None, "File or folder of arrays (.npz), folder of tables, or Hub id.")
-    name: str | None = setting(None, "Configuration of a Hub dataset.")
-    label_column: str = setting("label", "Column of the classes.")
-    train_split: str = setting("train", "Split that is trained on.")
-    validation_split: str | None = setting("validation", "Split evaluated during training; null: there is none.")
-    test_split: str | None = setting("test", "Split of the final figures; null: there is none.")
-    group_column: str | None = setting(
-        None, "Column by whose values one table is split, such as the subject; null: the data are split."
-    )
-    train_groups: list[Any] = setting([], "Values of group_column that are trained on.")
-    validation_groups: list[Any] = setting([], "Values evaluated during training.")
-    test_groups: list[Any] = setting([], "Values of the final figures.")
-    max_train_rows: int | None = setting(None, "Train on the first rows only.", within="[1, inf)")
-    max_eval_rows: int | None = setting(None, "Evaluate on the first rows only.", within="[1, inf)")
-    max_bad_fraction: float = setting(0.01, "Share of unusable rows above which the run stops.", within="[0, 1]")
-    num_workers: int = setting(0, "Processes that decode and tokenise.", within="[0, inf)")
+__all__ = ["DistillationDataSection", "DistillationRecipe", "DistillationSettings", "ModalitySection"]
 
 
 @dataclasses.dataclass
@@ -68,13 +19,13 @@ class DistillationRecipe(RecipeFile):
     """The settings of a distillation.
 
     Attributes:
-        name: of the run; its folder is `runs/<name>` unless `training.output_dir` says otherwise.
-        description: one line.
-        student: the modality that inference has.
-        auxiliaries: those that only training has, by column.
-        data: where the rows come from.
-        distillation: fields of `AuxiliaryDistillationArguments`, such as `method`.
-        training: fields of `transformers.TrainingArguments` as given.
+        name: Name of the run; its folder is `runs/<name>` unless `training.output_dir` names another.
+        description: One line.
+        student: The modality that inference has.
+        auxiliaries: The modalities that only training has, by column.
+        data: The source of the rows.
+        distillation: Objective, networks and diagnostics.
+        training: Fields of `transformers.TrainingArguments` that the recipe sets.
     """
 
     name: str
@@ -82,31 +33,33 @@ class DistillationRecipe(RecipeFile):
     student: ModalitySection = dataclasses.field(default_factory=ModalitySection)
     auxiliaries: dict[str, ModalitySection] = dataclasses.field(default_factory=dict)
     data: DistillationDataSection = dataclasses.field(default_factory=DistillationDataSection)
-    distillation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    distillation: DistillationSettings = dataclasses.field(default_factory=DistillationSettings)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
+    def argument_sources(cls) -> dict[str, str]:
+        """Return the dotted key that sets a trainer argument, by the argument."""
+        own = {field.name: f"distillation.{field.name}" for field in dataclasses.fields(DistillationSettings)}
+        return super().argument_sources() | own | {"student_column": "student.column"}
+
+    @classmethod
     def _readers(cls) -> dict[str, Callable[[Any, Faults], Any]]:
-        return {"auxiliaries": _read_auxiliaries, "distillation": _read_distillation}
+        return {"auxiliaries": _read_auxiliaries}
 
-    def _conflicts(self) -> Iterator[tuple[Sequence[str], str]]:
-        return (([key], problem) for key, problem in _conflicts(self))
-
-    def training_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `AuxiliaryDistillationArguments`, gathered from the sections."""
-        return {
-            **self.training,
-            **self.distillation,
-            "output_dir": self.output_dir,
-            "student_column": self.student.column,
-            "label_column": self.data.label_column,
-            "max_bad_fraction": self.data.max_bad_fraction,
-            "dataloader_num_workers": self.data.num_workers,
-        }
+    def _conflicts(self) -> Iterator[Fault]:
+        yield from super()._conflicts()
+        yield from (((f"distillation.{name}",), problem) for name, problem in self.distillation.conflicts())
+        yield from _encoder_conflicts(self.student, self.auxiliaries, self.distillation.method)
+        yield from _data_conflicts(self.data)
+        data = self.data
+        has_validation = data.validation_groups if data.group_column else data.validation_split
+        if self.training.get("eval_strategy", "no") != "no" and not has_validation:
+            problem = "needs validation rows (data.validation_groups or validation_split)"
+            yield ("training.eval_strategy", "data.validation_groups", "data.validation_split"), problem
 
     def modalities(self) -> dict[str, ModalitySection]:
-        """Section by column, the student's first."""
-        return {self.student.column: self.student, **self.auxiliaries}
+        """Return the section of each modality, by column, the student's first."""
+        return {self.student.column or "": self.student, **self.auxiliaries}  # a checked recipe names the column
 
 
 def _read_auxiliaries(given: Any, faults: Faults) -> dict[str, ModalitySection]:
@@ -123,75 +76,38 @@ def _read_auxiliaries(given: Any, faults: Faults) -> dict[str, ModalitySection]:
     return sections
 
 
-def _read_distillation(given: Any, faults: Faults) -> dict[str, Any]:
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        faults.add("distillation", f"{show(given)} is not allowed; allowed: a mapping of settings")
-        return {}
-    sound = {}
-    for name, value in given.items():
-        if name in _ELSEWHERE:
-            faults.add(f"distillation.{name}", f"is set by {_ELSEWHERE[name]} (value {show(value)}); write it there")
-        elif name not in _DISTILLATION:
-            faults.add_unknown(f"distillation.{name}", value, _DISTILLATION)
-        else:
-            sound[name] = value
-    for name, problem in distillation_problems(sound):
-        faults.add(f"distillation.{name}", problem)
-    return sound
-
-
-def _conflicts(recipe: DistillationRecipe) -> Iterator[tuple[str, str]]:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
-        problem = f"{show(recipe.name)} is not allowed" if recipe.name else "missing"
-        yield "name", f"{problem}; allowed: letters, digits, '.', '_' and '-' (the run's folder is named so)"
-    if len(recipe.description.splitlines()) > 1:
-        yield "description", f"{show(recipe.description)} is not allowed; allowed: one line"
-    yield from _encoders(recipe)
-    yield from _data(recipe)
-    if recipe.training.get("bf16") and recipe.training.get("fp16"):
-        yield "training.fp16", "true is not allowed together with training.bf16; set one to false"
-
-
-def _encoders(recipe: DistillationRecipe) -> Iterator[tuple[str, str]]:
-    if not recipe.student.column:
-        yield "student.column", "missing; name the column of the student's modality"
-    if not recipe.auxiliaries and recipe.distillation.get("method", "amid") != "student":
+def _encoder_conflicts(
+    student: ModalitySection, auxiliaries: dict[str, ModalitySection], method: str
+) -> Iterator[Fault]:
+    if not student.column:
+        yield ("student.column",), "missing; name the column of the student's modality"
+    if not auxiliaries and method != "student":
         others = ", ".join(name for name in METHODS if name != "student")
-        yield "auxiliaries", f"missing; {others} learn from at least one (distillation.method)"
-    if recipe.student.column in recipe.auxiliaries:
-        yield f"auxiliaries.{recipe.student.column}", "is the student's own column; name another one"
-    sections = {"student": recipe.student}
-    sections |= {f"auxiliaries.{name}": section for name, section in recipe.auxiliaries.items()}
+        problem = f"missing; {others} learn from at least one (distillation.method)"
+        yield ("auxiliaries", "distillation.method"), problem
+    if student.column in auxiliaries:
+        yield (f"auxiliaries.{student.column}",), "is the student's own column; name another one"
+    sections = {"student": student, **{f"auxiliaries.{name}": section for name, section in auxiliaries.items()}}
     for where, section in sections.items():
-        if bool(section.name_or_path) == (section.config is not None):
-            yield f"{where}.config", "set one of name_or_path (a trained encoder) and config (from scratch)"
-        elif section.config is not None and not isinstance(section.config.get("model_type"), str):
-            problem = f"{show(section.config.get('model_type'))} is not allowed"
-            yield f"{where}.config.model_type", f"{problem}; allowed: an architecture, such as sequence_encoder"
+        yield from model_source_conflicts(where, section.name_or_path, section.config, "encoder", "sequence_encoder")
 
 
-def _data(recipe: DistillationRecipe) -> Iterator[tuple[str, str]]:
-    data = recipe.data
+def _data_conflicts(data: DistillationDataSection) -> Iterator[Fault]:
     if not data.path:
-        yield "data.path", f"missing; data.source {data.source} needs one (data.path=...)"
+        yield ("data.path",), f"missing; data.source {data.source} needs one (data.path=...)"
     groups = {name: getattr(data, f"{name}_groups") for name in ("train", "validation", "test")}
     if data.group_column is None:
         for name, values in groups.items():
             if values:
-                yield f"data.{name}_groups", "needs data.group_column"
+                yield (f"data.{name}_groups",), "needs data.group_column"
         if data.source == "npz":
-            yield "data.group_column", "missing; arrays are one table, to be split by the values of a column"
+            problem = "missing; arrays are one table, to be split by the values of a column"
+            yield ("data.group_column", "data.source"), problem
     elif not groups["train"]:
-        yield "data.train_groups", "missing; name the values of data.group_column that are trained on"
+        yield ("data.train_groups",), "missing; name the values of data.group_column that are trained on"
     seen: dict[Any, str] = {}
     for name, values in groups.items():
         for value in values:
             if seen.setdefault(value, name) != name:
-                yield (
-                    f"data.{name}_groups",
-                    f"{show(value)} is among data.{seen[value]}_groups, too; allowed: one of them",
-                )
-    has_validation = groups["validation"] if data.group_column else data.validation_split
-    if recipe.training.get("eval_strategy", "no") != "no" and not has_validation:
-        yield "training.eval_strategy", "needs validation rows (data.validation_groups or validation_split)"
+                problem = f"{show(value)} is among data.{seen[value]}_groups, too; allowed: one of them"
+                yield (f"data.{name}_groups",), problem

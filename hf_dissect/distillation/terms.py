@@ -10,12 +10,12 @@ class TermWeights:
     """Weight of each term; a term of weight 0 is not computed, and networks that only it needs are not built.
 
     Attributes:
-        student_task, teacher_task, auxiliary_task: the task losses of S, T and A.
+        student_task, teacher_task, auxiliary_task: Task losses of S, T and A.
         information_student: -I(T;S), by its InfoNCE bound.
         information_auxiliary: -I(T;A), likewise, the mean over the auxiliary modalities.
         conditional_entropy: H(T|S), adversarially.
-        hinton: Kullback-Leibler divergence of the softened predictions, the teacher's being the target.
-        contrastive: the InfoNCE loss of S against T as it is, without gradient to T (in the style of CRD).
+        hinton: Kullback-Leibler divergence of the softened predictions, with those of the teacher for a target.
+        contrastive: InfoNCE loss of S against T, without gradient to T (in the style of CRD).
     """
 
     student_task: float = 1.0
@@ -29,11 +29,12 @@ class TermWeights:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term but the student's own task looks at teacher or auxiliary."""
+        """True where any term but the student's own task looks at teacher or auxiliary."""
         return any(value for name, value in asdict(self).items() if name != "student_task")
 
     @property
     def needs_generator(self) -> bool:
+        """True where the conditional entropy has a weight."""
         return self.conditional_entropy > 0
 
 

@@ -1,18 +1,18 @@
 """Checks the section `adapter` of a recipe against the configuration of its PEFT type, before anything is loaded."""
 
 import dataclasses
-import difflib
 import typing
 import warnings
 from typing import Any
 
-from hf_dissect.recipe.fields import Faults, problem_with, show
+from hf_dissect.recipe.fields import Faults
+from hf_dissect.settings import problem_with, show, suggest
 
 
 def read_adapter(given: Any, faults: Faults) -> dict[str, Any] | None:
-    """The sound entries of the section `adapter`, None where there is no adapter; the others go to `faults`.
+    """Return the sound entries of the section `adapter`, None for no adapter; the others go to `faults`.
 
-    `type` names a type of PEFT, such as `mola` or `lora`; everything else are fields of its configuration.
+    `type` names a type of PEFT, such as `mola` or `lora`; all other entries are fields of its configuration.
     """
     if given is None:
         return None
@@ -26,14 +26,12 @@ def read_adapter(given: Any, faults: Faults) -> dict[str, Any] | None:
     )
 
     types, kind = adapter_types(), given.get("type")
-    if kind not in list(types):  # whatever it is, hashable or not
-        near = difflib.get_close_matches(str(kind), types, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        problem = "missing" if kind is None else f"{show(kind)} is not allowed"
-        faults.add("adapter.type", f"{problem}; allowed: {', '.join(sorted(types))}{meant}")
+    if kind not in list(types):  # a list: the value may not be hashable
+        what = "missing" if kind is None else f"{show(kind)} is not allowed"
+        faults.add("adapter.type", f"{what}; allowed: {', '.join(sorted(types))}{suggest(kind, types)}")
         return None
     hints = _hints(types[kind])
-    sound = {"type": kind}
+    sound: dict[str, Any] = {"type": kind}
     for name, value in given.items():
         key = f"adapter.{name}"
         if name == "type" or faults.concern(key):
@@ -49,7 +47,7 @@ def read_adapter(given: Any, faults: Faults) -> dict[str, Any] | None:
     if not faults.concern("adapter"):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # said again when the adapter is made
+                warnings.simplefilter("ignore")  # they come again when the adapter is made
                 adapter_config(sound)
         except (ValueError, TypeError, ImportError) as error:
             faults.add("adapter", str(error))
@@ -57,7 +55,7 @@ def read_adapter(given: Any, faults: Faults) -> dict[str, Any] | None:
 
 
 def _hints(config: type) -> dict[str, Any]:
-    """Name -> type of the fields that a recipe may set."""
+    """Return the type of each field that a recipe may set, by name."""
     from hf_dissect.models.adapters import SET_BY_THE_RUN
 
     hints = typing.get_type_hints(config)

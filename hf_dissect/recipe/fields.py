@@ -1,40 +1,15 @@
-"""Checks each setting of a recipe by itself, so that every wrong one is named before anything is loaded."""
+"""Reads each setting of a recipe by itself, so that every wrong one is named before anything is loaded."""
 
 import dataclasses
-import difflib
-import enum
 import functools
 import math
-import reprlib
-import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-# Arguments of DissectTrainingArguments and the setting each one comes from.
-ARGUMENT_SOURCES = {
-    "selection_strategy": "selection.strategy",
-    "selection_ratio": "selection.ratio",
-    "selection_scope": "selection.scope",
-    "selection_warmup_epochs": "selection.warmup_epochs",
-    "selection_options": "selection.options",
-    "initial_ledger": "selection.ledger",
-    "mask_false_negatives": "selection.mask_false_negatives",
-    "grad_cache_chunk_size": "objective.grad_cache_chunk_size",
-    "gsc": "objective.gsc",
-    "scoring_batch_size": "selection.scoring_batch_size",
-    "record_selection": "selection.record",
-    "max_bad_fraction": "selection.max_bad_fraction",
-    "image_column": "data.image_column",
-    "caption_column": "data.caption_column",
-    "id_column": "data.id_column",
-    "task_column": "data.task_column",
-    "clean_column": "data.clean_column",
-    "max_caption_length": "model.max_caption_length",
-    "shuffle_buffer": "data.shuffle_buffer",
-    "dataloader_num_workers": "data.num_workers",
-}
-TRAINING_RANGES = {
+from hf_dissect.settings import members_of, nearest, problem_with, settings_of, show, suggest
+
+_TRAINING_RANGES = {
     "per_device_train_batch_size": "[2, inf)",
     "per_device_eval_batch_size": "[1, inf)",
     "gradient_accumulation_steps": "[1, inf)",
@@ -54,19 +29,16 @@ TRAINING_RANGES = {
     "data_seed": "[0, 4294967295]",
 }
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-
 
 class RecipeError(ValueError):
     """A recipe that cannot be used.
 
     Attributes:
-        source: the file or name it came from.
-        faults: all of its faults, each naming the dotted key, the value and what is allowed.
+        source: File or name of the recipe.
+        faults: All of its faults, each naming the dotted key, the value and what is allowed.
     """
 
-    def __init__(self, source: str, faults: Sequence[str]):
+    def __init__(self, source: str, faults: Sequence[str]) -> None:
         self.source, self.faults = source, list(faults)
         heading = f"{source}: " if len(self.faults) == 1 else f"{source}: {len(self.faults)} faults\n  "
         super().__init__(heading + "\n  ".join(self.faults))
@@ -75,7 +47,7 @@ class RecipeError(ValueError):
 class Faults:
     """The faults found so far, and the keys they concern."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.messages: list[str] = []
         self._keys: list[str] = []
 
@@ -85,22 +57,21 @@ class Faults:
         self._keys.append(key)
 
     def add_unknown(self, key: str, value: Any, known: Iterable[str], allowed: str = "") -> None:
-        """Note a key that does not exist; what it may have been meant for is no longer checked either."""
+        """Note a key that does not exist, and no longer check the one that it may have been meant for."""
         section, _, name = key.rpartition(".")
         known = list(known)
-        near = difflib.get_close_matches(name, known, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        self.add(key, f"unknown key (value {show(value)}); allowed: {allowed or ', '.join(known)}{meant}")
-        self._keys += [f"{section}.{near[0]}".lstrip(".")] if near else []
+        near = nearest(name, known)
+        allowed = allowed or ", ".join(known)
+        self.add(key, f"unknown key (value {show(value)}); allowed: {allowed}{suggest(name, known)}")
+        self._keys += [f"{section}.{near}".lstrip(".")] if near else []
+
+    def add_misplaced(self, key: str, value: Any, place: str) -> None:
+        """Note a key whose value belongs to another key, `place`."""
+        self.add(key, f"is set by {place} (value {show(value)}); write it there")
 
     def concern(self, key: str) -> bool:
-        """Whether a fault was found at `key`, above it or below it."""
+        """Return whether a fault was found at `key`, above it or below it."""
         return any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in self._keys)
-
-
-def show(value: Any) -> str:
-    """`value` as an error message prints it, long ones cut."""
-    return _SHORT.repr(value)
 
 
 def find_unusable_numbers(value: Any, key: str, faults: Faults) -> None:
@@ -115,125 +86,41 @@ def find_unusable_numbers(value: Any, key: str, faults: Faults) -> None:
         faults.add(key, f"{value} is not allowed; allowed: a finite number")
 
 
-def problem_with(value: Any, expected: Any, choices: Sequence = (), within: str = "") -> str | None:
-    """What is wrong with a value, in words; None when nothing is.
-
-    Args:
-        expected: its declared type, as in an annotation.
-        choices: the allowed values, of each element for a list.
-        within: the allowed interval such as "(0, 1]", of each element for a list.
-    """
-    if not _matches(value, expected):
-        allowed = ", ".join(map(str, choices)) if choices else _describe(expected)
-        return f"{show(value)} is not allowed; allowed: {allowed}"
-    for item in value if isinstance(value, list) else [value]:
-        if choices and item is not None and item not in choices:
-            near = difflib.get_close_matches(str(item), list(choices), n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            return f"{show(item)} is not allowed; allowed: {', '.join(map(str, choices))}{meant}"
-        if within and _is_number(item) and not _inside(item, within):
-            return f"{show(item)} is not allowed; allowed: {_describe_interval(within)}"
-    return None
-
-
-_WORDS = {str: "text", bool: "true or false", int: "an integer", float: "a number", type(None): "null"}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _members(expected: Any) -> tuple:
-    """The alternatives of a union. Text beside an enumeration stands for one of its values, hence is none."""
-    if typing.get_origin(expected) not in (typing.Union, types.UnionType):
-        return (expected,)
-    members = typing.get_args(expected)
-    if any(isinstance(member, type) and issubclass(member, enum.Enum) for member in members):
-        members = tuple(member for member in members if member is not str)
-    return members
-
-
-def _matches(value: Any, expected: Any) -> bool:
-    members = _members(expected)
-    if len(members) > 1:
-        return any(_matches(value, member) for member in members)
-    expected = members[0]
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if expected is None or expected is type(None):
-        return value is None
-    if origin is typing.Literal:
-        return any(value == allowed and type(value) is type(allowed) for allowed in arguments)
-    if expected is list or origin is list:
-        return isinstance(value, list) and all(_matches(item, argument) for argument in arguments for item in value)
-    if {expected, origin} & {tuple, set}:
-        return isinstance(value, list)  # as YAML writes them
-    if expected in (float, int):
-        # Beyond 2 ** 63 no library of ours can hold it, and float() of it overflows.
-        sized = _is_number(value) and (isinstance(value, float) or abs(value) < 2**63)
-        return sized and (expected is float or isinstance(value, int))
-    if expected in (str, bool):
-        return isinstance(value, expected)
-    if isinstance(expected, type) and issubclass(expected, enum.Enum):
-        return isinstance(value, str) and value in [member.value for member in expected]
-    # Everything else (dict, Any, ParallelismConfig, ...) is written as a mapping, or is not ours to judge.
-    return expected is Any or isinstance(value, dict)
-
-
-def _describe(expected: Any) -> str:
-    members = _members(expected)
-    if len(members) > 1:
-        return " or ".join(_describe(member) for member in members)
-    expected = members[0]
-    if isinstance(expected, type) and issubclass(expected, enum.Enum):
-        return ", ".join(str(member.value) for member in expected)
-    if typing.get_origin(expected) is list:
-        return f"a list ({_describe(typing.get_args(expected)[0])})"
-    if typing.get_origin(expected) is typing.Literal:
-        return " or ".join(str(argument).lower() for argument in typing.get_args(expected))
-    return _WORDS.get(type(None) if expected is None else expected, "a mapping")
-
-
-def _inside(value: float, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def _describe_interval(interval: str) -> str:
-    low, high = (part.strip() for part in interval[1:-1].split(","))
-    if high == "inf":
-        return f"at least {low}" if interval[0] == "[" else f"more than {low}"
-    return f"a number in {interval}"
-
-
-def read_section(section: type, given: Any, where: str, faults: Faults) -> Any:
-    """An instance of the dataclass `section` from the mapping `given`; what is faulty keeps its default.
-
-    Args:
-        where: the dotted key of the section.
-        faults: receives unknown keys, wrong types and impossible values.
-    """
-    if given is None:  # a section whose lines are all commented out
-        given = {}
-    if not isinstance(given, dict):
+def entries_of(given: Any, where: str, faults: Faults) -> Iterator[tuple[str, str, Any]]:
+    """Yield dotted key, name and value of each setting of the section `where`; one that is no mapping is a fault."""
+    if isinstance(given, dict):
+        yield from ((f"{where}.{name}", name, value) for name, value in given.items())
+    elif given is not None:  # null: a section whose lines are all commented out
         faults.add(where, f"{show(given)} is not allowed; allowed: a mapping of settings")
-        return section()
-    fields = {field.name: field for field in dataclasses.fields(section)}
-    hints = typing.get_type_hints(section)
-    values = {}
-    for name, value in given.items():
-        key = f"{where}.{name}"
-        if name not in fields:
-            faults.add_unknown(key, value, fields)
+
+
+def read_section(
+    section: type, given: Any, where: str, faults: Faults, elsewhere: Mapping[str, str] | None = None
+) -> Any:
+    """Return an instance of the dataclass `section` from the mapping `given`; what is faulty keeps its default.
+
+    Args:
+        section: A dataclass of settings.
+        given: Plain data.
+        where: Dotted key of the section.
+        faults: Receives unknown keys, wrong types and impossible values.
+        elsewhere: Key that sets a trainer argument, by the argument; a setting of that name belongs there.
+    """
+    known, elsewhere, values = settings_of(section), elsewhere or {}, {}
+    for key, name, value in entries_of(given, where, faults):
+        if name in elsewhere and name not in known:
+            faults.add_misplaced(key, value, elsewhere[name])
             continue
-        nested = [member for member in _members(hints[name]) if dataclasses.is_dataclass(member)]
+        if name not in known:
+            faults.add_unknown(key, value, known)
+            continue
+        expected, declaration = known[name]
+        nested = [item for item in members_of(expected) if isinstance(item, type) and dataclasses.is_dataclass(item)]
         if nested and value is not None:
             values[name] = read_section(nested[0], value, key, faults)
+        elif faults.concern(key):
             continue
-        metadata = fields[name].metadata
-        if faults.concern(key):
-            continue
-        if problem := problem_with(value, hints[name], metadata["choices"], metadata["within"]):
+        elif problem := problem_with(value, expected, declaration.choices, declaration.within):
             faults.add(key, problem)
         else:
             values[name] = value
@@ -242,7 +129,7 @@ def read_section(section: type, given: Any, where: str, faults: Faults) -> Any:
 
 @functools.cache
 def training_fields() -> dict[str, tuple[Any, Any, tuple]]:
-    """Name -> (type, default, choices) of each field of `transformers.TrainingArguments`."""
+    """Return type, default and choices of each field of `transformers.TrainingArguments`, by name."""
     from transformers import TrainingArguments  # imports torch: only when a recipe is really read
 
     hints = typing.get_type_hints(TrainingArguments)
@@ -252,25 +139,34 @@ def training_fields() -> dict[str, tuple[Any, Any, tuple]]:
     }
 
 
-def read_training(given: Any, faults: Faults) -> dict[str, Any]:
-    """The sound entries of the section `training`; the others go to `faults`."""
-    if given is None:
-        given = {}
-    if not isinstance(given, dict):
-        faults.add("training", f"{show(given)} is not allowed; allowed: a mapping of settings")
-        return {}
+def training_value(training: Mapping[str, Any], name: str) -> Any:
+    """Return a setting of the section `training`, or its default in `transformers.TrainingArguments`."""
+    return training.get(name, training_fields()[name][1])
+
+
+def read_training(given: Any, faults: Faults, elsewhere: Mapping[str, str]) -> dict[str, Any]:
+    """Return the sound entries of the section `training`; the others go to `faults`.
+
+    Args:
+        given: Plain data.
+        faults: Receives the faults.
+        elsewhere: Key that sets a trainer argument, by the argument.
+    """
     known, sound = training_fields(), {}
-    for name, value in given.items():
-        key = f"training.{name}"
-        if name in ARGUMENT_SOURCES:
-            faults.add(key, f"is set by {ARGUMENT_SOURCES[name]} (value {show(value)}); write it there")
-        elif name == "hub_token":
-            faults.add(key, "a recipe is saved with the run and must hold no secret; use `hf auth login` or HF_TOKEN")
-        elif name not in known:
-            faults.add_unknown(key, value, known, "the fields of transformers.TrainingArguments")
-        elif faults.concern(key):
+    for key, name, value in entries_of(given, "training", faults):
+        if name in elsewhere:
+            faults.add_misplaced(key, value, elsewhere[name])
             continue
-        elif problem := problem_with(value, known[name][0], known[name][2], TRAINING_RANGES.get(name, "")):
+        if name == "hub_token":
+            faults.add(key, "a recipe is saved with the run and must hold no secret; use `hf auth login` or HF_TOKEN")
+            continue
+        if name not in known:
+            faults.add_unknown(key, value, known, "the fields of transformers.TrainingArguments")
+            continue
+        expected, _, choices = known[name]
+        if faults.concern(key):
+            continue
+        if problem := problem_with(value, expected, choices, _TRAINING_RANGES.get(name, "")):
             faults.add(key, problem)
         else:
             sound[name] = value

@@ -1,8 +1,7 @@
-"""The file of a recipe, and what recipes of all kinds have in common: how they are read, checked and saved."""
+"""The base of all kinds of recipes: a YAML file that is read, checked and saved."""
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -11,12 +10,12 @@ from hf_dissect.recipe.fields import (
     Faults,
     RecipeError,
     find_unusable_numbers,
-    problem_with,
     read_section,
     read_training,
-    show,
 )
+from hf_dissect.recipe.rules import Fault, run_conflicts
 from hf_dissect.recipe.yaml import format_yaml, parse_yaml
+from hf_dissect.settings import nearest, problem_with, settings_of, show
 
 MAX_BYTES = 1_000_000
 
@@ -33,25 +32,25 @@ class RecipeFile:
     training: dict[str, Any]
 
     MEANT_FOR_OTHERS: ClassVar[dict[str, str]] = {}
-    """Keys of other kinds of recipes, and what to say of them."""
+    """The fault of each key that belongs to another kind of recipe."""
 
     @classmethod
     def load(cls, path_or_shipped_name: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read and check a recipe.
 
         Args:
-            path_or_shipped_name: a YAML file, or the name of a shipped recipe such as `quickstart`;
+            path_or_shipped_name: A YAML file, or the name of a shipped recipe such as `quickstart`;
                 `recipes/quickstart.yaml` means the shipped one where there is no such file.
-            overrides: `section.key=value`, the value in YAML: `selection.options.variant=momentum`.
+            overrides: Each `section.key=value`, the value in YAML: `selection.options.variant=momentum`.
 
         Raises:
-            RecipeError: the file cannot be read, or has faults; all of them are listed.
+            RecipeError: The file cannot be read, or has faults; all of them are listed.
         """
         return cls._build(*load_settings(path_or_shipped_name), overrides)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Self:
-        """Check plain settings, nested as in the YAML file; `source` names them in errors (`RecipeError`)."""
+        """Check plain settings, nested like the YAML file; `source` names them in errors (`RecipeError`)."""
         return cls._build(copy.deepcopy(settings), source, overrides)
 
     @classmethod
@@ -59,18 +58,20 @@ class RecipeFile:
         faults = Faults()
         apply_overrides(settings, overrides, faults)
         find_unusable_numbers(settings, "", faults)
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        readers = {"training": read_training, **cls._readers()}
+        fields = {field.name: field.type for field in cls._fields()}
+        sources, sections, readers = cls.argument_sources(), cls._sections(), cls._readers()
         values: dict[str, Any] = {"name": ""}
         for key, value in settings.items():
             if key in cls.MEANT_FOR_OTHERS:
                 faults.add(key, cls.MEANT_FOR_OTHERS[key])
             elif key not in fields:
                 faults.add_unknown(str(key), value, fields)
+            elif key == "training":
+                values[key] = read_training(value, faults, sources)
             elif key in readers:
                 values[key] = readers[key](value, faults)
-            elif dataclasses.is_dataclass(fields[key]):
-                values[key] = read_section(fields[key], value, key, faults)
+            elif key in sections:
+                values[key] = read_section(sections[key], value, key, faults, sources)
             elif problem := problem_with(value, fields[key]):
                 faults.add(key, problem)
             else:
@@ -84,27 +85,61 @@ class RecipeFile:
         return recipe
 
     @classmethod
+    def argument_sources(cls) -> dict[str, str]:
+        """Return the dotted key that sets a trainer argument, by the argument."""
+        return {
+            declaration.argument: f"{key}.{name}"
+            for key, section in cls._sections().items()
+            for name, (_, declaration) in settings_of(section).items()
+            if declaration.argument
+        }
+
+    @classmethod
+    def _sections(cls) -> dict[str, type]:
+        return {
+            field.name: field.type
+            for field in cls._fields()
+            if isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
+        }
+
+    @classmethod
+    def _fields(cls) -> tuple[dataclasses.Field[Any], ...]:
+        # The subclasses are dataclasses; the base is not, since its fields would come first in the file.
+        return dataclasses.fields(cls)  # type: ignore[arg-type]
+
+    @classmethod
     def _readers(cls) -> dict[str, Callable[[Any, Faults], Any]]:
-        """Of sections that are no dataclasses, what checks them; faults are added."""
+        """Return the function that checks a section, by its key, for sections that are not dataclasses."""
         return {}
 
-    def _conflicts(self) -> Iterator[tuple[Sequence[str], str]]:
-        """What does not go together: the dotted keys that it concerns, and the problem in words."""
-        raise NotImplementedError
+    def _conflicts(self) -> Iterator[Fault]:
+        """Yield the faults that a setting has only together with others."""
+        yield from run_conflicts(self.name, self.description, self.training)
 
     @property
     def output_dir(self) -> str:
-        """The run's folder: `training.output_dir`, else `runs/<name>`."""
+        """Folder of the run: `training.output_dir`, else `runs/<name>`."""
         return self.training.get("output_dir") or f"runs/{self.name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, defaults included, as plain data in the order of the file."""
-        return dataclasses.asdict(self)
+        """Return all settings, defaults included, as plain data in the order of the file."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def training_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of the trainer's arguments, gathered from the sections."""
+        settings = self.to_dict()
+        arguments = settings["training"] | {"output_dir": self.output_dir}
+        for argument, key in self.argument_sources().items():
+            section, name = key.split(".")
+            arguments[argument] = settings[section][name]
+        return arguments
 
     def save(self, path: str | Path, command: str = "train") -> None:
         """Write the complete recipe; `load` reads it back equal. The folder of `path` must exist.
 
-        `command` is the one that repeats the run, named at the top of the file.
+        Args:
+            path: Path of the file.
+            command: Subcommand that repeats the run, named at the top of the file.
         """
         path = Path(path)
         shown = str(path) if str(path).isprintable() else path.name if path.name.isprintable() else "recipe.yaml"
@@ -113,19 +148,23 @@ class RecipeFile:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package, in alphabetical order."""
+    """Return the file of each recipe that comes with the package, by name in alphabetical order."""
     installed = Path(__file__).parents[1] / "recipes"
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_description(path: str | Path) -> str:
-    """The description in a recipe's file, the rest unchecked (that would need torch); `RecipeError` if unreadable."""
+    """Return the description in a recipe's file, the rest unchecked (that would need torch).
+
+    Raises:
+        RecipeError: The file cannot be read.
+    """
     return str(read_settings(Path(path)).get("description", ""))
 
 
 def _find(path_or_shipped_name: str | Path) -> Path:
-    """The file that is meant; a path that does not exist comes back as it is."""
+    """Return the file that is meant; a path that does not exist comes back unchanged."""
     path = Path(path_or_shipped_name)
     could_be_shipped = path.suffix in ("", ".yaml") and path.parent in (Path("."), Path("recipes"))
     if could_be_shipped and not path.is_file():
@@ -134,7 +173,11 @@ def _find(path_or_shipped_name: str | Path) -> Path:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe's file, as it stands there, unchecked; `RecipeError` if unreadable."""
+    """Return the mapping in a recipe's file, unchecked.
+
+    Raises:
+        RecipeError: The file cannot be read, or is not a mapping.
+    """
     content = _read_bytes(path)
     if len(content) > MAX_BYTES:
         raise RecipeError(str(path), [f"is larger than {MAX_BYTES} bytes; a recipe is a small YAML file"])
@@ -154,14 +197,14 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The content of a file, one byte more than allowed at most."""
+    """Return the content of a file, at most one byte more than allowed."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         shipped = list(shipped_recipes())
-        near = difflib.get_close_matches(path.stem, shipped, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(path.stem, shipped)
+        meant = f"; did you mean {near}?" if near else ""
         raise RecipeError(str(path), [f"no such file; shipped recipes: {', '.join(shipped)}{meant}"]) from error
     except IsADirectoryError as error:
         inside = path / "recipe.yaml"
@@ -172,7 +215,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Sequence[str], faults: Faults) -> None:
-    """Set the values that `overrides` (`section.key=value`) name, in place; what is wrong goes to `faults`."""
+    """Set the values that `overrides` (`section.key=value`) name, in place; faults are added."""
     for override in overrides:
         _apply_override(settings, override, faults)
 
@@ -202,6 +245,10 @@ def _apply_override(settings: dict[str, Any], override: str, faults: Faults) -> 
 
 
 def load_settings(path_or_shipped_name: str | Path) -> tuple[dict[str, Any], str]:
-    """The mapping in a recipe, unchecked, and the file's name for errors; `RecipeError` if it cannot be read."""
+    """Return the mapping in a recipe, unchecked, and the file's name for errors.
+
+    Raises:
+        RecipeError: The file cannot be read, or is not a mapping.
+    """
     path = _find(path_or_shipped_name)
     return read_settings(path), str(path)

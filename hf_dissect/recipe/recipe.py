@@ -1,15 +1,21 @@
 """The typed, checked settings of a run that trains a dual encoder."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_dissect.recipe.adapter import read_adapter
-from hf_dissect.recipe.fields import ARGUMENT_SOURCES, Faults, RecipeError
+from hf_dissect.recipe.data_rules import (
+    adapter_conflicts,
+    data_conflicts,
+    evaluation_conflicts,
+    noise_conflicts,
+    zero_shot_conflicts,
+)
+from hf_dissect.recipe.fields import Faults, RecipeError
 from hf_dissect.recipe.file import RecipeFile
-from hf_dissect.recipe.rules import find_conflicts
+from hf_dissect.recipe.rules import Fault, model_source_conflicts
 from hf_dissect.recipe.schema import (
     STRATEGIES,
     CompareSection,
@@ -21,6 +27,13 @@ from hf_dissect.recipe.schema import (
     SelectionSection,
     ZeroShotSection,
     parse_strategy,
+)
+from hf_dissect.recipe.selection_rules import (
+    compare_conflicts,
+    gsc_conflicts,
+    option_conflicts,
+    selection_conflicts,
+    twin_conflicts,
 )
 
 __all__ = [
@@ -44,11 +57,11 @@ class Recipe(RecipeFile):
     """The settings of a run.
 
     Attributes:
-        name: of the run; its folder is `runs/<name>` unless `training.output_dir` says otherwise.
-        description: one line.
-        model, data, selection, objective, evaluation, compare: the sections, see `hf_dissect.recipe.schema`.
+        name: Name of the run; its folder is `runs/<name>` unless `training.output_dir` names another.
+        description: One line.
+        model, data, selection, objective, evaluation, compare: The sections, see `hf_dissect.recipe.schema`.
         adapter: `type` (`mola`, `lora` or another type of PEFT) and fields of its configuration; None for no adapter.
-        training: fields of `transformers.TrainingArguments` as given.
+        training: Fields of `transformers.TrainingArguments` that the recipe sets.
     """
 
     name: str
@@ -70,20 +83,32 @@ class Recipe(RecipeFile):
     def _readers(cls) -> dict[str, Callable[[Any, Faults], Any]]:
         return {"adapter": read_adapter}
 
-    def _conflicts(self) -> Iterator[tuple[Sequence[str], str]]:
-        return find_conflicts(self)
+    def _conflicts(self) -> Iterator[Fault]:
+        model, data, selection, training = self.model, self.data, self.selection, self.training
+        yield from super()._conflicts()
+        yield from model_source_conflicts("model", model.name_or_path, model.config, "model", "clip")
+        yield from adapter_conflicts(self.adapter, data)
+        yield from data_conflicts(data, training)
+        yield from noise_conflicts(data)
+        yield from selection_conflicts(selection, training)
+        yield from option_conflicts(selection)
+        yield from gsc_conflicts(self.objective.gsc, selection, training)
+        yield from twin_conflicts(self.objective.gsc, model, self.adapter)
+        yield from evaluation_conflicts(self.evaluation, data, training)
+        yield from zero_shot_conflicts(self.evaluation.zero_shot, data)
+        yield from compare_conflicts(self.compare)
 
     def with_overrides(self, overrides: Sequence[str]) -> "Recipe":
-        """A checked copy with some settings replaced, written as for `load` (`RecipeError`)."""
+        """Return a checked copy with some settings replaced, written the way `load` takes them (`RecipeError`)."""
         return self._build(self.to_dict(), f"recipe {self.name}", overrides)
 
     def with_strategy(self, spec: str) -> "Recipe":
-        """A checked copy that selects by `spec` (`name` or `name:variant`; a bare name means its first variant).
+        """Return a checked copy that selects by `spec` (`name` or `name:variant`, a bare name for its first variant).
 
         Options of this recipe stay where its strategy stays.
 
         Raises:
-            RecipeError: the strategy does not fit the recipe, or does not exist (its message lists what is allowed).
+            RecipeError: The strategy does not fit the recipe, or does not exist (its message lists what is allowed).
         """
         try:
             name, variant = parse_strategy(spec)
@@ -95,13 +120,9 @@ class Recipe(RecipeFile):
         return self.from_dict(settings, f"recipe {self.name} with {spec}")
 
     def training_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `hf_dissect.DissectTrainingArguments`, gathered from the sections."""
-        arguments = copy.deepcopy(self.training) | {"output_dir": self.output_dir}
-        arguments.setdefault("run_name", Path(self.output_dir).name)  # in trackers, which may need a name to go on
-        settings = self.to_dict()
-        for argument, key in ARGUMENT_SOURCES.items():
-            section, name = key.split(".")
-            arguments[argument] = settings[section][name]
+        """Return the keyword arguments of `hf_dissect.DissectTrainingArguments`, gathered from the sections."""
+        arguments = super().training_arguments()
+        arguments.setdefault("run_name", Path(self.output_dir).name)  # trackers may refuse a run without a name
         if self.data.image_features and self.data.image_column is None:
             arguments["image_column"] = "image_features"
         if self.evaluation.batch_size is not None:

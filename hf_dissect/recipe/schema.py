@@ -1,42 +1,22 @@
-"""What a recipe may say: one dataclass a section, each setting with its type, default, meaning and allowed values."""
+"""The sections of a recipe: one dataclass each, every setting with its type, default, help and allowed values."""
 
-import copy
 import dataclasses
 from typing import Any
 
-# The variants of each strategy, the default first. Kept here as text so that reading a recipe needs no torch.
+from hf_dissect.selection.options import OPTIONS, SCOPES
+from hf_dissect.settings import setting, settings_of
+
 STRATEGIES: dict[str, tuple[str, ...]] = {
-    "dissect": ("warmup", "momentum"),
-    "random": (),
-    "small_loss": (),
-    "big_loss": (),
-    "clipscore": (),
-    "ncr": (),
-    "gsc": (),
-    "none": (),
+    name: settings_of(options)["variant"][1].choices if hasattr(options, "variant") else ()
+    for name, options in OPTIONS.items()
 }
-SCOPES = ("local", "global")
+"""Variants of each strategy, the default first."""
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
-
-
-def setting(default: Any, help: str, *, choices: tuple = (), within: str = "") -> Any:
-    """A dataclass field of a recipe.
-
-    Args:
-        default: the value when the recipe does not say; lists and dicts are copied.
-        help: what it does, one sentence.
-        choices: the allowed values (of each element, for a list).
-        within: the allowed interval in mathematical notation, such as "(0, 1]" (of each element, for a list).
-    """
-    metadata = {"help": help, "choices": choices, "within": within}
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class ModelSection:
-    """Which dual encoder is trained, and on how long captions."""
+    """The dual encoder that is trained."""
 
     name_or_path: str | None = setting(None, "Hub id or folder of a trained model; this or config.")
     config: dict[str, Any] | None = setting(
@@ -51,12 +31,15 @@ class ModelSection:
         within="[2, inf)",
     )
     max_caption_length: int | None = setting(
-        None, "Tokens after which a caption is cut; null: what the text tower can read.", within="[3, inf)"
+        None,
+        "Tokens after which a caption is cut; null: the limit of the text tower.",
+        within="[3, inf)",
+        argument="max_caption_length",
     )
     freeze: str | None = setting(
-        None, "The tower whose weights stay as they are, and that gets no adapter.", choices=("vision", "text")
+        None, "Tower whose weights stay fixed, and that gets no adapter; null: both train.", choices=("vision", "text")
     )
-    trust_remote_code: bool = setting(False, "Whether code from the model's repository may run.")
+    trust_remote_code: bool = setting(False, "Allow code from the model's repository to run.")
     second_name_or_path: str | None = setting(
         None,
         "Hub id or folder that the second network of objective.gsc.dual starts from; null: with config, one more of "
@@ -66,28 +49,38 @@ class ModelSection:
 
 @dataclasses.dataclass
 class DataSection:
-    """Where the pairs come from.
+    """The source of the pairs.
 
     Relative paths are relative to the current working directory; `image_features` and `noise_permutation` are also
-    looked up beside the data, in `path`.
+    looked up next to the data, in `path`.
     """
 
-    source: str = setting("scenes", "What kind of data it is.", choices=SOURCES)
+    source: str = setting("scenes", "Kind of the data.", choices=SOURCES)
     path: str | None = setting(
         None,
         "Hub id, folder or shards; needed by every source but scenes. Shards may lie elsewhere "
         "(hf://datasets/<user>/<name>/train-*.tar, https://host/train-{000..123}.tar); these need streaming.",
     )
     name: str | None = setting(None, "Configuration of a Hub dataset.")
-    train_split: str = setting("train", "Split that is trained on.")
-    validation_split: str | None = setting("validation", "Split evaluated during training; null: there is none.")
-    test_split: str | None = setting("test", "Split of the final figures; null: there is none.")
+    train_split: str = setting("train", "Split for training.")
+    validation_split: str | None = setting("validation", "Split evaluated during training; null: none.")
+    test_split: str | None = setting("test", "Split of the final figures; null: none.")
     streaming: bool = setting(False, "Read while training instead of before it; needs training.max_steps.")
-    image_column: str | None = setting(None, "Column of the images; null: recognise it.")
-    caption_column: str | None = setting(None, "Column of the caption or the list of captions; null: recognise it.")
-    id_column: str | None = setting(None, "Column that identifies a row; null: the row number.")
-    task_column: str | None = setting(None, "Column of the task or domain; null: none.")
-    clean_column: str | None = setting(None, "Column that tells whether a caption truly belongs; null: recognise it.")
+    image_column: str | None = setting(
+        None, "Column of the images; null: recognised by its name, such as image.", argument="image_column"
+    )
+    caption_column: str | None = setting(
+        None,
+        "Column of the caption or the list of captions; null: recognised by its name, such as caption.",
+        argument="caption_column",
+    )
+    id_column: str | None = setting(
+        None, "Column of unique ids of the rows; null: the row number.", argument="id_column"
+    )
+    task_column: str | None = setting(None, "Column of the task or domain; null: none.", argument="task_column")
+    clean_column: str | None = setting(
+        None, "Column that is true where the caption belongs to the image; null: clean.", argument="clean_column"
+    )
     image_features: str | None = setting(
         None, ".npz with one (rows, dim) array a split, read by the vision tower instead of the images."
     )
@@ -96,9 +89,15 @@ class DataSection:
     noise_rate: float = setting(0.0, "Share of the training captions that is shuffled.", within="[0, 1)")
     noise_seed: int = setting(0, "Seed of the shuffling.", within="[0, inf)")
     noise_permutation: str | None = setting(None, ".npy, int (num_pairs,): pair i gets caption number order[i].")
-    num_workers: int = setting(0, "Processes that decode and tokenise.", within="[0, inf)")
+    num_workers: int = setting(
+        0, "Processes that decode and tokenise.", within="[0, inf)", argument="dataloader_num_workers"
+    )
     shuffle_buffer: int = setting(
-        10_000, "Pairs of a stream that each worker holds undecoded to shuffle them; 0: none.", within="[0, inf)"
+        10_000,
+        "Pairs of a stream that each worker holds undecoded to shuffle them; 0: the order of the stream. Data that "
+        "are not streamed are shuffled as a whole.",
+        within="[0, inf)",
+        argument="shuffle_buffer",
     )
     scenes_train: int = setting(4096, "Training pairs of the scenes.", within="[1, inf)")
     scenes_validation: int = setting(512, "Validation pairs of the scenes; 0: no such split.", within="[0, inf)")
@@ -112,25 +111,62 @@ class DataSection:
 
 @dataclasses.dataclass
 class SelectionSection:
-    """Which candidates of a batch are worth a gradient."""
+    """The choice of the candidates that are worth a gradient."""
 
-    strategy: str = setting("dissect", "The rule that chooses.", choices=tuple(STRATEGIES))
-    ratio: float = setting(0.5, "Selection ratio: kept pairs / candidates.", within="(0, 1]")
-    scope: str = setting(
-        "local", "With several processes: each keeps pairs of its own candidates, or all of the union.", choices=SCOPES
+    strategy: str = setting(
+        "dissect",
+        "Rule that chooses the candidates that train; none keeps all of them.",
+        choices=tuple(STRATEGIES),
+        argument="selection_strategy",
     )
-    warmup_epochs: int = setting(1, "Epochs that record scores before the warm-up variant selects.", within="[0, inf)")
-    options: dict[str, Any] = setting({}, "Keywords of the strategy, such as variant: momentum.")
+    ratio: float = setting(
+        0.5, "Selection ratio: kept pairs / candidates.", within="(0, 1]", argument="selection_ratio"
+    )
+    scope: str = setting(
+        "local",
+        "With several processes, local: each keeps pairs of its own candidates; global: the pairs are chosen among "
+        "the candidates of all and shared out, as one process would choose from the union.",
+        choices=SCOPES,
+        argument="selection_scope",
+    )
+    warmup_epochs: int = setting(
+        1,
+        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them.",
+        within="[0, inf)",
+        argument="selection_warmup_epochs",
+    )
+    options: dict[str, Any] = setting(
+        {}, 'Further keywords of the strategy, such as {"variant": "momentum"}.', argument="selection_options"
+    )
     mask_false_negatives: bool = setting(
-        False, "Pairs of a batch that share an image or a caption are not each other's negatives."
+        False,
+        "Pairs of a batch that share an image or a caption are not each other's negatives.",
+        argument="mask_false_negatives",
     )
     scoring_batch_size: int | None = setting(
-        None, "Candidates scored in one forward pass; null: all of the batch.", within="[1, inf)"
+        None,
+        "Candidates scored in one forward pass; null: the whole batch.",
+        within="[1, inf)",
+        argument="scoring_batch_size",
     )
-    record: bool = setting(False, "Write selection.parquet: every candidate of every step.")
-    max_bad_fraction: float = setting(0.01, "Share of unreadable rows above which the run stops.", within="[0, 1]")
+    record: bool = setting(
+        False,
+        "Write selection.parquet, one row for each candidate and step; every candidate is then scored, also for "
+        "strategies that need no scores.",
+        argument="record_selection",
+    )
+    max_bad_fraction: float = setting(
+        0.01,
+        "Share of rows that cannot be used above which the run stops.",
+        within="[0, 1]",
+        argument="max_bad_fraction",
+    )
     ledger: str | None = setting(
-        None, "Scores of the same pairs to begin with: a run folder, Parquet files, or hub:USER/REPO; null: none."
+        None,
+        "Scores of the same pairs to begin with: a run folder, a checkpoint, Parquet files, or hub:USER/REPO, a data "
+        "set that hf-dissect push-ledger published; null: none. With them, dissect needs no warm-up. A resumed run "
+        "continues with its own ledger.",
+        argument="initial_ledger",
     )
 
 
@@ -140,23 +176,30 @@ class GscSection:
 
     gamma: float = setting(0.01, "Weight of the loss within the modalities.", within="[0, inf)")
     beta: float = setting(0.7, "Share of the new evidence in a label, at each epoch.", within="(0, 1]")
-    temperature: float = setting(0.07, "Of the softmax over the cosines, in place of the model's.", within="(0, inf)")
-    warmup_epochs: int = setting(1, "Epochs that train by the contrastive loss first.", within="[0, inf)")
-    dual: bool = setting(
-        False, "Whether two networks train, each with the other's labels (GSC+); costs twice as much."
+    temperature: float = setting(
+        0.07, "Temperature of the softmax over the cosines, in place of the model's.", within="(0, inf)"
     )
+    warmup_epochs: int = setting(1, "Epochs that train by the contrastive loss first.", within="[0, inf)")
+    dual: bool = setting(False, "Train two networks, each with the other's labels (GSC+); costs twice as much.")
 
 
 @dataclasses.dataclass
 class ObjectiveSection:
-    """How the loss is computed."""
+    """The loss."""
 
     grad_cache_chunk_size: int | None = setting(
         None,
-        "Pairs that go through the model at a time with gradient, the loss being that of all (GradCache); null: all.",
+        "Pairs that go through the model at a time with gradient, the loss being that of the whole batch (GradCache, "
+        "arXiv 2101.06983), at the price of a second forward pass; null: all at once.",
         within="[1, inf)",
+        argument="grad_cache_chunk_size",
     )
-    gsc: GscSection | None = setting(None, "Soft labels; null: the contrastive loss throughout.")
+    gsc: GscSection | None = setting(
+        None,
+        "Train with the soft labels of GSC (arXiv 2405.16996) after a warm-up: its settings, such as "
+        '{"gamma": 0.01, "warmup_epochs": 2}, or {} for the defaults; null: the contrastive loss throughout.',
+        argument="gsc",
+    )
 
 
 @dataclasses.dataclass
@@ -165,7 +208,7 @@ class ZeroShotSection:
 
     classes: list[str] = setting([], "Class names, in the order of the labels; at least one.")
     templates: list[str] = setting(["a photo of a {}."], "Captions of a class; {} stands for its name.")
-    source: str | None = setting(None, "What kind of data the labelled images are.", choices=SOURCES[1:])
+    source: str | None = setting(None, "Kind of the labelled images.", choices=SOURCES[1:])
     path: str | None = setting(None, "Hub id, folder or shards of the labelled images.")
     image_column: str = setting("image", "Column of the images.")
     label_column: str = setting("label", "Column of the labels: integers, or class names.")
@@ -174,10 +217,10 @@ class ZeroShotSection:
 
 @dataclasses.dataclass
 class EvaluationSection:
-    """What is measured."""
+    """The figures that are measured."""
 
     retrieval: bool = setting(True, "Recall at 1, 5 and 10 in both directions.")
-    noise_detection: bool = setting(True, "How well the scores tell mismatched pairs, when the truth is known.")
+    noise_detection: bool = setting(True, "Separation of mismatched pairs by the scores, where the truth is known.")
     zero_shot: ZeroShotSection | None = setting(None, "Zero-shot classification; null: none.")
     batch_size: int | None = setting(
         None, "Pairs a device at evaluation; null: training.per_device_eval_batch_size.", within="[1, inf)"
@@ -186,20 +229,20 @@ class EvaluationSection:
 
 @dataclasses.dataclass
 class CompareSection:
-    """What `hf-dissect compare` runs: every strategy with every seed."""
+    """The runs of `hf-dissect compare`: every strategy with every seed."""
 
     strategies: list[str] = setting(["none", "random", "dissect"], "Strategies, as `name` or `name:variant`.")
     seeds: list[int] = setting([0], "Seeds, each a run.", within="[0, 4294967295]")
 
 
 def parse_strategy(spec: str) -> tuple[str, str | None]:
-    """Name and variant of a strategy written `name` or `name:variant`; a bare name means its first variant.
+    """Return name and variant of a strategy written `name` or `name:variant`; a bare name means its first variant.
 
     Returns:
         Such as `("dissect", "momentum")`; the variant is None for a strategy that has none.
 
     Raises:
-        ValueError: for an unknown name or variant; the message lists what is allowed.
+        ValueError: The name or the variant is unknown; the message lists what is allowed.
     """
     name, colon, variant = spec.partition(":")
     variants = STRATEGIES.get(name, ())

@@ -30,7 +30,7 @@ class _RecipeLoader(yaml.SafeLoader):
         if tag in {*_SCALARS, "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map", None}
     }
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         # An alias could make a recipe refer to itself, or grow without bound when it is written out.
         if getattr(event, "anchor", None) is not None:
@@ -39,7 +39,7 @@ class _RecipeLoader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = self.construct_object(key_node, deep=True)
@@ -50,7 +50,7 @@ class _RecipeLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def construct_object(self, node, deep=False):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except (ValueError, KeyError) as error:  # `!!int abc`, or an integer of thousands of digits
@@ -61,7 +61,7 @@ class _RecipeLoader(yaml.SafeLoader):
 class _RecipeDumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or our loader would take for something other than text."""
 
-    def ignore_aliases(self, data):
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
@@ -73,10 +73,11 @@ _RecipeDumper.add_implicit_resolver(_FLOAT, re.compile(f"^(?:{_SCALARS[_FLOAT][0
 
 
 def parse_yaml(text: str) -> Any:
-    """The plain data written in `text`: mappings, lists, text, integers, floats, booleans and nulls.
+    """Return the plain data written in `text`: mappings, lists, text, integers, floats, booleans and nulls.
 
     Raises:
-        ValueError: with line and column, for broken YAML, a repeated key, an anchor or alias, or a tagged object.
+        ValueError: The YAML is broken, or has a repeated key, an anchor, an alias or a tagged object; the message
+            names line and column.
     """
     try:
         # The loader derives from SafeLoader and only removes constructors: this is `yaml.safe_load`, stricter.
@@ -94,5 +95,5 @@ def parse_yaml(text: str) -> Any:
 
 
 def format_yaml(data: Any) -> str:
-    """`data` as YAML that `parse_yaml` reads back to an equal value, mappings in their own order."""
+    """Return `data` as YAML that `parse_yaml` reads back to an equal value, mappings in their own order."""
     return yaml.dump(data, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=100)

@@ -6,11 +6,10 @@ from typing import ClassVar
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.options import DissectOptions
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
-
-VARIANTS = ("warmup", "momentum")
-WARMUP_ON = ("subset", "all")
+from hf_dissect.settings import check_values
 
 
 class Dissect(SelectionStrategy):
@@ -23,12 +22,9 @@ class Dissect(SelectionStrategy):
     at random: never having been seen says nothing about a pair.
 
     Args:
-        variant: "warmup": the score of the last warm-up epoch, frozen, is the history. "momentum": a moving average of
-            the scores at each visit, starting at the first one.
+        variant, momentum, warmup_on: See `DissectOptions`.
         warmup_epochs: epochs before the selection proper begins ("warmup" variant only), at least 1 unless the ledger
             begins with a history.
-        warmup_on: what trains during warm-up, a random "subset" of the selection ratio or "all" candidates.
-        momentum: share of the old value in the moving average ("momentum" variant only), in [0, 1).
         history_given: whether the ledger begins with a history, that of another run.
 
     Raises:
@@ -41,24 +37,19 @@ class Dissect(SelectionStrategy):
 
     def __init__(
         self,
-        variant: str = "warmup",
+        variant: str = DissectOptions.variant,
         warmup_epochs: int = 1,
-        warmup_on: str = "subset",
-        momentum: float = 0.9,
+        warmup_on: str = DissectOptions.warmup_on,
+        momentum: float = DissectOptions.momentum,
         history_given: bool = False,
     ):
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r}: dissect has the variants {', '.join(VARIANTS)}.")
-        if warmup_on not in WARMUP_ON:
-            raise ValueError(f"warmup_on={warmup_on!r}: choose one of {', '.join(WARMUP_ON)}.")
+        check_values(DissectOptions, {"variant": variant, "momentum": momentum, "warmup_on": warmup_on})
         if variant == "warmup" and warmup_epochs < 1 and not history_given:
             raise ValueError(
                 f"warmup_epochs={warmup_epochs}: the warm-up variant needs at least 1 to have a history, or the "
                 "ledger of another run to begin with."
             )
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}: must be at least 0 and below 1.")
         self.variant = variant
         self.warmup_epochs = warmup_epochs if variant == "warmup" else 0
         self.warmup_on = warmup_on

@@ -2,11 +2,13 @@
 
 import torch
 
-from hf_dissect.losses.gsc import check_temperature, gsc_evidence
+from hf_dissect.losses.gsc import gsc_evidence
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.options import GscOptions
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.soft_labels import SoftLabels
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+from hf_dissect.settings import check_values
 
 
 class Gsc(SelectionStrategy):
@@ -17,9 +19,7 @@ class Gsc(SelectionStrategy):
     as before the first update, the candidates are selected at random.
 
     Args:
-        beta: weight of the new value in the labels' moving averages, in (0, 1].
-        temperature: of the cross-modal similarities, above 0.
-        seed: of the mixture's start.
+        beta, temperature, seed: See `GscOptions`.
 
     Raises:
         ValueError: an argument is outside of what is listed.
@@ -30,12 +30,12 @@ class Gsc(SelectionStrategy):
 
     def __init__(
         self,
-        beta: float = 0.7,
-        temperature: float = 0.07,
-        seed: int = 0,
+        beta: float = GscOptions.beta,
+        temperature: float = GscOptions.temperature,
+        seed: int = GscOptions.seed,
     ):
         super().__init__()
-        check_temperature(temperature)
+        check_values(GscOptions, {"beta": beta, "temperature": temperature, "seed": seed})
         self.soft_labels = SoftLabels(beta, seed)
         self.temperature = temperature
 

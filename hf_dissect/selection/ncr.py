@@ -3,9 +3,11 @@
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.options import NcrOptions
 from hf_dissect.selection.scoring import CandidateScores
-from hf_dissect.selection.soft_labels import check_seed, upper_component_posterior
+from hf_dissect.selection.soft_labels import upper_component_posterior
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+from hf_dissect.settings import check_values
 
 
 class Ncr(SelectionStrategy):
@@ -21,7 +23,7 @@ class Ncr(SelectionStrategy):
 
     Args:
         warmup_epochs: epochs of random subsets before, at least 1: the first division needs an epoch of losses.
-        seed: of the mixture's start.
+        seed: See `NcrOptions`.
 
     Raises:
         ValueError: an argument is outside of what is listed.
@@ -30,11 +32,11 @@ class Ncr(SelectionStrategy):
     name = "ncr"
     columns = ("loss", "p_clean")
 
-    def __init__(self, warmup_epochs: int = 1, seed: int = 0):
+    def __init__(self, warmup_epochs: int = 1, seed: int = NcrOptions.seed):
         super().__init__()
         if warmup_epochs < 1:
             raise ValueError(f"warmup_epochs={warmup_epochs}: ncr needs at least 1 to have losses to divide by.")
-        check_seed(seed)
+        check_values(NcrOptions, {"seed": seed})
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self._epoch = 0

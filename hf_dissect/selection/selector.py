@@ -16,10 +16,11 @@ from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import contrastive_kind
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.monitor import SelectionMonitor
+from hf_dissect.selection.options import SCOPES
 from hf_dissect.selection.scope import Kept, gather_selection, rebalance, select_from_all, select_from_own
 from hf_dissect.selection.scoring import CandidateScores, correlation_of, score
 from hf_dissect.selection.strategies import make_strategy
-from hf_dissect.selection.strategy import SCOPES, SelectionStrategy
+from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
 
 Batch = Mapping[str, torch.Tensor]

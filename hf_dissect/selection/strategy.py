@@ -9,9 +9,6 @@ import torch
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
 
-SCOPES = ("local", "global")
-"""Among which candidates a strategy chooses when several processes train: each among its own, or all among all."""
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -31,7 +28,7 @@ class Selection:
 class SelectionStrategy:
     """Base class of the rules. A rule sees scores and the ledger, never the model or the trainer.
 
-    A new rule is one file with one subclass and one line in `hf_dissect.selection.STRATEGIES`.
+    A new rule is one file with one subclass, and a line each in `hf_dissect.selection.strategies` and `options`.
 
     Attributes:
         name: what recipes and arguments call it.

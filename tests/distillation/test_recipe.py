@@ -49,7 +49,7 @@ def test_shipped_recipes_are_sound_and_read_back(name, tmp_path):
         ("distillation.student_column=rgb", "is set by student.column"),
         ("student.colour=red", "student.colour: unknown key"),
         ("student.column=null", "student.column: missing"),
-        ("student.name_or_path=x", "student.config: set one of name_or_path .* and config"),
+        ("student.name_or_path=x", "student.name_or_path: 'x' and student.config are both set"),
         ("auxiliaries.inertial.config={hidden_size: 3}", "auxiliaries.inertial.config.model_type: None"),
         ("auxiliaries.skeleton.column=inertial", "'inertial' is there twice"),
         ("auxiliaries={}", "auxiliaries: missing; hinton, crd, mi_student_only, amid learn from at least one"),

@@ -26,6 +26,7 @@ from hf_dissect.recipe.recipe import (
     parse_strategy,
 )
 from hf_dissect.recipe.schema import SCOPES, SOURCES
+from hf_dissect.settings import settings_of
 
 MINIMAL = {"name": "small", "model": {"config": {"model_type": "clip"}}}
 DISTILLATION = ("amid-clip", "amid-utd-mhad")
@@ -677,9 +678,12 @@ def test_the_schema_says_what_the_code_it_describes_says():
     from hf_dissect.data import loading
     from hf_dissect.selection import SCOPES as RULE_SCOPES
     from hf_dissect.selection import STRATEGIES as RULES
-    from hf_dissect.selection import dissect
+    from hf_dissect.selection.options import OPTIONS, DissectOptions
 
-    assert set(STRATEGIES) == set(RULES) and STRATEGIES["dissect"] == dissect.VARIANTS
+    assert list(STRATEGIES) == list(OPTIONS) == list(RULES)
+    assert STRATEGIES["dissect"] == ("warmup", "momentum") and DissectOptions().variant == STRATEGIES["dissect"][0]
+    for name, options in OPTIONS.items():
+        assert set(settings_of(options)) <= set(inspect.signature(RULES[name]).parameters)
     assert SCOPES == RULE_SCOPES and SOURCES == loading.SOURCES
     defaults = {name: item.default for name, item in inspect.signature(loading.load_splits).parameters.items()}
     assert defaults == dataclasses.asdict(DataSection())

@@ -1,0 +1,124 @@
+"""Checks of a recipe's data, adapter and evaluation against the settings they must agree with."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hf_dissect.recipe.fields import training_value
+from hf_dissect.recipe.rules import Fault
+from hf_dissect.recipe.schema import DataSection, EvaluationSection, ZeroShotSection
+from hf_dissect.settings import show
+
+
+def adapter_conflicts(adapter: Mapping[str, Any] | None, data: DataSection) -> Iterator[Fault]:
+    """Yield the faults of an adapter and its tasks."""
+    adapter = adapter or {}
+    routed_by_task = adapter.get("type") == "mola" and adapter.get("variant") == "grad"
+    if routed_by_task and adapter.get("default_task") is None and data.task_column is None:
+        yield (
+            ("data.task_column", "adapter"),
+            "missing; adapter.variant grad trains an expert for each task and needs the column that tells it",
+        )
+
+
+def data_conflicts(data: DataSection, training: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield the faults of source, path and streaming."""
+    if data.source == "scenes" and data.path:
+        yield (
+            ("data.path", "data.source"),
+            f"{show(data.path)} would not be read: data.source is scenes; "
+            "set data.source to hub, folder, imagefolder or webdataset, or data.path to null",
+        )
+    if data.source != "scenes" and not data.path:
+        yield ("data.path", "data.source"), f"missing; data.source {data.source} needs one (data.path=...)"
+    if data.name and data.source != "hub":
+        yield ("data.name", "data.source"), f"{show(data.name)} is only for data.source hub, not {data.source}"
+    if data.streaming and training_value(training, "max_steps") <= 0:
+        yield (
+            ("data.streaming", "training.max_steps"),
+            "true needs training.max_steps: the length of a stream is unknown, hence that of an epoch",
+        )
+    if data.source == "webdataset" and "://" in (data.path or "") and not data.streaming:
+        yield (
+            ("data.streaming", "data.path"),
+            f"false, but the shards of {show(data.path)} lie elsewhere; set it to true, or copy them here first",
+        )
+    if data.streaming and data.image_features:
+        yield (
+            ("data.image_features", "data.streaming"),
+            f"{show(data.image_features)} needs rows in a fixed order; set data.streaming to false",
+        )
+
+
+def noise_conflicts(data: DataSection) -> Iterator[Fault]:
+    """Yield the faults of captions that are shuffled on purpose."""
+    if data.noise_rate and data.noise_permutation:
+        yield (
+            ("data.noise_permutation", "data.noise_rate"),
+            f"{show(data.noise_permutation)} and data.noise_rate {data.noise_rate} are both set; "
+            "set data.noise_rate to 0 or data.noise_permutation to null",
+        )
+    if data.streaming and (data.noise_rate or data.noise_permutation):
+        key = "data.noise_rate" if data.noise_rate else "data.noise_permutation"
+        value = data.noise_rate or data.noise_permutation
+        yield (
+            (key, "data.streaming"),
+            f"{show(value)} needs all captions at once; set data.streaming to false, or leave the captions alone",
+        )
+
+
+def evaluation_conflicts(
+    evaluation: EvaluationSection, data: DataSection, training: Mapping[str, Any]
+) -> Iterator[Fault]:
+    """Yield the faults of an evaluation and its splits."""
+    if evaluation.batch_size is not None and "per_device_eval_batch_size" in training:
+        yield (
+            ("evaluation.batch_size", "training.per_device_eval_batch_size"),
+            f"{evaluation.batch_size} and training.per_device_eval_batch_size are both set; keep one",
+        )
+    if evaluation.retrieval and not data.validation_split and not data.test_split:
+        yield (
+            ("evaluation.retrieval", "data.validation_split", "data.test_split"),
+            "true needs data.validation_split or data.test_split; set it to false",
+        )
+    if training.get("eval_strategy", "no") != "no" and not data.validation_split:
+        yield (
+            ("training.eval_strategy", "data.validation_split"),
+            f"{show(training['eval_strategy'])} needs data.validation_split; set it to 'no'",
+        )
+
+
+def zero_shot_conflicts(zero_shot: ZeroShotSection | None, data: DataSection) -> Iterator[Fault]:
+    """Yield the faults of classes, templates and source of a zero-shot classification."""
+    where = "evaluation.zero_shot"
+    if zero_shot is None:
+        return
+    if not zero_shot.classes or not all(name.strip() for name in zero_shot.classes):
+        yield (f"{where}.classes",), f"{show(zero_shot.classes)} is not allowed; allowed: at least one class name"
+    elif len(set(zero_shot.classes)) < len(zero_shot.classes):
+        yield (f"{where}.classes",), f"{show(zero_shot.classes)} is not allowed; allowed: each class name once"
+    if not zero_shot.templates:
+        yield (f"{where}.templates",), "[] is not allowed; allowed: at least one, such as 'a photo of a {}.'"
+    for template in zero_shot.templates:
+        if not _is_template(template):
+            yield (
+                (f"{where}.templates",),
+                f"{show(template)} is not allowed; allowed: text with {{}} for the class name",
+            )
+    if bool(zero_shot.source) != bool(zero_shot.path):
+        given, missing = ("source", "path") if zero_shot.source else ("path", "source")
+        yield (
+            (f"{where}.{missing}", f"{where}.{given}"),
+            f"missing; {where}.{given} is {show(getattr(zero_shot, given))} and needs it",
+        )
+    if not zero_shot.source and not zero_shot.path and data.source != "scenes":
+        yield (
+            (f"{where}.path", f"{where}.source", "data.source"),
+            f"missing; only data.source scenes brings labelled images of its own, not {data.source}",
+        )
+
+
+def _is_template(template: str) -> bool:
+    try:
+        return "{}" in template and "class name" in template.format("class name")
+    except (KeyError, IndexError, ValueError):
+        return False

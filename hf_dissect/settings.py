@@ -1,0 +1,235 @@
+"""A setting: default, help, choices and range, declared once; recipes and trainer arguments read the declaration."""
+
+import copy
+import dataclasses
+import difflib
+import enum
+import functools
+import inspect
+import reprlib
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_WORDS = {str: "text", bool: "true or false", int: "an integer", float: "a number", type(None): "null"}
+
+_Class = TypeVar("_Class", bound=type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The declaration of a dataclass field, apart from its type and default.
+
+    Attributes:
+        help: One sentence or more about its effect.
+        choices: Allowed values, of each element for a list; empty for any.
+        within: Allowed interval such as "(0, 1]", of each element for a list; empty for any.
+        argument: Trainer argument that takes the value, for a setting of a recipe.
+    """
+
+    help: str
+    choices: tuple = ()
+    within: str = ""
+    argument: str | None = None
+
+
+class _Help(str):
+    """The help text of a field, which carries the declaration.
+
+    `HfArgumentParser` hands every entry of a field's metadata to `argparse`, so a range cannot be an entry of its own.
+    """
+
+    setting: Setting
+
+
+def setting(
+    default: Any, help: str, *, choices: tuple = (), within: str = "", argument: str | None = None
+) -> Any:  # like `dataclasses.field`: the annotation gives the type
+    """Declare a field of a dataclass of settings.
+
+    Args:
+        default: Value of an absent setting; lists and dicts are copied.
+        help: One sentence or more about its effect, each ending in a full stop.
+        choices: Allowed values (of each element, for a list).
+        within: Allowed interval in mathematical notation, such as "(0, 1]" (of each element, for a list).
+        argument: Trainer argument that takes the value.
+    """
+    text = _Help(f"{help} Allowed: {_describe_interval(within)}." if within else help)
+    text.setting = Setting(help, choices, within, argument)
+    metadata = {"help": text} | ({"choices": choices} if choices else {})
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def declared(section: type, name: str) -> Any:
+    """Return a field with the default, help, choices and range that `section` declares for its setting `name`."""
+    (source,) = (field for field in dataclasses.fields(section) if field.name == name)
+    return dataclasses.field(default=source.default, default_factory=source.default_factory, metadata=source.metadata)
+
+
+def setting_of(field: dataclasses.Field) -> Setting | None:
+    """Return the declaration of a field, None for a field without one."""
+    return getattr(field.metadata.get("help"), "setting", None)
+
+
+@functools.cache
+def settings_of(section: type) -> dict[str, tuple[Any, Setting]]:
+    """Return type and declaration of each declared field of a dataclass, by name."""
+    hints = typing.get_type_hints(section)
+    found = ((field.name, setting_of(field)) for field in dataclasses.fields(section))
+    return {name: (hints[name], declaration) for name, declaration in found if declaration is not None}
+
+
+def find_problems(section: type, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield name and problem of each value that its declaration in `section` does not allow."""
+    for name, (expected, declaration) in settings_of(section).items():
+        if name not in values:
+            continue
+        if problem := problem_with(values[name], expected, declaration.choices, declaration.within):
+            yield name, problem
+
+
+def check_values(section: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Check values against their declarations in `section`.
+
+    Args:
+        section: Dataclass with the declarations.
+        values: Values by name; names without a declaration are not checked.
+        prefix: Text before the name in the message.
+
+    Raises:
+        ValueError: A value is not allowed; the message names it, its value and the allowed ones.
+    """
+    for name, problem in find_problems(section, values):
+        raise ValueError(f"{prefix}{name}={problem}.")
+
+
+def list_in_docstring(arguments: _Class) -> _Class:
+    """Append every field that a dataclass declares, with help and default, to the docstring of the class."""
+    about, raises, errors = inspect.cleandoc(arguments.__doc__ or "").partition("Raises:")
+    lines = [about.rstrip(), "", "Args:"]
+    fields = {field.name: field for field in dataclasses.fields(arguments)}
+    for name, (_, declaration) in settings_of(arguments).items():
+        field = fields[name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        text = f"{name}: {field.metadata['help']} Default: {default!r}."
+        if declaration.choices:
+            text = text.replace(" Default:", f" Allowed: {', '.join(map(str, declaration.choices))}. Default:")
+        lines += textwrap.wrap(text, 119, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+    arguments.__doc__ = "\n".join([*lines, "", raises + errors]).rstrip() + "\n"
+    return arguments
+
+
+def show(value: Any) -> str:
+    """Return `value` the way an error message prints it, long ones cut."""
+    return _SHORT.repr(value)
+
+
+def nearest(given: Any, known: Iterable[Any]) -> str | None:
+    """Return the one of the `known` words that the given one was probably meant to be, None where none is close."""
+    return next(iter(difflib.get_close_matches(str(given), list(map(str, known)), n=1)), None)
+
+
+def suggest(given: Any, known: Iterable[Any]) -> str:
+    """Return "; did you mean ...?" for an error message, or nothing where none of the `known` words is close."""
+    near = nearest(given, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def problem_with(value: Any, expected: Any, choices: Sequence = (), within: str = "") -> str | None:
+    """Return what is wrong with a value, in words that begin with the value; None when nothing is.
+
+    Args:
+        value: Plain data.
+        expected: Declared type, the same as in an annotation.
+        choices: Allowed values, of each element for a list.
+        within: Allowed interval such as "(0, 1]", of each element for a list.
+    """
+    if not _matches(value, expected):
+        allowed = ", ".join(map(str, choices)) + _or_null(expected) if choices else _describe(expected)
+        if within:
+            allowed += f", {_describe_interval(within).removeprefix('a number ')}"
+        return f"{show(value)} is not allowed; allowed: {allowed}"
+    for item in value if isinstance(value, list) else [value]:
+        if choices and item is not None and item not in choices:
+            allowed = ", ".join(map(str, choices)) + _or_null(expected)
+            return f"{show(item)} is not allowed; allowed: {allowed}{suggest(item, choices)}"
+        if within and _is_number(item) and not _inside(item, within):
+            return f"{show(item)} is not allowed; allowed: {_describe_interval(within)}{_or_null(expected)}"
+    return None
+
+
+def members_of(expected: Any) -> tuple:
+    """Return the alternatives of a union. Text next to an enumeration stands for one of its values, so is not one."""
+    if typing.get_origin(expected) not in (typing.Union, types.UnionType):
+        return (expected,)
+    members = typing.get_args(expected)
+    if any(isinstance(member, type) and issubclass(member, enum.Enum) for member in members):
+        members = tuple(member for member in members if member is not str)
+    return members
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _or_null(expected: Any) -> str:
+    return " or null" if type(None) in members_of(expected) else ""
+
+
+def _matches(value: Any, expected: Any) -> bool:
+    members = members_of(expected)
+    if len(members) > 1:
+        return any(_matches(value, member) for member in members)
+    expected = members[0]
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if expected is None or expected is type(None):
+        return value is None
+    if origin is typing.Literal:
+        return any(value == allowed and type(value) is type(allowed) for allowed in arguments)
+    if expected is list or origin is list:
+        return isinstance(value, list) and all(_matches(item, argument) for argument in arguments for item in value)
+    if {expected, origin} & {tuple, set}:
+        return isinstance(value, list)  # as YAML writes them
+    if expected in (float, int):
+        # Beyond 2 ** 63 no library of ours can hold it, and float() of it overflows.
+        sized = _is_number(value) and (isinstance(value, float) or abs(value) < 2**63)
+        return sized and (expected is float or isinstance(value, int))
+    if expected in (str, bool):
+        return isinstance(value, expected)
+    if isinstance(expected, type) and issubclass(expected, enum.Enum):
+        return isinstance(value, str) and value in [member.value for member in expected]
+    # Everything else (dict, Any, ParallelismConfig, ...) is written as a mapping, or is not ours to judge.
+    return expected is Any or isinstance(value, dict)
+
+
+def _describe(expected: Any) -> str:
+    members = members_of(expected)
+    if len(members) > 1:
+        return " or ".join(_describe(member) for member in members)
+    expected = members[0]
+    if isinstance(expected, type) and issubclass(expected, enum.Enum):
+        return ", ".join(str(member.value) for member in expected)
+    if typing.get_origin(expected) is list:
+        return f"a list ({_describe(typing.get_args(expected)[0])})"
+    if typing.get_origin(expected) is typing.Literal:
+        return " or ".join(str(argument).lower() for argument in typing.get_args(expected))
+    return _WORDS.get(type(None) if expected is None else expected, "a mapping")
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def _describe_interval(interval: str) -> str:
+    low, high = (part.strip() for part in interval[1:-1].split(","))
+    if high == "inf":
+        return f"at least {low}" if interval[0] == "[" else f"more than {low}"
+    return f"a number in {interval}"
