@@ -24,7 +24,6 @@ NOT_REWRITTEN = (
     "hub",
     "losses",
     "models",
-    "mola",
     "recipe",
     "report",
     "runs",
