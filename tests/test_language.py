@@ -22,7 +22,7 @@ NOT_REWRITTEN = (
     "distillation",
     "evaluation",
     "hub",
-    "losses",
+    "losses/exchange.py",
     "models",
     "recipe",
     "report",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_dissect.losses.contrastive import MAX_LOGITS, per_pair_loss
-from hf_dissect.losses.logit_rows import row_blocks, sigmoid_rows, softmax_rows
+from hf_dissect.losses.logit_rows import sigmoid_losses, softmax_losses, split_rows
 from hf_dissect.models.loading import logit_scale_and_bias
 
 
@@ -91,14 +91,14 @@ def losses_of_rows(
         float32 `(n,)` on the CPU.
     """
     losses = []
-    for rows in row_blocks(len(image_embeds), len(all_image_embeds), MAX_LOGITS):
+    for rows in split_rows(len(image_embeds), len(all_image_embeds), MAX_LOGITS):
         first = offset + rows.start
         per_text = text_embeds[rows] @ all_image_embeds.T * scale + bias
         if kind == "sigmoid":
-            losses.append(sigmoid_rows(per_text, first, None))
+            losses.append(sigmoid_losses(per_text, first, None))
         else:
             per_image = image_embeds[rows] @ all_text_embeds.T * scale
-            losses.append((softmax_rows(per_text, first, None) + softmax_rows(per_image, first, None)) / 2)
+            losses.append((softmax_losses(per_text, first, None) + softmax_losses(per_image, first, None)) / 2)
     return torch.cat(losses).float().cpu() if losses else torch.zeros(0)
 
 
