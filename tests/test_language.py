@@ -23,7 +23,7 @@ NOT_REWRITTEN = (
     "evaluation",
     "hub",
     "losses/exchange.py",
-    "models",
+    "models/tasks.py",
     "recipe",
     "report",
     "runs",
