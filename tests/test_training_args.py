@@ -98,7 +98,7 @@ def test_the_ratio_is_without_effect_where_all_pairs_are_kept():
         ({"selection_strategy": "best"}, "selection_strategy='best': choose one of dissect, random"),
         ({"selection_strategy": None}, "selection_strategy=None: choose one of"),
         ({"selection_options": {"varient": "momentum"}}, "selection_options=.*varient"),
-        ({"selection_options": {"variant": "fast"}}, "variant='fast': dissect has the variants warmup, momentum"),
+        ({"selection_options": {"variant": "fast"}}, "variant='fast': must be one of warmup, momentum"),
         ({"selection_options": "momentum"}, "selection_options='momentum': must be a dict, or JSON of one"),
         ({"selection_options": '{"variant"'}, "must be a dict, or JSON of one"),
         ({"selection_options": ["variant"]}, "must be a dict, or JSON of one"),

@@ -21,7 +21,7 @@ def load(name: str, **kwargs: Any) -> "EvaluationModule":
         The module.
 
     Raises:
-        ValueError: If there is no module of that name.
+        ValueError: If no module has that name.
     """
     if name not in MODULE_NAMES:
         raise ValueError(

@@ -282,8 +282,7 @@ class MolaModel(BaseTuner):
             if name in self.peft_config:
                 self.routing.get_task_to_merge(name)  # raises before any layer is changed
 
-    # The base class returns the model, although it declares None.
-    def _unload_and_optionally_merge(  # type: ignore[override]
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
         self,
         merge: bool = True,
         progressbar: bool = False,

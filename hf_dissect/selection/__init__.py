@@ -1,4 +1,6 @@
-"""Which candidates are worth a gradient: the ledger, the scores and the rules."""
+"""Sample selection: the rules, the ledger of each pair's past, and the scoring of candidates."""
+
+from typing import Any
 
 from hf_dissect.selection.clipscore import ClipScore
 from hf_dissect.selection.dissect import Dissect
@@ -16,11 +18,15 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
 }
 
 
-def make_strategy(name: str, **options) -> SelectionStrategy:
-    """Build a strategy by the name recipes use, e.g. `make_strategy("dissect", variant="momentum")`.
+def make_strategy(name: str, **options: Any) -> SelectionStrategy:
+    """Build a strategy by its name in recipes, e.g. `make_strategy("dissect", variant="momentum")`.
+
+    Args:
+        name: Name of the strategy.
+        **options: Arguments of its class.
 
     Raises:
-        ValueError: the name is unknown, or the strategy does not take one of the options.
+        ValueError: If the name is unknown, or the strategy does not take one of the options.
     """
     if name not in STRATEGIES:
         raise ValueError(f"selection_strategy={name!r}: choose one of {', '.join(STRATEGIES)}.")

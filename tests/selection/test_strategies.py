@@ -145,7 +145,7 @@ def test_momentum_variant_starts_at_the_first_score_and_averages(scores, ledger)
     [
         ("disect", {}, "selection_strategy='disect': choose one of dissect, random"),
         ("random", {"variant": "momentum"}, "selection_options=.*variant"),
-        ("dissect", {"variant": "slow"}, "variant='slow': dissect has the variants warmup, momentum"),
+        ("dissect", {"variant": "slow"}, "variant='slow': must be one of warmup, momentum"),
         ("dissect", {"warmup_on": "none"}, "warmup_on='none'"),
         ("dissect", {"warmup_epochs": 0}, "warmup_epochs=0"),
         ("dissect", {"momentum": 1.0}, "momentum=1.0"),
