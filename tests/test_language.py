@@ -15,7 +15,7 @@ BANNED = re.compile(r"\b(anew|beside|go(es)? on|heed(s|ed)?|is no |told\b)", re.
 
 # Folders and files that are not rewritten yet; the list only gets shorter.
 NOT_REWRITTEN = (
-    "audit",
+    "auditing",
     "cards",
     "cli",
     "data",
@@ -24,7 +24,6 @@ NOT_REWRITTEN = (
     "evaluation/predictions.py",
     "evaluation/tables.py",
     "hub",
-    "losses/exchange.py",
     "models/tasks.py",
     "recipe",
     "report",
