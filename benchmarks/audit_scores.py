@@ -21,7 +21,7 @@ from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_
 from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.runs.evaluate import evaluating_trainer
 from hf_dissect.runs.run import in_folder, run_recipe
-from hf_dissect.selection.soft_labels import upper_component_posterior
+from hf_dissect.selection.soft_labels import compute_upper_posterior
 
 RATES = (0.0, 0.05, 0.1, 0.4, 0.7)
 
@@ -76,7 +76,7 @@ def _figures(found: PairEmbeddings, scale: float) -> dict[str, float]:
     without_outliers = values.clip(*np.quantile(values, (0.01, 0.99)))
     probability = {
         "strangers": estimate_mismatched_probability(matches),
-        "gaussian_mixture": 1 - upper_component_posterior(without_outliers),
+        "gaussian_mixture": 1 - compute_upper_posterior(without_outliers),
     }
     figures = {
         "share_by_strangers": estimate_mismatched_share(matches),

@@ -482,7 +482,7 @@ def test_a_checkpoint_of_another_model_is_told_and_left_alone(other, tmp_path):
     before = contents(tmp_path)
     family, model = (other, None) if other != "wider" else ("tiny_clip", wider_clip())
     with pytest.raises(
-        ValueError, match=r"checkpoint-4.*(is of another model|holds a model of type clip).*start anew"
+        ValueError, match=r"checkpoint-4.*(is of another model|holds a model of type clip).*start again"
     ):
         make_trainer(tmp_path, data, family, model=model).train(resume_from_checkpoint=True)
     assert contents(tmp_path) == before

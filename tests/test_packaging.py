@@ -101,6 +101,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tree, wheel):
         "report/templates/distillation.html.jinja",
         "auditing/audit.html.jinja",
         "trainer.py",
+        "py.typed",
     ):
         assert f"hf_dissect/{needed}" in names
     assert any(name.endswith("/LICENSE") for name in metadata)

@@ -1,4 +1,4 @@
-"""Figures of a trained model: plain functions, and the same as `evaluate` modules that need no network."""
+"""Metrics of a trained model: plain functions, and the same as `evaluate` modules that need no network."""
 
 from hf_dissect.evaluation.accuracy import zero_shot_metrics
 from hf_dissect.evaluation.modules import MODULE_NAMES, load

@@ -1,4 +1,4 @@
-"""Turns image and class embeddings into zero-shot accuracies, for the metric module and the classifier alike."""
+"""Zero-shot accuracy from image and class embeddings, for the `evaluate` module and the classifier alike."""
 
 from collections.abc import Sequence
 
@@ -8,28 +8,29 @@ from torch import Tensor
 
 from hf_dissect.evaluation.embeddings import (
     TIE_TOLERANCE,
+    EmbeddingsLike,
     as_embeddings,
     check_positive_integer,
     check_same_dim,
-    unit_rows,
+    normalize_rows,
 )
 
 
 def zero_shot_metrics(
-    image_embeds: Tensor | np.ndarray,
-    class_embeds: Tensor | np.ndarray,
+    image_embeds: EmbeddingsLike,
+    class_embeds: EmbeddingsLike,
     labels: Tensor | np.ndarray | list[int],
     top_k: Sequence[int] = (1, 5),
     *,
     block_size: int = 1024,
 ) -> dict[str, float]:
-    """Accuracy of naming the class whose embedding is nearest by cosine (CLIP, arXiv 2103.00020, section 3.1).
+    """Compute the accuracy of choosing the class with the nearest embedding (CLIP, arXiv 2103.00020, section 3.1).
 
     Args:
-        image_embeds: `(num_images, dim)`, any scale.
-        class_embeds: `(num_classes, dim)`, any scale.
-        labels: `(num_images,)` integers, rows of `class_embeds`.
-        top_k: The k for which the right class must be among the k nearest; a k above `num_classes` is left out.
+        image_embeds: Embeddings of any scale, `(num_images, dim)`.
+        class_embeds: Embeddings of any scale, `(num_classes, dim)`.
+        labels: Class of each image, `(num_images,)` integers, rows of `class_embeds`.
+        top_k: Numbers of nearest classes among which the right one must be; those above `num_classes` are left out.
         block_size: Number of images compared with all classes at a time.
 
     Returns:
@@ -37,7 +38,7 @@ def zero_shot_metrics(
         from 0 to 1. A class that ties with the right one counts as nearer.
 
     Raises:
-        ValueError: On empty, NaN or misshapen embeddings, or labels that do not fit them.
+        ValueError: If embeddings are empty, not finite or misshapen, or labels do not match them.
     """
     check_positive_integer("block_size", block_size)
     for k in top_k:
@@ -45,13 +46,13 @@ def zero_shot_metrics(
     images = as_embeddings("image_embeds", image_embeds)
     classes = as_embeddings("class_embeds", class_embeds, device=images.device)
     check_same_dim("image_embeds", images, "class_embeds", classes)
-    truth = _checked_labels(labels, len(images), len(classes)).to(images.device)
+    truth = _check_labels(labels, len(images), len(classes)).to(images.device)
 
-    class_unit = unit_rows(classes)
+    class_unit = normalize_rows(classes)
     ranks = []
     for block, label in zip(images.split(block_size), truth.split(block_size), strict=True):
-        cosines = unit_rows(block) @ class_unit.T
-        # The right class ties with itself and so counts its own place.
+        cosines = normalize_rows(block) @ class_unit.T
+        # The right class ties with itself, so that the count starts at 1.
         ranks.append((cosines >= cosines.gather(1, label[:, None]) - TIE_TOLERANCE).sum(dim=1))
     rank = torch.cat(ranks)
 
@@ -63,10 +64,10 @@ def zero_shot_metrics(
     return metrics
 
 
-def _checked_labels(labels: Tensor | np.ndarray | list[int], num_images: int, num_classes: int) -> Tensor:
+def _check_labels(labels: Tensor | np.ndarray | list[int], num_images: int, num_classes: int) -> Tensor:
     truth = torch.as_tensor(labels)
     if truth.shape != (num_images,):
-        raise ValueError(f"labels has shape {tuple(truth.shape)}, but must be ({num_images},): one for each image.")
+        raise ValueError(f"labels has shape {tuple(truth.shape)}, but must be ({num_images},), one label per image.")
     if truth.dtype.is_floating_point or truth.dtype.is_complex or truth.dtype == torch.bool:
         raise ValueError(f"labels has dtype {truth.dtype}, but must hold integers: rows of class_embeds.")
     outside = ((truth < 0) | (truth >= num_classes)).nonzero().flatten()

@@ -1,36 +1,43 @@
-"""Checks embeddings in one place, so that every figure refuses the same inputs and means the same by a tie."""
+"""Validation of embeddings, shared by all metrics so that they refuse the same inputs and agree on ties."""
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-# Cosines of float32 embeddings differ by 6e-8 at best. They are compared in float64, whose own rounding depends on
-# the block a pair falls into; anything nearer than this is the same cosine, and a tie.
+EmbeddingsLike = Tensor | np.ndarray | list[Any]
+
+# Cosines of float32 embeddings differ by 6e-8 at best. They are compared in float64, whose rounding depends on the
+# block that a pair belongs to; a smaller difference than this is a tie.
 TIE_TOLERANCE = 1e-9
 
 
-def as_embeddings(name: str, values: Tensor | np.ndarray | list, device: torch.device | None = None) -> Tensor:
-    """Returns `values` as a detached `(rows, dim)` tensor after checking it.
+def as_embeddings(name: str, values: EmbeddingsLike, device: torch.device | None = None) -> Tensor:
+    """Check embeddings and return them as a detached tensor.
 
     Args:
-        name: What the caller calls this argument; errors begin with it.
-        values: `(rows, dim)` embeddings, of any real dtype and any scale.
-        device: Where the tensor shall be; None leaves a tensor where it is.
+        name: Name of the argument, with which errors begin.
+        values: Embeddings `(rows, dim)` of any real type and any scale.
+        device: Device of the result; None to leave a tensor where it is.
+
+    Returns:
+        Embeddings `(rows, dim)`.
 
     Raises:
-        ValueError: If it is no matrix, is empty, or holds NaN or infinite numbers.
+        ValueError: If the values are not a matrix, are empty, or hold NaN or infinite numbers.
     """
     try:
         embeds = torch.as_tensor(np.asarray(values) if isinstance(values, list) else values, device=device).detach()
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{name} must be a (rows, dim) matrix of numbers; rows of unequal length? ({error})"
+            f"{name} must be a (rows, dim) matrix of numbers; check that all rows have one length ({error})"
         ) from None
     if embeds.ndim != 2 or 0 in embeds.shape:
         raise ValueError(f"{name} has shape {tuple(embeds.shape)}, but must be (rows, dim) with at least one of each.")
     if embeds.device.type == "mps":
-        embeds = embeds.cpu()  # Apple's GPU has no float64, in which the cosines are compared.
+        embeds = embeds.cpu()  # Apple's GPU lacks float64, in which the cosines are compared.
     bad_rows = (~torch.isfinite(embeds).all(dim=1)).nonzero().flatten()
     if len(bad_rows):
         raise ValueError(
@@ -41,7 +48,14 @@ def as_embeddings(name: str, values: Tensor | np.ndarray | list, device: torch.d
 
 
 def check_same_dim(name: str, embeds: Tensor, other_name: str, other: Tensor) -> None:
-    """Raises `ValueError` unless `embeds` `(n, dim)` and `other` `(m, dim)` live in one space."""
+    """Raise a ValueError unless two matrices of embeddings have the same number of dimensions.
+
+    Args:
+        name: Name of the first argument.
+        embeds: Embeddings `(n, dim)`.
+        other_name: Name of the second argument.
+        other: Embeddings `(m, dim)`.
+    """
     if embeds.shape[1] != other.shape[1]:
         raise ValueError(
             f"{name} has {embeds.shape[1]} dimensions and {other_name} has {other.shape[1]}: "
@@ -50,11 +64,16 @@ def check_same_dim(name: str, embeds: Tensor, other_name: str, other: Tensor) ->
 
 
 def check_positive_integer(name: str, value: int) -> None:
-    """Raises `ValueError` unless the argument called `name` is an integer of at least 1."""
+    """Raise a ValueError unless a value is an integer of at least 1.
+
+    Args:
+        name: Name of the argument.
+        value: Value to check.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}, but must be an integer of at least 1.")
 
 
-def unit_rows(embeds: Tensor) -> Tensor:
-    """`(rows, dim)` -> the same in float64 with rows of length 1; a row of zeros stays zero."""
+def normalize_rows(embeds: Tensor) -> Tensor:
+    """Scale the rows of `(rows, dim)` to length 1, in float64; a row of zeros stays zero."""
     return normalize(embeds.double(), dim=1)

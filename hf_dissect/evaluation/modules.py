@@ -1,8 +1,8 @@
-"""Finds our `evaluate` modules where they are installed, and says what `evaluate` itself leaves unsaid."""
+"""Loading our `evaluate` modules from the installed package, and a check of columns that `evaluate` leaves out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -11,29 +11,40 @@ MODULE_NAMES = ("retrieval", "zero_shot", "noise_detection")
 
 
 def load(name: str, **kwargs: Any) -> "EvaluationModule":
-    """Loads one of our `evaluate` modules from the installed package, without any network.
+    """Load one of our `evaluate` modules from the installed package, without any network.
 
     Args:
         name: `retrieval`, `zero_shot` or `noise_detection`.
-        kwargs: Passed to `evaluate.load`, such as `experiment_id`, `num_process`, `process_id`, `keep_in_memory`.
+        **kwargs: Arguments of `evaluate.load`, such as `experiment_id`, `num_process`, `process_id`, `keep_in_memory`.
+
+    Returns:
+        The module.
 
     Raises:
-        ValueError: If there is no such module.
+        ValueError: If no module has that name.
     """
     if name not in MODULE_NAMES:
         raise ValueError(
-            f"name is {name!r}, but hf_dissect ships {', '.join(MODULE_NAMES)}. Modules of the Hub: evaluate.load."
+            f"name is {name!r}, but hf_dissect ships {', '.join(MODULE_NAMES)}. "
+            "Load modules of the Hub with evaluate.load."
         )
-    import evaluate  # Takes seconds to import, which who only calls the plain functions need not wait for.
+    import evaluate  # Takes seconds to import, which the plain functions do not need.
 
     return evaluate.load(str(Path(__file__).parent / name), **kwargs)
 
 
-def check_columns(columns: Mapping[str, Sequence | None], expected: Sequence[str]) -> None:
-    """Raises `ValueError` unless `columns` holds all `expected` ones, and of one length."""
+def check_columns(columns: Mapping[str, Sequence[Any] | None], expected: Sequence[str]) -> None:
+    """Raise a ValueError unless all expected columns are present and of one length.
+
+    Args:
+        columns: Values of each column; None for a column that is not given.
+        expected: Names of the required columns.
+    """
     absent = [name for name in expected if columns.get(name) is None]
     if absent:
-        raise ValueError(f"Missing {', '.join(absent)}: this module needs {', '.join(expected)}, one row per example.")
-    lengths = {name: len(columns[name]) for name in expected}
+        raise ValueError(
+            f"Missing {', '.join(absent)}: this module needs {', '.join(expected)}, with one row per example."
+        )
+    lengths = {name: len(cast(Sequence[Any], columns[name])) for name in expected}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Columns differ in length, but must have one row per example: {lengths}.")

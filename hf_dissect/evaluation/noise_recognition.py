@@ -1,4 +1,4 @@
-"""Measures how well a score tells matched from mismatched pairs, where the truth is known."""
+"""Metrics of how well a score separates matched from mismatched pairs, for data with known truth."""
 
 from collections.abc import Sequence
 
@@ -11,52 +11,54 @@ def noise_detection_metrics(
     is_clean: Tensor | np.ndarray | Sequence[bool],
     shares: Sequence[float] = (0.3, 0.5),
 ) -> dict[str, float | int | None]:
-    """How well `scores` separate clean pairs from mismatched ones.
+    """Measure how well scores separate clean pairs from mismatched ones.
+
+    Pairs whose scores tie at a cut count by their average, so that the order of the pairs does not matter.
 
     Args:
-        scores: `(num_pairs,)`, higher for a pair that is more likely clean; NaN for a pair that was never scored,
-            which is left out of every figure. Infinite scores are ranked like others.
-        is_clean: `(num_pairs,)` bool, True where the caption truly belongs to the image.
-        shares: The highest-scored shares of the pairs to look into, each above 0 and at most 1.
+        scores: Scores `(num_pairs,)`, higher for a pair that is more likely clean. NaN marks a pair that was never
+            scored, which every metric leaves out. Infinite scores are ranked like others.
+        is_clean: Bool `(num_pairs,)`, True if the caption belongs to the image.
+        shares: Shares of the highest-scored pairs to examine, each above 0 and at most 1.
 
     Returns:
-        `auroc`: probability that a clean pair scores above a mismatched one, a tie counting half.
-        `average_precision`: of finding the mismatched among the lowest-scored; the area under precision over recall.
-        `recognised`: share of mismatched pairs among the n lowest-scored, n being the number of mismatched pairs.
-        `clean_share@30`, `clean_share@50`: share of clean pairs among the 30 % and 50 % highest-scored, as
-        plotted in DISSect (arXiv 2507.12998).
-        `num_scored`, `num_mismatched` (of the scored) and `num_unscored`: counts of pairs.
-        Pairs whose scores tie at a cut count by their average, so the order of the pairs never matters. All figures
-        but the counts are None where only one kind of pair was scored: there is nothing to tell apart.
+        A dict with these entries. All of them but the counts are None if only one kind of pair was scored.
+
+        - `auroc`: probability that a clean pair scores above a mismatched one; a tie counts half.
+        - `average_precision`: average precision of finding the mismatched pairs among the lowest-scored.
+        - `recognised`: share of mismatched pairs among the n lowest-scored, where n is the number of mismatched pairs.
+        - `clean_share@30`, `clean_share@50`: share of clean pairs among the 30 % and 50 % highest-scored, as plotted
+          in DISSect (arXiv 2507.12998).
+        - `num_scored`, `num_mismatched` (of the scored) and `num_unscored`: counts of pairs.
 
     Raises:
-        ValueError: On lengths that differ, a truth that is not bool, or an impossible share.
+        ValueError: If the lengths differ, the truth is not bool, or a share is out of range.
     """
-    scores, is_clean = _checked_pairs(scores, is_clean)
+    all_scores, all_clean = _check_pairs(scores, is_clean)
     for share in shares:
         if not 0 < share <= 1:
             raise ValueError(f"shares holds {share!r}, but a share must be above 0 and at most 1, such as 0.3.")
-    scored = ~np.isnan(scores)
-    scores, is_clean = scores[scored], is_clean[scored]
-    num_scored, num_mismatched = len(scores), int((~is_clean).sum())
+    scored = ~np.isnan(all_scores)
+    values, clean = all_scores[scored], all_clean[scored]
+    num_scored, num_mismatched = len(values), int((~clean).sum())
 
     names = ["auroc", "average_precision", "recognised", *(f"clean_share@{100 * share:g}" for share in shares)]
     if 0 < num_mismatched < num_scored:
         kept = [max(1, round(share * num_scored)) for share in shares]
-        values = [
-            _auroc(scores, is_clean),
-            _average_precision(-scores, ~is_clean),
-            _share_among_highest(-scores, ~is_clean, num_mismatched),
-            *(_share_among_highest(scores, is_clean, k) for k in kept),
+        results: list[float | None] = [
+            _auroc(values, clean),
+            _average_precision(-values, ~clean),
+            _share_among_highest(-values, ~clean, num_mismatched),
+            *(_share_among_highest(values, clean, k) for k in kept),
         ]
     else:
-        values = [None] * len(names)
+        results = [None] * len(names)
     counts = {"num_scored": num_scored, "num_mismatched": num_mismatched, "num_unscored": int((~scored).sum())}
-    return dict(zip(names, values, strict=True)) | counts
+    return {**dict(zip(names, results, strict=True)), **counts}
 
 
 def _auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Mann-Whitney: the mean rank of the positives, shifted and scaled; tied scores share their mean rank."""
+    """Compute the Mann-Whitney statistic, the mean rank of the positives shifted and scaled; ties share a rank."""
     _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
     mean_rank = np.cumsum(size) - (size - 1) / 2
     num_positive = positive.sum()
@@ -65,7 +67,7 @@ def _auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def _positives_from_highest(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs, and positives among them, down to and with each distinct score, from the highest on."""
+    """Count the pairs, and the positives among them, down to each distinct score, from the highest on."""
     _, group = np.unique(-scores, return_inverse=True)
     return np.cumsum(np.bincount(group)), np.cumsum(np.bincount(group, weights=positive))
 
@@ -76,23 +78,23 @@ def _average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def _share_among_highest(scores: np.ndarray, positive: np.ndarray, k: int) -> float:
-    """Share of positives among the `k` highest; a group of equal scores that `k` cuts through counts in proportion."""
+    """Compute the share of positives among the `k` highest; a group of ties cut by `k` counts in proportion."""
     taken, found = _positives_from_highest(scores, positive)
     return float(np.interp(k, np.concatenate([[0], taken]), np.concatenate([[0], found])) / k)
 
 
-def _checked_pairs(
+def _check_pairs(
     scores: Tensor | np.ndarray | Sequence[float], is_clean: Tensor | np.ndarray | Sequence[bool]
 ) -> tuple[np.ndarray, np.ndarray]:
-    scores = scores.detach().double().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores, np.float64)
-    is_clean = is_clean.detach().cpu().numpy() if isinstance(is_clean, Tensor) else np.asarray(is_clean)
-    if scores.ndim != 1 or scores.shape != is_clean.shape:
-        raise ValueError(f"scores {scores.shape} and is_clean {is_clean.shape} must both be (num_pairs,).")
-    if is_clean.size == 0:
-        is_clean = is_clean.astype(bool)
-    if is_clean.dtype != bool and not (is_clean.dtype.kind in "iu" and np.isin(is_clean, (0, 1)).all()):
+    values = scores.detach().double().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores, np.float64)
+    clean = is_clean.detach().cpu().numpy() if isinstance(is_clean, Tensor) else np.asarray(is_clean)
+    if values.ndim != 1 or values.shape != clean.shape:
+        raise ValueError(f"scores {values.shape} and is_clean {clean.shape} must both be (num_pairs,).")
+    if clean.size == 0:
+        clean = clean.astype(bool)
+    if clean.dtype != bool and not (clean.dtype.kind in "iu" and np.isin(clean, (0, 1)).all()):
         raise ValueError(
-            f"is_clean has dtype {is_clean.dtype}, but must be bool (or 0 and 1): True where the caption belongs to "
+            f"is_clean has dtype {clean.dtype}, but must be bool (or 0 and 1): True where the caption belongs to "
             "the image. Leave out pairs whose truth is unknown."
         )
-    return scores, is_clean.astype(bool)
+    return values, clean.astype(bool)

@@ -1,8 +1,8 @@
-"""Makes a classifier out of a dual encoder and the names of the classes, and measures it on a labelled data set."""
+"""Zero-shot classification with a dual encoder and the names of the classes, measured on a labelled data set."""
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,20 +26,22 @@ def class_embeddings(
     *,
     batch_size: int = 256,
 ) -> Tensor:
-    """Embeds each class as the mean over prompt templates (CLIP, arXiv 2103.00020, section 3.1.4).
+    """Embed each class as the mean over prompt templates (CLIP, arXiv 2103.00020, section 3.1.4).
 
     Args:
-        model: A model with `get_image_features` and `get_text_features`, wrapped or not, on any device.
-        processor: Its processor, or its tokenizer.
-        class_names: `num_classes` different names.
-        templates: Prompts with one `{}` each, where the name goes, such as `"a photo of a {}."`.
+        model: Model with `get_image_features` and `get_text_features`, wrapped or not, on any device.
+        processor: Processor of the model, or its tokenizer.
+        class_names: Distinct names of the classes.
+        templates: Prompts with one `{}` each for the name, such as `"a photo of a {}."`.
         batch_size: Number of prompts embedded at a time.
 
     Returns:
-        `(num_classes, dim)` float32 of length 1: normalised prompt embeddings, averaged and normalised again.
+        Embeddings `(num_classes, dim)`, float32, of length 1: normalised prompt embeddings, averaged and normalised
+        again.
 
     Raises:
-        ValueError: If the model is no dual encoder, on empty or repeated names, or a template without one `{}`.
+        ValueError: If the model is not a dual encoder, names are empty or repeated, or a template does not have one
+            `{}`.
     """
     check_dual_encoder(model)
     model = bare_model(model)
@@ -47,16 +49,16 @@ def class_embeddings(
     check_positive_integer("batch_size", batch_size)
     tokenizer = getattr(processor, "tokenizer", processor)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    sums = None
+    sums: Tensor | None = None
     with evaluation_mode(model):
         for start in range(0, len(prompts), batch_size):
-            inputs = _text_inputs(model, tokenizer, prompts[start : start + batch_size])
-            embeds = normalize(_features(model.get_text_features, inputs).float(), dim=1)
+            inputs = _tokenize(model, tokenizer, prompts[start : start + batch_size])
+            embeds = normalize(_compute_features(model.get_text_features, inputs).float(), dim=1)
             if sums is None:
                 sums = embeds.new_zeros(len(class_names), embeds.shape[1])
             class_of_prompt = torch.arange(start, start + len(embeds), device=embeds.device) // len(templates)
             sums.index_add_(0, class_of_prompt, embeds)
-    return normalize(sums, dim=1)
+    return normalize(cast(Tensor, sums), dim=1)
 
 
 @torch.no_grad()
@@ -70,31 +72,34 @@ def evaluate_zero_shot(
     label_column: str = "label",
     batch_size: int = 64,
 ) -> dict[str, float | int]:
-    """Zero-shot accuracy of `model` on a labelled data set.
+    """Measure the zero-shot accuracy of a model on a labelled data set.
 
     Args:
-        model: As in `class_embeddings`.
-        processor: Its processor (image processor and tokenizer).
+        model: Model with `get_image_features` and `get_text_features`, wrapped or not, on any device.
+        processor: Processor of the model (image processor and tokenizer).
         dataset: Rows of an `Image` column (decoded or not) and a label column: a `ClassLabel`, integers that are
             positions in `class_names`, or strings out of `class_names`. A `ClassLabel` whose names are `class_names`
             in another order is matched by name, one with other names by position.
-        class_names, templates: As in `class_embeddings`.
-        image_column, label_column: Names of the columns.
+        class_names: Distinct names of the classes.
+        templates: Prompts with one `{}` each for the name.
+        image_column: Name of the image column.
+        label_column: Name of the label column.
         batch_size: Number of images embedded at a time.
 
     Returns:
-        The figures of `zero_shot_metrics`, `num_images` that they rest on, `num_skipped` that could not be decoded.
+        The metrics of `zero_shot_metrics`, the number `num_images` of images they rest on, and the number
+        `num_skipped` of images that could not be decoded.
 
     Raises:
-        TypeError: If `dataset` is no `datasets.Dataset`.
-        ValueError: If the model is no dual encoder, on missing columns, labels outside `class_names`, or when no image
-            can be decoded.
+        TypeError: If `dataset` is not a `datasets.Dataset`.
+        ValueError: If the model is not a dual encoder, columns are missing, labels are outside of `class_names`, or no
+            image can be decoded.
     """
     check_dual_encoder(model)
     model = bare_model(model)
     check_positive_integer("batch_size", batch_size)
-    dataset = _undecoded(dataset, image_column, label_column)
-    labels = _label_positions(dataset, label_column, class_names)
+    dataset = _select_undecoded(dataset, image_column, label_column)
+    labels = _find_label_positions(dataset, label_column, class_names)
     class_embeds = class_embeddings(model, processor, class_names, templates)
 
     image_processor = getattr(processor, "image_processor", processor)
@@ -109,23 +114,30 @@ def evaluate_zero_shot(
                 except UnusableImage as error:
                     first_error = first_error or f"row {row}: {error}"
             if pictures:
-                inputs = _on_device(image_processor(images=pictures, return_tensors="pt"), model)
-                embeds.append(_features(model.get_image_features, inputs).float())
+                inputs = _move_to_device(image_processor(images=pictures, return_tensors="pt"), model)
+                embeds.append(_compute_features(model.get_image_features, inputs).float())
     if not embeds:
         raise ValueError(f"None of the {len(dataset)} images in {image_column!r} could be decoded; {first_error}.")
     metrics = zero_shot_metrics(torch.cat(embeds), class_embeds, labels[decoded_rows])
     return {**metrics, "num_images": len(decoded_rows), "num_skipped": len(dataset) - len(decoded_rows)}
 
 
-def _features(method: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """`(batch, dim)` features: transformers 5 wraps them in an output object, 4 returns the tensor."""
+def _compute_features(method: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the features `(batch, dim)` that a method of the model computes.
+
+    transformers 5 wraps them in an output object, while version 4 returns the tensor.
+
+    Args:
+        method: `get_image_features` or `get_text_features`.
+        inputs: Inputs by name; those that the method does not take are dropped.
+    """
     accepted = inspect.signature(method).parameters
     features = method(**{name: value for name, value in inputs.items() if name in accepted})
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
-def _on_device(inputs: Any, model: torch.nn.Module) -> dict[str, Tensor]:
-    """Moves a batch to the model's device, and floats to the type of its weights, which may be half precision."""
+def _move_to_device(inputs: Any, model: torch.nn.Module) -> dict[str, Tensor]:
+    """Move a batch to the model's device, and floats to the type of its weights, which may be half precision."""
     weight = next(model.parameters())
     return {
         name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
@@ -133,7 +145,7 @@ def _on_device(inputs: Any, model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _text_inputs(model: torch.nn.Module, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
+def _tokenize(model: torch.nn.Module, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
     inputs = tokenizer(
         texts,
         padding=text_padding(model),
@@ -141,11 +153,11 @@ def _text_inputs(model: torch.nn.Module, tokenizer: Any, texts: list[str]) -> di
         max_length=max_text_length(model, tokenizer),
         return_tensors="pt",
     )
-    return _on_device(inputs, model)
+    return _move_to_device(inputs, model)
 
 
-def _undecoded(dataset: Dataset, image_column: str, label_column: str) -> Dataset:
-    """The two columns, with images as files, so that one broken image does not lose its whole batch."""
+def _select_undecoded(dataset: Dataset, image_column: str, label_column: str) -> Dataset:
+    """Return the two columns, with images as files, so that one broken image does not lose its whole batch."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"dataset is a {type(dataset).__name__}, but must be a datasets.Dataset: choose one split, "
@@ -160,13 +172,13 @@ def _undecoded(dataset: Dataset, image_column: str, label_column: str) -> Datase
             "column: dataset.cast_column(name, Image()) makes one of paths or bytes."
         )
     if len(dataset) == 0:
-        raise ValueError("dataset is empty: there is nothing to classify.")
+        raise ValueError("dataset is empty; give one with at least one row.")
     undecoded = dataset.select_columns([image_column, label_column]).with_format(None)
     return undecoded.cast_column(image_column, Image(decode=False))
 
 
-def _label_positions(dataset: Dataset, label_column: str, class_names: Sequence[str]) -> np.ndarray:
-    """Position in `class_names` of each row's label, `(num_rows,)` int64."""
+def _find_label_positions(dataset: Dataset, label_column: str, class_names: Sequence[str]) -> np.ndarray:
+    """Return the position in `class_names` of each row's label, int64 `(num_rows,)`."""
     feature = dataset.features[label_column]
     if not isinstance(feature, (ClassLabel, Value)):
         raise ValueError(f"label_column {label_column!r} holds {feature}, but must hold one label for each image.")
@@ -183,7 +195,7 @@ def _label_positions(dataset: Dataset, label_column: str, class_names: Sequence[
     unknown = [row for row, label in enumerate(labels) if label not in allowed]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} labels of {label_column!r} are no classes, first {labels[unknown[0]]!r} in row "
+            f"{len(unknown)} labels of {label_column!r} are not classes, first {labels[unknown[0]]!r} in row "
             f"{unknown[0]}: a label is one of the {len(class_names)} class_names, or a position among them, 0 to "
             f"{len(class_names) - 1}. Drop unlabelled rows with dataset.filter."
         )
@@ -199,7 +211,7 @@ def _check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> None
     repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
     if repeated:
         raise ValueError(
-            f"class_names repeats {repeated}, but a class that stands twice ties with itself; name it once."
+            f"class_names repeats {repeated}, but a class that occurs twice ties with itself; name it once."
         )
     for template in templates:
         if template.count("{}") != 1:

@@ -1,48 +1,51 @@
 """The contrastive losses of CLIP and SigLIP, weighted per pair and with the negatives of all ranks."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 
 from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
 from hf_dissect.losses.logit_rows import (
-    at_least_float32,
-    false_negatives,
-    logits_of,
-    losses_in_blocks,
-    sigmoid_rows,
-    softmax_rows,
+    compute_logits,
+    compute_losses_in_blocks,
+    find_false_negatives,
+    promote_to_float32,
+    sigmoid_losses,
+    softmax_losses,
 )
 from hf_dissect.losses.sigmoid_ring import sigmoid_ring_loss
 
 KINDS = ("softmax", "sigmoid")
-MAX_LOGITS = 2**24  # 64 MiB in single precision: large enough to keep a GPU busy, and little beside a model
+MAX_LOGITS = 2**24  # 64 MiB in single precision: enough to keep a GPU busy, and small compared with a model
 
 
 class ContrastiveLoss:
     """Mean over the pairs of `weight * loss`, with the pairs of all ranks as negatives of each other.
 
-    On one rank the model's own logits, if there are any, are used as they are, so that the plain case is the plain
-    computation. Otherwise the logits are made of the embeddings, in at least single precision, and each rank computes
-    the rows of its own pairs only: the mean over ranks, which DDP takes of the gradients, is then the loss of the
-    union of the batches. Logits beyond `max_logits` are computed in blocks of rows, none of which is kept.
+    On one rank, the model's own logits are used if it returns any, so that the plain case is the plain computation.
+    Otherwise the logits are computed from the embeddings, in at least single precision, and each rank computes the
+    rows of its own pairs only. The mean over ranks, which DDP takes of the gradients, is then the loss of the union of
+    the batches. Logits beyond `max_logits` are computed in blocks of rows, which are not kept.
 
-    - softmax: the embeddings of all ranks are gathered with gradient (the local form of open_clip); more than one
-      block is computed again in the backward pass.
-    - sigmoid: the images go round a ring of ranks, see `sigmoid_ring_loss`.
+    - softmax: the embeddings of all ranks are gathered with gradient (the local form of open_clip). If there is more
+      than one block, the backward pass computes each block again.
+    - sigmoid: the images travel around a ring of ranks, see `sigmoid_ring_loss`.
 
     Args:
-        kind: "softmax" (CLIP, arXiv 2103.00020, figure 3) or "sigmoid" (SigLIP, arXiv 2303.15343, equation 1).
-        mask_false_negatives: pairs that share an image or an identical caption are not each other's negatives.
-        max_logits: most logits of a block; a block has at least one row.
+        kind: `"softmax"` (CLIP, arXiv 2103.00020, figure 3) or `"sigmoid"` (SigLIP, arXiv 2303.15343, equation 1).
+        mask_false_negatives: True to exclude pairs that share an image or a caption from each other's negatives.
+        max_logits: Largest number of logits in a block; a block has at least one row.
 
     Raises:
-        ValueError: `kind` is neither.
+        ValueError: If `kind` is neither of the two.
     """
 
-    def __init__(self, kind: str = "softmax", mask_false_negatives: bool = False, max_logits: int = MAX_LOGITS):
+    def __init__(
+        self, kind: str = "softmax", mask_false_negatives: bool = False, max_logits: int = MAX_LOGITS
+    ) -> None:
         if kind not in KINDS:
-            raise ValueError(f"kind={kind!r}: the contrastive loss is one of {', '.join(KINDS)}.")
+            raise ValueError(f"kind={kind!r}: must be one of {', '.join(KINDS)}.")
         self.kind = kind
         self.mask_false_negatives = mask_false_negatives
         self.max_logits = max_logits
@@ -60,28 +63,33 @@ class ContrastiveLoss:
         """Compute the loss of one batch of `b` pairs per rank, equally many on every rank.
 
         Args:
-            outputs: of the model, with `image_embeds` and `text_embeds` `(b, D)`, of unit length, and, or on one rank
-                instead, `logits_per_text` `(b, b)`.
-            scale, bias: factor and summand that make logits of cosines, with gradient; needed where those of the
-                model are not used. No bias is a bias of 0.
-            weights: `(b,)` factors of the per-pair losses.
-            image_key, caption_key: int64 `(b,)`, equal where the image or the caption is the same; needed when
-                `mask_false_negatives`.
+            outputs: Outputs of the model: `image_embeds` and `text_embeds` `(b, D)` of unit length. On one rank,
+                `logits_per_text` `(b, b)` is enough.
+            scale: Factor from cosines to logits, a scalar with gradient; required unless the model's own logits are
+                used.
+            bias: Summand of the logits, a scalar with gradient; None for 0.
+            weights: Factors of the per-pair losses, `(b,)`.
+            image_key: Image of each pair, int64 `(b,)`; required with `mask_false_negatives`.
+            caption_key: Caption of each pair, int64 `(b,)`; required with `mask_false_negatives`.
 
         Returns:
             A scalar with gradient.
 
         Raises:
-            ValueError: `scale` is needed and missing.
+            ValueError: If `scale` is required and missing.
         """
-        keys = torch.stack([image_key, caption_key]) if self.mask_false_negatives else None
+        keys = None
+        if self.mask_false_negatives:
+            keys = torch.stack([cast(torch.Tensor, image_key), cast(torch.Tensor, caption_key)])
         if rank_and_world_size()[1] == 1 and "logits_per_text" in outputs:
-            mask = None if keys is None else false_negatives(keys, keys)
+            mask = None if keys is None else find_false_negatives(keys, keys)
             return _weighted_mean(per_pair_loss(outputs["logits_per_text"], kind=self.kind, mask=mask), weights)
         if scale is None:
-            raise ValueError("scale is missing: without the model's logits, or on several ranks, it has to be given.")
+            raise ValueError(
+                "scale is missing: it is required on several ranks, and for a model that returns no logits."
+            )
         bias = torch.zeros_like(scale) if bias is None else bias
-        text_embeds, image_embeds = (at_least_float32(outputs[name]) for name in ("text_embeds", "image_embeds"))
+        text_embeds, image_embeds = (promote_to_float32(outputs[name]) for name in ("text_embeds", "image_embeds"))
         with torch.autocast(text_embeds.device.type, enabled=False):
             if self.kind == "sigmoid":
                 return sigmoid_ring_loss(text_embeds, image_embeds, scale, bias, weights, keys, self.max_logits)
@@ -90,33 +98,43 @@ class ContrastiveLoss:
                 self._softmax(rows, gather_with_grad(columns), scale, bias, keys, all_keys)
                 for rows, columns in ((text_embeds, image_embeds), (image_embeds, text_embeds))
             ]
-        return _weighted_mean(sum(losses) / 2, weights)
+        return _weighted_mean((losses[0] + losses[1]) / 2, weights)
 
-    def _softmax(self, embeds, all_embeds, scale, bias, keys, all_keys) -> torch.Tensor:
-        """The losses `(b,)` of the rank's own rows in one direction."""
+    def _softmax(
+        self,
+        embeds: torch.Tensor,
+        all_embeds: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        keys: torch.Tensor | None,
+        all_keys: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute the losses `(b,)` of the rank's own rows in one direction."""
         offset = rank_and_world_size()[0] * len(embeds)
 
         def losses_of(rows: slice) -> torch.Tensor:
-            mask = None if keys is None else false_negatives(keys[:, rows], all_keys)
-            return softmax_rows(logits_of(embeds[rows], all_embeds, scale, bias), offset + rows.start, mask)
+            mask = None
+            if keys is not None and all_keys is not None:
+                mask = find_false_negatives(keys[:, rows], all_keys)
+            return softmax_losses(compute_logits(embeds[rows], all_embeds, scale, bias), offset + rows.start, mask)
 
-        return losses_in_blocks(losses_of, len(embeds), len(all_embeds), self.max_logits)
+        return compute_losses_in_blocks(losses_of, len(embeds), len(all_embeds), self.max_logits)
 
 
 def per_pair_loss(logits: torch.Tensor, *, kind: str = "softmax", mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Contrastive loss of each pair in one batch.
+    """Compute the contrastive loss of each pair in one batch.
 
     Args:
-        logits: `(b, b)`, rows texts, columns images, true pairs on the diagonal.
-        kind: "softmax" or "sigmoid".
-        mask: bool `(b, b)`, True where two different pairs must not be each other's negatives (symmetric).
+        logits: Logits `(b, b)`, rows texts, columns images, true pairs on the diagonal.
+        kind: `"softmax"` or `"sigmoid"`.
+        mask: Symmetric bool `(b, b)`, True for two different pairs that must not be each other's negatives.
 
     Returns:
-        `(b,)`: softmax: mean of the two directions' cross-entropies; sigmoid: sum over the row.
+        Losses `(b,)`: the mean of the two directions' cross-entropies (softmax), or the sum over the row (sigmoid).
     """
     if kind == "sigmoid":
-        return sigmoid_rows(logits, 0, mask)
-    return (softmax_rows(logits, 0, mask) + softmax_rows(logits.t(), 0, mask)) / 2
+        return sigmoid_losses(logits, 0, mask)
+    return (softmax_losses(logits, 0, mask) + softmax_losses(logits.t(), 0, mask)) / 2
 
 
 def _weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -1,15 +1,15 @@
-"""Contrastive batches far beyond memory: the gradient of the whole batch's loss, a chunk of pairs at a time."""
+"""Contrastive batches beyond memory: the gradient of the whole batch's loss, computed a chunk of pairs at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_dissect.losses.logit_rows import at_least_float32
+from hf_dissect.losses.logit_rows import promote_to_float32
 from hf_dissect.models.families import logit_scale_and_bias
 
 Context = Callable[[], AbstractContextManager]
@@ -17,7 +17,7 @@ LossOf = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def embeddings(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The representations that a contrastive loss is made of: `image_embeds` and `text_embeds` `(c, D)`."""
+    """Return the representations of a contrastive loss, `image_embeds` and `text_embeds` `(c, D)`."""
     return {name: outputs[name] for name in ("image_embeds", "text_embeds")}
 
 
@@ -32,36 +32,37 @@ def grad_cached_backward(
     autocast: Context = nullcontext,
     representations: Callable[[Mapping[str, torch.Tensor]], Any] = embeddings,
 ) -> torch.Tensor:
-    """Add the gradients of a loss over `k` pairs to the model's parameters, with activations of one chunk at a time.
+    """Add the gradients of a loss over `k` pairs to the model's parameters, one chunk of activations at a time.
 
-    GradCache (arXiv 2101.06983, section 3.2): the chunks go through the model without gradient, the loss of all
-    representations gives the gradient of each of them, and the chunks go through the model again, where these
-    gradients begin the backward pass. That costs one more forward pass, and gives the gradients of the whole batch:
-    a chunk sees the same random numbers both times (though not those that one pass over the batch would draw), and
-    buffers such as batch-norm statistics move once for each chunk. Batch norm in training mode normalises over the
-    chunk instead of the batch.
+    GradCache (arXiv 2101.06983, section 3.2) works in three steps. The chunks go through the model without gradient;
+    the loss of all representations gives the gradient of each of them; and the chunks go through the model again,
+    where these gradients start the backward pass. The result is the gradient of the whole batch, at the cost of one
+    more forward pass. A chunk sees the same random numbers both times, but not those that one pass over the batch
+    would draw. Buffers such as batch-norm statistics move once per chunk, and batch norm in training mode normalises
+    over the chunk instead of the batch.
 
     Args:
-        model: a dual encoder in training mode, wrapped or not, whose loss is a function of its representations, scale
+        model: Dual encoder in training mode, wrapped or not, whose loss is a function of its representations, scale
             and bias. It is called as a whole.
-        inputs: keyword arguments of the model, each with leading dimension `k`, on the model's device.
-        loss_of: called once with the representations of all `k` pairs, scale and bias, all in at least single
-            precision; returns the loss. With several ranks it may exchange between them.
-        chunk_size: most pairs in a forward pass. The chunks differ by one pair at most; a single one is a plain step.
-        backward: in place of `Tensor.backward`, to scale (GradScaler, `Accelerator.backward`) and to divide by the
-            accumulation steps. It is called for each chunk with a scalar whose gradient, not value, is the loss's, and
-            must be linear.
-        no_sync: context of all chunks but the last, in which DDP must not exchange gradients.
-        autocast: context of mixed precision for the forward passes; the caller must be outside any such context, as it
-            would keep weights that were cast without gradient.
-        representations: what the loss needs of the model's outputs, tensors `(c, ...)` of a chunk, in a nest of
-            dicts, lists and tuples.
+        inputs: Keyword arguments of the model, each with leading dimension `k`, on the model's device.
+        loss_of: Function of the representations of all `k` pairs, the scale and the bias, all in at least single
+            precision, which returns the loss. It is called once, and may exchange tensors between ranks.
+        chunk_size: Largest number of pairs in a forward pass. Chunks differ by at most one pair; with a single chunk
+            the step is a plain one.
+        backward: Replacement for `Tensor.backward`, which scales (GradScaler, `Accelerator.backward`) or divides by
+            the accumulation steps. It must be linear. Each chunk calls it with a scalar that has the gradient of the
+            loss, but not its value.
+        no_sync: Context of all chunks but the last, in which DDP must not exchange gradients.
+        autocast: Context of mixed precision for the forward passes. The caller must be outside of any such context,
+            which would cache weights that were cast without gradient.
+        representations: Function from the model's outputs to the inputs of the loss: tensors `(c, ...)` of a chunk, in
+            a nest of dicts, lists and tuples.
 
     Returns:
         The loss, a scalar without gradient.
 
     Raises:
-        ValueError: `chunk_size` is less than 1.
+        ValueError: If `chunk_size` is less than 1.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1 pair.")
@@ -72,36 +73,40 @@ def grad_cached_backward(
             return representations(model(**{name: value[rows] for name, value in inputs.items()}))
 
     if num_pairs <= chunk_size:
-        loss = loss_of(tree_map(at_least_float32, encode(slice(None))), *logit_scale_and_bias(model))
+        loss = loss_of(tree_map(promote_to_float32, encode(slice(None))), *logit_scale_and_bias(model))
         backward(loss)
         return loss.detach()
 
-    chunks, random_states, cached = _chunks(num_pairs, chunk_size), [], []
-    with torch.no_grad(), _unmoved_buffers(model):
+    chunks = _split_chunks(num_pairs, chunk_size)
+    random_states: list[_RandomState] = []
+    cached: list[Any] = []
+    with torch.no_grad(), _preserve_buffers(model):
         for rows in chunks:
             random_states.append(_RandomState(model))
-            cached.append(tree_map(at_least_float32, encode(rows)))
-    loss, gradients, scalar_gradients = _loss_and_gradients(model, cached, loss_of)
+            cached.append(tree_map(promote_to_float32, encode(rows)))
+    loss, gradients, scalar_gradients = _compute_loss_and_gradients(model, cached, loss_of)
     for rows, random_state in zip(chunks, random_states, strict=True):
         is_last = rows is chunks[-1]
         with nullcontext() if is_last else no_sync():
             random_state.restore()
-            surrogate = _product(tree_leaves(encode(rows)), [gradient[rows] for gradient in gradients])
+            surrogate = _build_surrogate(tree_leaves(encode(rows)), [gradient[rows] for gradient in gradients])
             if is_last:
-                surrogate = surrogate + _product(logit_scale_and_bias(model), scalar_gradients)
+                surrogate = surrogate + _build_surrogate(logit_scale_and_bias(model), scalar_gradients)
             if surrogate.requires_grad:
                 backward(surrogate)
     return loss
 
 
-def _chunks(num_pairs: int, chunk_size: int) -> list[slice]:
+def _split_chunks(num_pairs: int, chunk_size: int) -> list[slice]:
     num_chunks = -(-num_pairs // chunk_size)
     bounds = [num_pairs * i // num_chunks for i in range(num_chunks + 1)]
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
-def _loss_and_gradients(model: nn.Module, cached: list[Any], loss_of: LossOf):
-    """The loss, its gradients by the representations of all pairs `(k, ...)`, and those by scale and bias."""
+def _compute_loss_and_gradients(
+    model: nn.Module, cached: list[Any], loss_of: LossOf
+) -> tuple[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Return the loss, its gradients by the representations of all pairs `(k, ...)`, and those by scale and bias."""
     whole = tree_map(lambda *parts: torch.cat(parts).requires_grad_(), *cached)
     scalars = [scalar.detach().requires_grad_() for scalar in logit_scale_and_bias(model)]
     loss = loss_of(whole, *scalars)
@@ -110,15 +115,20 @@ def _loss_and_gradients(model: nn.Module, cached: list[Any], loss_of: LossOf):
     return loss.detach(), gradients[:-2], gradients[-2:]
 
 
-def _product(tensors: Iterable[torch.Tensor], gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """A scalar whose gradients by `tensors` are `gradients`."""
-    return sum((tensor.to(gradient) * gradient).sum() for tensor, gradient in zip(tensors, gradients, strict=True))
+def _build_surrogate(tensors: Iterable[torch.Tensor], gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return a scalar whose gradients by `tensors` are `gradients`."""
+    products = ((tensor.to(gradient) * gradient).sum() for tensor, gradient in zip(tensors, gradients, strict=True))
+    return cast(torch.Tensor, sum(products))
 
 
 class _RandomState:
-    """The random states that a forward pass of a model draws from."""
+    """The random states that a forward pass of a model draws from.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: Model whose parameters name the devices.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self._cpu = torch.get_rng_state()
         devices = {
             parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")
@@ -126,14 +136,15 @@ class _RandomState:
         self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
 
     def restore(self) -> None:
+        """Set the random states to those at the time of construction."""
         torch.set_rng_state(self._cpu)
         for device, state in self._devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
 
 
 @contextmanager
-def _unmoved_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers, such as batch-norm statistics, are afterwards as they were."""
+def _preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore buffers, such as batch-norm statistics, at the end of the context."""
     saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield

@@ -8,86 +8,95 @@ import torch
 
 from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
 from hf_dissect.losses.contrastive import MAX_LOGITS
-from hf_dissect.losses.logit_rows import at_least_float32, losses_in_blocks, softmax_rows
+from hf_dissect.losses.logit_rows import compute_losses_in_blocks, promote_to_float32, softmax_losses
 
 logger = logging.getLogger(__name__)
 
 WITHOUT_SIGNAL = 0.01
-"""A label below this leaves a pair next to no gradient."""
+"""The label below which a pair contributes almost no gradient."""
 
 
 class GscLoss:
     """Loss of geometrical structure consistency (CVPR 2024, arXiv 2405.16996) over the pairs of all ranks.
 
-    With images `I_i`, texts `T_i` and soft labels `y_i` of all `N` pairs:
+    With images `I_i`, texts `T_i` and soft labels `y_i` of all `N` pairs, the parts are:
 
     - cross-modal: the cross-entropy of the true pair at a fixed temperature, mean of the two directions;
-    - intra-modal: `-log softmax_j(G_ij)_ii` with `G = A_img A_txt^T`, in which `A_img_ij = (I_i . I_j) y_j` and
-      `A_txt_ij` likewise are the structures within the modalities. As `G_ij = I_i M T_j` with
-      `M = sum_k y_k^2 I_k T_k^T`, no structure is ever held.
+    - intra-modal: `-log softmax_j(G_ij)_ii` with `G = A_img A_txt^T`, where `A_img_ij = (I_i . I_j) y_j` and likewise
+      `A_txt_ij` are the structures within the modalities. Because `G_ij = I_i M T_j` with
+      `M = sum_k y_k^2 I_k T_k^T`, the structures are never held in memory.
 
-    The loss is the mean of `y_i * (cross-modal + gamma * intra-modal)`. Each rank computes the rows of its own pairs:
-    the mean over ranks, which DDP takes of the gradients, is the loss of the union of the batches.
+    The loss is the mean of `y_i * (cross-modal + gamma * intra-modal)`. Each rank computes the rows of its own pairs.
+    The mean over ranks, which DDP takes of the gradients, is the loss of the union of the batches.
 
     Args:
-        gamma: weight of the intra-modal part, at least 0.
-        temperature: of the cross-modal similarities, above 0. The model's own scale gets no gradient.
-        max_logits: most logits of a block of rows; with more than one block none is kept for the backward pass.
+        gamma: Weight of the intra-modal part, at least 0.
+        temperature: Temperature of the cross-modal similarities, above 0; the model's own scale gets no gradient.
+        max_logits: Largest number of logits in a block of rows. If there is more than one block, the backward pass
+            computes each block again.
 
     Raises:
-        ValueError: an argument is outside of what is listed.
+        ValueError: If an argument is outside of its range.
     """
 
-    def __init__(self, gamma: float = 0.01, temperature: float = 0.07, max_logits: int = MAX_LOGITS):
+    def __init__(self, gamma: float = 0.01, temperature: float = 0.07, max_logits: int = MAX_LOGITS) -> None:
         if not 0 <= gamma < float("inf"):
             raise ValueError(f"gamma={gamma}: the weight of the intra-modal loss must be at least 0 and finite.")
         check_temperature(temperature)
         self.gamma = gamma
         self.temperature = temperature
         self.max_logits = max_logits
-        self._told = False
+        self._has_warned = False
 
     def __call__(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Compute the loss of one batch of `b` pairs per rank, equally many on every rank.
 
         Args:
-            image_embeds, text_embeds: `(b, D)`, of unit length; computed with in at least single precision.
-            labels: `(b,)` in [0, 1], without gradient, on any device.
+            image_embeds: Embeddings `(b, D)` of unit length; half precision is promoted to single.
+            text_embeds: Embeddings `(b, D)` of unit length.
+            labels: Soft labels `(b,)` in [0, 1], without gradient, on any device.
 
         Returns:
             A scalar with gradient.
 
         Raises:
-            ValueError: not one label a pair.
+            ValueError: If the number of labels is not that of the pairs.
         """
-        self._tell_of_lost_signal(labels)
+        self._warn_if_signal_is_lost(labels)
         pairs = _Pairs.of_all_ranks(image_embeds, text_embeds, labels)
-        return self._loss(pairs, pairs.cross_modal(self.temperature, self.max_logits))
+        return self._combine(pairs, pairs.cross_modal(self.temperature, self.max_logits))
 
     def with_evidence(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss and, at little more cost, the evidence for the next labels; see `__call__` and `gsc_evidence`.
+        """Compute the loss and, at little more cost, the evidence for the next labels.
 
         Args:
-            image_embeds, text_embeds, labels: of the loss.
+            image_embeds: Embeddings `(b, D)` of unit length.
+            text_embeds: Embeddings `(b, D)` of unit length.
+            labels: Soft labels `(b,)` in [0, 1].
+
+        Returns:
+            The loss as in `__call__`, and the evidence as in `gsc_evidence`.
         """
-        self._tell_of_lost_signal(labels)
+        self._warn_if_signal_is_lost(labels)
         pairs = _Pairs.of_all_ranks(image_embeds, text_embeds, labels)
         cross_modal = pairs.cross_modal(self.temperature, self.max_logits)
-        return self._loss(pairs, cross_modal), _evidence(pairs, cross_modal)
+        return self._combine(pairs, cross_modal), _compute_evidence(pairs, cross_modal)
 
-    def _loss(self, pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        losses = sum(cross_modal) / 2
+    def _combine(self, pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        losses = (cross_modal[0] + cross_modal[1]) / 2
         if self.gamma:
             losses = losses + self.gamma * pairs.intra_modal(self.max_logits)
         return (pairs.labels * losses).mean()
 
-    def _tell_of_lost_signal(self, labels: torch.Tensor) -> None:
-        if not self._told and len(labels) and labels.max() < WITHOUT_SIGNAL:
-            self._told = True
+    def _warn_if_signal_is_lost(self, labels: torch.Tensor) -> None:
+        if not self._has_warned and len(labels) and labels.max() < WITHOUT_SIGNAL:
+            self._has_warned = True
             logger.warning(
-                "All %d soft labels of a batch are below %g: it teaches next to nothing.", len(labels), WITHOUT_SIGNAL
+                "All %d soft labels of a batch are below %g: it contributes almost no gradient.",
+                len(labels),
+                WITHOUT_SIGNAL,
             )
 
 
@@ -100,36 +109,47 @@ def gsc_evidence(
     temperature: float = 0.07,
     across_ranks: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """What the geometry of a batch says of each pair: the inputs of its next soft label (see `SoftLabels`).
+    """Measure how far the geometry of a batch supports each pair, for the next soft labels (see `SoftLabels`).
 
     Args:
-        image_embeds, text_embeds: `(b, D)`, of unit length; with several ranks equally many on each.
-        labels: `(b,)` in [0, 1] by which the structures within the modalities are masked.
-        temperature: of the softmax, above 0.
-        across_ranks: compare with the pairs of all ranks, not of this one only.
+        image_embeds: Embeddings `(b, D)` of unit length; with several ranks equally many on each.
+        text_embeds: Embeddings `(b, D)` of unit length.
+        labels: Soft labels `(b,)` in [0, 1], which mask the structures within the modalities.
+        temperature: Temperature of the softmax, above 0.
+        across_ranks: True to compare with the pairs of all ranks, False with those of this rank only.
 
     Returns:
-        In at least single precision on the CPU, `(b,)` each: `agreement`, the softmax probability of the true pair,
+        Tensors `(b,)` in at least single precision on the CPU: `agreement`, the softmax probability of the true pair,
         mean of the two directions; `structure`, the cosine of the pair's rows `A_img_i` and `A_txt_i`.
 
     Raises:
-        ValueError: not one label a pair, or an impossible temperature.
+        ValueError: If the number of labels is not that of the pairs, or the temperature is not above 0.
     """
     check_temperature(temperature)
     gathered = _Pairs.of_all_ranks if across_ranks else _Pairs.of_this_rank
     pairs = gathered(image_embeds, text_embeds, labels)
-    return _evidence(pairs, pairs.cross_modal(temperature, MAX_LOGITS))
+    return _compute_evidence(pairs, pairs.cross_modal(temperature, MAX_LOGITS))
 
 
 @torch.no_grad()
-def _evidence(pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-    agreement = sum(losses.neg().exp() for losses in cross_modal) / 2
+def _compute_evidence(pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+    agreement = (cross_modal[0].neg().exp() + cross_modal[1].neg().exp()) / 2
     return {"agreement": agreement.cpu(), "structure": pairs.structure_cosines().cpu()}
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The `b` pairs of this rank among the `N` that they are compared with, in which they begin at `first`."""
+    """The `b` pairs of this rank among the `N` pairs that they are compared with.
+
+    Args:
+        images: Embeddings `(b, D)`.
+        texts: Embeddings `(b, D)`.
+        labels: Soft labels `(b,)`.
+        all_images: Embeddings `(N, D)`.
+        all_texts: Embeddings `(N, D)`.
+        all_labels: Soft labels `(N,)`.
+        first: Position of this rank's first pair among the `N`.
+    """
 
     images: torch.Tensor
     texts: torch.Tensor
@@ -141,14 +161,18 @@ class _Pairs:
 
     @classmethod
     def of_this_rank(cls, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor) -> "_Pairs":
+        """Compare the pairs of this rank with each other."""
         if labels.shape != image_embeds.shape[:1]:
-            raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(image_embeds)} pairs; give one a pair.")
-        images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} for {len(image_embeds)} pairs; give one per pair."
+            )
+        images, texts = promote_to_float32(image_embeds), promote_to_float32(text_embeds)
         own = images, texts, labels.detach().to(images)
         return cls(*own, *own, first=0)
 
     @classmethod
     def of_all_ranks(cls, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor) -> "_Pairs":
+        """Compare the pairs of this rank with those of all ranks."""
         own = cls.of_this_rank(image_embeds, text_embeds, labels)
         return cls(
             *(own.images, own.texts, own.labels),
@@ -157,12 +181,12 @@ class _Pairs:
         )
 
     def cross_modal(self, temperature: float, max_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropies `(b,)` of the texts among the images and of the images among the texts."""
+        """Compute the cross-entropies `(b,)` of the texts among the images and of the images among the texts."""
         scale = 1 / temperature
         if self.all_texts is self.texts and len(self.texts) ** 2 <= max_logits:  # one product for both directions
             with self._full_precision():
                 logits = (self.texts * scale) @ self.images.T
-            return softmax_rows(logits, 0, None), softmax_rows(logits.t(), 0, None)
+            return softmax_losses(logits, 0, None), softmax_losses(logits.t(), 0, None)
         return (
             self._losses_of_rows(self.texts * scale, self.all_images, max_logits),
             self._losses_of_rows(self.images * scale, self.all_texts, max_logits),
@@ -170,16 +194,16 @@ class _Pairs:
 
     @cached_property
     def across(self) -> torch.Tensor:
-        """`I_i M` with the labels as mask, `(b, D)`: its products with the texts are `G`."""
+        """The product `I_i M`, masked by the labels, `(b, D)`; its products with the texts are `G`."""
         with self._full_precision():
             return self.images @ self._moments(self.all_images, self.all_texts)
 
     def intra_modal(self, max_logits: int) -> torch.Tensor:
-        """`-log softmax_j(G_ij)_ii`, `(b,)`."""
+        """Compute `-log softmax_j(G_ij)_ii`, `(b,)`."""
         return self._losses_of_rows(self.across, self.all_texts, max_logits)
 
     def structure_cosines(self) -> torch.Tensor:
-        """`cos(A_img_i, A_txt_i)`, `(b,)`."""
+        """Compute `cos(A_img_i, A_txt_i)`, `(b,)`."""
 
         def products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             return (rows * columns).sum(-1)
@@ -187,27 +211,27 @@ class _Pairs:
         with self._full_precision():
             of_images = products(self.images @ self._moments(self.all_images, self.all_images), self.images)
             of_texts = products(self.texts @ self._moments(self.all_texts, self.all_texts), self.texts)
-        tiny = torch.finfo(of_images.dtype).tiny  # where all labels vanish
+        tiny = torch.finfo(of_images.dtype).tiny  # in case all labels vanish
         return products(self.across, self.texts) / of_images.clamp_min(tiny).sqrt() / of_texts.clamp_min(tiny).sqrt()
 
     def _moments(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """`sum_k y_k^2 a_k b_k^T` of `(N, D)`: between its sides stand the products of the rows of two structures."""
+        """Compute `sum_k y_k^2 a_k b_k^T` from `(N, D)`, the matrix between the rows of two structures."""
         return (rows * self.all_labels.square()[:, None]).T @ columns
 
     def _losses_of_rows(self, rows: torch.Tensor, columns: torch.Tensor, max_logits: int) -> torch.Tensor:
-        """`-log softmax(rows @ columns.T)` of the true pairs, `(b,)`; of more than one block none is kept."""
+        """Compute `-log softmax(rows @ columns.T)` of the true pairs, `(b,)`, in blocks of rows."""
 
         def losses_of(block: slice) -> torch.Tensor:
-            return softmax_rows(rows[block] @ columns.T, self.first + block.start, None)
+            return softmax_losses(rows[block] @ columns.T, self.first + block.start, None)
 
         with self._full_precision():
-            return losses_in_blocks(losses_of, len(rows), len(columns), max_logits)
+            return compute_losses_in_blocks(losses_of, len(rows), len(columns), max_logits)
 
     def _full_precision(self) -> torch.autocast:
         return torch.autocast(self.images.device.type, enabled=False)
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise a ValueError for a temperature that is not above 0 and finite."""
+    """Raise a ValueError unless the temperature is above 0 and finite."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: must be above 0 and finite.")

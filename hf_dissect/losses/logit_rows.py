@@ -1,4 +1,4 @@
-"""The losses of rows of logits, each row one pair's, in blocks of rows small enough to hold."""
+"""The losses of rows of logits, one row per pair, in blocks of rows that fit into memory."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,29 +8,35 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def softmax_rows(logits: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """Cross-entropy of each row.
+def softmax_losses(logits: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """Compute the cross-entropy of each row.
 
     Args:
-        logits: `(r, c)`; the true pair of row `i` is in column `first + i`.
-        first: column of the first row's true pair.
-        mask: bool `(r, c)`, True where a column is no negative of the row; the true pair's own entry is ignored.
+        logits: Logits `(r, c)`; the true pair of row `i` is in column `first + i`.
+        first: Column of the first row's true pair.
+        mask: Bool `(r, c)`, True where a column is not a negative of the row; the entry of the true pair is ignored.
 
     Returns:
-        `(r,)`, in at least single precision.
+        Losses `(r,)`, in at least single precision.
     """
     labels = torch.arange(len(logits), device=logits.device) + first
     if mask is not None:
         logits = logits.masked_fill(_off_diagonal(mask, labels), -torch.inf)
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+    return F.cross_entropy(promote_to_float32(logits), labels, reduction="none")
 
 
-def sigmoid_rows(logits: torch.Tensor, first: int | None, mask: torch.Tensor | None) -> torch.Tensor:
-    """Sum over each row of the binary cross-entropies; arguments as of `softmax_rows`.
+def sigmoid_losses(logits: torch.Tensor, first: int | None, mask: torch.Tensor | None) -> torch.Tensor:
+    """Compute the sum over each row of the binary cross-entropies.
 
-    `first` is None where all columns are other pairs.
+    Args:
+        logits: Logits `(r, c)`; the true pair of row `i` is in column `first + i`.
+        first: Column of the first row's true pair; None if all columns are other pairs.
+        mask: Bool `(r, c)`, True where a column is not a negative of the row; the entry of the true pair is ignored.
+
+    Returns:
+        Losses `(r,)`, in at least single precision.
     """
-    logits = at_least_float32(logits)
+    logits = promote_to_float32(logits)
     sign = -torch.ones_like(logits)
     if first is not None:
         rows = torch.arange(len(logits), device=logits.device)
@@ -42,34 +48,57 @@ def sigmoid_rows(logits: torch.Tensor, first: int | None, mask: torch.Tensor | N
     return -log_likelihood.sum(-1)
 
 
-def logits_of(rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`rows @ columns.T * scale + bias`, `(r, c)` from `(r, D)` and `(c, D)`, with no second array of that size."""
+def compute_logits(rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Compute `rows @ columns.T * scale + bias` without a second array of that size.
+
+    Args:
+        rows: Embeddings `(r, D)`.
+        columns: Embeddings `(c, D)`.
+        scale: Factor, a scalar.
+        bias: Summand, a scalar.
+
+    Returns:
+        Logits `(r, c)`.
+    """
     return torch.addmm(bias.to(rows.dtype), rows * scale, columns.T)
 
 
-def row_blocks(num_rows: int, num_columns: int, max_logits: int) -> Iterator[slice]:
-    """Cut the rows so that a block has at most `max_logits` logits, and at least one row."""
+def split_rows(num_rows: int, num_columns: int, max_logits: int) -> Iterator[slice]:
+    """Split rows into blocks of at most `max_logits` logits, but at least one row.
+
+    Args:
+        num_rows: Number of rows.
+        num_columns: Number of logits in a row.
+        max_logits: Largest number of logits in a block.
+    """
     step = max(1, max_logits // num_columns)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
-def losses_in_blocks(
+def compute_losses_in_blocks(
     losses_of: Callable[[slice], torch.Tensor], num_rows: int, num_columns: int, max_logits: int
 ) -> torch.Tensor:
-    """Losses `(num_rows,)` of blocks of rows (see `row_blocks`); of more than one block none is kept for the backward
-    pass, which computes it again.
+    """Compute losses in blocks of rows (see `split_rows`).
+
+    If there is more than one block, no block is kept: the backward pass computes each of them again.
 
     Args:
-        losses_of: losses `(r,)` of the rows of a slice; draws no random numbers.
+        losses_of: Function from a slice of rows to their losses `(r,)`; it must not draw random numbers.
+        num_rows: Number of rows.
+        num_columns: Number of logits in a row.
+        max_logits: Largest number of logits in a block.
+
+    Returns:
+        Losses `(num_rows,)`.
     """
-    blocks = list(row_blocks(num_rows, num_columns, max_logits))
+    blocks = list(split_rows(num_rows, num_columns, max_logits))
     if len(blocks) > 1:
         losses_of = partial(checkpoint, losses_of, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([losses_of(rows) for rows in blocks])
 
 
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or in single precision what has half of it."""
+def promote_to_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Convert a half-precision tensor to single precision, and return any other tensor unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -77,6 +106,14 @@ def _off_diagonal(mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return mask.scatter(1, labels[:, None], False)
 
 
-def false_negatives(keys: torch.Tensor, other_keys: torch.Tensor) -> torch.Tensor:
-    """Which pairs share an image or a caption: bool `(b, N)` from keys `(2, b)` and `(2, N)`, true pairs included."""
+def find_false_negatives(keys: torch.Tensor, other_keys: torch.Tensor) -> torch.Tensor:
+    """Compare the pairs of a rank with others by their images and captions.
+
+    Args:
+        keys: Image and caption of each pair, int64 `(2, b)`.
+        other_keys: Image and caption of the pairs to compare with, int64 `(2, N)`.
+
+    Returns:
+        Bool `(b, N)`, True where two pairs share an image or a caption; true pairs are included.
+    """
     return (keys[:, :, None] == other_keys[:, None, :]).any(0)

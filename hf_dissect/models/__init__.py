@@ -1,1 +1,1 @@
-"""Dual encoders: how they are loaded, built from scratch, adapted, joined and told apart."""
+"""Dual encoders: loading, building from scratch, adapting, joining, and the differences between their families."""

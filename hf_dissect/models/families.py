@@ -1,7 +1,7 @@
-"""What is known of the model families: their towers, their scale, their padding, their loss."""
+"""The differences between model families: towers, scale, padding and loss."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,37 +12,45 @@ TOWERS = {
     "text": ("text_model", "text_tower", "text_encoder"),
 }
 PADDED_TO_MAX_LENGTH = {"siglip", "siglip2", "siglip_text_model", "siglip2_text_model"}
-# Their positions are counted from pad_token_id + 1, so that a table of 514 rows reads 512 tokens.
+# Positions start at pad_token_id + 1, so that a table of 514 rows reads 512 tokens.
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "altclip_text_model"}
 LARGEST_LOG_SCALE = math.log(100)
 TEMPERATURE_RANGE = (0.01, 1.0)
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """Returns the model inside DDP, FSDP, `torch.compile` and PEFT wrappers, or the model itself."""
-    while not isinstance(model, PreTrainedModel):
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
+    """Return the model inside DDP, FSDP, `torch.compile` and PEFT wrappers, or the model itself.
+
+    Args:
+        model: Model, wrapped or not.
+    """
+    bare: Any = model
+    while not isinstance(bare, PreTrainedModel):
+        if hasattr(bare, "get_base_model"):
+            bare = bare.get_base_model()
+        elif isinstance(getattr(bare, "_orig_mod", None), nn.Module):
+            bare = bare._orig_mod
+        elif isinstance(getattr(bare, "module", None), nn.Module):
+            bare = bare.module
         else:
-            return model
-    return model
+            return bare
+    return bare
 
 
 def networks_of(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Returns the dual encoders that the model, wrapped or not, consists of: itself, or the two of twins."""
+    """Return the dual encoders that the model, wrapped or not, consists of: itself, or the two of twins."""
     bare = bare_model(model)
     return getattr(bare, "networks", (bare,))
 
 
 def check_dual_encoder(model: nn.Module) -> None:
-    """Makes sure that the model, wrapped or not, embeds images and captions separately.
+    """Check that the model, wrapped or not, embeds images and captions separately.
+
+    Args:
+        model: Model, wrapped or not.
 
     Raises:
-        ValueError: if `get_image_features` or `get_text_features` is missing; names which.
+        ValueError: If `get_image_features` or `get_text_features` is missing; the message names which.
     """
     bare = bare_model(model)
     missing = [name for name in ("get_image_features", "get_text_features") if not callable(getattr(bare, name, None))]
@@ -55,23 +63,22 @@ def check_dual_encoder(model: nn.Module) -> None:
 
 
 def freeze_tower(model: nn.Module, tower: str) -> int:
-    """Freezes one tower in place, as in locked-image tuning ("LiT", arXiv 2111.07991, section 3).
+    """Freeze one tower in place, as in locked-image tuning ("LiT", arXiv 2111.07991, section 3).
 
-    The tower keeps its weights and, whatever mode the model is put into, runs in evaluation mode: batch-norm
-    statistics would drift otherwise, and dropout would change what is meant to be fixed. The linear projection behind
-    the tower is a layer of the model, not of the tower, and stays trainable; a family without one (the images of
-    SigLIP and ALIGN) has that whole side fixed. Freeze before wrapping in PEFT: adapters within the tower would be
-    frozen, too.
+    The tower keeps its weights and always runs in evaluation mode, because batch-norm statistics would drift
+    otherwise, and dropout would change its output. The linear projection behind the tower is a layer of the model, not
+    of the tower, and stays trainable. A family without one (the images of SigLIP and ALIGN) has that whole side
+    frozen. Call this before wrapping in PEFT; adapters within the tower would be frozen, too.
 
     Args:
-        model: a dual encoder, wrapped or not.
-        tower: "vision" or "text".
+        model: Dual encoder, wrapped or not.
+        tower: `"vision"` or `"text"`.
 
     Returns:
-        How many parameters (numbers, not tensors) the frozen tower has; of twins, both towers.
+        The number of parameters (numbers, not tensors) in the frozen tower; for twins, in both of them.
 
     Raises:
-        ValueError: if `tower` is neither, or the model keeps its towers under names that are not known.
+        ValueError: If `tower` is neither of the two, or the model keeps its towers under unknown names.
     """
     if tower not in TOWERS:
         raise ValueError(f"freeze must be one of {', '.join(TOWERS)} or None, got {tower!r}")
@@ -98,15 +105,18 @@ def _stay_in_evaluation_mode(module: nn.Module, inputs: Any) -> None:
 
 
 def contrastive_kind(model: nn.Module) -> str:
-    """Returns "sigmoid" for a model that has the bias of the sigmoid loss (SigLIP, SigLIP 2), else "softmax"."""
+    """Return `"sigmoid"` for a model with the bias of the sigmoid loss (SigLIP, SigLIP 2), otherwise `"softmax"`."""
     return "sigmoid" if isinstance(getattr(bare_model(model), "logit_bias", None), nn.Parameter) else "softmax"
 
 
 def text_padding(model_or_config: nn.Module | PreTrainedConfig) -> str:
-    """Returns the `padding` a tokenizer must be called with: "max_length" or "longest".
+    """Return the `padding` to call a tokenizer with, `"max_length"` or `"longest"`.
 
     SigLIP reads the embedding off the last position and sees no attention mask, so its captions must be padded to the
-    length it was trained with. All others read a marked position and get the same embedding from any padding.
+    length of its training. All other families read a marked position, and any padding gives the same embedding.
+
+    Args:
+        model_or_config: Model, wrapped or not, or its configuration.
     """
     config = _config(model_or_config)
     types = {config.model_type, _text_config(config).model_type}
@@ -114,20 +124,20 @@ def text_padding(model_or_config: nn.Module | PreTrainedConfig) -> str:
 
 
 def max_text_length(model_or_config: nn.Module | PreTrainedConfig, processor: Any = None) -> int:
-    """Returns how many tokens a caption may have, the added ones included.
+    """Return the largest number of tokens in a caption, special tokens included.
 
     Args:
-        model_or_config: sets the limit by its position table.
-        processor: a processor or a tokenizer, whose `model_max_length` may be lower; None does not ask it.
+        model_or_config: Model or configuration, whose position table sets a limit.
+        processor: Processor or tokenizer, whose `model_max_length` may be lower; None to ignore it.
 
     Raises:
-        ValueError: if neither sets a limit.
+        ValueError: If neither sets a limit.
     """
     text_config = _text_config(_config(model_or_config))
     positions = getattr(text_config, "max_position_embeddings", None)
-    limits = [] if positions is None else [positions - reserved_positions(text_config)]
+    limits = [] if positions is None else [positions - count_reserved_positions(text_config)]
     tokenizer = getattr(processor, "tokenizer", processor)
-    # A tokenizer that knows no limit says 1e30.
+    # A tokenizer without a limit reports 1e30.
     if tokenizer is not None and tokenizer.model_max_length < 1e9:
         limits.append(int(tokenizer.model_max_length))
     if not limits:
@@ -138,8 +148,8 @@ def max_text_length(model_or_config: nn.Module | PreTrainedConfig, processor: An
     return min(limits)
 
 
-def reserved_positions(text_config: PreTrainedConfig) -> int:
-    """Returns how many rows of the position table no token can have."""
+def count_reserved_positions(text_config: PreTrainedConfig) -> int:
+    """Return the number of rows of the position table that no token can use."""
     if text_config.model_type in POSITIONS_AFTER_PADDING:
         return (text_config.pad_token_id or 0) + 1
     return 0
@@ -148,7 +158,7 @@ def reserved_positions(text_config: PreTrainedConfig) -> int:
 def _config(model_or_config: nn.Module | PreTrainedConfig) -> PreTrainedConfig:
     if isinstance(model_or_config, PreTrainedConfig):
         return model_or_config
-    return bare_model(model_or_config).config
+    return cast(PreTrainedConfig, bare_model(model_or_config).config)
 
 
 def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -156,29 +166,43 @@ def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def logit_scale_parameter(model: nn.Module) -> nn.Parameter | None:
-    """Returns the learnt scale of the similarities as the model stores it, or None.
+    """Return the learnt scale of the similarities in the form in which the model stores it.
 
-    `logit_scale` holds the logarithm of the factor (CLIP, SigLIP, ...), `temperature` a divisor (ALIGN);
-    `logit_scale_and_bias` gives the factor itself.
+    `logit_scale` holds the logarithm of the factor (CLIP, SigLIP, ...), `temperature` a divisor (ALIGN). The factor
+    itself is returned by `logit_scale_and_bias`.
+
+    Args:
+        model: Dual encoder, wrapped or not.
+
+    Returns:
+        The parameter, or None for a model without one.
     """
     bare = bare_model(model)
     for name in ("logit_scale", "temperature"):
-        if isinstance(getattr(bare, name, None), nn.Parameter):
-            return getattr(bare, name)
+        parameter = getattr(bare, name, None)
+        if isinstance(parameter, nn.Parameter):
+            return parameter
     return None
 
 
 def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what makes logits of cosines, `logits = cosine * scale + bias`, as scalars with gradient.
+    """Return the scale and bias of `logits = cosine * scale + bias`.
 
-    A model without a learnt scale has scale 1, one without a bias has bias 0. Of twins both are `(2,)`.
+    Args:
+        model: Dual encoder, wrapped or not.
+
+    Returns:
+        Two scalars with gradient; `(2,)` each for twins. The scale is 1 and the bias 0 in a model that does not learn
+        them.
     """
     if len(networks_of(model)) > 1:
-        return tuple(map(torch.stack, zip(*map(logit_scale_and_bias, networks_of(model)), strict=True)))
+        scales, biases = zip(*map(logit_scale_and_bias, networks_of(model)), strict=True)
+        return torch.stack(scales), torch.stack(biases)
     bare, parameter = bare_model(model), logit_scale_parameter(model)
+    is_divisor = getattr(bare, "temperature", None) is parameter
     if parameter is None:
         scale = torch.ones((), device=next(bare.parameters()).device)
-    elif parameter is getattr(bare, "temperature", None):
+    elif is_divisor:
         scale = parameter.reciprocal().reshape(())
     else:
         scale = parameter.exp().reshape(())
@@ -188,17 +212,21 @@ def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def clamp_logit_scale_(model: nn.Module) -> None:
-    """Keeps a learnt softmax scale within [1, 100], in place; to be called after each optimiser step.
+    """Clamp a learnt softmax scale to [1, 100], in place; call it after each optimiser step.
 
-    That is `logit_scale` within [0, ln 100] (CLIP, arXiv 2103.00020, section 2.5) and ALIGN's `temperature` within
-    [0.01, 1]. A frozen scale is left alone, and so is that of a sigmoid model: SigLIP (arXiv 2303.15343) is trained
-    without a bound, and its published checkpoints stand above 100.
+    The bounds are `logit_scale` in [0, ln 100] (CLIP, arXiv 2103.00020, section 2.5) and ALIGN's `temperature` in
+    [0.01, 1]. A frozen scale is not changed, and neither is that of a sigmoid model: SigLIP (arXiv 2303.15343) is
+    trained without a bound, and its published checkpoints exceed 100.
+
+    Args:
+        model: Dual encoder, wrapped or not.
     """
     for network in networks_of(model):
         parameter = logit_scale_parameter(network)
         if parameter is None or not parameter.requires_grad or contrastive_kind(network) == "sigmoid":
             continue
-        if parameter is getattr(network, "temperature", None):
+        is_divisor = getattr(network, "temperature", None) is parameter
+        if is_divisor:
             parameter.clamp_(*TEMPERATURE_RANGE)
         else:
             parameter.clamp_(0, LARGEST_LOG_SCALE)

@@ -1,6 +1,7 @@
-"""A vision tower whose output was computed once and stored, so that only the rest of the model is trained."""
+"""A vision tower that passes stored features on, so that only the rest of the model trains."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,16 +10,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class PrecomputedFeaturesConfig(PreTrainedConfig):
-    """Settings of `PrecomputedFeaturesModel`.
+    """Configuration of a `PrecomputedFeaturesModel`.
 
     Args:
-        hidden_size: dimension D of a stored feature vector.
-        dropout: share of the feature coordinates set to zero in training, in [0, 1).
-        normalize: bring every vector to length `sqrt(D)`, that is, a coordinate to about unit size, which is what the
-            initialisation of the projection behind it expects whatever the scale of the stored features.
+        hidden_size: Dimension D of a stored feature vector.
+        dropout: Share of the feature coordinates set to zero in training, in [0, 1).
+        normalize: True to scale every vector to length `sqrt(D)`, which gives its coordinates about unit size. The
+            initialisation of the projection behind it expects that, whatever the scale of the stored features.
 
     Raises:
-        ValueError: if `hidden_size` is below 1 or `dropout` outside [0, 1).
+        ValueError: If `hidden_size` is below 1 or `dropout` outside [0, 1).
     """
 
     model_type = "precomputed_features"
@@ -27,7 +28,7 @@ class PrecomputedFeaturesConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     normalize: bool = True
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_size < 1:
             raise ValueError(
                 f"hidden_size must be the dimension of the stored features, at least 1, got {self.hidden_size}"
@@ -38,43 +39,47 @@ class PrecomputedFeaturesConfig(PreTrainedConfig):
 
 
 class PrecomputedFeaturesModel(PreTrainedModel):
-    """Hands stored image features on in the place of a vision tower; it has no parameters.
+    """A vision tower without parameters, which returns stored image features.
 
-    As `vision_model` of a `VisionTextDualEncoderModel` it makes locked-image tuning ("LiT", arXiv 2111.07991) cost no
-    image encoder at all: the projection behind it and the text tower learn.
+    As `vision_model` of a `VisionTextDualEncoderModel`, it makes locked-image tuning ("LiT", arXiv 2111.07991) cost no
+    image encoder: only the projection behind it and the text tower train.
+
+    Args:
+        config: Configuration of the tower.
     """
 
     config: PrecomputedFeaturesConfig
     config_class = PrecomputedFeaturesConfig
     base_model_prefix = "precomputed_features"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    # There is no attention here, so whatever implementation the text tower asks for is fine.
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple in every model of transformers
+    # Without attention, any implementation that the text tower requests is fine.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: PrecomputedFeaturesConfig):
+    def __init__(self, config: PrecomputedFeaturesConfig) -> None:
         super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
     def forward(
-        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, torch.Tensor]:
-        """Returns the features in the form of a vision tower's output.
+        """Return the features in the form of a vision tower's output.
 
         Args:
-            pixel_values: stored features `(B, hidden_size)`, any floating type; the name is that of the vision towers.
-            return_dict: False returns the tuple `(last_hidden_state, pooler_output)`.
-            kwargs: what other towers take (`output_attentions`, ...); there is nothing here it could apply to.
+            pixel_values: Stored features `(B, hidden_size)` of any floating type, under the name that vision towers
+                use.
+            return_dict: False to return the tuple `(last_hidden_state, pooler_output)`.
+            **kwargs: Arguments of other towers (`output_attentions`, ...), which have no effect here.
 
         Returns:
             `pooler_output` `(B, hidden_size)` and `last_hidden_state` `(B, 1, hidden_size)`, the same numbers.
 
         Raises:
-            ValueError: if `pixel_values` is not of the shape `(B, hidden_size)`.
+            ValueError: If `pixel_values` is not of the shape `(B, hidden_size)`.
         """
         size = self.config.hidden_size
         if pixel_values.ndim != 2 or pixel_values.shape[1] != size:
@@ -92,6 +97,6 @@ class PrecomputedFeaturesModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=sequence, pooler_output=features)
 
 
-# `exist_ok`, because a module may be imported again (a reloading notebook, a spawned worker's second path).
+# `exist_ok`, because a module may be imported twice (a reloading notebook, a spawned worker's second path).
 AutoConfig.register(PrecomputedFeaturesConfig.model_type, PrecomputedFeaturesConfig, exist_ok=True)
 AutoModel.register(PrecomputedFeaturesConfig, PrecomputedFeaturesModel, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Builds a model and its processor from a configuration, so that training can start from scratch and offline."""
+"""Building a model and its processor from a configuration, so that training can start from scratch and offline."""
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,9 +28,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from hf_dissect.models.families import max_text_length, reserved_positions, text_padding
+from hf_dissect.models.families import count_reserved_positions, max_text_length, text_padding
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.models.tokenizer_training import CLIP_TEXT_TOWERS, train_tokenizer
+
+T = TypeVar("T")
 
 PROCESSORS = {
     "clip": CLIPProcessor,
@@ -52,26 +54,27 @@ def build_model_and_processor(
     vocab_size: int = 4096,
     max_caption_length: int | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
-    """Builds a model with random weights (drawn from torch's global generator) and its processor.
+    """Build a model with random weights, drawn from torch's global generator, and its processor.
 
     `vocab_size` and the ids of the special tokens in `text_config` are taken from the tokenizer. Images are resized to
-    the square of `vision_config.image_size` (bilinear, nothing is cropped) and scaled to [-1, 1]; SigLIP 2 cuts them
-    into patches of their own aspect ratio. One forward pass on a blank image and a longest caption makes sure that the
-    parts fit.
+    the square of `vision_config.image_size` (bilinear, without cropping) and scaled to [-1, 1]; SigLIP 2 cuts them
+    into patches of their own aspect ratio. One forward pass on a blank image and a longest caption checks that the
+    parts fit together.
 
     Args:
-        config: as in a `config.json`; `model_type` is one of `PROCESSORS`, and of each tower for a
-            `vision-text-dual-encoder`.
-        tokenizer: of the captions; None trains one on `captions` with at most `vocab_size` tokens.
-        captions: texts to train the tokenizer on.
-        vocab_size: see `tokenizer`.
-        max_caption_length: tokens of the longest caption; becomes the size of the position table, unless that is set.
+        config: Content of a `config.json`. Its `model_type` is one of `PROCESSORS`; for a `vision-text-dual-encoder`,
+            each tower has a `model_type` of its own.
+        tokenizer: Tokenizer of the captions; None to train one on `captions` with at most `vocab_size` tokens.
+        captions: Texts to train the tokenizer on.
+        vocab_size: Largest number of tokens of a trained tokenizer.
+        max_caption_length: Number of tokens of the longest caption, which becomes the size of the position table
+            unless the configuration sets that.
 
     Returns:
-        The model in evaluation mode, and its processor: the tokenizer alone where the images are stored features.
+        The model in evaluation mode and its processor; the tokenizer alone if the images are stored features.
 
     Raises:
-        ValueError: names the key of `config` or the argument that is at fault, and what is allowed.
+        ValueError: If a key of `config` or an argument is wrong; the message names it and what is allowed.
     """
     config_class = _config_class(config, "config", PROCESSORS)
     text_class = _tower_class(config, config_class, "text_config")
@@ -86,7 +89,7 @@ def build_model_and_processor(
         tokenizer = train_tokenizer(captions, text_class.model_type, vocab_size)
     text = {**(config.get("text_config") or {}), **_token_fields(tokenizer, text_class.model_type)}
     if max_caption_length is not None and "max_position_embeddings" not in text:
-        text["max_position_embeddings"] = max_caption_length + reserved_positions(text_class(**text))
+        text["max_position_embeddings"] = max_caption_length + count_reserved_positions(text_class(**text))
     model_config = _build(lambda: config_class(**_without_type({**config, "text_config": text})), config)
     if max_caption_length is not None:
         tokenizer.model_max_length = max_caption_length
@@ -105,7 +108,7 @@ def build_model_and_processor(
 
 def _config_class(config: Mapping[str, Any], where: str, allowed: Iterable[str]) -> type[PreTrainedConfig]:
     model_type = config.get("model_type") if isinstance(config, Mapping) else None
-    if model_type not in allowed:
+    if not isinstance(model_type, str) or model_type not in allowed:
         raise ValueError(
             f"{where} must be a mapping whose model_type is one of {', '.join(allowed)}, got "
             f"{(model_type if isinstance(config, Mapping) else config)!r}; load any other dual encoder by name_or_path"
@@ -113,7 +116,7 @@ def _config_class(config: Mapping[str, Any], where: str, allowed: Iterable[str])
     return CONFIG_MAPPING[model_type]
 
 
-def _tower_class(config: Mapping[str, Any], config_class: type, key: str) -> type[PreTrainedConfig]:
+def _tower_class(config: Mapping[str, Any], config_class: type[PreTrainedConfig], key: str) -> type[PreTrainedConfig]:
     tower = config.get(key) or {}
     if not isinstance(tower, Mapping):
         raise ValueError(f"config.{key} must be a mapping of settings, got {tower!r}")
@@ -130,7 +133,7 @@ def _tower_class(config: Mapping[str, Any], config_class: type, key: str) -> typ
 
 
 def _check_keys(values: Mapping[str, Any], config_class: type[PreTrainedConfig], where: str) -> None:
-    # transformers keeps a misspelt key as an attribute that nothing reads.
+    # transformers keeps a misspelt key as an attribute that is never read.
     allowed = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     for key in values:
         if key not in allowed | {"model_type", "attn_implementation"}:
@@ -144,14 +147,14 @@ def _without_type(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "model_type"}
 
 
-def _build(make, config: Mapping[str, Any]):
+def _build(make: Callable[[], T], config: Mapping[str, Any]) -> T:
     try:
         return make()
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config of the {config['model_type']} model has an impossible value: {reason}") from error
     except Exception as error:
-        # A configuration that does not fit together fails anywhere in a model's code, with any exception.
+        # A configuration whose parts do not fit fails anywhere in a model's code, with any exception.
         raise ValueError(
             f"config of the {config['model_type']} model gives no model that runs: {type(error).__name__}: "
             f"{error}; check the sizes of the layers and that the two towers fit together"
@@ -161,8 +164,8 @@ def _build(make, config: Mapping[str, Any]):
 def _token_fields(tokenizer: PreTrainedTokenizerBase, text_model_type: str) -> dict[str, Any]:
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            "tokenizer has no padding token, so captions of different lengths make no batch; set its pad_token and "
-            "save it, or choose another tokenizer"
+            "tokenizer has no padding token, so captions of different lengths cannot form a batch; set its pad_token "
+            "and save it, or choose another tokenizer"
         )
     fields = {
         "vocab_size": len(tokenizer),
@@ -176,7 +179,7 @@ def _token_fields(tokenizer: PreTrainedTokenizerBase, text_model_type: str) -> d
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    # CLIP's text tower reads the embedding at the first eos_token_id; BERT-like tokenizers name that token otherwise.
+    # CLIP's text tower reads the embedding at the first eos_token_id; BERT-like tokenizers name it differently.
     end = tokenizer("a").input_ids[-1]
     if end not in tokenizer.all_special_ids:
         raise ValueError(
@@ -186,7 +189,7 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if end == 2:
         raise ValueError(
             "tokenizer ends captions with token 2, which transformers takes for the mark of old CLIP "
-            "configurations and then reads the embedding at the largest id instead; choose another tokenizer, or "
+            "configurations, so that it reads the embedding at the largest id instead; choose another tokenizer, or "
             "leave it unset to train one"
         )
     return end
@@ -201,8 +204,8 @@ def _image_processor(vision_config: PreTrainedConfig) -> CLIPImageProcessorPil |
         )
     size = getattr(vision_config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
-    # Bilinear with antialiasing: a third quicker than CLIP's bicubic on photographs. Cropping is for models that
-    # were trained on crops; here it would cut off what captions speak of.
+    # Bilinear with antialiasing is a third faster than CLIP's bicubic on photographs. Cropping suits models that were
+    # trained on crops; here it could remove what a caption mentions.
     return CLIPImageProcessorPil(
         size={"height": height, "width": width},
         resample=Image.Resampling.BILINEAR,
@@ -213,7 +216,7 @@ def _image_processor(vision_config: PreTrainedConfig) -> CLIPImageProcessorPil |
 
 
 @torch.no_grad()
-def _check_forward(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+def _check_forward(model: Any, processor: Any) -> None:
     tokenizer = getattr(processor, "tokenizer", processor)
     padding = text_padding(model)
     texts = tokenizer(["a " * tokenizer.model_max_length], padding=padding, truncation=True, return_tensors="pt")

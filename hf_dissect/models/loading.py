@@ -1,4 +1,4 @@
-"""Loads or builds the dual encoder that is trained, and answers in one place what the rest needs to know of it."""
+"""Loading or building the dual encoder to train, and the check that a checkpoint fits it."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from hf_dissect.models.adapters import is_adapter, load_adapted, same_adapter
+from hf_dissect.models.adapters import check_same_adapter, is_adapter, load_adapter
 from hf_dissect.models.families import (
     TOWERS,
     bare_model,
@@ -69,28 +69,29 @@ def load_model_and_processor(
     freeze: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
-    """Loads a trained dual encoder, or builds one from scratch.
+    """Load a trained dual encoder, or build one from scratch.
 
     Args:
-        name_or_path: Hub id or local folder of a trained model, or of a PEFT adapter, which comes with its base and
-            can be trained on; weights are loaded in float32, as training needs them.
-        config: configuration, with `model_type`, of a model with random weights (see `build_model_and_processor`);
-            exactly one of `name_or_path` and `config` is given.
-        tokenizer: Hub id or local folder of a tokenizer to use; None takes the model's own, or trains one on
-            `captions` where the model is built from `config`.
-        vocab_size: tokens of a trained tokenizer.
-        captions: texts to train a tokenizer on; not read where a tokenizer is there.
-        max_caption_length: tokens after which a caption is cut, the added ones included; None is what the text tower
-            can read. The tokenizer keeps it as `model_max_length`, so that it is saved with the processor.
-        freeze: "vision" or "text" freezes that tower (`freeze_tower`).
-        trust_remote_code: whether code from the model's repository may run.
+        name_or_path: Hub id or local folder of a trained model, or of a PEFT adapter, which is loaded with its base
+            and stays trainable. Weights are loaded in float32, which training needs.
+        config: Configuration, with `model_type`, of a model with random weights (see `build_model_and_processor`).
+            Exactly one of `name_or_path` and `config` is given.
+        tokenizer: Hub id or local folder of a tokenizer; None for the model's own, or for one trained on `captions` if
+            the model is built from `config`.
+        vocab_size: Largest number of tokens of a trained tokenizer.
+        captions: Texts to train a tokenizer on; not read if there is a tokenizer.
+        max_caption_length: Number of tokens after which a caption is cut, special tokens included; None for as many as
+            the text tower can read. The tokenizer keeps it as `model_max_length`, so that it is saved with the
+            processor.
+        freeze: Tower to freeze, `"vision"` or `"text"` (see `freeze_tower`); None for neither.
+        trust_remote_code: True to allow code from the model's repository to run.
 
     Returns:
-        The model in evaluation mode, and its processor; a bare tokenizer where the images are stored features.
+        The model in evaluation mode and its processor; the tokenizer alone if the images are stored features.
 
     Raises:
-        ValueError: an argument is impossible, the configuration is at fault, or the model is no dual encoder.
-        OSError: the model, its weights or its tokenizer cannot be had or read.
+        ValueError: If an argument is wrong, the configuration is at fault, or the model is not a dual encoder.
+        OSError: If the model, its weights or its tokenizer cannot be read or downloaded.
     """
     if (name_or_path is None) == (config is None):
         raise ValueError(
@@ -104,6 +105,7 @@ def load_model_and_processor(
             "max_caption_length must be at least 3 (a start token, one of the caption, an end token), got "
             f"{max_caption_length}"
         )
+    model: PreTrainedModel | PeftModel
     own_tokenizer = None if tokenizer is None else _load_tokenizer(tokenizer, "tokenizer", trust_remote_code)
     if config is not None:
         model, processor = build_model_and_processor(
@@ -123,16 +125,16 @@ def load_model_and_processor(
     return model, processor
 
 
-def _load_model(name_or_path: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_model(name_or_path: str, trust_remote_code: bool) -> PreTrainedModel | PeftModel:
     folder = Path(name_or_path)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise OSError(
-            f"name_or_path {name_or_path!r} is a folder without a config.json, so no model was saved there; give the "
+            f"name_or_path {name_or_path!r} is a folder without a config.json, so it holds no saved model; give the "
             "folder of a run, one of its checkpoint-N folders, or any folder written by save_pretrained"
         )
     try:
         if is_adapter(name_or_path):
-            return load_adapted(name_or_path, trust_remote_code)
+            return load_adapter(name_or_path, trust_remote_code)
         return AutoModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise _loading_error("name_or_path", name_or_path, error) from error
@@ -146,11 +148,11 @@ def _load_tokenizer(name_or_path: str, argument: str, trust_remote_code: bool) -
 
 
 def _load_processor(
-    name_or_path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
+    name_or_path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
     base_name = getattr(bare_model(model), "name_or_path", "")
     if isinstance(model, PeftModel) and base_name and not _holds_a_tokenizer(name_or_path):
-        name_or_path = base_name  # an adapter that was saved without a processor is used with that of its base
+        name_or_path = base_name  # an adapter saved without a processor uses that of its base
     if isinstance(getattr(bare_model(model).config, "vision_config", None), PrecomputedFeaturesConfig):
         return tokenizer or _load_tokenizer(name_or_path, "name_or_path", trust_remote_code)
     try:
@@ -158,7 +160,7 @@ def _load_processor(
     except LOADING_ERRORS:
         processor = None
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
-        # A folder may hold the two parts without saying that they belong together.
+        # A folder may hold the two parts without a file that joins them.
         try:
             image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         except LOADING_ERRORS as error:
@@ -178,23 +180,21 @@ def _loading_error(argument: str, value: str, error: Exception, part: str = "") 
     kind = ValueError if isinstance(error, ValueError | KeyError | TypeError | ImportError) else OSError
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     if Path(value).exists():
-        way_out = "check that the folder was written to the end by save_pretrained and fits the installed transformers"
+        way_out = "check that save_pretrained wrote the folder completely and that it fits the installed transformers"
     elif constants.is_offline_mode():
         kind = OSError
-        way_out = (
-            "there is no such local folder, and the Hub is switched off by HF_HUB_OFFLINE; give a folder, or unset it"
-        )
+        way_out = "no such local folder exists, and HF_HUB_OFFLINE switches the Hub off; give a folder, or unset it"
     else:
         way_out = (
-            "there is no such local folder, and the Hub did not give it; check the spelling and the network, and log "
+            "no such local folder exists, and the Hub did not provide it; check the spelling and the network, and log "
             "in (hf auth login) if the model is gated"
         )
     return kind(f"{part}{argument} {value!r} could not be loaded: {way_out} ({reason})")
 
 
-def _limit_captions(model: PreTrainedModel, processor: Any, max_caption_length: int | None) -> None:
+def _limit_captions(model: nn.Module, processor: Any, max_caption_length: int | None) -> None:
     tokenizer = getattr(processor, "tokenizer", processor)
-    config = bare_model(model).config
+    config: Any = bare_model(model).config
     text_config = getattr(config, "text_config", config)
     if len(tokenizer) > getattr(text_config, "vocab_size", len(tokenizer)):
         raise ValueError(
@@ -212,49 +212,50 @@ def _limit_captions(model: PreTrainedModel, processor: Any, max_caption_length: 
 
 
 def same_architecture(model: nn.Module, checkpoint_folder: str | Path) -> None:
-    """Makes sure, before anything is loaded, that a checkpoint was written by a model like this one.
+    """Check, before anything is loaded, that a checkpoint was written by a model like this one.
 
-    Only the configuration and the headers of the weight files are read. Tensors are matched by name and shape; what is
-    left over on both sides is matched by shape alone, as transformers renames some tensors on saving. Of an adapter
-    (PEFT) its own weights are compared; sharded checkpoints (FSDP, DeepSpeed) are left to the checks of their loaders.
+    Only the configuration and the headers of the weight files are read. Tensors are matched by name and shape; those
+    left over on both sides are matched by shape alone, because transformers renames some tensors on saving. For a PEFT
+    adapter, its own weights are compared. Sharded checkpoints (FSDP, DeepSpeed) are checked by their own loaders.
 
     Args:
-        model: the model, wrapped or not, that the checkpoint is to be loaded into.
-        checkpoint_folder: what the Trainer or `save_pretrained` wrote.
+        model: Model, wrapped or not, that the checkpoint is to be loaded into.
+        checkpoint_folder: Folder that the Trainer or `save_pretrained` wrote.
 
     Raises:
-        ValueError: model type, names or shapes differ; the message says which.
-        OSError: there is no checkpoint in the folder, or its files cannot be read.
+        ValueError: If model type, names or shapes differ; the message names them.
+        OSError: If the folder holds no checkpoint, or its files cannot be read.
     """
     folder = Path(checkpoint_folder)
     if (folder / "adapter_config.json").is_file():
-        same_adapter(model, folder)
+        check_same_adapter(model, folder)
         return
-    bare = bare_model(model)
+    bare: Any = bare_model(model)
     saved_type = _read_json(folder / "config.json").get("model_type")
     if saved_type != bare.config.model_type:
         raise ValueError(
             f"checkpoint {str(folder)!r} holds a model of type {saved_type}, but the model to be trained is of type "
-            f"{bare.config.model_type}; name a checkpoint of this run, or start anew in another output_dir"
+            f"{bare.config.model_type}; name a checkpoint of this run, or start again in another output_dir"
         )
     if any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob("global_step*")):
         return
-    saved = _saved_shapes(folder)
+    saved = _read_shapes(folder)
     expected = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
     missing = {name: shape for name, shape in expected.items() if saved.get(name) != shape}
     unexpected = {name: shape for name, shape in saved.items() if expected.get(name) != shape}
     if Counter(missing.values()) != Counter(unexpected.values()):
         raise ValueError(
-            f"checkpoint {str(folder)!r} is of another model: it has {_some(unexpected)} where the model to be "
-            f"trained has {_some(missing)}; name a checkpoint of this run, or start anew in another output_dir"
+            f"checkpoint {str(folder)!r} is of another model: it has {_format_shapes(unexpected)} where the model "
+            f"to be trained has {_format_shapes(missing)}; name a checkpoint of this run, or start again in another "
+            "output_dir"
         )
 
 
-def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise OSError(
-            f"checkpoint {str(folder)!r} has no model.safetensors, so its writing was broken off or it is no "
+            f"checkpoint {str(folder)!r} has no model.safetensors, so its writing was interrupted or it is not a "
             "checkpoint; name an earlier checkpoint"
         )
     shapes = {}
@@ -277,7 +278,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _some(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _format_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if not shapes:
         return "nothing"
     first = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:3])

@@ -1,4 +1,4 @@
-"""MoLA, a mixture of low-rank adapters, as a PEFT method: importing this package registers the type with PEFT."""
+"""MoLA, a mixture of low-rank adapters, as a PEFT method. Importing this package registers the method with PEFT."""
 
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -28,7 +28,7 @@ __all__ = [
     "register_router",
 ]
 
-# peft.utils.register_peft_method wants a member of PeftType, which only PEFT itself can add.
+# peft.utils.register_peft_method requires a member of PeftType, which only PEFT itself can add.
 PEFT_TYPE_TO_CONFIG_MAPPING[MOLA_TYPE] = MolaConfig
 PEFT_TYPE_TO_TUNER_MAPPING[MOLA_TYPE] = MolaModel
 PEFT_TYPE_TO_PREFIX_MAPPING[MOLA_TYPE] = MolaModel.prefix

@@ -1,4 +1,4 @@
-"""What a MoLA adapter is made of: the settings that are saved beside its weights."""
+"""The configuration of a MoLA adapter, which PEFT saves next to its weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ TRAIN_BASE = (False, True, "targets", "all")
 class MolaPeftType(str, Enum):  # noqa: UP042
     """The name under which PEFT knows the method; `PeftType` itself cannot be extended from outside.
 
-    No `StrEnum`: PEFT's status reports expect that a member prints as that of `PeftType` does, with the class's name.
+    It is not a `StrEnum`, because PEFT's status reports expect members to print like those of `PeftType`, with the
+    name of the class.
     """
 
     MOLA = "MOLA"
 
 
-MOLA_TYPE = getattr(PeftType, "MOLA", MolaPeftType.MOLA)  # PEFT's own member, should it get one
+MOLA_TYPE: Any = getattr(PeftType, "MOLA", MolaPeftType.MOLA)  # PEFT's own member, if a later release has one
 
 
 @dataclass
@@ -35,61 +36,63 @@ class MolaConfig(PeftConfig):
     """Configuration of a [`MolaModel`], a mixture of low-rank adapters (ICML 2024, arXiv 2406.09679).
 
     A targeted layer computes `y = W x + (alpha / r) * sum_e gamma_e(x) B_e A_e x` over `num_experts` low-rank experts.
-    How the weights `gamma` come about is the variant:
+    The variant determines the weights `gamma`:
 
-    - `"grad"`: the expert of the sample's task, told by `task_ids`; expert t learns from task t only.
-    - `"router"`: the softmax of one router that all layers share; the task need not be known.
+    - `"grad"`: 1 for the expert of the sample's task, which `task_ids` gives, and 0 for the others. Expert t learns
+      from the samples of task t only.
+    - `"router"`: the softmax of one router that all layers share. The task need not be known.
 
-    (arXiv 2402.08562 is another method of the same name.)
+    Another method of the same name (arXiv 2402.08562) is not implemented here.
 
     Args:
-        variant (`str`): `"router"` or `"grad"`.
-        num_experts (`int`): The number of experts of a layer; for `"grad"` the number of tasks.
+        variant (`str`): The source of the experts' weights, `"router"` or `"grad"`.
+        num_experts (`int`): The number of experts per layer; for `"grad"` the number of tasks.
         r (`int`): The rank of an expert.
-        alpha (`float`): The adapter's contribution is scaled by `alpha / r`.
+        alpha (`float`): The numerator of the factor `alpha / r` of the adapter's contribution.
         dropout (`float`): The dropout probability of the adapter's input.
-        rank_pattern (`dict`): Module names or regular expressions, each with a rank that differs from `r`.
-        alpha_pattern (`dict`): Module names or regular expressions, each with an alpha that differs from `alpha`.
+        rank_pattern (`dict`): Ranks that differ from `r`, by module name or regular expression.
+        alpha_pattern (`dict`): Alphas that differ from `alpha`, by module name or regular expression.
         target_modules (`list[str]` or `str`, *optional*): The modules to adapt: names, a regular expression, or
-            `"all-linear"`. By default chosen by the architecture (CLIP, SigLIP, ViT, ResNet, BERT and others).
+            `"all-linear"`. By default they depend on the architecture (CLIP, SigLIP, ViT, ResNet, BERT and others).
         exclude_modules (`list[str]` or `str`, *optional*): The modules not to adapt.
         layers_to_transform (`list[int]` or `int`, *optional*): The indices of the layers to adapt.
-        layers_pattern (`list[str]` or `str`, *optional*): The name of the `nn.ModuleList` these indices refer to.
-        bias (`str`): Which biases train: `"none"`, `"all"` or `"mola_only"`.
-        modules_to_save (`list[str]`, *optional*): Further modules that are trained and saved as a whole.
-        init_weights (`bool`): True: `B` starts at zero, so that the adapter starts without effect. False: at random.
-        router_input (`str`, *optional*): What the router looks at: `"pixels"` (a small ResNet on `pixel_values`),
-            `"embeddings"` (the pooled output of the input layer), or a name given to [`register_router`]. By default
-            pixels if the model takes `pixel_values`, otherwise embeddings. In a dual encoder the text tower is always
-            routed by its own text, so that a caption can be encoded without its image.
-        router_image_size (`int`, *optional*): The side in pixels to which images are reduced for the router; None: as
-            they come.
-        decorrelation_weight (`float`): The factor of the task-wise decorrelation loss; 0: there is none.
-        decorrelation_dim (`int`): The number of dimensions the router's scores are mapped to for that loss.
+        layers_pattern (`list[str]` or `str`, *optional*): The name of the `nn.ModuleList` that these indices refer to.
+        bias (`str`): The biases to train: `"none"`, `"all"` or `"mola_only"`.
+        modules_to_save (`list[str]`, *optional*): Further modules to train and save as a whole.
+        init_weights (`bool`): True to start `B` at zero, so that the adapter has no effect at first; False to start it
+            at random.
+        router_input (`str`, *optional*): The input of the router: `"pixels"` (a small ResNet on `pixel_values`),
+            `"embeddings"` (the pooled output of the input layer), or a name registered with [`register_router`]. The
+            default is pixels if the model takes `pixel_values`, otherwise embeddings. The text tower of a dual encoder
+            is always routed by its own text, so that a caption can be encoded without its image.
+        router_image_size (`int`, *optional*): The side in pixels to which images are reduced for the router; None to
+            keep their size.
+        decorrelation_weight (`float`): The factor of the task-wise decorrelation loss; 0 switches it off.
+        decorrelation_dim (`int`): The number of dimensions to which that loss projects the router's scores.
         decorrelation_temperature (`float`): The temperature of that loss.
-        default_task (`int`, *optional*): For `"grad"`: the task when no `task_ids` are given. None: an error in
-            training, the mean of the experts in evaluation.
-        train_base (`bool` or `str`): The base is trained and saved as well: False: none of it, `"targets"` (or True):
-            the targeted layers, `"all"`: everything.
-        train_logit_scale (`bool`): Train and save the model's `logit_scale` (and `logit_bias`).
+        default_task (`int`, *optional*): The task of a `"grad"` adapter when no `task_ids` are given. None raises an
+            error in training and takes the mean of the experts in evaluation.
+        train_base (`bool` or `str`): The part of the base that is trained and saved as well: False for none of it,
+            `"targets"` (or True) for the targeted layers, `"all"` for everything.
+        train_logit_scale (`bool`): True to train and save the model's `logit_scale` (and `logit_bias`).
 
     Raises:
-        ValueError: a setting is not one of the allowed values.
-        TypeError: a setting has the wrong type.
+        ValueError: If a setting is not one of the allowed values.
+        TypeError: If a setting has the wrong type.
     """
 
-    variant: str = field(default="router", metadata={"help": "How experts are weighted: 'router' or 'grad'."})
-    num_experts: int = field(default=4, metadata={"help": "Experts a layer; for 'grad' the number of tasks."})
+    variant: str = field(default="router", metadata={"help": "Source of the experts' weights: 'router' or 'grad'."})
+    num_experts: int = field(default=4, metadata={"help": "Experts per layer; for 'grad' the number of tasks."})
     r: int = field(default=8, metadata={"help": "Rank of an expert."})
-    alpha: float = field(default=16.0, metadata={"help": "The adapter's contribution is scaled by alpha / r."})
+    alpha: float = field(default=16.0, metadata={"help": "Numerator of the adapter's factor alpha / r."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
-        metadata={"help": "Module names or regular expressions, each with a rank that differs from `r`."},
+        metadata={"help": "Ranks that differ from `r`, by module name or regular expression."},
     )
     alpha_pattern: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "Module names or regular expressions, each with an alpha that differs from `alpha`."},
+        metadata={"help": "Alphas that differ from `alpha`, by module name or regular expression."},
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -107,44 +110,42 @@ class MolaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the nn.ModuleList that `layers_to_transform` refers to."}
     )
-    bias: str = field(default="none", metadata={"help": "Which biases train: 'none', 'all' or 'mola_only'."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'mola_only'."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and saved as a whole."}
+        default=None, metadata={"help": "Further modules to train and save as a whole."}
     )
-    init_weights: bool = field(default=True, metadata={"help": "Whether B starts at zero (else at random)."})
+    init_weights: bool = field(default=True, metadata={"help": "Start B at zero (True) or at random (False)."})
     router_input: str | None = field(
         default=None,
         metadata={
-            "help": "What the router looks at: 'pixels', 'embeddings' or a name given to register_router; None: "
+            "help": "Input of the router: 'pixels', 'embeddings' or a name registered with register_router; None for "
             "pixels if the model takes pixel_values, otherwise embeddings."
         },
     )
     router_image_size: int | None = field(
-        default=32, metadata={"help": "Side to which images are reduced for the router; None: as they come."}
+        default=32, metadata={"help": "Side in pixels to which images are reduced for the router; None to keep it."}
     )
     decorrelation_weight: float = field(
-        default=0.1, metadata={"help": "Factor of the task-wise decorrelation loss of the router; 0: there is none."}
+        default=0.1, metadata={"help": "Factor of the task-wise decorrelation loss of the router; 0 switches it off."}
     )
     decorrelation_dim: int = field(
-        default=32, metadata={"help": "Dimensions the router's scores are mapped to for that loss."}
+        default=32, metadata={"help": "Dimensions to which that loss projects the router's scores."}
     )
     decorrelation_temperature: float = field(default=1.0, metadata={"help": "Temperature of that loss."})
     default_task: int | None = field(
         default=None,
         metadata={
-            "help": "Task when no task_ids are given; None: an error in training, the mean of the experts in "
-            "evaluation."
+            "help": "Task of a 'grad' adapter without task_ids; None for an error in training and the mean of the "
+            "experts in evaluation."
         },
     )
     train_base: bool | str = field(
         default=False,
-        metadata={"help": "Base weights trained and saved as well: False, 'targets' (or True), 'all'."},
+        metadata={"help": "Base weights to train and save as well: False, 'targets' (or True), 'all'."},
     )
-    train_logit_scale: bool = field(
-        default=False, metadata={"help": "Whether logit_scale (and logit_bias) are trained and saved."}
-    )
+    train_logit_scale: bool = field(default=False, metadata={"help": "Train and save logit_scale (and logit_bias)."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOLA_TYPE
         for name in ("target_modules", "exclude_modules"):
@@ -157,17 +158,31 @@ class MolaConfig(PeftConfig):
             self.train_base = "targets"
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """As for every PEFT configuration; adapter weights beside a local one are first seen to be a whole file."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Load a configuration as [`~peft.PeftConfig.from_pretrained`] does, after a check of the weights next to it.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A local folder or the name of a repository.
+            subfolder (`str`, *optional*): The folder of the adapter in it.
+            **kwargs (`Any`): Further arguments of PEFT's method.
+
+        Returns:
+            `PeftConfig`: The saved configuration.
+
+        Raises:
+            ValueError: If a local folder holds a truncated weights file.
+        """
         _check_weights_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
-    def rank_of(self, module_name: str) -> int:
-        """The rank of the experts of one module."""
+    def get_rank(self, module_name: str) -> int:
+        """Return the rank of the experts of the named module."""
         return _by_pattern(self.rank_pattern, module_name, self.r)
 
-    def alpha_of(self, module_name: str) -> float:
-        """The alpha of one module."""
+    def get_alpha(self, module_name: str) -> float:
+        """Return the alpha of the named module."""
         return _by_pattern(self.alpha_pattern, module_name, self.alpha)
 
     def _check_choices(self) -> None:
@@ -247,6 +262,6 @@ def _check_weights_file(folder: str) -> None:
             weights.keys()
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) is truncated or no safetensors file ({error}); copy or download "
-            "the adapter again."
+            f"{path} ({os.path.getsize(path)} bytes) is truncated or not a safetensors file ({error}); copy or "
+            "download the adapter again."
         ) from error

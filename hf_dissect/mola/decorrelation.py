@@ -1,4 +1,6 @@
-"""The task-wise decorrelation loss: samples of a task shall be routed alike, those of other tasks differently."""
+"""The task-wise decorrelation loss, which routes samples of one task alike and samples of other tasks differently."""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -6,23 +8,24 @@ import torch.nn.functional as F
 
 
 def decorrelation_loss(embeddings: torch.Tensor, task_ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Supervised contrastive loss with the task as class (MoLA, ICML 2024, arXiv 2406.09679).
+    """Compute the supervised contrastive loss with the task as class (MoLA, ICML 2024, arXiv 2406.09679).
 
-    The mean, over the ordered pairs `i != j` of equal task, of
-    `-log(exp(z_i.z_j / temperature) / sum_{k != i} exp(z_i.z_k / temperature))`, where `z` are the embeddings at unit
-    length. With several processes the pairs of all of them count. Each process then returns the share of its own rows,
-    times the number of processes: the mean over processes, which DDP takes of the gradients, is the loss of the union.
+    The loss is the mean, over the ordered pairs `i != j` of equal task, of
+    `-log(exp(z_i.z_j / temperature) / sum_{k != i} exp(z_i.z_k / temperature))`, where `z` are the embeddings scaled
+    to unit length. With several processes, the pairs of all of them count. Each process then returns the part of its
+    own rows, times the number of processes, so that the mean over processes, which DDP takes of the gradients, is the
+    loss of the union of the batches.
 
     Args:
-        embeddings: `(b, d)`, of any length; equally many on every process.
-        task_ids: integers `(b,)`, on the same device.
-        temperature: divides the cosines.
+        embeddings: Embeddings of any length, `(b, d)`; equally many on every process.
+        task_ids: Integers `(b,)` on the same device.
+        temperature: Divisor of the cosines.
 
     Returns:
-        A scalar with gradient, in at least single precision; 0 when no two samples have the same task.
+        A scalar with gradient, in at least single precision; 0 if no two samples have the same task.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: If the shapes do not match.
     """
     if embeddings.dim() != 2 or task_ids.shape != embeddings.shape[:1]:
         raise ValueError(
@@ -54,15 +57,20 @@ def _all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """Rows of all processes; the gradient of each row goes back, summed over the processes, to where it came from."""
+    """The rows of all processes.
+
+    The backward pass sums the gradient of each row over the processes and returns it to the owner of the row.
+    """
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """Gather `(b, d)` from every process into `(N, d)`."""
         ctx.rows = len(tensor)
         return _all_gather(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of this process's rows, `(b, d)`."""
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +17,28 @@ from hf_dissect.mola.routing import MolaTunerLayer, Routing
 
 
 class MolaLayer(nn.Module, MolaTunerLayer):
-    """What all adapted layers have in common.
+    """Base class of the adapted layers.
 
-    Of each adapter a layer holds `mola_A` `(E, r, in)` and `mola_B` `(E, out, r)`, for a convolution `(E, r, in /
-    groups, height, width)` and `(E, out, r)`: all experts in one parameter, so that an expert without a sample gets a
-    gradient of zero instead of none.
+    For each adapter, a layer holds `mola_A` and `mola_B`. In a dense layer their shapes are `(E, r, in)` and
+    `(E, out, r)`; in a convolution `(E, r, in / groups, height, width)` and `(E, out, r)`. One parameter holds all
+    experts, so that an expert without a sample gets a gradient of zero instead of no gradient.
 
     Args:
-        base_layer: the layer that is adapted.
-        routing: tells the weights of the experts; shared by all layers of a model.
-        tower: the part of the model the layer belongs to, as `routing` knows it.
+        base_layer: Layer to adapt.
+        routing: Source of the experts' weights, shared by all layers of a model.
+        tower: Name of the tower that the layer belongs to.
     """
 
     adapter_layer_names = ("mola_A", "mola_B")
     other_param_names = ("mola_r", "mola_scaling", "mola_dropout")
+    routing: Routing
+    in_features: int | None
+    out_features: int | None
 
-    def __init__(self, base_layer: nn.Module, routing: Routing, tower: str):
+    def __init__(self, base_layer: nn.Module, routing: Routing, tower: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        object.__setattr__(self, "routing", routing)  # a reference: its place in the model is the base model's `mola`
+        object.__setattr__(self, "routing", routing)  # registered once, as the base model's `mola`
         self.tower = tower
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.mola_A = nn.ParameterDict()
@@ -49,7 +52,14 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         self.cast_input_dtype_enabled = True
 
     def update_layer(self, adapter_name: str, r: int, alpha: float, config: MolaConfig) -> None:
-        """Add the experts of one adapter."""
+        """Add the experts of one adapter.
+
+        Args:
+            adapter_name: Name of the adapter.
+            r: Rank of its experts in this layer.
+            alpha: Numerator of the factor `alpha / r`.
+            config: Configuration of the adapter.
+        """
         shape_A, out_features = self._expert_shape()
         self.mola_r[adapter_name] = r
         self.mola_scaling[adapter_name] = alpha / r
@@ -61,7 +71,13 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_mola_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Start every expert as LoRA does: `A` Kaiming-uniform, `B` zero (or random, to have an effect at once)."""
+        """Initialise every expert as LoRA does.
+
+        Args:
+            adapter_name: Name of the adapter.
+            init_weights: True for Kaiming-uniform `A` and zero `B`; False for a random `B`, which has an effect at
+                once.
+        """
         for A, B in zip(self.mola_A[adapter_name], self.mola_B[adapter_name], strict=True):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             if init_weights:
@@ -70,27 +86,35 @@ class MolaLayer(nn.Module, MolaTunerLayer):
                 nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
     def get_delta_weight(self, adapter_name: str, task: int) -> torch.Tensor:
-        """What the expert of one task adds to the base weight, in the shape and type of that weight."""
+        """Compute the contribution of one task's expert to the base weight.
+
+        Args:
+            adapter_name: Name of the adapter.
+            task: Index of the expert.
+
+        Returns:
+            A tensor with the shape and type of the base weight.
+        """
         A, B = self.mola_A[adapter_name][task], self.mola_B[adapter_name][task]
         delta = (B @ A.flatten(1)) * self.mola_scaling[adapter_name]
-        weight = self.get_base_layer().weight
+        weight = self._get_base_weight()
         return self._as_weight(delta).reshape(weight.shape).to(weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the expert of the fixed task to the base weight.
 
         Args:
-            safe_merge: check the result for NaN before it replaces the weight.
-            adapter_names: the adapters to merge; None: the active ones.
+            safe_merge: Check that the result is finite before it replaces the weight.
+            adapter_names: Adapters to merge; None for the active ones.
 
         Raises:
-            ValueError: the adapter has a router, or no task is fixed, or the merged weight would not be finite.
+            ValueError: If an adapter has a router, no task is fixed, or the merged weight would not be finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.mola_A:
                 continue
-            task = self.routing.task_to_merge(name)
-            weight = self.get_base_layer().weight
+            task = self.routing.get_task_to_merge(name)
+            weight = self._get_base_weight()
             merged = weight.data + self.get_delta_weight(name, task)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
@@ -101,14 +125,24 @@ class MolaLayer(nn.Module, MolaTunerLayer):
             self._merged_task[name] = task
 
     def unmerge(self) -> None:
-        """Take the merged experts out of the base weight again."""
+        """Subtract the merged experts from the base weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            self.get_base_layer().weight.data -= self.get_delta_weight(name, self._merged_task.pop(name))
+            self._get_base_weight().data -= self.get_delta_weight(name, self._merged_task.pop(name))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the base layer plus the weighted experts of the active adapters.
+
+        Args:
+            x: Input `(B, ..., in)` of a dense layer or `(B, in, height, width)` of a convolution.
+            *args: Further arguments of the base layer.
+            **kwargs: Further keyword arguments of the base layer.
+
+        Returns:
+            Output in the shape and type of the base layer's.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -130,7 +164,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         weights = self.routing.expert_weights(adapter_name, self.tower, len(x), A.dtype)
         if isinstance(weights, int):
             return self._up(self._down(x, A[weights]), B[weights] * scaling)
-        # All experts as one adapter of rank E * r whose inner dimensions are weighted: no weight matrix per sample.
+        # One adapter of rank E * r with weighted inner dimensions needs no weight matrix per sample.
         hidden = self._down(x, A.flatten(0, 1))
         return self._up(
             self._weigh(hidden, (weights * scaling).repeat_interleave(r, dim=1)), B.transpose(0, 1).flatten(1)
@@ -139,8 +173,11 @@ class MolaLayer(nn.Module, MolaTunerLayer):
     def __repr__(self) -> str:
         return "mola." + super().__repr__()
 
+    def _get_base_weight(self) -> torch.Tensor:
+        return cast(torch.Tensor, self.get_base_layer().weight)
+
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
-        """The input dimensions of `A`, and the number of outputs of `B`."""
+        """Return the shape of one expert's `A` without its rank, and the number of outputs of `B`."""
         raise NotImplementedError
 
     def _as_weight(self, delta: torch.Tensor) -> torch.Tensor:
@@ -150,7 +187,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         raise NotImplementedError
 
     def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Multiply hidden values by `(B, E * r)` weights of the samples."""
+        """Multiply hidden values by the weights `(B, E * r)` of the samples."""
         raise NotImplementedError
 
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -161,7 +198,7 @@ class Linear(MolaLayer):
     """MoLA in a dense layer, `torch.nn.Linear` or the `Conv1D` of transformers."""
 
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
-        base_layer = self.get_base_layer()
+        base_layer: Any = self.get_base_layer()
         if isinstance(base_layer, Conv1D):
             in_features, out_features = base_layer.weight.shape
         else:
@@ -184,31 +221,39 @@ class Linear(MolaLayer):
 class Conv2d(MolaLayer):
     """MoLA in a convolution of any kernel, stride, padding, dilation and number of groups.
 
-    As a matrix, the weight of a convolution is `(out, in / groups * height * width)`; it is this matrix to which the
-    experts add `B A`. Every group is thus reduced by the same `A`.
+    The weight of a convolution, read as a matrix, is `(out, in / groups * height * width)`. The experts add `B A` to
+    this matrix, so every group is reduced by the same `A`.
     """
 
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
-        weight = self.get_base_layer().weight
+        weight = self._get_base_weight()
         return tuple(weight.shape[1:]), weight.shape[0]
 
+    def _get_convolution(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self.get_base_layer())
+
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        base_layer = self.get_base_layer()
+        base_layer = self._get_convolution()
         return base_layer._conv_forward(x, A.repeat(base_layer.groups, 1, 1, 1), None)
 
     def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        weights = weights.to(hidden).repeat(1, self.get_base_layer().groups)
+        weights = weights.to(hidden).repeat(1, self._get_convolution().groups)
         return hidden * weights[:, :, None, None]
 
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(hidden, B[:, :, None, None], groups=self.get_base_layer().groups)
+        return F.conv2d(hidden, B[:, :, None, None], groups=self._get_convolution().groups)
 
 
-def new_layer(target: nn.Module, routing: Routing, tower: str) -> MolaLayer:
+def wrap_layer(target: nn.Module, routing: Routing, tower: str) -> MolaLayer:
     """Wrap a module in the adapted layer of its kind.
 
+    Args:
+        target: Module to adapt, which another PEFT method may have wrapped.
+        routing: Source of the experts' weights.
+        tower: Name of the tower that the module belongs to.
+
     Raises:
-        TypeError: there is none.
+        TypeError: If MoLA cannot adapt this kind of module.
     """
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base_layer, nn.Linear | Conv1D):
@@ -217,5 +262,5 @@ def new_layer(target: nn.Module, routing: Routing, tower: str) -> MolaLayer:
         return Conv2d(target, routing, tower)
     raise TypeError(
         f"Target module {target} is not supported. MoLA adapts `torch.nn.Linear`, `torch.nn.Conv2d` and "
-        "`transformers.pytorch_utils.Conv1D`; leave others out by `target_modules` or `exclude_modules`."
+        "`transformers.pytorch_utils.Conv1D`; exclude others with `target_modules` or `exclude_modules`."
     )

@@ -1,4 +1,4 @@
-"""One expert as an ordinary LoRA adapter, for those who do not have this package."""
+"""Export of one expert as an ordinary LoRA adapter, which needs nothing but PEFT."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def export_task_as_lora(
 ) -> None:
     """Write the expert of one task as a PEFT LoRA folder with equal outputs.
 
-    A convolution with `g` groups, whose groups share one `A` of rank `r`, becomes a LoRA of rank `g * r` with a
+    The `g` groups of a grouped convolution share one `A` of rank `r`; they become a LoRA of rank `g * r` with a
     block-diagonal `A`.
 
     Args:
-        model: the base model with the adapter in it.
-        config: of the adapter.
-        adapter_name: its name.
-        task: whose expert is exported.
-        save_directory: the folder to write.
+        model: Base model with the adapter in it.
+        config: Configuration of the adapter.
+        adapter_name: Name of the adapter.
+        task: Task whose expert is exported, from 0 to `num_experts - 1`.
+        save_directory: Folder to write.
 
     Raises:
-        ValueError: see `MolaModel.export_task_as_lora`.
+        ValueError: If the adapter has a router, the task does not exist, the base was trained as well, or a layer is
+            of a kind that LoRA cannot express.
     """
     _check_exportable(config, adapter_name, task)
     layers = {
@@ -48,7 +49,7 @@ def export_task_as_lora(
         alphas[name] = layer.mola_scaling[adapter_name] * len(A)
     lora = LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # LoRA computes with any number
         rank_pattern={name: rank for name, rank in ranks.items() if rank != config.r},
         alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != config.alpha},
         target_modules=sorted(layers),
@@ -67,7 +68,8 @@ def export_task_as_lora(
 def _check_exportable(config: MolaConfig, adapter_name: str, task: int) -> None:
     if config.variant != "grad":
         raise ValueError(
-            f"Adapter {adapter_name!r} has a router, whose weights depend on the input: a LoRA adapter has none."
+            f"Adapter {adapter_name!r} has a router, whose weights depend on the input; a LoRA adapter cannot "
+            "express it. Export an adapter with variant='grad'."
         )
     if isinstance(task, bool) or task not in range(config.num_experts):
         raise ValueError(f"task={task!r}: adapter {adapter_name!r} has the tasks 0 to {config.num_experts - 1}.")

@@ -1,4 +1,4 @@
-"""The tuner: puts MoLA layers and their routing into a base model, and takes them out again."""
+"""The tuner, which puts MoLA layers and their routing into a base model and takes them out."""
 
 from __future__ import annotations
 
@@ -20,22 +20,29 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from hf_dissect.mola.config import MolaConfig
-from hf_dissect.mola.layer import MolaLayer, new_layer
+from hf_dissect.mola.hooks import attach_hooks, hook_input_layers
+from hf_dissect.mola.layer import MolaLayer, wrap_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
-from hf_dissect.mola.router import Router, check_router_input, new_router
+from hf_dissect.mola.router import Router, build_router, check_router_input
 from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
-from hf_dissect.mola.saved_state import base_state, misfit
+from hf_dissect.mola.saved_state import describe_misfit, select_base_state
 from hf_dissect.mola.target_modules import TARGET_MODULES
-from hf_dissect.mola.towers import input_layer, num_channels, output_dim, router_sources, towers_of
+from hf_dissect.mola.towers import (
+    choose_router_sources,
+    find_input_layer,
+    find_towers,
+    get_num_channels,
+    get_output_dim,
+)
 
 
 class MolaModel(BaseTuner):
-    """Creates a mixture of low-rank adapters in a pretrained model (MoLA, ICML 2024, arXiv 2406.09679).
+    """A pretrained model with a mixture of low-rank adapters (MoLA, ICML 2024, arXiv 2406.09679).
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.
         config ([`MolaConfig`]): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        adapter_name (`str`): The name of the adapter.
         low_cpu_mem_usage (`bool`, `optional`, defaults to `False`): Create empty adapter weights on the meta device.
 
     Returns:
@@ -54,14 +61,16 @@ class MolaModel(BaseTuner):
 
     **Attributes**:
         - **model** ([`torch.nn.Module`]) -- The model to be adapted.
-        - **peft_config** ([`MolaConfig`]): The configuration of the adapter.
+        - **peft_config** (`dict[str, MolaConfig]`) -- The configuration of each adapter, by name.
     """
 
     prefix: str = "mola_"
     tuner_layer_cls = MolaTunerLayer
     target_module_mapping = TARGET_MODULES
+    peft_config: dict[str, MolaConfig]  # type: ignore[assignment]  # PEFT's own tuners narrow it in the same way
+    routing: Routing
 
-    # ---- making an adapter ----
+    # ---- creating an adapter ----
 
     def inject_adapter(
         self,
@@ -71,13 +80,23 @@ class MolaModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Put the layers of one adapter into the model, and its router beside them."""
+        """Add the layers of one adapter to the model, and its router next to them.
+
+        Args:
+            model: Base model.
+            adapter_name: Name of the adapter.
+            autocast_adapter_dtype: Cast half-precision adapter weights to single precision.
+            low_cpu_mem_usage: Create empty adapter weights on the meta device.
+            state_dict: Saved adapter weights, from which PEFT may infer the target modules.
+        """
         config = self.peft_config[adapter_name]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = self._new_router(config, model)  # first, as it may fail
+            router = self._build_router(config, model)  # before the model is changed, because it may fail
         present = mola_routing(model)
         routing = Routing(model) if present is None else present
-        object.__setattr__(self, "routing", routing)  # a reference: its place is in the model
+        if present is None:
+            attach_hooks(routing, model)
+        object.__setattr__(self, "routing", routing)  # registered once, in the model
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -85,16 +104,17 @@ class MolaModel(BaseTuner):
                 routing.detach()
             raise
         if present is None:
-            # Only now, lest the layers of the router be taken for layers of the model.
+            # Only now, so that PEFT does not take the layers of the router for layers of the model.
             model.mola = routing
         routing.add_adapter(adapter_name, config, router, model)
+        hook_input_layers(routing, adapter_name, model)
         routing._active_adapter = self.active_adapters
         if router is not None:
-            # No more than this one: another adapter must not begin or cease to be trained because of it.
+            # Only this router: adding an adapter must not change which of the others train.
             router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
-        routing._move_adapter_to_device_of_base_layer(adapter_name, *_device_and_dtype(model))
+        routing._move_adapter_to_device_of_base_layer(adapter_name, *_find_device_and_dtype(model))
 
-    def _new_router(self, config: MolaConfig, model: nn.Module) -> Router | None:
+    def _build_router(self, config: MolaConfig, model: nn.Module) -> Router | None:
         if config.variant == "grad":
             return None
         takes_pixels = "pixel_values" in inspect.signature(model.forward).parameters
@@ -107,16 +127,17 @@ class MolaModel(BaseTuner):
                 "models without images."
             )
         if config.router_input not in ("pixels", "embeddings"):
-            return new_router(config, model, {}, {})
-        towers = towers_of(model)
-        sources = router_sources(config.router_input, list(towers))
+            return build_router(config, model, {}, {})
+        towers = find_towers(model)
+        sources = choose_router_sources(config.router_input, list(towers))
         dims = {
-            tower: num_channels(module) if sources[tower] == "pixels" else output_dim(input_layer(module))
+            tower: get_num_channels(module) if sources[tower] == "pixels" else get_output_dim(find_input_layer(module))
             for tower, module in towers.items()
         }
-        return new_router(config, model, sources, dims)
+        return build_router(config, model, sources, dims)
 
-    def _create_and_replace(
+    # PEFT passes each method the configuration of its own kind, whatever the base class declares.
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: MolaConfig,
         adapter_name: str,
@@ -129,18 +150,18 @@ class MolaModel(BaseTuner):
         if isinstance(parent, nn.MultiheadAttention):
             warnings.warn(f"{current_key} is left out: nn.MultiheadAttention does not call it.", stacklevel=2)
             return
-        r, alpha = peft_config.rank_of(current_key), peft_config.alpha_of(current_key)
+        r, alpha = peft_config.get_rank(current_key), peft_config.get_alpha(current_key)
         if isinstance(target, MolaLayer):
             target.update_layer(adapter_name, r, alpha, peft_config)
             return
-        layer = new_layer(target, self.routing, self.routing.tower_of(current_key))
+        layer = wrap_layer(target, self.routing, self.routing.find_tower(current_key))
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, r, alpha, peft_config)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained before it is made active
+            layer.requires_grad_(False)  # an added adapter does not train before it is activated
         self._replace_module(parent, target_name, layer, target)
 
-    def _check_new_adapter_config(self, config: MolaConfig) -> None:
+    def _check_new_adapter_config(self, config: MolaConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
         changing = [name for name, other in self.peft_config.items() if other.train_base or other.train_logit_scale]
         if changing and len(self.peft_config) > 1:
@@ -156,7 +177,7 @@ class MolaModel(BaseTuner):
         for adapter_name in self.active_adapters:
             config = self.peft_config[adapter_name]
             if not config.inference_mode:
-                names = set(base_state(model, config, adapter_name, dict(model.named_parameters())))
+                names = set(select_base_state(model, config, adapter_name, dict(model.named_parameters())))
                 for name, parameter in model.named_parameters():
                     if name in names:
                         parameter.requires_grad_(True)
@@ -165,17 +186,17 @@ class MolaModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.routing.align_buffers(adapter_name)
 
-    # ---- using it ----
+    # ---- tasks and weights ----
 
     def set_task(self, task: int | None, adapter_name: str | None = None) -> None:
-        """Fix the task of a grad adapter for passes without `task_ids`, and for merging; None: no longer.
+        """Fix the task of a grad adapter for passes without `task_ids`, and for merging.
 
         Args:
-            task: from 0 to `num_experts - 1`.
-            adapter_name: the adapter; None: all active ones.
+            task: Task from 0 to `num_experts - 1`; None to return to the configured default.
+            adapter_name: Name of the adapter; None for all active ones.
 
         Raises:
-            ValueError: there is no such task, the adapter is no grad adapter, or it is merged.
+            ValueError: If the task does not exist, the adapter has a router, or it is merged.
         """
         names = self.active_adapters if adapter_name is None else [adapter_name]
         for name in names:
@@ -185,17 +206,21 @@ class MolaModel(BaseTuner):
             if task is not None and (isinstance(task, bool) or task not in range(config.num_experts)):
                 raise ValueError(f"task={task!r}: adapter {name!r} has the tasks 0 to {config.num_experts - 1}.")
             if any(name in layer.merged_adapters for layer in self._layers()):
-                raise ValueError(f"Adapter {name!r} is merged; call `unmerge_adapter()` before another task is set.")
+                raise ValueError(f"Adapter {name!r} is merged; call `unmerge_adapter()` before setting another task.")
         for name in names:
             self.routing.fixed_task.pop(name, None)
             if task is not None:
                 self.routing.fixed_task[name] = task
 
     def routing_weights(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
-        """The router's weights in the last forward pass, for plots.
+        """Return the router's weights in the last forward pass, for plots.
+
+        Args:
+            adapter_name: Name of the adapter; None for the first active one.
 
         Returns:
-            Tower (`"image"` and `"text"` of a dual encoder, otherwise `"model"`) -> `(B, E)`, without gradient.
+            Weights `(B, E)` without gradient for each tower: `"image"` and `"text"` of a dual encoder, otherwise
+            `"model"`.
         """
         return self.routing.last_weights(adapter_name)
 
@@ -203,18 +228,18 @@ class MolaModel(BaseTuner):
         """Save the expert of one task as a LoRA adapter, which PEFT loads without this package.
 
         Args:
-            task: from 0 to `num_experts - 1`.
-            save_directory: the folder to write.
-            adapter_name: the adapter.
+            task: Task from 0 to `num_experts - 1`.
+            save_directory: Folder to write.
+            adapter_name: Name of the adapter.
 
         Raises:
-            ValueError: the adapter has a router, there is no such task, the base was trained as well, or a layer is of
-                a kind that LoRA cannot express.
+            ValueError: If the adapter has a router, the task does not exist, the base was trained as well, or a layer
+                is of a kind that LoRA cannot express.
         """
         export_task_as_lora(self.model, self.peft_config[adapter_name], adapter_name, task, save_directory)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "MoLA does not support adapter_names (several adapters in one batch); for several tasks in one batch "
@@ -223,29 +248,41 @@ class MolaModel(BaseTuner):
         yield
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported.
+        """Refuse the call: experts are weighted per sample, not per adapter.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: Always.
         """
         raise NotImplementedError("MoLA does not support add_weighted_adapter: experts are weighted per sample.")
 
     def _layers(self) -> Iterator[MolaLayer]:
         return (module for module in self.model.modules() if isinstance(module, MolaLayer))
 
-    # ---- merging, taking it out ----
+    # ---- merging and unloading ----
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge the expert of the fixed task, see [`MolaModel.set_task`]."""
+        """Merge the expert of the fixed task into the base weights, see [`MolaModel.set_task`].
+
+        Args:
+            adapter_names: Adapters to merge; None for the active ones.
+            safe_merge: Check that each merged weight is finite before it replaces the old one.
+
+        Raises:
+            ValueError: If an adapter has a router, no task is fixed, or a merged weight would not be finite.
+        """
         self._check_tasks_to_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_tasks_to_merge(self, adapter_names: list[str] | None) -> None:
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.peft_config:
-                self.routing.task_to_merge(name)  # raises before the first layer is changed
+                self.routing.get_task_to_merge(name)  # raises before any layer is changed
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -254,7 +291,7 @@ class MolaModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_tasks_to_merge(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.routing.detach()
         del model.mola
         return model
@@ -262,7 +299,7 @@ class MolaModel(BaseTuner):
     # ---- saving and loading ----
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]
         cls,
         model: nn.Module,
         config: MolaConfig,
@@ -271,16 +308,16 @@ class MolaModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return adapter | base_state(model, config, adapter_name, state_dict)
+        return adapter | select_base_state(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # The router is a module with modules in it, so its adapter name may stand anywhere in the key.
-        of_adapter = re.sub(rf"(\.{cls.prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
-        return of_adapter if of_adapter != key else super()._remove_adapter_name_from_key(key, adapter_name)
+        # The router holds modules of its own, so the adapter name can be in the middle of the key.
+        shortened = re.sub(rf"(\.{cls.prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
+        return shortened if shortened != key else super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -292,19 +329,22 @@ class MolaModel(BaseTuner):
             )
         }
         if missing := sorted(expected - saved):
-            raise ValueError(misfit(config, "has no weights for", missing))
+            raise ValueError(describe_misfit(config, "has no weights for", missing))
         if unexpected := sorted(saved - expected):
-            raise ValueError(misfit(config, "has weights for layers that this base does not have:", unexpected))
+            raise ValueError(
+                describe_misfit(config, "has weights for layers that this base does not have:", unexpected)
+            )
         return remapped
 
 
-def _device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    of_adapters = {
+def _find_device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    adapter_parameters = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, BaseTunerLayer)
         for name, parameter in module.named_parameters()
         if not name.startswith("base_layer")
     }
-    parameter = next((p for p in model.parameters() if id(p) not in of_adapters and p.is_floating_point()), None)
+    base = (parameter for parameter in model.parameters() if id(parameter) not in adapter_parameters)
+    parameter = next((parameter for parameter in base if parameter.is_floating_point()), None)
     return (None, None) if parameter is None else (parameter.device, parameter.dtype)

@@ -1,4 +1,4 @@
-"""Routers: networks that look at the model's input and tell how much each expert shall contribute to a sample."""
+"""Routers: networks that read the model's input and score each expert for each sample."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _FACTORIES: dict[str, RouterFactory] = {}
 
 
 def register_router(name: str, factory: RouterFactory) -> None:
-    """Make a router of your own available as `MolaConfig(router_input=name)`.
+    """Make a custom router available as `MolaConfig(router_input=name)`.
 
-    It has to be registered again, under the same name, before an adapter that uses it is loaded.
+    The router must be registered again, under the same name, before an adapter that uses it is loaded.
 
     Args:
-        name: as it is saved in the adapter's configuration.
-        factory: called with the `MolaConfig` and the base model; returns a module whose `forward(**inputs)` takes the
-            inputs of the model by name and returns scores `(B, num_experts)`.
+        name: Name that is saved in the adapter's configuration.
+        factory: Function of the `MolaConfig` and the base model. It returns a module whose `forward(**inputs)` takes
+            the inputs of the model by name and returns scores `(B, num_experts)`.
 
     Raises:
-        ValueError: `name` is one of the built-in routers.
+        ValueError: If `name` is one of the built-in routers.
     """
     if name in ("pixels", "embeddings"):
         raise ValueError(f"name={name!r} is a built-in router; choose another name.")
@@ -34,25 +34,25 @@ def register_router(name: str, factory: RouterFactory) -> None:
 
 
 def check_router_input(router_input: str) -> None:
-    """Raise ValueError unless `router_input` is built in or registered."""
+    """Raise a ValueError unless `router_input` is built in or registered."""
     if router_input not in ("pixels", "embeddings", *_FACTORIES):
         raise ValueError(
             f"router_input={router_input!r}: must be 'pixels', 'embeddings' or a registered name "
             f"({', '.join(map(repr, _FACTORIES)) or 'none so far'}). Register yours with "
-            "hf_dissect.mola.register_router before the adapter is made or loaded."
+            "hf_dissect.mola.register_router before the adapter is created or loaded."
         )
 
 
 class PixelRouter(nn.Module):
-    """A ResNet-20 as for CIFAR (arXiv 1512.03385, section 4.2): 16, 32 and 64 channels, 0.27 M parameters.
+    """A ResNet-20 for small images (arXiv 1512.03385, section 4.2): 16, 32 and 64 channels, 0.27 M parameters.
 
     Args:
-        num_experts: the number of scores.
-        num_channels: of the images.
-        image_size: side to which larger images are reduced first; None: as they come.
+        num_experts: Number of scores.
+        num_channels: Number of channels of the images.
+        image_size: Side in pixels to which larger images are reduced first; None to keep their size.
     """
 
-    def __init__(self, num_experts: int, num_channels: int = 3, image_size: int | None = 32):
+    def __init__(self, num_experts: int, num_channels: int = 3, image_size: int | None = 32) -> None:
         super().__init__()
         self.num_channels = num_channels
         self.image_size = image_size
@@ -63,7 +63,17 @@ class PixelRouter(nn.Module):
         self.scores = nn.Linear(64, num_experts)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Scores `(B, num_experts)` from images `(B, channels, height, width)`."""
+        """Score the experts for each image.
+
+        Args:
+            pixel_values: Images `(B, channels, height, width)`.
+
+        Returns:
+            Scores `(B, num_experts)`.
+
+        Raises:
+            ValueError: If the shape is not that of images with the expected channels.
+        """
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"router_input='pixels' needs pixel_values of shape (B, {self.num_channels}, height, width), got "
@@ -75,7 +85,9 @@ class PixelRouter(nn.Module):
 
 
 class _BasicBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int):
+    """A residual block of two 3x3 convolutions, whose shortcut pads the added channels with zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.stride = out_channels // in_channels
         self.padding = out_channels - in_channels
@@ -85,46 +97,63 @@ class _BasicBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(B, in, height, width)` to `(B, out, height / stride, width / stride)`."""
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
         return F.relu_(shortcut + self.norm2(self.conv2(F.relu_(self.norm1(self.conv1(x))))))
 
 
 class EmbeddingRouter(nn.Module):
-    """A small perceptron on the pooled output of the model's input layer.
+    """A perceptron with one hidden layer of 64 units on the pooled output of the model's input layer.
 
     Args:
-        num_experts: the number of scores.
-        dim: of the embeddings.
+        num_experts: Number of scores.
+        dim: Number of dimensions of the embeddings.
     """
 
-    def __init__(self, num_experts: int, dim: int):
+    def __init__(self, num_experts: int, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.hidden = nn.Linear(dim, 64)
         self.scores = nn.Linear(64, num_experts)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Scores `(B, num_experts)` from pooled embeddings `(B, dim)`."""
+        """Score the experts for each sample.
+
+        Args:
+            pooled: Mean embeddings of the samples, `(B, dim)`.
+
+        Returns:
+            Scores `(B, num_experts)`.
+        """
         return self.scores(F.gelu(self.hidden(self.norm(pooled))))
 
 
 class Router(nn.Module):
-    """The one router of an adapter: a branch for each part of the model that has an input of its own.
+    """The router of an adapter, with one branch for each tower.
 
     Args:
-        branches: tower -> network; a single network for all towers is named `"all"`.
-        config: of the adapter.
+        branches: Network of each tower; a single network for all towers is named `"all"`.
+        config: Configuration of the adapter.
     """
 
-    def __init__(self, branches: dict[str, nn.Module], config: MolaConfig):
+    def __init__(self, branches: dict[str, nn.Module], config: MolaConfig) -> None:
         super().__init__()
         self.branches = nn.ModuleDict(branches)
-        self.projection = None
+        self.projection: nn.Linear | None = None
         if config.decorrelation_weight:
             self.projection = nn.Linear(config.num_experts, config.decorrelation_dim, bias=False)
 
     def forward(self, tower: str, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scores `(B, E)` for one tower and, with decorrelation, their projection `(B, decorrelation_dim)`."""
+        """Score the experts by the input of one tower.
+
+        Args:
+            tower: Name of the branch.
+            **inputs: Inputs of its network; floating-point tensors are cast to the type of the router.
+
+        Returns:
+            Scores `(B, E)` and their projection `(B, decorrelation_dim)`; None instead of the latter without
+            decorrelation.
+        """
         dtype = next(self.parameters()).dtype
         inputs = {
             name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
@@ -134,14 +163,17 @@ class Router(nn.Module):
         return scores, None if self.projection is None else self.projection(scores)
 
 
-def new_router(config: MolaConfig, model: nn.Module, inputs: dict[str, str], dims: dict[str, int]) -> Router:
+def build_router(config: MolaConfig, model: nn.Module, inputs: dict[str, str], dims: dict[str, int]) -> Router:
     """Build the router of an adapter.
 
     Args:
-        config: of the adapter.
-        model: the base model.
-        inputs: tower -> "pixels", "embeddings" or the name of a registered router.
-        dims: tower -> number of channels or dimensions of that input.
+        config: Configuration of the adapter.
+        model: Base model.
+        inputs: Input of each tower's branch: `"pixels"`, `"embeddings"` or the name of a registered router.
+        dims: Number of channels or dimensions of that input, for each tower.
+
+    Returns:
+        The router, in single precision, with fresh weights.
     """
     if config.router_input in _FACTORIES:
         return Router({"all": _FACTORIES[config.router_input](config, model)}, config)

@@ -1,48 +1,54 @@
-"""Which experts are in force: set when a forward pass begins, read by the adapted layers until the next begins."""
+"""The routing of a model: the routers of its adapters, and the weights of the experts in the current forward pass."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
-from hf_dissect.mola.checkpointing import Carrier, checkpointing_mode
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.decorrelation import decorrelation_loss
+from hf_dissect.mola.forward_pass import ExpertChoice, ForwardPass
 from hf_dissect.mola.router import Router
 from hf_dissect.mola.tasks import check_task_ids
-from hf_dissect.mola.towers import input_layer, pool, router_sources, towers_of
+from hf_dissect.mola.towers import choose_router_sources, find_towers
 
 
 class MolaTunerLayer(BaseTunerLayer):
-    """Base of everything that MoLA puts into a model."""
+    """Base class of every module that MoLA puts into a model."""
 
 
 class Routing(nn.Module, MolaTunerLayer):
     """The routers of a model, and the weights of the experts in its current forward pass.
 
-    It lies in the base model as the module `mola`, so that whatever moves, casts, saves or switches adapters finds it,
-    and works by hooks on the base model, so that it does not matter who calls that. The weights stay in force after a
-    forward pass: gradient checkpointing runs the layers again in the backward pass.
+    The base model holds it as the module `mola`, so that whatever moves, casts, saves or switches adapters finds it.
+    Hooks on the base model (see `hooks.py`) fill `choice`, whoever calls that model. The choice stays in force
+    after the forward pass, because gradient checkpointing runs the layers again in the backward pass.
+
+    Args:
+        model: Base model.
 
     Attributes:
-        mola_router: adapter -> `Router`.
-        mola_config: adapter -> `MolaConfig`.
-        towers: the parts of the model with an input of their own: `["image", "text"]` or `["model"]`.
+        mola_router: `Router` of each adapter.
+        mola_config: `MolaConfig` of each adapter.
+        fixed_task: Task fixed by `MolaModel.set_task`, for each adapter that has one.
+        towers: Names of the parts of the model with an input of their own, `["image", "text"]` or `["model"]`.
+        choice: Experts in force.
+        forward_pass: State of the hooks.
+        handles: Handles of the hooks on the base model.
     """
 
     adapter_layer_names = ("mola_router",)
     other_param_names = ("mola_config", "fixed_task")
-    in_features = out_features = None  # asked of every tuner layer, but this one stands for no layer of the model
+    in_features = out_features = None  # PEFT asks every tuner layer, but this one adapts no layer
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.mola_router = nn.ModuleDict()
         self.mola_config: dict[str, MolaConfig] = {}
@@ -50,46 +56,35 @@ class Routing(nn.Module, MolaTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.training = model.training
-        self.towers = list(towers_of(model))
+        self.towers = list(find_towers(model))
         self._base_device: torch.device | None = None
         self._base_dtype: torch.dtype | None = None
-        self._forget()
-        self._handles = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            model.register_forward_hook(self._after_model, always_call=True),
-        ]
-        for tower, module in towers_of(model).items():
-            self._handles.append(
-                module.register_forward_pre_hook(partial(self._before_tower, tower), with_kwargs=True)
-            )
-            if module is not model:
-                self._handles.append(module.register_forward_hook(self._after_tower))
+        self.choice = ExpertChoice()
+        self.forward_pass = ForwardPass()
+        self.handles: list[RemovableHandle] = []
+
+    # ---- adapters ----
 
     def add_adapter(self, adapter_name: str, config: MolaConfig, router: Router | None, model: nn.Module) -> None:
-        """Take an adapter in, with its router if it has one; the base model must hold its layers already."""
+        """Add an adapter, with its router if it has one.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
+            router: Router of the adapter; its branches for towers without adapted layers are dropped.
+            model: Base model, which must hold the layers of the adapter already.
+        """
         self.mola_config[adapter_name] = config
         if router is not None:
-            # In the model's mode: batch norms must not learn in evaluation.
+            # In the model's mode, because batch norms must not learn in evaluation.
             self.mola_router[adapter_name] = router.train(self.training)
-            adapted = self._adapted_towers(adapter_name, model)
-            for tower, module in towers_of(model).items():
+            adapted = self._find_adapted_towers(adapter_name, model)
+            for tower in self.towers:
                 if tower in router.branches and tower not in adapted:
-                    router.branches.pop(tower)  # nothing to route there
-                elif tower in router.branches and self._source(adapter_name, tower) == "embeddings":
-                    self._hook_input_layer(tower, module)
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        self._base_device = device or self._base_device
-        self._base_dtype = dtype or self._base_dtype
-        if adapter_name in self.mola_router and self._base_device is not None:
-            router = self.mola_router[adapter_name]
-            if not any(parameter.is_meta for parameter in router.parameters()):
-                router.to(self._base_device, self._base_dtype)
+                    router.branches.pop(tower)
 
     def align_buffers(self, adapter_name: str) -> None:
-        """Give a router's batch-norm statistics the type of its weights: PEFT casts weights only."""
+        """Cast a router's batch-norm statistics to the type of its weights; PEFT casts the weights only."""
         if adapter_name in self.mola_router:
             router = self.mola_router[adapter_name]
             dtype = next(router.parameters()).dtype
@@ -99,32 +94,128 @@ class Routing(nn.Module, MolaTunerLayer):
                         setattr(module, name, buffer.to(dtype))
 
     def detach(self) -> None:
-        """Take the hooks off the base model."""
-        for handle in self._handles:
+        """Remove the hooks from the base model."""
+        for handle in self.handles:
             handle.remove()
 
-    def tower_of(self, module_name: str) -> str:
-        """The tower that a module of the base model belongs to."""
+    def find_tower(self, module_name: str) -> str:
+        """Return the tower that the named module of the base model belongs to."""
         if self.towers == ["model"]:
             return "model"
         return "text" if module_name.startswith("text") else "image"
 
-    # ---- what the layers ask ----
+    def get_active_routers(self) -> Iterator[tuple[str, Router]]:
+        """Yield name and router of each active adapter that has a router."""
+        names = (name for name, _ in self._get_active_configs() if name in self.mola_router)
+        return ((name, cast(Router, self.mola_router[name])) for name in names)
 
-    def expert_weights(self, adapter_name: str, tower: str, batch_size: int, dtype: torch.dtype) -> torch.Tensor | int:
-        """Weights `(batch_size or 1, E)` of an adapter's experts, or the one expert that serves the whole batch.
+    def get_router_source(self, adapter_name: str, tower: str) -> str:
+        """Return the input of an adapter's router for a tower: `"pixels"`, `"embeddings"` or a registered name."""
+        # A MolaModel has resolved router_input=None before the adapter arrives here.
+        return choose_router_sources(cast(str, self.mola_config[adapter_name].router_input), self.towers)[tower]
 
-        They come in single precision, or in double precision where that is the `dtype` of the experts.
+    def _get_active_configs(self) -> list[tuple[str, MolaConfig]]:
+        if self.disable_adapters:
+            return []
+        return [(name, self.mola_config[name]) for name in self.active_adapters if name in self.mola_config]
+
+    @staticmethod
+    def _find_adapted_towers(adapter_name: str, model: nn.Module) -> set[str]:
+        layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, MolaTunerLayer))
+        return {layer.tower for layer in layers if hasattr(layer, "tower") and adapter_name in layer.mola_A}
+
+    # ---- tasks of a pass ----
+
+    def set_tasks(self, task_ids: torch.Tensor | None, tensors: list[torch.Tensor]) -> None:
+        """Choose the experts of the grad adapters for the pass that begins.
+
+        Args:
+            task_ids: Tasks of the samples, int64 `(B,)`; None to use the fixed or default task.
+            tensors: Other inputs of the model; the first has `B` rows.
 
         Raises:
-            ValueError: the batch is not the one the weights were made for.
-            RuntimeError: there are none, as a part of the model was called by itself.
+            TypeError: If `task_ids` is not an int64 tensor.
+            ValueError: If their shape, device or range is wrong, or they are missing in training.
+        """
+        grad_adapters = [(name, config) for name, config in self._get_active_configs() if config.variant == "grad"]
+        if not grad_adapters:
+            return
+        if task_ids is None:
+            missing = [name for name, _ in grad_adapters if self._get_default_task(name) is None]
+            if missing and self.training:
+                raise ValueError(
+                    f"task_ids are missing: adapter {missing[0]!r} trains an expert per task. Call the model with "
+                    "task_ids=..., int64 (B,). If you did, set the configuration's task_type to None, because PEFT "
+                    "drops them otherwise. In evaluation the mean of the experts is used."
+                )
+            return
+        choice = self.choice
+        choice.common_task = check_task_ids(
+            task_ids, tensors, {name: config.num_experts for name, config in grad_adapters}
+        )
+        choice.task_ids = task_ids
+        if choice.common_task is None:
+            # Once for all layers of the pass.
+            choice.one_hot = {name: F.one_hot(task_ids, config.num_experts) for name, config in grad_adapters}
+
+    def get_task_to_merge(self, adapter_name: str) -> int:
+        """Return the task whose expert a merge adds to the base weights.
+
+        Raises:
+            ValueError: If the adapter has a router, or no task is fixed.
+        """
+        config = self.mola_config[adapter_name]
+        if config.variant == "router":
+            raise ValueError(
+                f"Adapter {adapter_name!r} has a router: its weights depend on the input and cannot be merged."
+            )
+        task = self._get_default_task(adapter_name)
+        if task is None:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has an expert per task: choose the one to merge with `set_task(task)`, a "
+                f"task from 0 to {config.num_experts - 1}."
+            )
+        return task
+
+    def check_merged_task(self, merged: Mapping[str, int]) -> None:
+        """Raise a ValueError if the pass has task ids other than the merged task.
+
+        Args:
+            merged: Merged task of each adapter.
+        """
+        if self.choice.task_ids is not None and {self.choice.common_task} != set(merged.values()):
+            raise ValueError(
+                f"task_ids were given while the expert of task {sorted(merged.values())[0]} is merged; call "
+                "`unmerge_adapter()` first."
+            )
+
+    def _get_default_task(self, adapter_name: str) -> int | None:
+        return self.fixed_task.get(adapter_name, self.mola_config[adapter_name].default_task)
+
+    # ---- weights for the layers ----
+
+    def expert_weights(self, adapter_name: str, tower: str, batch_size: int, dtype: torch.dtype) -> torch.Tensor | int:
+        """Return the weights of an adapter's experts in the current pass.
+
+        Args:
+            adapter_name: Name of the adapter.
+            tower: Tower of the layer that asks.
+            batch_size: Number of rows of the layer's input, a multiple of the number of samples.
+            dtype: Type of the experts.
+
+        Returns:
+            Weights `(batch_size, E)` or `(1, E)`, in double precision if `dtype` is, otherwise in single precision; or
+            the index of the one expert that serves the whole batch.
+
+        Raises:
+            ValueError: If the weights were made for another batch.
+            RuntimeError: If there are no weights, because a part of the model was called by itself.
         """
         config = self.mola_config[adapter_name]
         if config.variant == "grad":
             weights = self._task_weights(adapter_name, torch.promote_types(dtype, torch.float32))
-        elif (adapter_name, tower) in self._weights:
-            weights = self._weights[adapter_name, tower]
+        elif (adapter_name, tower) in self.choice.weights:
+            weights = self.choice.weights[adapter_name, tower]
         else:
             raise RuntimeError(
                 f"The router of adapter {adapter_name!r} has not seen the input: call the whole model (or a whole "
@@ -140,76 +231,50 @@ class Routing(nn.Module, MolaTunerLayer):
         return weights.repeat_interleave(batch_size // len(weights), dim=0)  # windows or tokens of each sample
 
     def _task_weights(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor | int:
-        num_experts = self.mola_config[adapter_name].num_experts
-        if self._single_task is not None:
-            return self._single_task
-        if self._task_ids is not None:
-            return self._one_hot[adapter_name].to(dtype)
-        task = self._default_task(adapter_name)
+        choice, num_experts = self.choice, self.mola_config[adapter_name].num_experts
+        if choice.common_task is not None:
+            return choice.common_task
+        if choice.task_ids is not None:
+            return choice.one_hot[adapter_name].to(dtype)
+        task = self._get_default_task(adapter_name)
         if task is not None:
             return task
-        return torch.full((1, num_experts), 1 / num_experts, device=self._device, dtype=dtype)
+        return torch.full((1, num_experts), 1 / num_experts, device=choice.device, dtype=dtype)
 
-    def _default_task(self, adapter_name: str) -> int | None:
-        return self.fixed_task.get(adapter_name, self.mola_config[adapter_name].default_task)
-
-    def task_to_merge(self, adapter_name: str) -> int:
-        """The task whose expert a merge adds to the base weights.
-
-        Raises:
-            ValueError: the adapter has a router, or no task is fixed.
-        """
-        config = self.mola_config[adapter_name]
-        if config.variant == "router":
-            raise ValueError(
-                f"Adapter {adapter_name!r} has a router: its weights depend on the input and cannot be merged."
-            )
-        task = self._default_task(adapter_name)
-        if task is None:
-            raise ValueError(
-                f"Adapter {adapter_name!r} has an expert per task: choose the one to merge by `set_task(task)`, a "
-                f"task from 0 to {config.num_experts - 1}."
-            )
-        return task
-
-    def check_merged_task(self, merged: Mapping[str, int]) -> None:
-        """Raise ValueError when the pass has task ids other than the task that is merged."""
-        if self._task_ids is not None and {self._single_task} != set(merged.values()):
-            raise ValueError(
-                f"task_ids were given while the expert of task {sorted(merged.values())[0]} is merged; call "
-                "`unmerge_adapter()` first."
-            )
-
-    # ---- what a trainer asks ----
+    # ---- training ----
 
     @property
     def needs_task_ids(self) -> bool:
-        """Whether an active adapter has an expert per task."""
-        return any(config.variant == "grad" for _, config in self._active_configs())
+        """True if an active adapter has an expert per task."""
+        return any(config.variant == "grad" for _, config in self._get_active_configs())
 
     @property
     def decorrelates(self) -> bool:
-        """Whether an active adapter has a router with a decorrelation loss."""
-        return any(config.variant == "router" and config.decorrelation_weight for _, config in self._active_configs())
+        """True if an active adapter has a router with a decorrelation loss."""
+        configs = self._get_active_configs()
+        return any(config.variant == "router" and config.decorrelation_weight for _, config in configs)
 
     def projections(self) -> dict[tuple[str, str], torch.Tensor]:
-        """What `decorrelation_loss` is made of, of the last forward pass: `(adapter, tower) -> (B, d)`."""
-        return dict(self._projections)
+        """Return the projected scores `(B, decorrelation_dim)` of the last forward pass, by adapter and tower."""
+        return dict(self.forward_pass.projections)
 
     def decorrelation_loss(
         self, task_ids: torch.Tensor, projections: Mapping[tuple[str, str], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """The task-wise decorrelation loss, times its weight; mean over the towers.
+        """Compute the weighted task-wise decorrelation loss: the mean over the towers, summed over the adapters.
 
         Args:
-            task_ids: integers `(B,)`.
-            projections: as of `projections()`, for a batch that went through the model in parts; by default those of
-                the last forward pass.
+            task_ids: Tasks of the samples, integers `(B,)`.
+            projections: Projected scores in the form of `projections()`, for a batch that went through the model in
+                parts; None for those of the last forward pass.
+
+        Returns:
+            A scalar with gradient.
 
         Raises:
-            RuntimeError: no forward pass with a router has been made.
+            RuntimeError: If no forward pass with a router was made.
         """
-        projections = self._projections if projections is None else projections
+        projections = self.forward_pass.projections if projections is None else projections
         if not projections:
             raise RuntimeError("decorrelation_loss needs a forward pass of a model with a MoLA router before.")
         losses = []
@@ -221,215 +286,57 @@ class Routing(nn.Module, MolaTunerLayer):
         return torch.stack(losses).mean() * num_adapters
 
     def last_weights(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
-        """The routing weights of the last forward pass, `tower -> (B, E)`, without gradient, for plots."""
+        """Return the router's weights `(B, E)` in the last forward pass for each tower, without gradient.
+
+        Args:
+            adapter_name: Name of the adapter; None for the first active one.
+        """
         names = self.active_adapters if adapter_name is None else [adapter_name]
-        return {tower: weights.detach() for (name, tower), weights in self._weights.items() if name == names[0]}
+        weights = self.choice.weights
+        return {tower: values.detach() for (name, tower), values in weights.items() if name == names[0]}
 
-    # ---- the forward pass ----
-
-    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs = self._begin(module, args, kwargs)
-        self._inside = True
-        return args, kwargs
-
-    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._inside = False
-        self._keep_for_backward(output)
-
-    def _after_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self._inside:
-            self._keep_for_backward(output)
-
-    def _keep_for_backward(self, output: Any) -> None:
-        """Have this pass's weights in force again when its backward pass begins, if other passes came in between."""
-        if self._checkpoints:
-            state = {
-                name: getattr(self, name) for name in ("_weights", "_task_ids", "_single_task", "_one_hot", "_device")
-            }
-            for tensor in tree_leaves(output):
-                if torch.is_tensor(tensor) and tensor.requires_grad:
-                    tensor.register_hook(partial(self._put_in_force, state))
-
-    def _put_in_force(self, state: dict[str, Any], gradient: torch.Tensor) -> None:
-        self.__dict__.update(state)
-
-    def _before_tower(self, tower: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if not self._inside:  # get_image_features and the like call a tower by itself
-            kwargs = self._begin(module, args, kwargs)
-        for adapter_name, router in self._active_routers():
-            if tower not in router.branches:
-                continue
-            if self._source(adapter_name, tower) == "pixels":
-                args, kwargs = self._route_argument("pixel_values", adapter_name, tower, module, args, kwargs)
-            else:
-                self._hook_input_layer(tower, module)  # another one where the active adapter has a copy of its own
-                self._masks[tower] = kwargs.get("attention_mask")
-                if (embeds := kwargs.get("inputs_embeds")) is not None:
-                    embeds = self._route_pooled(tower, embeds, pool(input_layer(module), embeds, self._masks[tower]))
-                    kwargs = kwargs | {"inputs_embeds": embeds}
-        return args, kwargs
-
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> dict:
-        decodes = kwargs.get("encoder_outputs") is not None  # the encoder, called before, has seen the input
-        seen = (self._weights, self._projections) if decodes else ({}, {})
-        self._forget()
-        self._weights, self._projections = seen
-        kwargs = dict(kwargs)
-        task_ids = kwargs.pop("task_ids", None)
-        if self.disable_adapters:
-            return kwargs
-        if getattr(module, "_is_replica", False):
-            raise RuntimeError(
-                "MoLA does not work with torch.nn.DataParallel, whose threads would share one routing; run a process "
-                "for each device (accelerate launch, torchrun), or show one device only (CUDA_VISIBLE_DEVICES)."
-            )
-        tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
-        if tensors:
-            self._device = tensors[0].device
-        mode = checkpointing_mode(module) if self.training and torch.is_grad_enabled() else None
-        self._checkpoints, self._reentrant = mode is not None, mode == "reentrant"
-        self._take_tasks(task_ids, tensors)
-        for adapter_name, router in self._active_routers():
-            if "all" in router.branches and not decodes:
-                scores = router("all", **_named_arguments(module, args, kwargs))
-                for tower in self.towers:
-                    self._set_weights(adapter_name, tower, *scores, None)
-        return kwargs
-
-    def _take_tasks(self, task_ids: torch.Tensor | None, tensors: list[torch.Tensor]) -> None:
-        grad_adapters = [(name, config) for name, config in self._active_configs() if config.variant == "grad"]
-        if not grad_adapters:
-            return
-        if task_ids is None:
-            missing = [name for name, _ in grad_adapters if self._default_task(name) is None]
-            if missing and self.training:
-                raise ValueError(
-                    f"task_ids are missing: adapter {missing[0]!r} trains an expert per task. Call the model with "
-                    "task_ids=..., int64 (B,); if they were given, leave the configuration's task_type None (PEFT "
-                    "drops them otherwise). In evaluation the mean of the experts is used."
-                )
-            return
-        self._single_task = check_task_ids(
-            task_ids, tensors, {name: config.num_experts for name, config in grad_adapters}
-        )
-        self._task_ids = task_ids
-        if self._single_task is None:
-            # Once for all layers of the pass.
-            self._one_hot = {name: F.one_hot(task_ids, config.num_experts) for name, config in grad_adapters}
-
-    def _route_argument(self, name, adapter_name, tower, module, args, kwargs) -> tuple[tuple, dict]:
-        names = list(inspect.signature(module.forward).parameters)
-        position = names.index(name) if name in names else len(args)
-        value = kwargs.get(name) if name in kwargs or position >= len(args) else args[position]
-        if value is None:
-            raise ValueError(
-                f"{name} is missing: the router of adapter {adapter_name!r} looks at pixels. Give the model "
-                f"{name}, or make the adapter with router_input='embeddings'."
-            )
-        scores = self.mola_router[adapter_name](tower, **{name: value})
-        value = self._set_weights(adapter_name, tower, *scores, value)
-        if name in kwargs:
-            return args, kwargs | {name: value}
-        return (*args[:position], value, *args[position + 1 :]), kwargs
-
-    def _after_input_layer(self, tower: str, layer: nn.Module, output: torch.Tensor) -> torch.Tensor:
-        return self._route_pooled(tower, output, pool(layer, output, self._masks.get(tower)))
-
-    def _route_pooled(self, tower: str, embeddings: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        for adapter_name, router in self._active_routers():
-            if tower in router.branches and self._source(adapter_name, tower) == "embeddings":
-                embeddings = self._set_weights(adapter_name, tower, *router(tower, pooled=pooled), embeddings)
-        return embeddings
-
-    def _set_weights(self, adapter_name, tower, scores, projection, carrier) -> torch.Tensor | None:
-        """Put weights in force; returns `carrier`, through which gradients come back from reentrant checkpoints."""
-        weights = (scores if scores.dtype == torch.float64 else scores.float()).softmax(-1)
-        if projection is not None:
-            self._projections[adapter_name, tower] = projection
-            if projection.requires_grad:  # in evaluation as well, where some train
-                # DDP looks for unused parameters from the model's outputs, where the projection must be found.
-                weights = weights + 0.0 * projection.sum()
-        if self._reentrant and weights.requires_grad:
-            if carrier is None:
-                raise ValueError(
-                    f"The registered router of adapter {adapter_name!r} does not work with reentrant gradient "
-                    "checkpointing; use gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-            leaf = weights.detach().requires_grad_()
-            carrier, weights = Carrier.apply(carrier, weights, [leaf]), leaf
-        self._weights[adapter_name, tower] = weights
-        return carrier
-
-    # ---- small matters ----
-
-    def _forget(self) -> None:
-        self._weights: dict[tuple[str, str], torch.Tensor] = {}
-        self._projections: dict[tuple[str, str], torch.Tensor] = {}
-        self._masks: dict[str, torch.Tensor | None] = {}
-        self._task_ids: torch.Tensor | None = None
-        self._single_task: int | None = None
-        self._one_hot: dict[str, torch.Tensor] = {}
-        self._device: torch.device | None = None
-        self._inside = self._reentrant = self._checkpoints = False
+    # ---- protocol of PEFT and pickle ----
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tensors with a gradient graph, as a forward pass leaves them, can be neither copied nor pickled.
-        return self.__dict__ | {"_weights": {}, "_projections": {}, "_masks": {}, "_task_ids": None, "_one_hot": {}}
+        # Tensors with a gradient graph, which a forward pass leaves behind, can be neither copied nor pickled.
+        choice = replace(self.choice, weights={}, task_ids=None, one_hot={})
+        return self.__dict__ | {
+            "choice": choice,
+            "forward_pass": replace(self.forward_pass, projections={}, masks={}),
+        }
 
-    def _active_configs(self) -> list[tuple[str, MolaConfig]]:
-        if self.disable_adapters:
-            return []
-        return [(name, self.mola_config[name]) for name in self.active_adapters if name in self.mola_config]
-
-    def _active_routers(self) -> Iterator[tuple[str, Router]]:
-        return ((name, self.mola_router[name]) for name, _ in self._active_configs() if name in self.mola_router)
-
-    def _source(self, adapter_name: str, tower: str) -> str:
-        return router_sources(self.mola_config[adapter_name].router_input, self.towers)[tower]
-
-    @staticmethod
-    def _adapted_towers(adapter_name: str, model: nn.Module) -> set[str]:
-        layers = (module for module in model.modules() if isinstance(module, MolaTunerLayer))
-        return {layer.tower for layer in layers if hasattr(layer, "tower") and adapter_name in layer.mola_A}
-
-    def _hook_input_layer(self, tower: str, module: nn.Module) -> None:
-        layer = input_layer(module)
-        hooks = (hook for part in layer.modules() for hook in part._forward_hooks.values())
-        if not any(isinstance(hook, _InputLayerHook) and hook.routing is self for hook in hooks):
-            self._handles.append(layer.register_forward_hook(_InputLayerHook(self, tower)))
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self._base_device = device or self._base_device
+        self._base_dtype = dtype or self._base_dtype
+        if adapter_name in self.mola_router and self._base_device is not None:
+            router = self.mola_router[adapter_name]
+            if not any(parameter.is_meta for parameter in router.parameters()):
+                router.to(self._base_device, self._base_dtype)
 
     @property
     def weight(self) -> torch.Tensor:
+        """Not available: routing adapts no weight."""
         raise AttributeError("routing adapts no weight")
 
     @property
     def bias(self) -> torch.Tensor:
+        """Not available: routing adapts no bias."""
         raise AttributeError("routing adapts no bias")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing: the layers are merged."""
+        """Do nothing: the layers are merged one by one.
+
+        Args:
+            safe_merge: Ignored.
+            adapter_names: Ignored.
+        """
 
     def unmerge(self) -> None:
-        """Nothing: the layers are unmerged."""
-
-
-class _InputLayerHook:
-    """Calls the routing; a copy of the whole model calls the copied routing, a copy of the layer alone the same."""
-
-    def __init__(self, routing: Routing, tower: str):
-        self.routing, self.tower = routing, tower
-
-    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return self.routing._after_input_layer(self.tower, module, output)
-
-    def __deepcopy__(self, memo: dict) -> _InputLayerHook:
-        return _InputLayerHook(memo.get(id(self.routing), self.routing), self.tower)
-
-
-def _named_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        """Do nothing: the layers are unmerged one by one."""
 
 
 def mola_routing(model: nn.Module) -> Routing | None:
-    """The routing of a model in whatever it is wrapped (PEFT, DDP, ...); None if it has no MoLA adapter."""
+    """Return the routing of a model, wrapped (PEFT, DDP, ...) or not; None if it has no MoLA adapter."""
     return next((module for module in model.modules() if isinstance(module, Routing)), None)

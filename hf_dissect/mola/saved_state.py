@@ -1,4 +1,4 @@
-"""What of the base model is trained and saved with an adapter, and what is said when a file does not fit a base."""
+"""The part of the base model that is trained and saved with an adapter, and the report of a file that does not fit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ from hf_dissect.mola.layer import MolaLayer
 _LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
 
 
-def base_state(
+def select_base_state(
     model: nn.Module, config: MolaConfig, adapter_name: str, state: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The entries of the base model in `state` that belong to an adapter, as they are trained with it."""
+    """Return the entries of the base model that are trained and saved with an adapter.
+
+    Args:
+        model: Base model with the adapter in it.
+        config: Configuration of the adapter.
+        adapter_name: Name of the adapter.
+        state: Parameters or state dict of the model, by name.
+
+    Returns:
+        The matching entries of `state`.
+    """
     names: set[str] = set()
     prefixes = tuple(
         f"{name}.base_layer."
@@ -25,23 +35,31 @@ def base_state(
     )
     if config.train_base:
         auxiliary = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-        of_adapters = _filter_state_dict_by_key_prefixes(state, _get_tuner_state_dict_key_prefixes(model) | auxiliary)
-        of_base = [name for name in state if name not in of_adapters]
-        # Batch-norm statistics follow the weights, wherever they are trained.
+        adapter_state = _filter_state_dict_by_key_prefixes(
+            state, _get_tuner_state_dict_key_prefixes(model) | auxiliary
+        )
+        base_names = [name for name in state if name not in adapter_state]
+        # Batch-norm statistics depend on the trained weights, so they are saved with any part of the base.
         buffers = {name for name, _ in model.named_buffers()}
         names |= {
-            name for name in of_base if config.train_base == "all" or name in buffers or name.startswith(prefixes)
+            name for name in base_names if config.train_base == "all" or name in buffers or name.startswith(prefixes)
         }
     if config.train_logit_scale:
         names |= {name for name in state if name.rpartition(".")[2] in _LOGIT_PARAMETERS}
     return {name: value for name, value in state.items() if name in names}
 
 
-def misfit(config: MolaConfig, problem: str, keys: list[str]) -> str:
-    """The message for an adapter file that does not fit the model, whose `problem` concerns the parameters `keys`."""
+def describe_misfit(config: MolaConfig, problem: str, keys: list[str]) -> str:
+    """Compose the error message for an adapter file that does not fit a model.
+
+    Args:
+        config: Configuration of the adapter.
+        problem: Predicate of the sentence, followed by the keys.
+        keys: Names of the parameters concerned; the first three are printed.
+    """
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return (
         f"The adapter does not fit this base model: its file {problem} {', '.join(keys[:3])}{more}. It was made for "
-        f"{config.base_model_name_or_path or 'an unnamed model'}; load it on that base, or see whether the file "
-        "is whole."
+        f"{config.base_model_name_or_path or 'an unnamed model'}; load it on that base, or check that the file "
+        "is complete."
     )

@@ -1,7 +1,7 @@
-"""Which layers an adapter takes when it is not told, by the model type of transformers."""
+"""Default target modules of an adapter, by the model type of transformers."""
 
 _ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-# Not the output projection of SigLIP's pooling head: nn.MultiheadAttention reads its weight and never calls it.
+# The output projection of SigLIP's pooling head is left out: nn.MultiheadAttention reads its weight without a call.
 _SIGLIP = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "fc1", "fc2"]
 _BERT = ["query", "key", "value", "dense"]
 TARGET_MODULES = {

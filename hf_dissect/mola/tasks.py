@@ -1,4 +1,4 @@
-"""Makes sure that the task ids of a batch are what the experts can be chosen by."""
+"""Validation of the task ids of a batch, before experts are chosen by them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import torch
 
 
 def check_task_ids(task_ids: torch.Tensor, tensors: list[torch.Tensor], num_experts: Mapping[str, int]) -> int | None:
-    """The one task of all samples; None when there are several.
+    """Check the task ids of a batch, and return the task if all samples share one.
 
     Args:
-        task_ids: int64 `(B,)`.
-        tensors: the other inputs of the model, the first with `B` samples.
-        num_experts: adapter -> number of its tasks.
+        task_ids: Task of each sample, int64 `(B,)`.
+        tensors: Other inputs of the model; the first has `B` rows.
+        num_experts: Number of tasks of each adapter, by name.
+
+    Returns:
+        The common task of all samples, or None if there are several.
 
     Raises:
-        TypeError, ValueError: wrong type, shape, device or range.
+        TypeError: If `task_ids` is not an int64 tensor.
+        ValueError: If its shape, device or range is wrong.
     """
     if not torch.is_tensor(task_ids) or task_ids.dtype != torch.int64:
-        found = f"{task_ids.dtype} tensor" if torch.is_tensor(task_ids) else type(task_ids).__name__
-        raise TypeError(f"task_ids is a {found}; it must be an int64 tensor of shape (B,).")
+        kind = f"{task_ids.dtype} tensor" if torch.is_tensor(task_ids) else type(task_ids).__name__
+        raise TypeError(f"task_ids is a {kind}; it must be an int64 tensor of shape (B,).")
     batch_size = len(tensors[0]) if tensors and tensors[0].dim() else None
     if task_ids.dim() != 1 or (batch_size is not None and len(task_ids) != batch_size) or not len(task_ids):
         raise ValueError(
@@ -29,7 +33,7 @@ def check_task_ids(task_ids: torch.Tensor, tensors: list[torch.Tensor], num_expe
         )
     if tensors and task_ids.device != tensors[0].device:
         raise ValueError(
-            f"task_ids are on {task_ids.device}, the other inputs on {tensors[0].device}; move them there."
+            f"task_ids are on {task_ids.device}, the other inputs on {tensors[0].device}; move them to one device."
         )
     lowest, highest = torch.stack(task_ids.aminmax()).tolist()
     for adapter_name, number in num_experts.items():

@@ -1,59 +1,84 @@
-"""Where the input comes into a model: its towers, and the layer of each that sees the input first."""
+"""The towers of a model, and the layer of each that sees the input first."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _INPUT_LAYERS = (nn.Embedding, nn.Linear, Conv1D, *_CONVOLUTIONS)
 
 
-def towers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a model with an input of their own: `image` and `text` of a dual encoder, else the `model`.
+def find_towers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts of a model that have an input of their own, by name.
 
-    Of an encoder with a decoder it is the encoder that sees the input; `generate` calls it by itself.
+    For an encoder-decoder, that is the encoder alone, which `generate` calls separately.
+
+    Args:
+        model: A base model of PEFT.
+
+    Returns:
+        The towers `"image"` and `"text"` of a dual encoder; for any other model the single tower `"model"`.
     """
     vision_model, text_model = getattr(model, "vision_model", None), getattr(model, "text_model", None)
     if isinstance(vision_model, nn.Module) and isinstance(text_model, nn.Module):
         return {"image": vision_model, "text": text_model}
     encodes_first = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return {"model": model.get_encoder() if encodes_first else model}
+    return {"model": cast(PreTrainedModel, model).get_encoder() if encodes_first else model}
 
 
-def router_sources(router_input: str, towers: list[str]) -> dict[str, str]:
-    """Tower -> "pixels" or "embeddings": of a dual encoder, only the image tower can be routed by pixels."""
+def choose_router_sources(router_input: str, towers: list[str]) -> dict[str, str]:
+    """Return the router's input for each tower; only the image tower of a dual encoder can be routed by pixels.
+
+    Args:
+        router_input: `"pixels"` or `"embeddings"`, as configured.
+        towers: Names of the towers.
+
+    Returns:
+        `"pixels"` or `"embeddings"` for each tower.
+    """
     return {tower: "embeddings" if tower == "text" else router_input for tower in towers}
 
 
-def input_layer(module: nn.Module) -> nn.Module:
-    """The first layer that sees a model's input: of its input embeddings where it tells them, else of all its layers.
+def find_input_layer(module: nn.Module) -> nn.Module:
+    """Return the first layer that sees a model's input.
+
+    The layer is searched in the input embeddings if the model declares them, otherwise in all of its layers.
+
+    Args:
+        module: A tower.
 
     Raises:
-        ValueError: there is none.
+        ValueError: If the module has no embedding, convolution or dense layer.
     """
     try:
-        start = module.get_input_embeddings()
+        start = cast(PreTrainedModel, module).get_input_embeddings()
     except (AttributeError, NotImplementedError):
         start = module
     for layer in start.modules():
         if isinstance(layer, BaseTunerLayer):
-            return layer.get_base_layer()  # the router must have looked before the layer's own adapter adds to it
+            return layer.get_base_layer()  # the router must see the output before the layer's own adapter adds to it
         if isinstance(layer, (AuxiliaryTrainingWrapper, *_INPUT_LAYERS)):
             return layer
-    raise ValueError(f"{type(module).__name__} has no embedding, convolution or dense layer for a router to look at.")
+    raise ValueError(f"{type(module).__name__} has no embedding, convolution or dense layer that a router could read.")
 
 
-def pool(layer: nn.Module, output: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean `(B, D)` of what an input layer makes of each sample.
+def pool_output(layer: nn.Module, output: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Average the output of an input layer over the positions of each sample.
 
     Args:
-        layer: an embedding or dense layer, whose output is `(B, ..., D)`, or a convolution, `(B, D, ...)`.
-        output: of the layer.
-        mask: `(B, L)`, 0 where the positions of `(B, L, D)` are padding.
+        layer: An embedding or dense layer, whose output is `(B, ..., D)`, or a convolution, `(B, D, ...)`.
+        output: Output of that layer.
+        mask: Attention mask `(B, L)` of an output `(B, L, D)`, 0 at padding; None to average over all positions.
+
+    Returns:
+        Mean embeddings `(B, D)`.
     """
     if isinstance(layer, _CONVOLUTIONS):
         return output.flatten(2).mean(2)
@@ -63,11 +88,14 @@ def pool(layer: nn.Module, output: torch.Tensor, mask: torch.Tensor | None) -> t
     return output.flatten(1, -2).mean(1) if output.dim() > 2 else output
 
 
-def output_dim(layer: nn.Module) -> int:
-    """The number of channels or dimensions of an input layer's output.
+def get_output_dim(layer: nn.Module) -> int:
+    """Return the number of channels or dimensions of an input layer's output.
+
+    Args:
+        layer: An embedding, convolution or dense layer.
 
     Raises:
-        ValueError: the layer does not tell.
+        ValueError: If the layer has none of the known size attributes.
     """
     if isinstance(layer, AuxiliaryTrainingWrapper):
         layer = layer.original_module
@@ -77,7 +105,7 @@ def output_dim(layer: nn.Module) -> int:
     raise ValueError(f"The size of the output of {layer} is unknown; register a router of your own for this model.")
 
 
-def num_channels(module: nn.Module) -> int:
-    """The number of channels of the images that a tower takes."""
+def get_num_channels(module: nn.Module) -> int:
+    """Return the number of channels of the images that a tower takes; 3 if its configuration does not say."""
     config = getattr(module, "config", None)
     return getattr(getattr(config, "vision_config", config), "num_channels", 3)

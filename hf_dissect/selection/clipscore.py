@@ -6,9 +6,10 @@ from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_lar
 
 
 class ClipScore(SelectionStrategy):
-    """Keeps the candidates with the highest correlation under the current weights (CLIPScore, arXiv 2104.08718)."""
+    """A rule that keeps the candidates with the highest current correlation (CLIPScore, arXiv 2104.08718)."""
 
     name = "clipscore"
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Keep the `k` largest correlations; see `SelectionStrategy.select`."""
         return keep_largest(scores.correlation, k)

@@ -1,4 +1,4 @@
-"""DISSect: the pairs whose correlation fell most against what it once was."""
+"""DISSect: the pairs whose correlation fell most against their own past."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -15,20 +15,20 @@ from hf_dissect.settings import check_values
 class Dissect(SelectionStrategy):
     """Differential-informed sample selection (ICCV 2025, arXiv 2507.12998).
 
-    Keeps the candidates with the largest differential `historical - current` correlation. Clean pairs are learnt early
-    and fall back later; mismatched ones start low and rise as they are memorised.
+    The rule keeps the candidates with the largest differential, `historical - current` correlation. Clean pairs are
+    learnt early and fall back later; mismatched ones start low and rise as they are memorised.
 
-    A pair without history takes the median differential of its batch, and a batch without any history is selected
-    at random: never having been seen says nothing about a pair.
+    A pair without history takes the median differential of its batch. A batch without any history is selected at
+    random, because a first visit contains no information about a pair.
 
     Args:
         variant, momentum, warmup_on: See `DissectOptions`.
-        warmup_epochs: epochs before the selection proper begins ("warmup" variant only), at least 1 unless the ledger
-            begins with a history.
-        history_given: whether the ledger begins with a history, that of another run.
+        warmup_epochs: Number of epochs before the selection proper (`"warmup"` only), at least 1 unless the ledger
+            starts with a history.
+        history_given: True if the ledger starts with the history of another run.
 
     Raises:
-        ValueError: an argument is outside of what is listed.
+        ValueError: If an argument is not one of the allowed values.
     """
 
     name = "dissect"
@@ -42,13 +42,13 @@ class Dissect(SelectionStrategy):
         warmup_on: str = DissectOptions.warmup_on,
         momentum: float = DissectOptions.momentum,
         history_given: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         check_values(DissectOptions, {"variant": variant, "momentum": momentum, "warmup_on": warmup_on})
         if variant == "warmup" and warmup_epochs < 1 and not history_given:
             raise ValueError(
                 f"warmup_epochs={warmup_epochs}: the warm-up variant needs at least 1 to have a history, or the "
-                "ledger of another run to begin with."
+                "ledger of another run to start with."
             )
         self.variant = variant
         self.warmup_epochs = warmup_epochs if variant == "warmup" else 0
@@ -58,16 +58,20 @@ class Dissect(SelectionStrategy):
 
     @property
     def in_warmup(self) -> bool:
+        """True before the selection proper."""
         return self._epoch < self.warmup_epochs
 
     def needs_scores(self, epoch: int) -> bool:
-        # Each warm-up epoch overwrites the scores of the one before: only the last is worth its forward passes.
+        # Each warm-up epoch overwrites the scores of the one before, so only the last is worth its forward passes.
+        """Return True from the last warm-up epoch on."""
         return epoch >= self.warmup_epochs - 1
 
     def on_epoch_begin(self, epoch: int, ledger: SampleLedger) -> None:
+        """Remember the epoch; see `SelectionStrategy.on_epoch_begin`."""
         self._epoch = epoch
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Keep the `k` largest differentials; see `SelectionStrategy.select`."""
         if self.in_warmup:
             if self.warmup_on == "all":
                 return Selection(indices=torch.arange(scores.num_candidates))
@@ -78,7 +82,14 @@ class Dissect(SelectionStrategy):
             return keep_random(scores.num_candidates, k, self.generator)
         return keep_largest(torch.where(known, differential, differential[known].median()), k)
 
-    def record(self, sample_id, correlation, ledger, measured=None) -> None:
+    def record(
+        self,
+        sample_id: torch.Tensor,
+        correlation: torch.Tensor,
+        ledger: SampleLedger,
+        measured: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Update the history; see `SelectionStrategy.record`."""
         if self.variant == "momentum":
             history = ledger.read("history", sample_id)
             average = self.momentum * history + (1 - self.momentum) * correlation

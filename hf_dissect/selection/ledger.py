@@ -1,9 +1,10 @@
-"""What is remembered of each pair between visits, so that a pair can be compared with its own past."""
+"""The ledger: values of each pair that are remembered between visits, so that a pair is compared with its own past."""
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,23 +23,23 @@ _FORMAT = "hf_dissect.ledger/1"
 class SampleLedger:
     """Columns of float32 keyed by sample id; a pair that was never written reads as NaN.
 
-    With `num_samples`, ids are the row numbers `0 .. num_samples - 1` and address the columns directly: 4 bytes a
-    pair and column, nothing else. Without it any non-negative int64 ids are accepted (hashed keys, streams) and the
-    ledger grows with the pairs it meets; the index (`IdIndex`) then costs 16 to 24 bytes a pair, and up to 32 while
-    it grows, once, whatever the number of columns.
+    With `num_samples`, ids are the row numbers `0 .. num_samples - 1` and address the columns directly, which takes 4
+    bytes per pair and column. Without it, any non-negative int64 ids are accepted (hashed keys, streams), and the
+    ledger grows with the pairs it meets. The index (`IdIndex`) then takes 16 to 24 bytes per pair, and up to 32 while
+    it grows, whatever the number of columns.
 
-    The columns of a row-number ledger lie in shared memory, so that collator workers read what the training process
-    writes. The ledger knows nothing of strategies: they choose names and meanings of the columns.
+    The columns of a row-number ledger are in shared memory, so that collator workers read what the training process
+    writes. The ledger knows nothing of strategies, which choose names and meanings of the columns.
 
     Args:
-        num_samples: number of pairs when ids are row numbers, `None` for arbitrary ids.
-        columns: names of the columns.
+        num_samples: Number of pairs if ids are row numbers, None for arbitrary ids.
+        columns: Names of the columns.
 
     Raises:
-        ValueError: for fewer than one sample, or no or repeated column names.
+        ValueError: If `num_samples` is below 1, or the column names are missing or repeated.
     """
 
-    def __init__(self, num_samples: int | None = None, columns: tuple[str, ...] = ("correlation",)):
+    def __init__(self, num_samples: int | None = None, columns: tuple[str, ...] = ("correlation",)) -> None:
         if num_samples is not None and num_samples < 1:
             raise ValueError(
                 f"num_samples={num_samples}: a ledger needs at least one pair, or None for arbitrary ids."
@@ -47,28 +48,37 @@ class SampleLedger:
             raise ValueError(f"columns={columns!r}: give at least one name, each once.")
         self.num_samples = num_samples
         self._index = None if num_samples is not None else IdIndex()
-        self._columns = {name: self._new_column() for name in columns}
+        self._columns: dict[str, Any] = {name: self._new_column() for name in columns}
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """Names of the columns."""
         return tuple(self._columns)
 
     def __len__(self) -> int:
-        """Number of pairs that can be read: all row numbers, or the ids met so far."""
-        return self.num_samples if self._index is None else len(self._index)
+        """Return the number of pairs that can be read: all row numbers, or the ids met so far."""
+        return self._num_rows if self._index is None else len(self._index)
 
     @property
     def ids(self) -> torch.Tensor:
         """All ids, int64 `(len(self),)`, in the order of the columns' values."""
-        return torch.arange(self.num_samples) if self._index is None else self._index.ids()
+        return torch.arange(self._num_rows) if self._index is None else self._index.ids()
 
     def column(self, name: str) -> torch.Tensor:
-        """The whole column, float32 `(len(self),)`, for reading."""
+        """Return a whole column, float32 `(len(self),)`, for reading."""
         column = self._column(name)
         return column if self._index is None else column.whole()
 
     def read(self, name: str, sample_id: torch.Tensor) -> torch.Tensor:
-        """Values of a column for `sample_id` int64 `(B,)`: float32 `(B,)` on the CPU, NaN where never written."""
+        """Return the values of some pairs in a column.
+
+        Args:
+            name: Name of the column.
+            sample_id: Ids of the pairs, int64 `(B,)`.
+
+        Returns:
+            Values, float32 `(B,)` on the CPU, NaN for a pair that was never written.
+        """
         column = self._column(name)
         slots = self._slots(sample_id)
         if self._index is None:
@@ -78,19 +88,33 @@ class SampleLedger:
         return torch.where(slots == UNKNOWN, torch.nan, column[slots.clamp_min(0)])
 
     def write(self, name: str, sample_id: torch.Tensor, values: torch.Tensor) -> None:
-        """Set a column for `sample_id` int64 `(B,)` to `values` `(B,)`; of a repeated id the last value stays."""
+        """Set the values of some pairs in a column.
+
+        Args:
+            name: Name of the column.
+            sample_id: Ids of the pairs, int64 `(B,)`; the last value of a repeated id stays.
+            values: Values, `(B,)`, of any type and on any device.
+
+        Raises:
+            ValueError: If the number of values is not that of the ids.
+        """
         values = values.detach().to("cpu", torch.float32)
         if values.shape != sample_id.shape:
-            raise ValueError(f"{len(values)} values for {len(sample_id)} sample ids; give one value an id.")
+            raise ValueError(f"{len(values)} values for {len(sample_id)} sample ids; give one value per id.")
         column, slots = self._column(name), self._slots(sample_id, insert=True)
         if self._index is None:
-            # index_put_ leaves the winner of a repeated index open; NumPy assignment defines it as the last.
+            # index_put_ does not define the winner of a repeated index; NumPy assignment does, the last.
             column.numpy()[slots.numpy()] = values.numpy()
         else:
             column[slots] = values
 
-    def save(self, path: str | os.PathLike, metadata: dict[str, object] | None = None) -> None:
-        """Write the ledger as safetensors, to a temporary name first, so that a half-written file is never found."""
+    def save(self, path: str | os.PathLike[str], metadata: dict[str, object] | None = None) -> None:
+        """Write the ledger as safetensors, under a temporary name first, so that the file is whole or absent.
+
+        Args:
+            path: File to write.
+            metadata: Data for JSON to save with the ledger.
+        """
         path = Path(path)
         tensors = {f"column.{name}": self.column(name).contiguous() for name in self._columns}
         if self._index is not None:
@@ -101,17 +125,23 @@ class SampleLedger:
         save_file(tensors, temporary, metadata=header)
         os.replace(temporary, path)
 
-    def load(self, path: str | os.PathLike) -> dict[str, object]:
-        """Replace the content by a saved ledger's and return the metadata that was saved with it.
+    def load(self, path: str | os.PathLike[str]) -> dict[str, object]:
+        """Replace the content by that of a saved ledger.
+
+        Args:
+            path: File that `save` wrote.
+
+        Returns:
+            The metadata that was saved with it.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no ledger, is damaged, or belongs to another number of pairs or kind of ids.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the file is not a ledger, is damaged, or belongs to another number of pairs or kind of ids.
         """
         saved = read_ledger(path)
         if saved.num_samples != self.num_samples:
             raise ValueError(
-                f"{path} holds {_described(saved.num_samples)}, this run has {_described(self.num_samples)}: it "
+                f"{path} holds {_describe_ids(saved.num_samples)}, this run has {_describe_ids(self.num_samples)}: it "
                 "belongs to another data set. Resume with the data of the first run, or start without a checkpoint."
             )
         self._restore(saved)
@@ -119,7 +149,7 @@ class SampleLedger:
 
     def _restore(self, saved: "SavedLedger") -> None:
         if self._index is not None:
-            self._index = IdIndex.of(saved.ids)
+            self._index = IdIndex.from_ids(saved.ids)
         for name in self._columns:
             values = saved.columns.get(name, torch.full((len(self),), torch.nan))
             if self._index is None:
@@ -131,9 +161,13 @@ class SampleLedger:
     def _new_column(self) -> torch.Tensor | GrowingTensor:
         if self._index is not None:
             return GrowingTensor(np.float32)
-        return torch.full((self.num_samples,), torch.nan).share_memory_()
+        return torch.full((self._num_rows,), torch.nan).share_memory_()
 
-    def _column(self, name: str) -> torch.Tensor | GrowingTensor:
+    @property
+    def _num_rows(self) -> int:
+        return cast(int, self.num_samples)
+
+    def _column(self, name: str) -> Any:
         if name not in self._columns:
             raise KeyError(f"The ledger has no column {name!r}; its columns are {', '.join(self._columns)}.")
         return self._columns[name]
@@ -148,21 +182,21 @@ class SampleLedger:
             for column in self._columns.values():
                 column.extend(torch.full((len(self) - known,), torch.nan))
             return slots
-        if len(sample_id) and (sample_id.min() < 0 or sample_id.max() >= self.num_samples):
-            wrong = sample_id[(sample_id < 0) | (sample_id >= self.num_samples)][0].item()
-            raise ValueError(f"sample_id {wrong} is outside 0 .. {self.num_samples - 1}, the row numbers of the data.")
+        if len(sample_id) and (sample_id.min() < 0 or sample_id.max() >= self._num_rows):
+            wrong = sample_id[(sample_id < 0) | (sample_id >= self._num_rows)][0].item()
+            raise ValueError(f"sample_id {wrong} is outside 0 .. {self._num_rows - 1}, the row numbers of the data.")
         return sample_id
 
 
 @dataclass(frozen=True)
 class SavedLedger:
-    """A ledger as it stands in a file.
+    """The content of a ledger file.
 
     Attributes:
-        num_samples: number of pairs when ids are row numbers, None for arbitrary ids.
-        ids: int64 `(n,)`.
-        columns: name -> float32 `(n,)`, NaN where never written.
-        metadata: what was saved with it.
+        num_samples: Number of pairs if ids are row numbers, None for arbitrary ids.
+        ids: Ids of the pairs, int64 `(n,)`.
+        columns: Values float32 `(n,)` of each column, NaN for a pair that was never written.
+        metadata: Metadata that was saved with the ledger.
     """
 
     num_samples: int | None
@@ -171,12 +205,15 @@ class SavedLedger:
     metadata: dict[str, object]
 
 
-def read_ledger(path: str | os.PathLike) -> SavedLedger:
-    """Read what `SampleLedger.save` wrote.
+def read_ledger(path: str | os.PathLike[str]) -> SavedLedger:
+    """Read a file that `SampleLedger.save` wrote.
+
+    Args:
+        path: File to read.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no ledger, or is damaged.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a ledger, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -195,5 +232,5 @@ def read_ledger(path: str | os.PathLike) -> SavedLedger:
     return SavedLedger(num_samples, ids, columns, json.loads(header["metadata"]))
 
 
-def _described(num_samples: int | None) -> str:
+def _describe_ids(num_samples: int | None) -> str:
     return "arbitrary ids" if num_samples is None else f"{num_samples} pairs"

@@ -6,21 +6,24 @@ from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_lar
 
 
 class SmallLoss(SelectionStrategy):
-    """Keeps the candidates with the smallest contrastive loss, which are the likeliest to be matched.
+    """A rule that keeps the candidates with the smallest contrastive loss, which are most likely matched.
 
-    The small-loss criterion of Co-teaching (NeurIPS 2018, arXiv 1804.06872), on the loss within the candidate batch.
+    It is the small-loss criterion of Co-teaching (NeurIPS 2018, arXiv 1804.06872), on the loss within the candidate
+    batch.
     """
 
     name = "small_loss"
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Keep the `k` smallest losses; see `SelectionStrategy.select`."""
         return keep_largest(-scores.loss, k)
 
 
 class BigLoss(SelectionStrategy):
-    """Keeps the candidates with the largest contrastive loss, the hardest ones (arXiv 1910.00762 and others)."""
+    """A rule that keeps the candidates with the largest contrastive loss, the hardest ones (arXiv 1910.00762)."""
 
     name = "big_loss"
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Keep the `k` largest losses; see `SelectionStrategy.select`."""
         return keep_largest(scores.loss, k)

@@ -1,4 +1,4 @@
-"""What the selection did: running figures for the logs, distributions and extreme pairs for the report."""
+"""Observation of the selection: running metrics for the logs, distributions and extreme pairs for the report."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,14 @@ HISTOGRAM_EDGES = np.linspace(0, 100, 51)
 
 @dataclass
 class ObservedPair:
-    """One candidate as it was seen when it was selected or dropped."""
+    """One candidate at the time of its selection.
+
+    Args:
+        sample_id: Id of the pair.
+        priority: Value that the rule ranked by.
+        correlation: Correlation under the weights of that time, 0 to 100.
+        is_clean: True for a matched pair; None if the truth is unknown.
+    """
 
     sample_id: int
     priority: float
@@ -36,6 +43,7 @@ class _Sums:
     truth_known: bool = False
 
     def add(self, kept: np.ndarray, correlation: np.ndarray | None, is_clean: np.ndarray | None) -> None:
+        """Add one selection of `B` candidates, `(B,)` each."""
         self.candidates += len(kept)
         self.kept += int(kept.sum())
         if correlation is not None:
@@ -49,22 +57,23 @@ class _Sums:
             self.noise_kept += int((~is_clean & kept).sum())
 
     def figures(self) -> dict[str, float]:
-        figures = {}
+        """Return shares and means, as far as there are candidates, scores and truths."""
+        metrics: dict[str, float] = {}
         if self.candidates:
-            figures["kept_share"] = self.kept / self.candidates
+            metrics["kept_share"] = self.kept / self.candidates
         if self.scored_kept:
-            figures["correlation_kept"] = self.correlation_kept / self.scored_kept
+            metrics["correlation_kept"] = self.correlation_kept / self.scored_kept
         if self.scored_dropped:
-            figures["correlation_dropped"] = self.correlation_dropped / self.scored_dropped
+            metrics["correlation_dropped"] = self.correlation_dropped / self.scored_dropped
         if self.truth_known and self.kept:
-            figures["noise_kept"] = self.noise_kept / self.kept
-            figures["noise_candidates"] = self.noise_candidates / self.candidates
-        return figures
+            metrics["noise_kept"] = self.noise_kept / self.kept
+            metrics["noise_candidates"] = self.noise_candidates / self.candidates
+        return metrics
 
 
 @dataclass
 class _LastEpoch:
-    """What is kept of the current epoch only, for the report."""
+    """Observations of the current epoch only, for the report."""
 
     epoch: int = -1
     sums: _Sums = field(default_factory=_Sums)
@@ -77,9 +86,9 @@ class _LastEpoch:
 
 
 class SelectionMonitor:
-    """Observes each selection; holds figures since the last log, of the last epoch, and of the run."""
+    """Observer of each selection, with metrics since the last log, of the last epoch, and of the run."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.run = _Sums()
         self.last_epoch = _LastEpoch()
         self._since_log = _Sums()
@@ -93,41 +102,43 @@ class SelectionMonitor:
         priority: torch.Tensor | None = None,
         is_clean: torch.Tensor | None = None,
     ) -> None:
-        """Take in one selection of `B` candidates; all arguments but `epoch` are `(B,)` on the CPU.
+        """Add one selection of `B` candidates; all tensors are on the CPU.
 
         Args:
-            epoch: counted from 0.
-            sample_id: int64.
-            kept: bool.
-            correlation: float32, None when the strategy asked for no scores.
-            priority: float32 the strategy ranked by; None, or NaN for some candidates, when it ranked by nothing.
-            is_clean: bool, where the truth is known.
+            epoch: Epoch, counted from 0.
+            sample_id: Ids of the candidates, int64 `(B,)`.
+            kept: Bool `(B,)`, True for a selected candidate.
+            correlation: Correlations, float32 `(B,)`; None if the strategy needs no scores.
+            priority: Values that the strategy ranked by, float32 `(B,)`; None, or NaN for some candidates, if it did
+                not rank.
+            is_clean: Bool `(B,)`, True for a matched pair; None if the truth is unknown.
         """
         if epoch != self.last_epoch.epoch:
             self.last_epoch = _LastEpoch(epoch)
-        kept = kept.numpy()
-        correlation = None if correlation is None else correlation.numpy()
-        is_clean = None if is_clean is None else is_clean.numpy()
+        was_kept = kept.numpy()
+        clean = None if is_clean is None else is_clean.numpy()
+        scores = None if correlation is None else correlation.numpy()
         for sums in (self.run, self.last_epoch.sums, self._since_log):
-            sums.add(kept, correlation, is_clean)
-        if correlation is None:
+            sums.add(was_kept, scores, clean)
+        if scores is None:
             return
-        self._histogram(correlation, kept)
-        ranked = None if priority is None else ~np.isnan(priority.numpy())
-        if ranked is None or not ranked.any():
-            self._extremes(sample_id.numpy(), correlation, correlation, kept, is_clean)
+        self._update_histogram(scores, was_kept)
+        priorities = None if priority is None else priority.numpy()
+        ranked = None if priorities is None else ~np.isnan(priorities)
+        if priorities is None or ranked is None or not ranked.any():
+            self._update_extremes(sample_id.numpy(), scores, scores, was_kept, clean)
             return
-        ranking = priority.numpy()[ranked]
-        is_clean = None if is_clean is None else is_clean[ranked]
-        self._extremes(sample_id.numpy()[ranked], ranking, correlation[ranked], kept[ranked], is_clean)
-        if is_clean is not None:
+        ranking = priorities[ranked]
+        clean = None if clean is None else clean[ranked]
+        self._update_extremes(sample_id.numpy()[ranked], ranking, scores[ranked], was_kept[ranked], clean)
+        if clean is not None:
             self.last_epoch.priorities.append(ranking)
-            self.last_epoch.truths.append(is_clean)
+            self.last_epoch.truths.append(clean)
 
     def pop_logs(self) -> dict[str, float]:
-        """Figures since the last call, as `selection_*`."""
-        figures, self._since_log = self._since_log.figures(), _Sums()
-        return {f"selection_{name}": value for name, value in figures.items()}
+        """Return the metrics since the last call, under names that start with `selection_`."""
+        metrics, self._since_log = self._since_log.figures(), _Sums()
+        return {f"selection_{name}": value for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was observed, as plain data and tensors."""
@@ -163,13 +174,13 @@ class SelectionMonitor:
         )
 
     def ranking_truth(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Priorities float32 `(n,)` and truths bool `(n,)` of the last epoch, None when either is unknown."""
+        """Return the priorities float32 `(n,)` and truths bool `(n,)` of the last epoch; None if either is unknown."""
         if not self.last_epoch.priorities:
             return None
         return np.concatenate(self.last_epoch.priorities), np.concatenate(self.last_epoch.truths)
 
     def score_histogram(self) -> dict[str, list[float]] | None:
-        """Correlations of the last epoch's candidates: `edges` (n + 1), `kept` and `dropped` counts (n)."""
+        """Return a histogram of the last epoch's correlations: `edges` (n + 1), counts `kept` and `dropped` (n)."""
         last = self.last_epoch
         if not last.kept_counts.sum() + last.dropped_counts.sum():
             return None
@@ -179,12 +190,19 @@ class SelectionMonitor:
             "dropped": last.dropped_counts.tolist(),
         }
 
-    def _histogram(self, correlation: np.ndarray, kept: np.ndarray) -> None:
-        correlation = correlation.clip(0, 100)  # rounding may lead a little beyond
+    def _update_histogram(self, correlation: np.ndarray, kept: np.ndarray) -> None:
+        correlation = correlation.clip(0, 100)  # rounding may exceed the range a little
         self.last_epoch.kept_counts += np.histogram(correlation[kept], HISTOGRAM_EDGES)[0]
         self.last_epoch.dropped_counts += np.histogram(correlation[~kept], HISTOGRAM_EDGES)[0]
 
-    def _extremes(self, sample_id, ranking, correlation, kept, is_clean) -> None:
+    def _update_extremes(
+        self,
+        sample_id: np.ndarray,
+        ranking: np.ndarray,
+        correlation: np.ndarray,
+        kept: np.ndarray,
+        is_clean: np.ndarray | None,
+    ) -> None:
         def pairs(positions: np.ndarray) -> list[ObservedPair]:
             return [
                 ObservedPair(

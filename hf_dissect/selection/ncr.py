@@ -1,50 +1,55 @@
-"""Online selection by the small-loss division of NCR: a mixture on the last epoch's losses tells what is clean."""
+"""Online selection by the small-loss division of NCR, a mixture on the last epoch's losses."""
+
+from collections.abc import Mapping
 
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.options import NcrOptions
 from hf_dissect.selection.scoring import CandidateScores
-from hf_dissect.selection.soft_labels import upper_component_posterior
+from hf_dissect.selection.soft_labels import compute_upper_posterior
 from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
 from hf_dissect.settings import check_values
 
 
 class Ncr(SelectionStrategy):
-    """Keeps the candidates that are clean with the highest probability, judged by their losses of the last epoch.
+    """A rule that keeps the candidates most likely clean, judged by their losses of the last epoch.
 
-    The division of NCR, "Learning with Noisy Correspondence for Cross-modal Matching" (NeurIPS 2021), after DivideMix
-    (arXiv 2002.07394): a mixture of two Gaussians is fitted to the losses of all pairs, scaled to [0, 1], and the
-    posterior of the lower component is frozen for the next epoch. NCR's two networks and its rectified soft margin
-    are not part of a selection rule.
+    It is the division of NCR, "Learning with Noisy Correspondence for Cross-modal Matching" (NeurIPS 2021), after
+    DivideMix (arXiv 2002.07394). A mixture of two Gaussians is fitted to the losses of all pairs, scaled to [0, 1],
+    and the posterior of the lower component is frozen for the next epoch. NCR's two networks and its rectified soft
+    margin are not part of a selection rule.
 
-    A pair without a probability takes the median of its batch; a batch whose probabilities are all the same, or that
+    A pair without a probability takes the median of its batch. A batch whose probabilities are all the same, or that
     has none, is selected at random.
 
     Args:
-        warmup_epochs: epochs of random subsets before, at least 1: the first division needs an epoch of losses.
+        warmup_epochs: Number of epochs with random subsets at first, at least 1, because the first division needs an
+            epoch of losses.
         seed: See `NcrOptions`.
 
     Raises:
-        ValueError: an argument is outside of what is listed.
+        ValueError: If an argument is out of its range.
     """
 
     name = "ncr"
     columns = ("loss", "p_clean")
 
-    def __init__(self, warmup_epochs: int = 1, seed: int = NcrOptions.seed):
+    def __init__(self, warmup_epochs: int = 1, seed: int = NcrOptions.seed) -> None:
         super().__init__()
         if warmup_epochs < 1:
-            raise ValueError(f"warmup_epochs={warmup_epochs}: ncr needs at least 1 to have losses to divide by.")
+            raise ValueError(f"warmup_epochs={warmup_epochs}: ncr needs at least 1 to have losses to divide.")
         check_values(NcrOptions, {"seed": seed})
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, ledger: SampleLedger) -> None:
+        """Remember the epoch; see `SelectionStrategy.on_epoch_begin`."""
         self._epoch = epoch
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Keep the `k` most probably clean candidates; see `SelectionStrategy.select`."""
         p_clean = ledger.read("p_clean", scores.sample_id)
         known = ~p_clean.isnan()
         if self._epoch < self.warmup_epochs or len(p_clean[known].unique()) < 2:
@@ -52,16 +57,25 @@ class Ncr(SelectionStrategy):
         return keep_largest(torch.where(known, p_clean, p_clean[known].median()), k)
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
+        """Measure the loss of each candidate; see `SelectionStrategy.measure`."""
         return {"loss": scores.loss}
 
-    def record(self, sample_id, correlation, ledger, measured=None) -> None:
+    def record(
+        self,
+        sample_id: torch.Tensor,
+        correlation: torch.Tensor,
+        ledger: SampleLedger,
+        measured: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Record the losses; see `SelectionStrategy.record`."""
         if measured:
             ledger.write("loss", sample_id, measured["loss"])
 
     def update(self, ledger: SampleLedger) -> None:
+        """Divide the pairs by their losses; see `SelectionStrategy.update`."""
         losses = ledger.column("loss")
         (seen,) = (~losses.isnan()).nonzero(as_tuple=True)
         if len(seen):
-            p_clean = upper_component_posterior(-losses[seen].numpy(), seed=self.seed)
+            p_clean = compute_upper_posterior(-losses[seen].numpy(), seed=self.seed)
             ledger.write("p_clean", ledger.ids[seen], torch.from_numpy(p_clean))
             ledger.write("loss", ledger.ids[seen], torch.full((len(seen),), torch.nan))

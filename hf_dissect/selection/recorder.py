@@ -1,4 +1,4 @@
-"""The full record of a run's choices as Parquet, one row per candidate and step."""
+"""The full record of a run's selections as Parquet, one row per candidate and step."""
 
 import os
 import shutil
@@ -23,16 +23,15 @@ ROWS_PER_PART = 1_000_000
 
 
 class SelectionRecorder:
-    """Writes parts beside each other while the run goes on, and joins them to one `selection.parquet` at its end.
+    """Recorder that writes parts during the run, and joins them into one `selection.parquet` at its end.
 
-    A part never reaches across a checkpoint, so a resumed run drops what was recorded after its checkpoint and goes
-    on.
+    A part never spans a checkpoint, so that a resumed run drops the parts written after its checkpoint and continues.
 
     Args:
-        folder: the run folder.
+        folder: Run folder.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / "selection.parquet"
         self._parts = Path(folder) / "selection_parts"
         self._unfinished = Path(folder) / "selection_parts.unfinished"
@@ -42,13 +41,21 @@ class SelectionRecorder:
     def add(
         self, epoch: int, step: int, sample_id: torch.Tensor, correlation: torch.Tensor, kept: torch.Tensor
     ) -> None:
-        """Record one selection: `sample_id` int64, `correlation` float32, `kept` bool, each `(B,)` on the CPU."""
+        """Record one selection; all tensors are on the CPU.
+
+        Args:
+            epoch: Epoch, counted from 0.
+            step: Optimiser step, counted from 0.
+            sample_id: Ids of the candidates, int64 `(B,)`.
+            correlation: Correlations, float32 `(B,)`.
+            kept: Bool `(B,)`, True for a selected candidate.
+        """
         size = len(sample_id)
         self._rows.append(
             {
                 "epoch": np.full(size, epoch, dtype=np.int32),
                 "step": np.full(size, step, dtype=np.int64),
-                # Copies: a tensor from a data loader's worker holds a file descriptor as long as it lives.
+                # Copied, because a tensor from a data loader's worker holds a file descriptor as long as it lives.
                 "sample_id": np.array(sample_id, dtype=np.int64),
                 "correlation": np.array(correlation, dtype=np.float32),
                 "kept": np.array(kept, dtype=bool),
@@ -59,7 +66,7 @@ class SelectionRecorder:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held in memory as a part named after its first step."""
+        """Write the rows in memory as a part named after its first step."""
         if not self._rows:
             return
         columns = {name: np.concatenate([rows[name] for rows in self._rows]) for name in SCHEMA.names}
@@ -67,9 +74,12 @@ class SelectionRecorder:
         self._rows, self._num_rows = [], 0
 
     def restart(self, step: int) -> None:
-        """Forget what was recorded from optimiser step `step` on; called when a run begins (0) or resumes.
+        """Drop the rows from a step on; call this when a run starts (0) or resumes.
 
-        A run that was over already and is resumed from one of its checkpoints goes on with its `selection.parquet`.
+        If the run had finished and resumes from one of its checkpoints, its `selection.parquet` is continued.
+
+        Args:
+            step: Optimiser step from which the run continues.
         """
         self._rows, self._num_rows = [], 0
         shutil.rmtree(self._unfinished, ignore_errors=True)
@@ -80,7 +90,7 @@ class SelectionRecorder:
             self._split(step)
 
     def close(self) -> Path:
-        """Join the parts in order to `selection.parquet` and remove them."""
+        """Join the parts in order into `selection.parquet`, remove them, and return its path."""
         self.flush()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
@@ -88,7 +98,7 @@ class SelectionRecorder:
             for part in self._parts_in_order():
                 writer.write_table(pq.read_table(part))
         os.replace(temporary, self.path)
-        # All parts go at once, so that none is taken for the whole record if the run is killed here.
+        # All parts disappear at once, so that a run killed here does not leave some that look like the whole record.
         shutil.rmtree(self._unfinished, ignore_errors=True)
         if self._parts.exists():
             os.replace(self._parts, self._unfinished)
@@ -99,7 +109,7 @@ class SelectionRecorder:
         return sorted(self._parts.glob("*.parquet"))
 
     def _split(self, step: int) -> None:
-        """Make parts again of what the finished record holds from before `step`; all of them, or none if killed."""
+        """Split the finished record from before `step` into parts again; all of them, or none if killed."""
         with pq.ParquetFile(self.path) as recorded:
             for group in range(recorded.num_row_groups):
                 rows = recorded.read_row_group(group)
@@ -112,7 +122,7 @@ class SelectionRecorder:
 
     def _write_part(self, rows: pa.Table, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # The number tells parts of one step apart (gradient accumulation).
+        # The number distinguishes parts of one step (gradient accumulation).
         name = f"{rows['step'][0].as_py():012d}-{len(list(folder.glob('*.parquet'))):06d}.parquet"
         pq.write_table(rows, folder / f"{name}.tmp")
         os.replace(folder / f"{name}.tmp", folder / name)

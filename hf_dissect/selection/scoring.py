@@ -1,6 +1,6 @@
-"""One forward pass without gradient that tells how well each candidate's image and caption agree."""
+"""Scoring of candidates by one forward pass without gradient: the agreement of each image with its caption."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,20 +9,21 @@ import torch
 import torch.nn.functional as F
 
 from hf_dissect.losses.contrastive import MAX_LOGITS, per_pair_loss
-from hf_dissect.losses.logit_rows import row_blocks, sigmoid_rows, softmax_rows
+from hf_dissect.losses.logit_rows import sigmoid_losses, softmax_losses, split_rows
 from hf_dissect.models.loading import logit_scale_and_bias
 
 
 @dataclass
 class CandidateScores:
-    """What a strategy may know of `B` candidates.
+    """The scores of `B` candidates, as a strategy sees them.
 
     Attributes:
-        sample_id: int64 `(B,)`, on the CPU.
-        image_embeds, text_embeds: float32 `(B, D)`, unit length; None when the strategy asked for no scores.
-        logit_scale: factor of the similarities in the model's logits (already exponentiated).
-        logit_bias: added to the logits, for sigmoid losses.
-        kind: "softmax" or "sigmoid", the loss the model trains with.
+        sample_id: Ids of the candidates, int64 `(B,)`, on the CPU.
+        image_embeds: Embeddings float32 `(B, D)` of unit length; None if the strategy needs no scores.
+        text_embeds: Embeddings float32 `(B, D)` of unit length; None if the strategy needs no scores.
+        logit_scale: Factor of the similarities in the model's logits (already exponentiated).
+        logit_bias: Summand of the logits, for sigmoid losses.
+        kind: Loss that the model trains with, `"softmax"` or `"sigmoid"`.
     """
 
     sample_id: torch.Tensor
@@ -34,22 +35,36 @@ class CandidateScores:
 
     @property
     def num_candidates(self) -> int:
+        """Number of candidates `B`."""
         return len(self.sample_id)
 
     @cached_property
     def correlation(self) -> torch.Tensor:
-        """`max(100 cos(image, text), 0)` of each pair, float32 `(B,)`, on the CPU (DISSect, predicted correlation)."""
-        return correlation_of(self.image_embeds, self.text_embeds).cpu()
+        """Correlation `max(100 cos(image, text), 0)` of each pair, float32 `(B,)` on the CPU (DISSect)."""
+        return correlation_of(*self.get_embeds()).cpu()
 
     @cached_property
     def loss(self) -> torch.Tensor:
-        """Contrastive loss of each pair among the candidates of this rank, float32 `(B,)`, on the CPU."""
-        logits = self.text_embeds @ self.image_embeds.T * self.logit_scale + self.logit_bias
+        """Contrastive loss of each pair among the candidates of this rank, float32 `(B,)` on the CPU."""
+        image_embeds, text_embeds = self.get_embeds()
+        logits = text_embeds @ image_embeds.T * self.logit_scale + self.logit_bias
         return per_pair_loss(logits.detach(), kind=self.kind).cpu()
 
+    def get_embeds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embeddings of images and texts `(B, D)` of scored candidates.
+
+        Raises:
+            ValueError: If the candidates were not scored.
+        """
+        if self.image_embeds is None or self.text_embeds is None:
+            raise ValueError(
+                "The candidates have no scores; a strategy that uses them must return True from needs_scores."
+            )
+        return self.image_embeds, self.text_embeds
+
     def subset(self, indices: torch.Tensor) -> "CandidateScores":
-        """The scores of some candidates, `indices` int64 `(n,)`."""
-        if self.image_embeds is None:
+        """Return the scores of some candidates, given by their positions int64 `(n,)`."""
+        if self.image_embeds is None or self.text_embeds is None:
             return CandidateScores(self.sample_id[indices])
         on_device = indices.to(self.image_embeds.device)
         return CandidateScores(
@@ -63,7 +78,7 @@ class CandidateScores:
 
 
 def correlation_of(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """`max(100 cos(image, text), 0)`, float32 `(B,)`, of embeddings `(B, D)` of unit length."""
+    """Compute `max(100 cos(image, text), 0)`, float32 `(B,)`, of embeddings `(B, D)` of unit length."""
     return ((image_embeds * text_embeds).sum(-1).float() * 100).clamp_min(0)
 
 
@@ -79,26 +94,30 @@ def losses_of_rows(
     bias: torch.Tensor | float,
     kind: str,
 ) -> torch.Tensor:
-    """Contrastive loss of `n` of `N` pairs among all of them, without ever holding `n x N` logits.
+    """Compute the contrastive loss of `n` of `N` pairs among all of them, without `n x N` logits in memory.
 
     Args:
-        image_embeds, text_embeds: `(n, D)`, rows `offset` to `offset + n` of the following.
-        all_image_embeds, all_text_embeds: `(N, D)`.
-        offset: see above.
-        scale, bias, kind: as in `CandidateScores`.
+        image_embeds: Embeddings `(n, D)` of unit length.
+        text_embeds: Embeddings `(n, D)` of unit length.
+        all_image_embeds: Embeddings `(N, D)`, with `image_embeds` in the rows `offset` to `offset + n`.
+        all_text_embeds: Embeddings `(N, D)`, with `text_embeds` in the same rows.
+        offset: Row of the first pair among all of them.
+        scale: Factor of the similarities in the logits.
+        bias: Summand of the logits.
+        kind: Loss that the model trains with, `"softmax"` or `"sigmoid"`.
 
     Returns:
-        float32 `(n,)` on the CPU.
+        Losses, float32 `(n,)` on the CPU.
     """
     losses = []
-    for rows in row_blocks(len(image_embeds), len(all_image_embeds), MAX_LOGITS):
+    for rows in split_rows(len(image_embeds), len(all_image_embeds), MAX_LOGITS):
         first = offset + rows.start
         per_text = text_embeds[rows] @ all_image_embeds.T * scale + bias
         if kind == "sigmoid":
-            losses.append(sigmoid_rows(per_text, first, None))
+            losses.append(sigmoid_losses(per_text, first, None))
         else:
             per_image = image_embeds[rows] @ all_text_embeds.T * scale
-            losses.append((softmax_rows(per_text, first, None) + softmax_rows(per_image, first, None)) / 2)
+            losses.append((softmax_losses(per_text, first, None) + softmax_losses(per_image, first, None)) / 2)
     return torch.cat(losses).float().cpu() if losses else torch.zeros(0)
 
 
@@ -112,24 +131,24 @@ def score(
     chunk_size: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> CandidateScores:
-    """Score candidates with the current weights, leaving no trace in the model or in the random state.
+    """Score candidates with the current weights, without a trace in the model or in the random state.
 
-    The model is called as a whole, so that DDP, FSDP, autocast and PEFT hooks hold, in evaluation mode, so that
-    neither dropout nor batch-norm statistics move.
+    The model is called as a whole, so that DDP, FSDP, autocast and PEFT hooks apply. It runs in evaluation mode, so
+    that neither dropout nor batch-norm statistics change.
 
     Args:
-        model: any CLIP-like model (or wrapper) whose forward returns `image_embeds` and `text_embeds` `(B, D)` and
-            `logits_per_text` `(B, B)`.
-        inputs: keyword arguments of the model, each with leading dimension `B`, on the model's device.
-        sample_id: int64 `(B,)`.
-        kind: "softmax" or "sigmoid", the loss the model trains with.
-        chunk_size: candidates per forward pass; None for all at once.
-        autocast: gives the context of mixed precision.
+        model: CLIP-like model, wrapped or not, whose forward pass returns `image_embeds` and `text_embeds` `(B, D)`
+            and `logits_per_text` `(B, B)`.
+        inputs: Keyword arguments of the model, each with leading dimension `B`, on the model's device.
+        sample_id: Ids of the candidates, int64 `(B,)`.
+        kind: Loss that the model trains with, `"softmax"` or `"sigmoid"`.
+        chunk_size: Number of candidates per forward pass; None for all at once.
+        autocast: Function that returns the context of mixed precision.
     """
     size = len(sample_id)
     step = chunk_size or size
     image_embeds, text_embeds = [], []
-    with evaluation_mode(model), _untouched_random_state(inputs), autocast():
+    with evaluation_mode(model), _preserve_random_state(inputs), autocast():
         for start in range(0, size, step):
             outputs = model(**{name: value[start : start + step] for name, value in inputs.items()})
             image_embeds.append(F.normalize(outputs["image_embeds"].float(), dim=-1))
@@ -140,8 +159,12 @@ def score(
 
 
 @contextmanager
-def evaluation_mode(model: torch.nn.Module):
-    """Evaluation mode inside, every module's own mode afterwards (frozen parts may be in evaluation mode already)."""
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode, and restore every module's own mode at the end (frozen parts may differ).
+
+    Args:
+        model: Model, wrapped or not.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -151,7 +174,7 @@ def evaluation_mode(model: torch.nn.Module):
             module.training = True
 
 
-def _untouched_random_state(inputs: Mapping[str, torch.Tensor]) -> AbstractContextManager:
+def _preserve_random_state(inputs: Mapping[str, torch.Tensor]) -> AbstractContextManager:
     device = next(iter(inputs.values())).device
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])

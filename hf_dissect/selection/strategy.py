@@ -12,12 +12,12 @@ from hf_dissect.selection.scoring import CandidateScores
 
 @dataclass(frozen=True)
 class Selection:
-    """Which candidates train.
+    """The candidates that train.
 
     Attributes:
-        indices: int64 `(k,)`, positions in the candidate batch, ascending.
-        weights: float32 `(k,)` of the per-pair losses, or None for equal weights.
-        priority: float32 `(B,)`, the value the rule ranked by, larger is better; None when it ranked by nothing.
+        indices: Positions in the candidate batch, int64 `(k,)`, ascending.
+        weights: Factors of the per-pair losses, float32 `(k,)`; None for equal weights.
+        priority: Values that the rule ranked by, float32 `(B,)`, larger is better; None if it did not rank.
     """
 
     indices: torch.Tensor
@@ -26,18 +26,18 @@ class Selection:
 
 
 class SelectionStrategy:
-    """Base class of the rules. A rule sees scores and the ledger, never the model or the trainer.
+    """Base class of the rules, which see scores and the ledger, never the model or the trainer.
 
     A new rule is one file with one subclass, and a line each in `hf_dissect.selection.strategies` and `options`.
 
     Attributes:
-        name: what recipes and arguments call it.
-        columns: ledger columns it keeps, beside the `correlation` that is always recorded.
-        stand_ins: own column -> the one that is taken for it where a run begins with the ledger of another rule.
-        keeps_all: whether every candidate trains (the selection ratio is then without effect).
-        generator: source of its random choices, seeded anew from the run's seed and the step before each call of
-            `select`, so that a resumed run chooses as the uninterrupted one and the training's random stream is
-            untouched.
+        name: Name of the rule in recipes and arguments.
+        columns: Ledger columns of the rule, in addition to the `correlation` that is always recorded.
+        stand_ins: Column that replaces an own column if a run starts with the ledger of another rule.
+        keeps_all: True if every candidate trains, so that the selection ratio has no effect.
+        generator: Source of random choices. It is seeded from the run's seed and the step before each call of
+            `select`, so that a resumed run chooses like an uninterrupted one, and the random stream of the training is
+            not touched.
     """
 
     name: ClassVar[str]
@@ -45,39 +45,54 @@ class SelectionStrategy:
     stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.generator = torch.Generator()
 
     def needs_scores(self, epoch: int) -> bool:
-        """Whether candidates of this epoch (counted from 0) must be scored by a forward pass before selecting."""
+        """Return True if candidates of an epoch (counted from 0) must be scored before they are selected."""
         return True
 
     def update(self, ledger: SampleLedger) -> None:
-        """Renew what holds for a whole epoch, such as labels, from what `record` left in the own ledger columns.
+        """Update values for a whole epoch, such as labels, from the rule's own ledger columns.
 
-        Called exactly once an epoch from the second on, before its `on_epoch_begin`, on every rank with the same
-        ledger; not at a resume in the middle of an epoch.
+        This is called exactly once an epoch from the second on, before `on_epoch_begin`, on every rank with the same
+        ledger. It is not called when a run resumes in the middle of an epoch.
+
+        Args:
+            ledger: Ledger to read from and write to.
         """
 
     def on_epoch_begin(self, epoch: int, ledger: SampleLedger) -> None:
-        """Told at the start of each epoch (counted from 0), and at a resume in its middle."""
+        """Prepare for an epoch; called at its start, and when a run resumes in its middle.
+
+        Args:
+            epoch: Epoch, counted from 0.
+            ledger: Ledger to read from.
+        """
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Choose `k` of the `B` candidates.
 
         Args:
-            scores: of the candidates; only `sample_id` is set when `needs_scores` said no.
-            ledger: what earlier visits left; not to be written here.
-            k: how many to keep, `1 <= k <= B`.
+            scores: Scores of the candidates; only `sample_id` is set if `needs_scores` returned False.
+            ledger: Ledger with the values of earlier visits; read-only here.
+            k: Number of candidates to keep, `1 <= k <= B`.
+
+        Returns:
+            The selected candidates.
         """
         raise NotImplementedError
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
-        """Further figures of each scored candidate, float32 `(B,)` on the CPU, that `record` is to know of all ranks.
+        """Measure further values of each scored candidate, for `record` to receive from all ranks.
 
         Args:
-            scores, ledger: as of `select`: with the selection scope "local" the candidates of this rank, with "global"
-                those of all.
+            scores: Scores of the candidates: those of this rank with the selection scope "local", of all ranks with
+                "global".
+            ledger: Ledger with the values of earlier visits; read-only here.
+
+        Returns:
+            Values by name, float32 `(B,)` on the CPU.
         """
         return {}
 
@@ -88,22 +103,23 @@ class SelectionStrategy:
         ledger: SampleLedger,
         measured: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Update the own ledger columns after a selection, or after a training step of unscored pairs.
+        """Update the rule's own ledger columns after a selection, or after a training step of unscored pairs.
 
         Args:
-            sample_id, correlation: int64 and float32 `(n,)`, of the candidates of all ranks.
-            ledger: to be written to, the same way on all ranks.
-            measured: what `measure` gave, `(n,)` each; empty or None where it was not asked, as the pairs were not
-                scored or a rank had no candidates.
+            sample_id: Ids of the candidates of all ranks, int64 `(n,)`.
+            correlation: Correlations of the candidates of all ranks, float32 `(n,)`.
+            ledger: Ledger to write to, in the same way on all ranks.
+            measured: Values that `measure` returned, `(n,)` each; empty or None if it was not called, because the
+                pairs were not scored or a rank had no candidates.
         """
 
 
 def keep_largest(priority: torch.Tensor, k: int) -> Selection:
-    """Keep the `k` largest values of `priority` `(B,)`; of equal values the earlier candidate goes first."""
+    """Keep the `k` largest values of priorities `(B,)`; the earlier of equal candidates comes first."""
     order = torch.argsort(priority, descending=True, stable=True)
     return Selection(indices=order[:k].sort().values, priority=priority)
 
 
 def keep_random(num_candidates: int, k: int, generator: torch.Generator) -> Selection:
-    """Keep `k` candidates chosen uniformly without replacement."""
+    """Keep `k` candidates, chosen uniformly without replacement."""
     return Selection(indices=torch.randperm(num_candidates, generator=generator)[:k].sort().values)

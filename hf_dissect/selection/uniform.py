@@ -1,4 +1,4 @@
-"""The two rules that look at nothing: a random subset, and everything."""
+"""The two rules that ignore scores: a random subset, and everything."""
 
 import torch
 
@@ -8,25 +8,29 @@ from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_ran
 
 
 class Random(SelectionStrategy):
-    """Keeps a uniformly random subset of each batch: the yardstick that any rule has to beat."""
+    """A rule that keeps a uniformly random subset of each batch: the baseline for every other rule."""
 
     name = "random"
 
     def needs_scores(self, epoch: int) -> bool:
+        """Return False."""
         return False
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Keep `k` random candidates; see `SelectionStrategy.select`."""
         return keep_random(scores.num_candidates, k, self.generator)
 
 
 class KeepAll(SelectionStrategy):
-    """Keeps every candidate, whatever the ratio: plain training through the same path."""
+    """A rule that keeps every candidate, whatever the ratio: plain training through the same code."""
 
     name = "none"
     keeps_all = True
 
     def needs_scores(self, epoch: int) -> bool:
+        """Return False."""
         return False
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Keep all candidates; see `SelectionStrategy.select`."""
         return Selection(indices=torch.arange(scores.num_candidates))

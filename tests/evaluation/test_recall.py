@@ -139,7 +139,7 @@ def test_no_tensor_grows_with_the_number_of_similarities() -> None:
         (np.eye(3), np.eye(3), [0.0, 1.0, 2.0], "must hold integers"),
         (np.zeros((0, 3)), np.zeros((0, 3)), None, "at least one of each"),
         (np.zeros(3), np.eye(3), None, r"image_embeds has shape \(3,\)"),
-        ([[1.0], [1.0, 2.0]], np.eye(2), None, "unequal length"),
+        ([[1.0], [1.0, 2.0]], np.eye(2), None, "all rows have one length"),
     ],
 )
 def test_bad_input_is_named(images, texts, owner, message: str) -> None:

@@ -166,9 +166,9 @@ def test_bad_prompts_are_named(tiny_clip, names, templates, message: str) -> Non
         (lambda d: d.remove_columns("image").add_column("image", [1] * 24), "must be a datasets.Image"),
         (
             lambda d: d.map(lambda row: {"label": row["label"] + 1}),
-            "4 labels of 'label' are no classes, first 6 in row 5",
+            "4 labels of 'label' are not classes, first 6 in row 5",
         ),
-        (lambda d: d.map(lambda row: {"label": None}), "24 labels of 'label' are no classes, first None in row 0"),
+        (lambda d: d.map(lambda row: {"label": None}), "24 labels of 'label' are not classes, first None in row 0"),
         (lambda d: d.map(lambda row: {"label": [0]}), "one label for each image"),
         (lambda d: d.map(lambda row: {"label": "cat"}), "first 'cat' in row 0"),
         (lambda d: labelled(label=ClassLabel(names=[*NAMES, "grey"])), "knows 7 classes, but class_names has 6"),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from testing.made_tensors import MadeTensors
 
 from hf_dissect.losses import ContrastiveLoss, per_pair_loss
-from hf_dissect.losses.contrastive import false_negatives
+from hf_dissect.losses.contrastive import find_false_negatives
 
 
 def outputs(size: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def test_pairs_with_a_shared_image_or_caption_are_no_negatives(kind):
 
 def test_false_negatives_are_found_in_both_keys():
     keys = torch.tensor([[1, 1, 2], [5, 6, 6]])
-    assert false_negatives(keys, keys).tolist() == [[True, True, False], [True, True, True], [False, True, True]]
+    assert find_false_negatives(keys, keys).tolist() == [[True, True, False], [True, True, True], [False, True, True]]
 
 
 def test_all_pairs_alike_leave_no_negative_and_no_nan():

@@ -17,9 +17,9 @@ from hf_dissect.cli import main
 from hf_dissect.models.adapters import (
     add_adapter,
     base_of_adapter,
+    check_same_adapter,
     describe_adapter,
     restore_base,
-    same_adapter,
     save_base,
 )
 from hf_dissect.models.loading import same_architecture
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny_clip, tmp_path):
     with pytest.raises(ValueError, match="holds an adapter of type LORA, but .* is of type MOLA"):
         same_architecture(mola, tmp_path / "lora")
     mola.save_pretrained(tmp_path / "mola")
-    same_adapter(mola, tmp_path / "mola")
+    check_same_adapter(mola, tmp_path / "mola")
     wider = with_mola(tiny_models.tiny_clip()[0], num_experts=3)
     with pytest.raises(ValueError, match=r"holds an adapter of another shape than .*first base_model.*\[[23][\], ]"):
         same_architecture(wider, tmp_path / "mola")

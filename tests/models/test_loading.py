@@ -116,7 +116,7 @@ def test_broken_model_folders_are_refused_by_name(tiny_clip, tmp_path):
     truncated = shutil.copytree(good, tmp_path / "truncated")
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(OSError, match="truncated.*written to the end"):
+    with pytest.raises(OSError, match="truncated.*wrote the folder completely"):
         load_model_and_processor(name_or_path=str(truncated))
     garbled = shutil.copytree(good, tmp_path / "garbled")
     (garbled / "config.json").write_text("{not json")

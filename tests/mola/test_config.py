@@ -112,9 +112,9 @@ def test_a_configuration_survives_its_file(tmp_path):
     ],
 )
 def test_patterns_are_names_or_regular_expressions(patterns, name, rank):
-    assert MolaConfig(rank_pattern=patterns).rank_of(name) == rank
+    assert MolaConfig(rank_pattern=patterns).get_rank(name) == rank
     assert (
-        MolaConfig(alpha_pattern={key: float(value) for key, value in patterns.items()}, alpha=8.0).alpha_of(name)
+        MolaConfig(alpha_pattern={key: float(value) for key, value in patterns.items()}, alpha=8.0).get_alpha(name)
         == rank
     )
 
@@ -157,7 +157,7 @@ def test_a_file_without_some_weights_is_refused(folder):
     weights = load_file(path)
     missing = sorted(weights)[0]
     save_file({name: value for name, value in weights.items() if name != missing}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="has no weights for .*mola_A.*see whether the file is whole"):
+    with pytest.raises(ValueError, match="has no weights for .*mola_A.*check that the file is complete"):
         PeftModel.from_pretrained(tiny_bert(), folder)
 
 
@@ -174,7 +174,7 @@ def test_a_file_without_its_router_is_refused(tmp_path):
 def test_a_truncated_file_is_refused(folder, length):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
-    message = rf"adapter_model.safetensors \({path.stat().st_size} bytes\) is truncated or no safetensors file"
+    message = rf"adapter_model.safetensors \({path.stat().st_size} bytes\) is truncated or not a safetensors file"
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny_bert(), folder)
 

@@ -133,7 +133,7 @@ def test_the_default_task_is_merged_when_none_is_set():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"has an expert per task: choose the one to merge by `set_task\(task\)`, a task from 0 to 2"),
+        ({}, r"has an expert per task: choose the one to merge with `set_task\(task\)`, a task from 0 to 2"),
         ({"variant": "router"}, "'default' has a router: its weights depend on the input and cannot be merged"),
     ],
 )

@@ -26,7 +26,7 @@ def test_a_batch_takes_over_only_as_many_positions_as_it_is_large():
     index, batch, taken_over, sizes = IdIndex(), 32, [0], []
     for part in random_ids(10_000).split(batch):
         index.insert(part)
-        taken_over.append(index._taken_over if index._next_table is not None else 0)
+        taken_over.append(index._num_moved if index._next_table is not None else 0)
         sizes.append(len(index._table))
     # Never more at once, whatever the size of the table, and always done before the table is half full.
     assert np.diff(taken_over).max() == 8 * batch and max(taken_over) > 8000
@@ -55,10 +55,10 @@ def test_a_batch_may_be_larger_than_all_before_and_repeat_ids():
 
 def test_given_ids_get_the_slots_of_their_order():
     ids = random_ids(5000)
-    index = IdIndex.of(ids)
+    index = IdIndex.from_ids(ids)
     assert torch.equal(index.find(ids), torch.arange(5000)) and torch.equal(index.ids(), ids)
     more = index.insert(torch.tensor([3, ids[17].item(), 1]))
-    assert more.tolist() == [5001, 17, 5000] and len(IdIndex.of(ids[:0])) == 0
+    assert more.tolist() == [5001, 17, 5000] and len(IdIndex.from_ids(ids[:0])) == 0
 
 
 def test_what_was_asked_last_is_not_changed_by_who_asked():

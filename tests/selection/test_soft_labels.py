@@ -6,7 +6,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from hf_dissect.selection import SampleLedger, SoftLabels
-from hf_dissect.selection.soft_labels import upper_component_posterior
+from hf_dissect.selection.soft_labels import compute_upper_posterior
 
 BETA = 0.7
 
@@ -32,7 +32,7 @@ def written_out_posterior(values: np.ndarray, low: float, high: float, seed: int
 @pytest.mark.parametrize("seed", [0, 7])
 def test_posterior_is_that_of_the_upper_component(seed):
     values = two_groups()
-    found = upper_component_posterior(values, seed=seed)
+    found = compute_upper_posterior(values, seed=seed)
     assert np.allclose(found, written_out_posterior(values, values.min(), values.max(), seed), rtol=0, atol=1e-10)
     upper = np.arange(200) % 5 >= 2
     assert found[upper].min() > 0.5 > found[~upper].max()
@@ -40,7 +40,7 @@ def test_posterior_is_that_of_the_upper_component(seed):
 
 def test_the_seed_decides_where_the_mixture_starts():
     values = np.random.default_rng(0).exponential(size=60)
-    found = [upper_component_posterior(values, seed=seed) for seed in (0, 1, 0)]
+    found = [compute_upper_posterior(values, seed=seed) for seed in (0, 1, 0)]
     for seed, posterior in enumerate(found[:2]):
         expected = written_out_posterior(values, values.min(), values.max(), seed)
         assert np.allclose(posterior, expected, rtol=0, atol=1e-10)
@@ -48,18 +48,18 @@ def test_the_seed_decides_where_the_mixture_starts():
 
 
 def test_where_an_outlier_hides_the_groups_all_pairs_count():
-    assert (upper_component_posterior(np.append(two_groups(), -100)) == 1).all()
+    assert (compute_upper_posterior(np.append(two_groups(), -100)) == 1).all()
 
 
 def test_the_same_seed_gives_the_same_numbers_whatever_the_number_of_threads_and_the_global_random_state():
     values = two_groups(5000)
     threads = torch.get_num_threads()
     np.random.seed(1)
-    first = upper_component_posterior(values, seed=3)
+    first = compute_upper_posterior(values, seed=3)
     try:
         torch.set_num_threads(4)
         np.random.seed(2)
-        assert np.array_equal(upper_component_posterior(values, seed=3), first)
+        assert np.array_equal(compute_upper_posterior(values, seed=3), first)
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(threads)
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_numbers_whatever_the_number_of_threads_and
 )
 def test_without_two_components_all_are_of_the_upper_one_and_the_reason_is_told(values, reason, caplog):
     with caplog.at_level(logging.WARNING):
-        assert np.array_equal(upper_component_posterior(values), np.ones(len(values)))
+        assert np.array_equal(compute_upper_posterior(values), np.ones(len(values)))
     (record,) = caplog.records
     assert record.levelname == "WARNING" and reason in record.getMessage()
     assert f"among {len(values)} pairs" in record.getMessage()
@@ -85,12 +85,12 @@ def test_without_two_components_all_are_of_the_upper_one_and_the_reason_is_told(
 
 def test_a_component_of_one_outlier_is_none(caplog):
     values = np.append(two_groups(), 100)
-    assert (upper_component_posterior(values) == 1).all()
+    assert (compute_upper_posterior(values) == 1).all()
     assert "a share of 0.005 only" in caplog.records[0].getMessage()
 
 
 def test_ten_pairs_are_enough():
-    assert upper_component_posterior(np.repeat([0.0, 1.0], 5)).round(6).tolist() == [0] * 5 + [1] * 5
+    assert compute_upper_posterior(np.repeat([0.0, 1.0], 5)).round(6).tolist() == [0] * 5 + [1] * 5
 
 
 def test_labels_follow_the_moving_averages_over_two_updates():

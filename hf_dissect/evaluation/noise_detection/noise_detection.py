@@ -1,4 +1,7 @@
-"""Offers `hf_dissect.evaluation.noise_detection_metrics` to users of `evaluate`, who may add batch by batch."""
+"""The `evaluate` module of `hf_dissect.evaluation.noise_detection_metrics`, which collects examples batch by batch."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -8,9 +11,9 @@ from hf_dissect.evaluation.modules import check_columns
 from hf_dissect.evaluation.noise_recognition import noise_detection_metrics
 
 _DESCRIPTION = """\
-How well a score tells matched image-text pairs from mismatched ones, where the truth is known: area under the ROC
-curve, average precision of finding the mismatched, share of the mismatched recognised, and share of clean pairs among
-the highest-scored. Pairs without a score are left out and counted.
+Separation of matched from mismatched image-text pairs by a score, for data with known truth: area under the ROC curve,
+average precision of finding the mismatched pairs, share of them recognised, and share of clean pairs among the
+highest-scored. Pairs without a score are left out and counted.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -46,6 +49,8 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class NoiseDetection(evaluate.Metric):
+    """The metric `noise_detection` of `evaluate`; `add_start_docstrings` adds its description."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -55,11 +60,20 @@ class NoiseDetection(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2507.12998"],
         )
 
-    def add_batch(self, **columns) -> None:
-        """Adds a batch of pairs."""
+    def add_batch(self, **columns: Any) -> None:
+        """Add a batch of pairs.
+
+        Args:
+            **columns: Values of each column, one row per example.
+
+        Raises:
+            ValueError: If a column is missing, or the columns differ in length.
+        """
         check_columns(columns, self._feature_names())
         super().add_batch(**columns)
 
-    def _compute(self, scores, is_clean, shares=(0.3, 0.5)) -> dict[str, float | int | None]:
-        # Arrow may hand a NaN back as None; numpy reads either as NaN.
+    def _compute(
+        self, scores: Sequence[float], is_clean: Sequence[bool], shares: Sequence[float] = (0.3, 0.5)
+    ) -> dict[str, float | int | None]:
+        # Arrow may return NaN as None; numpy reads either as NaN.
         return noise_detection_metrics(np.asarray(scores, np.float64), is_clean, shares)

@@ -1,1 +1,1 @@
-"""Holds the `evaluate` module `retrieval`; a package only so that it is installed."""
+"""Folder of the `evaluate` module `retrieval`, a package only so that it is installed."""

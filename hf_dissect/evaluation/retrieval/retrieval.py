@@ -1,4 +1,6 @@
-"""Offers `hf_dissect.evaluation.retrieval_from_pairs` to users of `evaluate`, who may add batch by batch."""
+"""The `evaluate` module of `hf_dissect.evaluation.retrieval_from_pairs`, which collects examples batch by batch."""
+
+from typing import Any
 
 import datasets
 import evaluate
@@ -7,10 +9,10 @@ from hf_dissect.evaluation.modules import check_columns
 from hf_dissect.evaluation.recall import retrieval_from_pairs
 
 _DESCRIPTION = """\
-Cross-modal retrieval by cosine: which share of the images finds one of its own captions among the first 1, 5 and 10,
-and which share of the captions finds its image; the median ranks; and the sum of the six recalls. Images with several
-captions follow the usual protocol of Flickr and MS-COCO: the best-ranked own caption counts. Ranks are exact, ties
-count against the model, and memory does not grow with the number of similarities.
+Cross-modal retrieval by cosine: the share of the images that find one of their own captions among the first 1, 5 and
+10, and the share of the captions that find their image; the median ranks; and the sum of the six recalls. Images with
+several captions follow the usual protocol of Flickr and MS-COCO: the best-ranked own caption counts. Ranks are exact,
+ties count against the model, and memory does not grow with the number of similarities.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -45,6 +47,8 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class Retrieval(evaluate.Metric):
+    """The metric `retrieval` of `evaluate`; `add_start_docstrings` adds its description."""
+
     def _info(self) -> evaluate.MetricInfo:
         embeds = {
             "image_embeds": datasets.List(datasets.Value("float32")),
@@ -61,10 +65,23 @@ class Retrieval(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/1412.2306"],
         )
 
-    def add_batch(self, **columns) -> None:
-        """Adds a batch of pairs."""
+    def add_batch(self, **columns: Any) -> None:
+        """Add a batch of pairs.
+
+        Args:
+            **columns: Values of each column, one row per example.
+
+        Raises:
+            ValueError: If a column is missing, or the columns differ in length.
+        """
         check_columns(columns, self._feature_names())
         super().add_batch(**columns)
 
-    def _compute(self, image_embeds, text_embeds, image_ids, block_size: int = 1024) -> dict[str, float]:
+    def _compute(
+        self,
+        image_embeds: list[list[float]],
+        text_embeds: list[list[float]],
+        image_ids: list[int] | list[str],
+        block_size: int = 1024,
+    ) -> dict[str, float]:
         return retrieval_from_pairs(image_embeds, text_embeds, image_ids, block_size=block_size)

@@ -1,4 +1,7 @@
-"""Offers `hf_dissect.evaluation.zero_shot_metrics` to users of `evaluate`, who may add batch by batch."""
+"""The `evaluate` module of `hf_dissect.evaluation.zero_shot_metrics`, which collects examples batch by batch."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -44,6 +47,8 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class ZeroShot(evaluate.Metric):
+    """The metric `zero_shot` of `evaluate`; `add_start_docstrings` adds its description."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -55,10 +60,23 @@ class ZeroShot(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2103.00020"],
         )
 
-    def add_batch(self, **columns) -> None:
-        """Adds a batch of images."""
+    def add_batch(self, **columns: Any) -> None:
+        """Add a batch of images.
+
+        Args:
+            **columns: Values of each column, one row per example.
+
+        Raises:
+            ValueError: If a column is missing, or the columns differ in length.
+        """
         check_columns(columns, self._feature_names())
         super().add_batch(**columns)
 
-    def _compute(self, image_embeds, labels, class_embeds, top_k=(1, 5)) -> dict[str, float]:
+    def _compute(
+        self,
+        image_embeds: list[list[float]],
+        labels: list[int],
+        class_embeds: list[list[float]],
+        top_k: Sequence[int] = (1, 5),
+    ) -> dict[str, float]:
         return zero_shot_metrics(image_embeds, class_embeds, labels, top_k)
