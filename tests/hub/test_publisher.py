@@ -86,7 +86,7 @@ def test_a_push_that_fails_on_the_way_ends_no_training(hub: LoopbackHub, tmp_pat
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     hub.faults = [Fault("POST", "/commit/", times=3)]
     run_recipe(pushing_recipe(tmp_path / "run", hub_always_push=True))
-    assert "checkpoint-4 was not pushed, and training goes on" in caplog.text
+    assert "checkpoint-4 was not pushed, and training continues" in caplog.text
     assert len(hub.model("ada/pushed").commits) == 2
 
 
