@@ -1,5 +1,6 @@
 """Makes every test offline, single-threaded and able to ask for a tiny model, or a Hub on this machine, by name."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,17 +10,35 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What tests start imports this checkout, whatever is installed, and the helpers.
+TESTS = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 
 import pytest
 import torch
 from datasets import Dataset
 from testing import hub_client, tiny_models
+from testing.drawing import figures_drawn, leave_out_drawing
 from testing.loopback_hub import LoopbackHub, serving
 from transformers import PreTrainedModel, ProcessorMixin
 
 from hf_dissect.hub import repository
 
 torch.set_num_threads(1)
+leave_out_drawing()
+
+
+def pytest_collection_finish() -> None:
+    """Spare each training the walk through all imported modules: accelerate collects garbage at its start and end."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Iterator[None]:
+    """Draw figures from the first test of a module that asks for it to its last; they are empty otherwise."""
+    with figures_drawn():
+        yield
 
 
 @pytest.fixture

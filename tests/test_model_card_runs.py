@@ -23,6 +23,7 @@ from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
 from hf_dissect.data import shuffle_captions
 from hf_dissect.runs.run import run_recipe
 
+pytestmark = pytest.mark.usefixtures("drawn")
 ROOT = Path(__file__).parents[1]
 EPOCHS = {"save_strategy": "epoch", "eval_strategy": "epoch"}
 
