@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test docs peft-suite lint format clean
+.PHONY: quickstart test test-slow docs peft-suite lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
 
+# Each worker has one thread (tests/conftest.py), so that there is one for each processor.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+
+# Tests that start processes, which import torch each, or train for long: those that are marked slow.
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
 
 # The theme's advertisement of its successor is kept out of the output.
 docs: $(VENV)/installed

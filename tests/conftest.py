@@ -11,8 +11,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What tests start imports this checkout, whatever is installed, and the helpers.
-TESTS = Path(__file__).parent
-os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).parents[1::-1]))
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 import pytest
 
+
 @pytest.fixture(scope="module", autouse=True)
 def everything_is_drawn(drawn: None) -> None:
     """Draw all figures."""

@@ -1,4 +1,4 @@
-"""Leave out the drawing of figures, which costs a tiny run as much as its training does, where nobody looks at them."""
+"""Leave out the drawing of figures that nobody looks at: it takes as long as the training of a tiny run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
