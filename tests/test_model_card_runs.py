@@ -210,7 +210,9 @@ def features_run(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_snippets_run_as_printed(run, tmp_path):
+    """Trains eight models and starts a process for what their cards say."""
     folders = {"clip": run[0]}
     for name in ("tiny_dual_encoder", "tiny_siglip"):
         folders[name] = tmp_path / name

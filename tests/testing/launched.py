@@ -1,4 +1,4 @@
-"""Runs a function in several real processes that talk by gloo."""
+"""Runs functions in other processes, alone or in several that talk by gloo."""
 
 import gc
 import multiprocessing
@@ -16,7 +16,28 @@ from testing.drawing import leave_out_drawing
 
 # Imported once, in a process that has no threads and of which the ranks are forks. Start it with PYTHONPATH set
 # (conftest.py), as it is what the server finds modules by.
-multiprocessing.set_forkserver_preload(["testing.two_ranks", "testing.distilling_ranks", "testing.cached_steps"])
+multiprocessing.set_forkserver_preload(
+    ["testing.two_ranks", "testing.distilling_ranks", "testing.cached_steps", "testing.faulty_run"]
+)
+
+
+def exit_code_of(function: Callable[..., Any], *arguments: Any) -> int:
+    """Call a function in a process of its own and return how that ended; negative: the number of a signal."""
+    process = multiprocessing.get_context("forkserver").Process(target=_run_alone, args=(function, arguments))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _run_alone(function: Callable[..., Any], arguments: tuple) -> None:
+    _prepare()
+    function(*arguments)
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    gc.freeze()
+    leave_out_drawing()
 
 
 def on_ranks(world_sizes: list[int], folder: Path, function: Callable[[], Any]) -> dict[int, Any]:
@@ -31,9 +52,7 @@ def on_ranks(world_sizes: list[int], folder: Path, function: Callable[[], Any]) 
 
 
 def _run(rank: int, world_sizes: list[int], folder: Path, function: Callable[[], Any]) -> None:
-    torch.set_num_threads(1)
-    gc.freeze()
-    leave_out_drawing()
+    _prepare()
     for size in world_sizes:
         if rank >= size:
             continue
@@ -45,6 +64,7 @@ def _run(rank: int, world_sizes: list[int], folder: Path, function: Callable[[],
         returned = function()
         if rank == 0:
             torch.save(returned, folder / f"result-{size}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the command leaves the group at its end
+            dist.barrier()
+            dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)

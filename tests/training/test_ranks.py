@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -63,7 +64,9 @@ def check_soft_labels(folder: Path) -> None:
             torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_compare_and_agree(tmp_path):
+    """Trains a dozen times in two processes, and as often in one."""
     one_process_runs(tmp_path)
     on_ranks([2], tmp_path, partial(two_ranks.check_all, tmp_path))
     # One comparison in one folder, told and written once.
