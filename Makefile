@@ -10,13 +10,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 quickstart: $(VENV)/installed
 	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
 
-# Each worker has one thread (tests/conftest.py), so that there is one for each processor.
-test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+# One worker for each processor, each with one thread (tests/conftest.py); a file stays with its worker, as its tests
+# share runs.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-# Tests that start processes, which import torch each, or train for long: those that are marked slow.
+test: $(VENV)/installed
+	$(PYTEST) -m "not slow"
+
+# What is marked slow: tests that start processes, each of which imports torch, or train for long.
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
+	$(PYTEST) -m slow
 
 # The theme's advertisement of its successor is kept out of the output.
 docs: $(VENV)/installed

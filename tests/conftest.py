@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each worker has its own caches: they neither wait for each other nor leave anything in the user's home.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="huggingface-")
 # What tests start imports this checkout, whatever is installed, and the helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).parents[1::-1]))
 
@@ -31,6 +35,11 @@ def pytest_collection_finish() -> None:
     """Spare each training the walk through all imported modules: accelerate collects garbage at its start and end."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Remove the caches of this worker."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
