@@ -87,9 +87,7 @@ def test_differential():
     assert all(0 <= auroc <= 1 for auroc in results["correlation"].values())
 
 
-@pytest.mark.slow
 def test_noisy_correspondence():
-    """Trains five times on 160 pairs."""
     random = np.random.default_rng(0)
     for split, count in {"train": 32, "validation": 8, "test": 8}.items():
         rows = tiny_models.tiny_pairs(count, captions_per_image=5)
@@ -191,9 +189,7 @@ def test_mola_pacs():
     assert results["methods"]["hard-sharing"]["ratio"] == 1
 
 
-@pytest.mark.slow
 def test_amid_utd_mhad():
-    """Trains seven times."""
     random = np.random.default_rng(0)
     subject = np.arange(64) % 8 + 1
     np.savez(
