@@ -10,10 +10,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 quickstart: $(VENV)/installed
 	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
 
-# One worker for each processor, each with one thread (tests/conftest.py); a file stays with its worker, as its tests
-# share runs.
+# One worker for each processor, each with one thread (tests/conftest.py), of which more than eight would mostly import.
+# A file stays with its worker, as its tests share runs.
 WORKERS ?= auto
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
 
 test: $(VENV)/installed
 	$(PYTEST) -m "not slow"
