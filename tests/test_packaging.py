@@ -84,9 +84,7 @@ def environment(wheel, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_the_whole_package_and_nothing_else(tree, wheel):
-    """Builds the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
@@ -108,9 +106,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tree, wheel):
     assert any(name.endswith("/LICENSE") for name in metadata)
 
 
-@pytest.mark.slow
 def test_the_installed_command_answers_without_the_checkout(environment, tmp_path):
-    """Builds and installs the wheel."""
     command = environment / "bin" / "hf-dissect"
     lines = _run([command, "recipes"], cwd=tmp_path).splitlines()
     assert [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -121,9 +117,7 @@ def test_the_installed_command_answers_without_the_checkout(environment, tmp_pat
     assert {"train", "evaluate", "compare", "recipes"} <= set(_run([command, "--help"], cwd=tmp_path).split())
 
 
-@pytest.mark.slow
 def test_what_is_shipped_is_read_from_the_installed_package(environment, tmp_path):
-    """Builds and installs the wheel."""
     paths = _run([environment / "bin" / "python", "-c", USE_WHAT_IS_SHIPPED], cwd=tmp_path).splitlines()
     assert len(paths) == 1 + len(list((ROOT / "recipes").glob("*.yaml")))
     assert all(Path(path).is_relative_to(environment) for path in paths)

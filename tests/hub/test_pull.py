@@ -262,12 +262,8 @@ def test_nothing_that_is_pickled_is_fetched(hub, workplace):
 # ---- as a user would ----
 
 
-@pytest.mark.slow
 def test_with_the_environment_alone(hub: LoopbackHub, run, workplace):
-    """The real commands, with the variables that the client reads.
-
-    Starts two processes, as the variables are read at import.
-    """
+    """The real commands, with the variables that the client reads."""
     variables = {
         "HF_ENDPOINT": hub.address,
         "HF_TOKEN": TOKEN,
