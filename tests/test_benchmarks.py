@@ -126,7 +126,7 @@ def test_audit_scores():
 
 @pytest.mark.slow
 def test_grad_cache():
-    """Starts a process for each measurement of memory, each of which imports torch."""
+    """Start a process for each measurement of memory, each of which imports torch."""
     results = run_benchmark("grad_cache", "--chunk", 4, "--factors", 2, "--repeats", 1)
     cached, plain = results["grad_cache"]["2x"], results["plain"]["2x"]
     assert cached["inputs_mib"] == plain["inputs_mib"] > 0 and cached["batch"] == 8
@@ -135,7 +135,7 @@ def test_grad_cache():
 
 @pytest.mark.slow
 def test_scaling():
-    """Starts torchrun twice."""
+    """Start torchrun twice."""
     results = run_benchmark("scaling", "--processes", 1, "--steps", 3, "--batch", 8, "--pairs", 32, "--quiet")
     assert {run["scope"] for run in results["measured"]} == {"local", "global"}
     assert all(run["processor_ms"] > 0 and run["feature exchange"] == 0 for run in results["measured"])
@@ -150,7 +150,7 @@ def test_gsc_cost():
 
 @pytest.mark.slow
 def test_mola_cost():
-    """Starts a process for each measurement of memory, each of which imports torch."""
+    """Start a process for each measurement of memory, each of which imports torch."""
     results = run_benchmark("mola_cost", "--model", "tiny-clip", "--rounds", 1, "--batch", 4, "--r", 2)
     lora, grad = results["lora"], results["mola-grad"]
     assert (
@@ -161,7 +161,7 @@ def test_mola_cost():
 
 @pytest.mark.slow
 def test_mola_pacs():
-    """Starts workers, each of which imports torch."""
+    """Start workers, each of which imports torch."""
     for split in ("train", "validation"):
         parts = []
         for domain in range(2):
@@ -223,7 +223,7 @@ def test_amid_utd_mhad():
 
 @pytest.mark.slow
 def test_faults():
-    """Trains a dozen times, and starts from a process without threads."""
+    """Train a dozen times, and start from a process without threads."""
     run_script("faults", "--trials", 1, "--faults", "kill,nan", "--output-dir", ".")
     rows = json.loads(Path("results/faults.json").read_text())["faults"]
     assert [row["fault"] for row in rows] == ["kill -9", "NaN in a weight or in the loss"]

@@ -136,7 +136,7 @@ def hub():
 
 @pytest.mark.slow
 def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch, capsys):
-    """Trains two dozen times."""
+    """Train two dozen times."""
     monkeypatch.chdir(tmp_path)
     for name in ("clip", "shards"):
         (tmp_path / name).symlink_to(data / name)

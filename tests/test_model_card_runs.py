@@ -212,7 +212,7 @@ def features_run(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_snippets_run_as_printed(run, tmp_path):
-    """Trains eight models and starts a process for what their cards say."""
+    """Train eight models and start a process for what their cards say."""
     folders = {"clip": run[0]}
     for name in ("tiny_dual_encoder", "tiny_siglip"):
         folders[name] = tmp_path / name

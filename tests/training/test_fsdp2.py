@@ -31,7 +31,7 @@ def train(*arguments: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_with_fsdp2_leaves_a_whole_model_and_resumes(tmp_path):
-    """Starts accelerate twice, each time with two processes."""
+    """Start accelerate twice, each time with two processes."""
     recipe = write_tiny_recipe(
         tmp_path / "tiny.yaml",
         selection={"scope": "global", "options": {"variant": "momentum"}},

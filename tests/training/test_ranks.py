@@ -66,7 +66,7 @@ def check_soft_labels(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_compare_and_agree(tmp_path):
-    """Trains a dozen times in two processes, and as often in one."""
+    """Train a dozen times in two processes, and as often in one."""
     one_process_runs(tmp_path)
     on_ranks([2], tmp_path, partial(two_ranks.check_all, tmp_path))
     # One comparison in one folder, told and written once.

@@ -467,7 +467,7 @@ def train_until(line: str, more: list[str], then) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_the_command_goes_on_after_the_death_of_a_data_worker_and_after_sigterm(tmp_path, monkeypatch):
-    """Starts the command twice and trains 40 steps twice."""
+    """Start the command twice and train 40 steps twice."""
     monkeypatch.chdir(tmp_path)
     write_tiny_recipe(tmp_path / "tiny.yaml")
     status, told = train_until("epoch 0.2", [], lambda process: process.children()[0].kill())
