@@ -5,13 +5,22 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test docs peft-suite lint format clean
+.PHONY: quickstart test test-slow docs peft-suite lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
 
+# One worker for each processor, each with one thread (tests/conftest.py), of which more than eight would mostly import.
+# A file stays with its worker, as its tests share runs.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# What is marked slow: tests that start processes, each of which imports torch, or train for long.
+test-slow: $(VENV)/installed
+	$(PYTEST) -m slow
 
 # The theme's advertisement of its successor is kept out of the output.
 docs: $(VENV)/installed

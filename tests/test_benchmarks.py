@@ -1,12 +1,16 @@
 """The benchmarks that the documentation rests on run, on sizes too small to measure anything."""
 
+import importlib
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from datasets import ClassLabel, concatenate_datasets
 from testing import tiny_models
 
@@ -16,21 +20,38 @@ from hf_dissect.cli import main
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+def run_main(name: str, *arguments: object) -> None:
+    """Call the main function of a benchmark in this process, which has imported already what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(sys, "argv", [str(part) for part in (BENCHMARKS / f"{name}.py", *arguments)])
+        module = importlib.import_module(name)
+        if hasattr(module, "get_context"):  # workers that have imported already what they need, too
+            patch.setattr(module, "get_context", lambda method: multiprocessing.get_context("fork"))
+        module.main()
+
+
 def run_script(name: str, *arguments: object) -> None:
+    """Run a benchmark in a process of its own."""
     command = [sys.executable, BENCHMARKS / f"{name}.py", *arguments]
     finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
 
 
-def run_benchmark(name: str, *arguments: object) -> dict:
+def run_benchmark(name: str, *arguments: object, run=run_main) -> dict:
     output = Path(f"{name}.json").resolve()
-    run_script(name, *arguments, "--output", output)
+    run(name, *arguments, "--output", output)
     return json.loads(output.read_text())
 
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
+    """Restore what a benchmark sets for its whole process."""
     monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(1)
+    transformers.utils.logging.enable_progress_bar()
 
 
 def test_ledger():
@@ -103,14 +124,18 @@ def test_audit_scores():
     assert "auroc_score" not in results["0% mismatched"] and 0 <= results["40% mismatched"]["auroc_score"]["mean"] <= 1
 
 
+@pytest.mark.slow
 def test_grad_cache():
+    """Start a process for each measurement of memory, each of which imports torch."""
     results = run_benchmark("grad_cache", "--chunk", 4, "--factors", 2, "--repeats", 1)
     cached, plain = results["grad_cache"]["2x"], results["plain"]["2x"]
     assert cached["inputs_mib"] == plain["inputs_mib"] > 0 and cached["batch"] == 8
     assert cached["seconds_per_step"]["mean"] > 0 and plain["processor_seconds_per_step"]["mean"] > 0
 
 
+@pytest.mark.slow
 def test_scaling():
+    """Start torchrun twice."""
     results = run_benchmark("scaling", "--processes", 1, "--steps", 3, "--batch", 8, "--pairs", 32, "--quiet")
     assert {run["scope"] for run in results["measured"]} == {"local", "global"}
     assert all(run["processor_ms"] > 0 and run["feature exchange"] == 0 for run in results["measured"])
@@ -123,7 +148,9 @@ def test_gsc_cost():
     assert results["loss_alone"]["gsc without evidence"]["processor"]["ms_per_step_median"] > 0
 
 
+@pytest.mark.slow
 def test_mola_cost():
+    """Start a process for each measurement of memory, each of which imports torch."""
     results = run_benchmark("mola_cost", "--model", "tiny-clip", "--rounds", 1, "--batch", 4, "--r", 2)
     lora, grad = results["lora"], results["mola-grad"]
     assert (
@@ -132,7 +159,9 @@ def test_mola_cost():
     assert lora["processor"]["ratio_to_lora_median"] == 1 and grad["process_mib_ratio"] > 0
 
 
+@pytest.mark.slow
 def test_mola_pacs():
+    """Start workers, each of which imports torch."""
     for split in ("train", "validation"):
         parts = []
         for domain in range(2):
@@ -143,7 +172,17 @@ def test_mola_pacs():
     small = ["--side", 16, "--widths", "4,4,8", "--depths", "1,1", "--ranks", "1,2", "--epochs", 1, "--batch", 7]
     methods = ["hard-sharing", "mola-grad", "mola-router+twd"]
     results = run_benchmark(
-        "mola_pacs", "--data", ".", *small, "--seeds", "0,1", "--methods", ",".join(methods), "--timing-rounds", 1
+        "mola_pacs",
+        "--data",
+        ".",
+        *small,
+        "--seeds",
+        "0,1",
+        "--methods",
+        ",".join(methods),
+        "--timing-rounds",
+        1,
+        run=run_script,
     )
     assert list(results["methods"]) == methods and len(results["runs"]) == 6
     assert all(0 <= row["accuracy"]["mean"]["mean"] <= 1 for row in results["methods"].values())
@@ -182,7 +221,9 @@ def test_amid_utd_mhad():
     assert few["labelled_trials"] == 1 and few["runs"][0]["student"] <= 1
 
 
+@pytest.mark.slow
 def test_faults():
+    """Train a dozen times, and start from a process without threads."""
     run_script("faults", "--trials", 1, "--faults", "kill,nan", "--output-dir", ".")
     rows = json.loads(Path("results/faults.json").read_text())["faults"]
     assert [row["fault"] for row in rows] == ["kill -9", "NaN in a weight or in the loss"]

@@ -134,7 +134,9 @@ def hub():
         yield running
 
 
+@pytest.mark.slow
 def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch, capsys):
+    """Train two dozen times."""
     monkeypatch.chdir(tmp_path)
     for name in ("clip", "shards"):
         (tmp_path / name).symlink_to(data / name)
@@ -172,6 +174,7 @@ def test_make_targets_exist(command):
     assert subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True).returncode == 0
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_picture_is_drawn_from_a_comparison(tmp_path):
     """`python docs/draw_quickstart.py`, on runs of two evaluations each."""
     for place, name in enumerate(("dissect", "none", "random")):

@@ -23,6 +23,7 @@ from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
 from hf_dissect.data import shuffle_captions
 from hf_dissect.runs.run import run_recipe
 
+pytestmark = pytest.mark.usefixtures("drawn")
 ROOT = Path(__file__).parents[1]
 EPOCHS = {"save_strategy": "epoch", "eval_strategy": "epoch"}
 
@@ -209,7 +210,9 @@ def features_run(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_snippets_run_as_printed(run, tmp_path):
+    """Train eight models and start a process for what their cards say."""
     folders = {"clip": run[0]}
     for name in ("tiny_dual_encoder", "tiny_siglip"):
         folders[name] = tmp_path / name

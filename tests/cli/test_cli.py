@@ -129,7 +129,9 @@ def test_resume_ends_as_the_uninterrupted_run(workplace):
     assert part["final"] == whole["final"] and part["steps"] == whole["steps"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_one_line_and_the_run_can_be_resumed(workplace):
+    """Start the command and train for several epochs."""
     settings = ["training.num_train_epochs=40", "training.eval_strategy=epoch", "training.save_strategy=epoch"]
     command = [*COMMAND, "train", "tiny.yaml", *settings]
     with subprocess.Popen(

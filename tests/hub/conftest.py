@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from testing.drawing import figures_drawn
 from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect.runs.run import run_recipe
@@ -15,5 +16,6 @@ USER_HOME = Path("/home/zaphod")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, not to be changed."""
     folder = tmp_path_factory.mktemp("zaphod-beeblebrox") / "runs" / "tiny"
-    run_recipe(tiny_recipe(folder, evaluation={"zero_shot": None}))
+    with figures_drawn():  # they are published
+        run_recipe(tiny_recipe(folder, evaluation={"zero_shot": None}))
     return folder

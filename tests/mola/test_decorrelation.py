@@ -1,12 +1,11 @@
 """The task-wise decorrelation loss against the double loop of its definition, alone, over processes and under DDP."""
 
 import math
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
+from testing.launched import on_ranks
 from testing.tiny_bases import adapted, pictures, tiny_vit
 from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs
 from torch.nn.parallel import DistributedDataParallel
@@ -168,10 +167,8 @@ DDP_CASES = [
 ]
 
 
-def compute_on_rank(rank: int, world_size: int, port: int, results) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def compute_on_rank() -> dict:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     found = {}
     share = ROWS // world_size
     for number, tasks in enumerate(TASK_MIXES):
@@ -179,39 +176,21 @@ def compute_on_rank(rank: int, world_size: int, port: int, results) -> None:
             parts = union_loss_and_gradient(slice(rank * share, (rank + 1) * share), temperature, tasks)
             for part in parts:
                 dist.all_reduce(part)
-            found[number, temperature] = [(part / world_size).numpy() for part in parts]
+            found[number, temperature] = [part / world_size for part in parts]
     if world_size == 2:
         for kind, decorrelation, unused in DDP_CASES:
             gradients = ddp_gradients(rank, kind, decorrelation, find_unused_parameters=bool(unused))
             flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
             both = [torch.empty_like(flat) for _ in range(2)]
             dist.all_gather(both, flat)
-            found[kind, decorrelation, unused] = (list(gradients), [part.numpy() for part in both])
-    if rank == 0:
-        results.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+            found[kind, decorrelation, unused] = (list(gradients), both)
+    return found
 
 
 @pytest.fixture(scope="module")
-def of_processes():
-    """What two and four processes found, each group started once, from one server that has imported everything."""
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["testing.tiny_models", __name__])
-    found = {}
-    for world_size in (2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        results = torch.multiprocessing.get_context("forkserver").SimpleQueue()
-        processes = torch.multiprocessing.start_processes(
-            compute_on_rank, (world_size, port, results), nprocs=world_size, join=False, start_method="forkserver"
-        )
-        while results.empty() and not processes.join(timeout=0.1):
-            pass
-        found[world_size] = results.get()
-        while not processes.join():
-            pass
-    return found
+def of_processes(tmp_path_factory):
+    """What two and four processes found."""
+    return on_ranks([2, 4], tmp_path_factory.mktemp("ranks"), compute_on_rank)
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
@@ -220,13 +199,12 @@ def of_processes():
 def test_processes_agree_with_one_process_on_the_union(of_processes, world_size, mix, temperature):
     expected = union_loss_and_gradient(slice(None), temperature, TASK_MIXES[mix])
     for one, many in zip(expected, of_processes[world_size][mix, temperature], strict=True):
-        assert (one - torch.from_numpy(many)).abs().max() < 1e-10
+        assert (one - many).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize(("kind", "decorrelation", "unused"), DDP_CASES)
 def test_a_router_trains_under_ddp(of_processes, kind, decorrelation, unused):
     names, (first, second) = of_processes[2][kind, decorrelation, unused]
-    first, second = torch.from_numpy(first), torch.from_numpy(second)
     assert torch.equal(first, second) and first.isfinite().all() and first.abs().sum() > 0
     assert any("mola_router" in name for name in names)
     assert any("projection" in name for name in names) == decorrelation

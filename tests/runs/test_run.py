@@ -19,6 +19,7 @@ from hf_dissect.recipe.recipe import DataSection
 from hf_dissect.runs.run import build_trainer, free_output_dir, in_folder, load_data, run_recipe
 from hf_dissect.runs.saved_model import load_split
 
+pytestmark = pytest.mark.usefixtures("drawn")
 SCENES_ONLY = dict.fromkeys(["scenes_train", "scenes_validation", "scenes_test", "noise_rate"])
 ONE_EPOCH = {"selection": {"strategy": "clipscore"}, "training": {"num_train_epochs": 1}}
 

@@ -1,16 +1,11 @@
 """Choosing among the candidates of all ranks, and sharing out what is kept."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from testing.launched import on_ranks
+from testing.scope_ranks import check_choices
 
 from hf_dissect.selection.scope import plan_moves
-
-FOLDER = Path(__file__).parent
 
 
 @pytest.mark.parametrize("counts", [[4, 4], [8, 0], [0, 3, 9, 0], [1, 5, 2, 4], [0, 0, 0], [5, 3, 4, 4, 0, 8]])
@@ -24,14 +19,4 @@ def test_moves_end_in_equal_numbers_with_as_few_pairs_as_can_be(counts):
 
 
 def test_three_ranks_choose_what_one_would(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [*launch, str(FOLDER.parent / "testing" / "scope_ranks.py")],
-        cwd=tmp_path,
-        env=environment | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert finished.returncode == 0, finished.stderr[-20_000:]
+    on_ranks([3], tmp_path, check_choices)

@@ -1,14 +1,11 @@
-"""Run by test_ranks.py in two processes: trains as the one process does that the test runs on the rows of both."""
+"""Called by test_ranks.py in two processes: trains as the one process does that the test runs on the rows of both."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from testing.tiny_modalities import tiny_columns, tiny_trainer, weights_of
-
-torch.set_num_threads(1)
 
 SETTINGS = {
     "term_weights": {"hinton": 0.5, "contrastive": 0.5},
@@ -35,8 +32,8 @@ def logged(trainer) -> list[dict[str, float]]:
     return [{name: value for name, value in log.items() if name not in ("grad_norm", "epoch")} for log in logs]
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def train_and_resume(folder: Path) -> dict:
+    """Check that the processes agree and resume alike, and return their weights and figures."""
     trainer = tiny_trainer(
         folder, columns(), per_device_train_batch_size=4, save_strategy="steps", save_steps=3, **SETTINGS
     )
@@ -47,5 +44,4 @@ if __name__ == "__main__":
     again = tiny_trainer(folder, columns(), per_device_train_batch_size=4, **SETTINGS)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     assert torch.equal(weights, weights_of(again)), "the resumed run differs"
-    if trainer.is_world_process_zero():
-        torch.save({"weights": weights, "logs": logged(trainer)}, folder / "two.pt")
+    return {"weights": weights, "logs": logged(trainer)}

@@ -1,16 +1,9 @@
-"""Small runs that are bit for bit the same each time, and processes of them that are killed while they save.
-
-As a script it leaves, for each place in `KILLED_IN`, the run folder of a process that was killed there:
-
-    python tests/testing/faulty_run.py FOLDER
-"""
+"""Small runs that are bit for bit the same each time, and one that is killed while it saves."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from transformers.models.clip.modeling_clip import CLIPAttention
 
@@ -89,16 +82,6 @@ def killed_in(place: str) -> type[DissectTrainer]:
     return kind
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    for place in KILLED_IN:
-        child = os.fork()  # spares the imports; this process itself never trains
-        if child == 0:
-            make_trainer(folder / place, killed_in(place)).train()
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def train_until_killed(folder: Path, place: str) -> None:
+    """Train in a process that dies where `killed_in` says."""
+    make_trainer(folder, killed_in(place)).train()

@@ -1,4 +1,4 @@
-"""Run by test_scope.py in three processes: what they choose together is what one chooses of the union."""
+"""Called by test_scope.py in three processes: what they choose together is what one chooses of the union."""
 
 import torch
 import torch.nn.functional as F
@@ -11,47 +11,6 @@ from hf_dissect.selection.uniform import Random
 
 SIZES = [5, 0, 7]  # one rank could read none of its rows
 
-torch.set_num_threads(1)
-ranks = Ranks(Accelerator(cpu=True))
-generator = torch.Generator().manual_seed(0)
-total, start = sum(SIZES), sum(SIZES[: ranks.own])
-own = torch.arange(start, start + SIZES[ranks.own])
-image = F.normalize(torch.randn(total, 8, generator=generator), dim=-1)
-text = F.normalize(image + torch.randn(total, 8, generator=generator), dim=-1)
-columns = {column for strategy in STRATEGIES.values() for column in strategy.columns}
-ledger = SampleLedger(1000, columns=("correlation", *sorted(columns)))
-ledger.write("history", torch.arange(total) * 7, 100 * torch.rand(total, generator=generator))
-
-for kind, bias in (("softmax", 0.0), ("sigmoid", -3.0)):
-    union = CandidateScores(torch.arange(total) * 7, image, text, logit_scale=10.0, logit_bias=bias, kind=kind)
-    gathered = GatheredScores(union.subset(own), SIZES, ranks)
-    torch.testing.assert_close(gathered.loss, union.loss)
-    assert torch.equal(gathered.correlation, union.correlation) and torch.equal(gathered.text_embeds, text)
-    for name in STRATEGIES:
-        strategy = make_strategy(name)
-        strategy.on_epoch_begin(3, ledger)
-        strategy.generator.manual_seed(1)
-        wanted = strategy.select(union, ledger, 6).indices
-        strategy.generator.manual_seed(1)
-        kept = select_from_all(strategy, union.subset(own), ledger, SIZES, lambda size: size // 2, ranks)
-        assert sum(kept.counts) == len(wanted) and len(kept.indices) == kept.counts[ranks.own]
-        rows = own[kept.indices]
-        batch = {
-            "sample_id": union.sample_id[rows],
-            "pixel_values": image[rows],
-            "input_ids": torch.full((len(rows), 3 + ranks.own), 9),
-            "is_clean": rows % 2 == 0,
-        }
-        shared = rebalance(batch, kept.counts, ranks, {"input_ids": (5, "left")})
-        assert len(shared["sample_id"]) == len(wanted) // 3
-        everywhere = ranks.gather(shared["sample_id"])
-        assert sorted(everywhere.tolist()) == union.sample_id[wanted].tolist()
-        rows = shared["sample_id"] // 7
-        assert torch.equal(shared["pixel_values"], image[rows]) and torch.equal(shared["is_clean"], rows % 2 == 0)
-        # A caption that was 3 tokens long is now as long as the longest, 5, padded on its left.
-        source = torch.where(rows < 5, 0, 2)
-        assert [line.count(5) for line in shared["input_ids"].tolist()] == (2 - source).tolist()
-
 
 class MeasuresLoss(Random):
     """Looks at the loss among the candidates it is shown."""
@@ -60,21 +19,59 @@ class MeasuresLoss(Random):
         return {"loss": scores.loss}
 
 
-union = CandidateScores(torch.arange(total) * 7, image, text, logit_scale=10.0)
-for sizes in (SIZES, [3, 4, 5]):
-    parts = [union.subset(part) for part in torch.arange(total).split(sizes)]
-    brought = parts[ranks.own]
-    kept = select_from_all(MeasuresLoss(), brought, ledger, sizes, lambda size: 3, ranks)
-    columns, measured = gather_selection(brought, kept, None, sizes, ranks)
-    assert "measured.loss" not in columns and columns["correlation"].equal(union.correlation)
-    torch.testing.assert_close(measured, {"loss": union.loss})
-    # Where a rank has no candidates, none measures: all are to exchange the same columns.
-    kept = select_from_own(MeasuresLoss(), brought, ledger, sizes, lambda size: 2)
-    wanted = {"loss": torch.cat([part.loss for part in parts])} if min(sizes) else {}
-    torch.testing.assert_close(gather_selection(brought, kept, None, sizes, ranks)[1], wanted)
-    unscored = CandidateScores(brought.sample_id)
-    kept = select_from_own(MeasuresLoss(), unscored, ledger, sizes, lambda size: 2)
-    assert gather_selection(unscored, kept, None, sizes, ranks)[1] == {}
+def check_choices() -> None:
+    ranks = Ranks(Accelerator(cpu=True))
+    generator = torch.Generator().manual_seed(0)
+    total, start = sum(SIZES), sum(SIZES[: ranks.own])
+    own = torch.arange(start, start + SIZES[ranks.own])
+    image = F.normalize(torch.randn(total, 8, generator=generator), dim=-1)
+    text = F.normalize(image + torch.randn(total, 8, generator=generator), dim=-1)
+    columns = {column for strategy in STRATEGIES.values() for column in strategy.columns}
+    ledger = SampleLedger(1000, columns=("correlation", *sorted(columns)))
+    ledger.write("history", torch.arange(total) * 7, 100 * torch.rand(total, generator=generator))
 
-ranks.wait()
-torch.distributed.destroy_process_group()
+    for kind, bias in (("softmax", 0.0), ("sigmoid", -3.0)):
+        union = CandidateScores(torch.arange(total) * 7, image, text, logit_scale=10.0, logit_bias=bias, kind=kind)
+        gathered = GatheredScores(union.subset(own), SIZES, ranks)
+        torch.testing.assert_close(gathered.loss, union.loss)
+        assert torch.equal(gathered.correlation, union.correlation) and torch.equal(gathered.text_embeds, text)
+        for name in STRATEGIES:
+            strategy = make_strategy(name)
+            strategy.on_epoch_begin(3, ledger)
+            strategy.generator.manual_seed(1)
+            wanted = strategy.select(union, ledger, 6).indices
+            strategy.generator.manual_seed(1)
+            kept = select_from_all(strategy, union.subset(own), ledger, SIZES, lambda size: size // 2, ranks)
+            assert sum(kept.counts) == len(wanted) and len(kept.indices) == kept.counts[ranks.own]
+            rows = own[kept.indices]
+            batch = {
+                "sample_id": union.sample_id[rows],
+                "pixel_values": image[rows],
+                "input_ids": torch.full((len(rows), 3 + ranks.own), 9),
+                "is_clean": rows % 2 == 0,
+            }
+            shared = rebalance(batch, kept.counts, ranks, {"input_ids": (5, "left")})
+            assert len(shared["sample_id"]) == len(wanted) // 3
+            everywhere = ranks.gather(shared["sample_id"])
+            assert sorted(everywhere.tolist()) == union.sample_id[wanted].tolist()
+            rows = shared["sample_id"] // 7
+            assert torch.equal(shared["pixel_values"], image[rows]) and torch.equal(shared["is_clean"], rows % 2 == 0)
+            # A caption that was 3 tokens long is now as long as the longest, 5, padded on its left.
+            source = torch.where(rows < 5, 0, 2)
+            assert [line.count(5) for line in shared["input_ids"].tolist()] == (2 - source).tolist()
+
+    union = CandidateScores(torch.arange(total) * 7, image, text, logit_scale=10.0)
+    for sizes in (SIZES, [3, 4, 5]):
+        parts = [union.subset(part) for part in torch.arange(total).split(sizes)]
+        brought = parts[ranks.own]
+        kept = select_from_all(MeasuresLoss(), brought, ledger, sizes, lambda size: 3, ranks)
+        columns, measured = gather_selection(brought, kept, None, sizes, ranks)
+        assert "measured.loss" not in columns and columns["correlation"].equal(union.correlation)
+        torch.testing.assert_close(measured, {"loss": union.loss})
+        # Where a rank has no candidates, none measures: all are to exchange the same columns.
+        kept = select_from_own(MeasuresLoss(), brought, ledger, sizes, lambda size: 2)
+        wanted = {"loss": torch.cat([part.loss for part in parts])} if min(sizes) else {}
+        torch.testing.assert_close(gather_selection(brought, kept, None, sizes, ranks)[1], wanted)
+        unscored = CandidateScores(brought.sample_id)
+        kept = select_from_own(MeasuresLoss(), unscored, ledger, sizes, lambda size: 2)
+        assert gather_selection(unscored, kept, None, sizes, ranks)[1] == {}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import torch
 from datasets import Features, IterableDataset, List, Value
@@ -70,6 +71,13 @@ def real_loader() -> StreamLoader:
     rows = tiny_models.tiny_pairs(20, captions_per_image=2).to_iterable_dataset(num_shards=3)
     _, processor = tiny_models.tiny_clip()
     return StreamLoader(as_pairs(rows), SelectionCollator(processor), 4, num_workers=2, shuffle_buffer=6, seed=1)
+
+
+def write_rest(state: Path, count: int, out: Path) -> None:
+    """Write the batches of `real_loader` that follow a saved place to a file."""
+    loader = real_loader()
+    loader.load_state_dict(json.loads(state.read_text()))
+    torch.save(list(itertools.islice(loader, count)), out)
 
 
 def one_pass(stream, num_parts, number, seed=None):

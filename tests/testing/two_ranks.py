@@ -1,8 +1,8 @@
-"""Run by test_ranks.py in two processes: trains, compares, and checks what each process must know of the other."""
+"""Called by test_ranks.py in two processes: trains, compares, and checks what each process must know of the other."""
 
 import os
 import signal
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,8 +18,6 @@ from hf_dissect.selection import SampleLedger
 from hf_dissect.training.interruption import StoppedBySignal
 from testing import tiny_models
 from testing.tiny_recipe import write_tiny_recipe
-
-torch.set_num_threads(1)
 
 
 def check_exchange() -> None:
@@ -276,8 +274,7 @@ def check_record(folder: Path) -> None:
     assert rows.groupby("step").size().isin([15, 16]).all() and rows.groupby("step").kept.sum().isin([7, 8]).all()
 
 
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
+def check_all(place: Path) -> None:
     check_exchange()
     check_training(place / "trainer")
     for variant in ("router", "grad"):
@@ -286,6 +283,8 @@ if __name__ == "__main__":
     check_soft_labels(place / "labels")
     check_stream(place / "stream")
     check_other_number_of_processes(place / "one-process")
-    recipe = write_tiny_recipe(place / f"tiny-{Accelerator().process_index}.yaml", training={"max_steps": 2})
-    status = main(["compare", str(recipe), "--strategies", "none,dissect", "--output-dir", str(place / "compared")])
-    sys.exit(status)
+    rank = Accelerator().process_index
+    recipe = write_tiny_recipe(place / f"tiny-{rank}.yaml", training={"max_steps": 2})
+    command = ["compare", str(recipe), "--strategies", "none,dissect", "--output-dir", str(place / "compared")]
+    with open(place / f"printed-{rank}.txt", "w") as printed, redirect_stdout(printed):
+        assert main(command) == 0

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.test_utils import execute_subprocess_async
 from safetensors.torch import load_file
@@ -28,7 +29,9 @@ def train(*arguments: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_fsdp2_leaves_a_whole_model_and_resumes(tmp_path):
+    """Start accelerate twice, each time with two processes."""
     recipe = write_tiny_recipe(
         tmp_path / "tiny.yaml",
         selection={"scope": "global", "options": {"variant": "momentum"}},

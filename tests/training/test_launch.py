@@ -40,7 +40,9 @@ def parsed(config: Path, *arguments: str):
     return _validate_launch_command(launch_command_parser().parse_args(command))[0]
 
 
+@pytest.mark.slow
 def test_one_process_accelerate_and_torchrun_leave_the_same_run_folder(tmp_path, capsys):
+    """Start accelerate and torchrun, each with two processes."""
     settings = {"bf16": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "use_cpu": None}
     recipe = str(write_tiny_recipe(tmp_path / "tiny.yaml", training=settings))
     assert main(["recipes", "--accelerate", "multi-gpu"]) == 0

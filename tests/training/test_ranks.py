@@ -1,20 +1,18 @@
 """What processes tell each other: nothing when alone, and the truth when there are two."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from testing import two_ranks
+from testing.launched import on_ranks
 
 from hf_dissect.distributed import Ranks
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_alone_everything_stays_as_it_is():
@@ -66,32 +64,18 @@ def check_soft_labels(folder: Path) -> None:
             torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_compare_and_agree(tmp_path):
+    """Train a dozen times in two processes, and as often in one."""
     one_process_runs(tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-    }
-    finished = subprocess.run(
-        [*launch, str(ROOT / "tests" / "testing" / "two_ranks.py"), str(tmp_path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-20_000:]
+    on_ranks([2], tmp_path, partial(two_ranks.check_all, tmp_path))
     # One comparison in one folder, told and written once.
-    lines = finished.stdout.splitlines()
+    lines = [line for rank in range(2) for line in (tmp_path / f"printed-{rank}.txt").read_text().splitlines()]
     assert [line for line in lines if line.startswith("[")] == ["[1/2] none", "[2/2] dissect"]
     assert len([line for line in lines if line.startswith("report ")]) == 1
     assert {path.name for path in tmp_path.iterdir()} == {
         *("trainer", "router", "grad", "global", "labels", "alone", "stream", "one-process"),
-        *("compared", "tiny-0.yaml", "tiny-1.yaml"),
+        *("compared", "tiny-0.yaml", "tiny-1.yaml", "printed-0.txt", "printed-1.txt", "store-2", "result-2.pt"),
     }
     check_global_scope(tmp_path)
     check_soft_labels(tmp_path)

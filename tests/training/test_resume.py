@@ -16,8 +16,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from testing import faulty_run
-from testing.faulty_run import KILLED_IN, SAVE_STEPS, STEPS, make_trainer
+from testing.faulty_run import KILLED_IN, SAVE_STEPS, STEPS, make_trainer, train_until_killed
+from testing.launched import exit_code_of
 from testing.tiny_recipe import write_tiny_recipe
 from transformers import TrainerCallback
 
@@ -165,20 +165,10 @@ def test_the_checkpoint_of_the_last_step_of_an_epoch_has_the_figures_of_the_epoc
 CARD = ("README.md", "report.png")  # written at each save
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("killed")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, faulty_run.__file__, str(folder)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return folder
-
-
 @pytest.mark.parametrize("place", KILLED_IN)
-def test_killed_while_saving(place, killed, whole):
-    folder = killed / place
+def test_killed_while_saving(place, tmp_path, whole):
+    folder = tmp_path / place
+    assert exit_code_of(train_until_killed, folder, place) == -signal.SIGKILL
     written = {path.name for path in (folder / UNFINISHED_FOLDER / "checkpoint-6").iterdir()}
     assert "model.safetensors" in written and ("trainer_state.json" in written) == (place == KILLED_IN[1])
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -489,7 +479,9 @@ def train_until(line: str, more: list[str], then) -> tuple[int, str]:
     return running.returncode, errors.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_the_death_of_a_data_worker_and_after_sigterm(tmp_path, monkeypatch):
+    """Start the command twice and train 40 steps twice."""
     monkeypatch.chdir(tmp_path)
     write_tiny_recipe(tmp_path / "tiny.yaml")
     status, told = train_until("epoch 0.2", [], lambda process: process.children()[0].kill())

@@ -2,14 +2,11 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
+from testing.launched import exit_code_of
 from testing.tar_files import write_tar
 from testing.tiny_streams import (
     UNEQUAL,
@@ -21,12 +18,11 @@ from testing.tiny_streams import (
     real_loader,
     rows_of_shards,
     stream_of,
+    write_rest,
 )
 
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs
-
-ROOT = Path(__file__).parents[3]
 
 
 def assert_resumes(make_loader, count, every=1):
@@ -148,24 +144,12 @@ def test_a_shuffled_resume_reads_its_block_and_no_more():
 
 
 def test_a_new_process_goes_on_with_real_batches(tmp_path):
-    script = ROOT / "tests" / "testing" / "resume_stream.py"
-
-    def run(state, count, out):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(script), str(state), str(count), str(out)]
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-
     loader = real_loader()
     whole = first_batches(loader, 9)[0]
     first = real_loader()
     first_batches(first, 4)
     (tmp_path / "state.json").write_text(json.dumps(first.state_dict()))
-    run(tmp_path / "state.json", 5, tmp_path / "rest.pt")
+    assert exit_code_of(write_rest, tmp_path / "state.json", 5, tmp_path / "rest.pt") == 0
     rest = torch.load(tmp_path / "rest.pt")
     assert len(rest) == 5 and {"pixel_values", "input_ids", "sample_id"} <= rest[0].keys()
     for batch, expected in zip(rest, whole[4:], strict=True):
