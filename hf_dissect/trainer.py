@@ -1,7 +1,7 @@
 """The Hugging Face Trainer with one thing added: of each candidate batch, only the pairs worth a gradient train."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
-from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
+from hf_dissect.evaluation.pair_scores import Batch, join_correlations, score_batches
 from hf_dissect.evaluation.predictions import predict_pairs, retrieval_of_predictions
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
 from hf_dissect.models.adapters import restore_base, save_base
 from hf_dissect.models.loading import contrastive_kind, logit_scale_and_bias, networks_of
 from hf_dissect.models.tasks import representations
-from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.trace import SelectionTrace
@@ -50,8 +49,6 @@ from hf_dissect.training_data import (
 
 __all__ = ["DissectTrainer", "NonFiniteLossError"]
 
-Batch = Mapping[str, torch.Tensor]
-
 
 class DissectTrainer(BaseTrainer):
     """Trainer of a CLIP-like dual encoder on the pairs that its selection strategy keeps.
@@ -60,8 +57,7 @@ class DissectTrainer(BaseTrainer):
         model: Model with `get_image_features` and `get_text_features`.
         args: `DissectTrainingArguments`.
         data_collator: Collator of the pairs; by default a `SelectionCollator` for the model and the processor.
-        train_dataset: `datasets.Dataset` or `IterableDataset` with an image and a caption column, or a torch data set
-            of dicts with `image`, `caption` and `sample_id`.
+        train_dataset: Data set with an image and a caption column, or of what `hf_dissect.data.as_pairs` returns.
         eval_dataset: Data set of the same kind, or a dict of several.
         processing_class: Processor of the model; saved with it.
         strategy: `SelectionStrategy` of your own, instead of the one that `args` names.
@@ -75,8 +71,7 @@ class DissectTrainer(BaseTrainer):
 
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
-        ValueError: no processor, no data, fewer pairs than one batch, missing columns, bad ids, or a model that is not
-            a dual encoder or does not go with the objective.
+        ValueError: processor or data are missing or do not go with the model, or the model is not a dual encoder.
     """
 
     card_callback = SelectionCard
@@ -113,9 +108,7 @@ class DissectTrainer(BaseTrainer):
         if data_collator is None:
             self.data_collator = make_collator(self.model, processing_class, args)
         self.kind = contrastive_kind(self.model)
-        self.objective = Objective(
-            self.kind, args.mask_false_negatives, args.make_gsc(), num_networks=len(networks_of(self.model))
-        )
+        self.objective = args.make_objective(self.kind, num_networks=len(networks_of(self.model)))
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
         self.strategy, self.ledger, self.monitor = self.selector.strategy, self.selector.ledger, self.selector.monitor
         self.bad_rows = self.selector.bad_rows
@@ -132,14 +125,10 @@ class DissectTrainer(BaseTrainer):
         records = args.record_selection and self.is_world_process_zero()
         return OnlineSelector(
             strategy,
-            args.selection_ratio,
+            **args.selector_settings(),
             num_samples=getattr(pairs, "num_samples", None),
             columns=self.objective.columns,
-            scope=args.selection_scope,
-            seed=args.seed,
             kind=self.kind,
-            scoring_batch_size=args.scoring_batch_size,
-            scores_all=args.record_selection,
             padding=getattr(self.data_collator, "padding", {}),
             ranks=self.ranks,
             bad_rows=BadRows(args.max_bad_fraction, num_pairs(pairs)),
@@ -317,12 +306,10 @@ class DissectTrainer(BaseTrainer):
     def restore_extra(self, folder: str, has_state: bool) -> None:
         """Load the ledger and continue the epoch."""
         load_ledger(self.ledger, folder, has_state)
-        if not has_state:
-            return
-        self.enter_epoch(self.selector.epoch)
-        if num_pairs(self.train_dataset) is None and self.stream is None:
+        if has_state:
+            self.enter_epoch(self.selector.epoch)
             # Epochs of a foreign stream are counted as they begin, and this one begins again.
-            self.selector.epoch -= 1
+            self.selector.epoch -= num_pairs(self.train_dataset) is None and self.stream is None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_base(self.model, resume_from_checkpoint)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_dissect.objective import GscObjective
+from hf_dissect.objective import GscObjective, Objective
 from hf_dissect.recipe.schema import DataSection, GscSection, ModelSection, ObjectiveSection, SelectionSection
 from hf_dissect.selection import SelectionStrategy, make_strategy
 from hf_dissect.settings import check_values, declared, list_in_docstring, settings_of
@@ -106,6 +106,28 @@ class DissectTrainingArguments(BaseTrainingArguments):
         if self.selection_strategy == "dissect":
             options.setdefault("history_given", self.initial_ledger is not None)
         return make_strategy(self.selection_strategy, **options)
+
+    def selector_settings(self) -> dict[str, Any]:
+        """Return the settings of an `OnlineSelector`, as its keyword arguments."""
+        return {
+            "ratio": self.selection_ratio,
+            "scope": self.selection_scope,
+            "seed": self.seed,
+            "scoring_batch_size": self.scoring_batch_size,
+            "scores_all": self.record_selection,
+        }
+
+    def make_objective(self, kind: str, num_networks: int = 1) -> Objective:
+        """Build the objective that the arguments describe.
+
+        Args:
+            kind: Contrastive loss of the model, "softmax" or "sigmoid".
+            num_networks: Number of networks of the model, 2 for a `TwinDualEncoder`.
+
+        Raises:
+            ValueError: the soft labels do not go with the model.
+        """
+        return Objective(kind, self.mask_false_negatives, self.make_gsc(), num_networks)
 
     def make_gsc(self) -> GscObjective | None:
         """Build the objective with soft labels that the arguments describe; None without soft labels."""

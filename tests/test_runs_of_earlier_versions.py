@@ -66,8 +66,11 @@ def read_log(checkpoint: Path) -> list[dict]:
 
 
 def describe_weights(path: Path) -> dict[str, list[float]]:
-    """Return norm, first and last value of each tensor in a file."""
+    """Return norm, first and last value of each tensor in a file; the tensors of a state under their earlier names."""
+    if path.name == "distillation_state.safetensors":
+        path = path.with_name("dissect_state.safetensors")
     tensors = {name: values.double().flatten() for name, values in load_file(path).items()}
+    tensors = {name.removeprefix("parts/").replace("banks/", "bank/"): values for name, values in tensors.items()}
     return {name: [values.norm().item(), values[0].item(), values[-1].item()] for name, values in tensors.items()}
 
 

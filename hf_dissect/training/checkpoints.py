@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_dissect.distributed import Ranks
 
@@ -118,6 +118,11 @@ def publish(unfinished: Path, final: Path) -> None:
             raise
     _flush_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_surplus(folder: str | Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, never the best one."""
+    rotate_checkpoints(output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
 
 def remove_unfinished(folder: str | Path) -> None:

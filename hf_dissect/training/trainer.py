@@ -1,6 +1,5 @@
 """Base of the trainers: whole checkpoints or none, exact resuming, an end on request, a card and a run folder."""
 
-import logging
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from hf_dissect.distributed import Ranks
 from hf_dissect.hub.publisher import Publisher
@@ -22,6 +21,7 @@ from hf_dissect.training.checkpoints import (
     explain_unwritable,
     find_checkpoint,
     last_complete_checkpoint,
+    remove_surplus,
     remove_unfinished,
     write_whole,
 )
@@ -33,8 +33,6 @@ from hf_dissect.training.run_folder import METRICS_FILE, finite, installed_versi
 from hf_dissect.training.run_state import Part, moved_step, read_state, restore_state, save_state
 from hf_dissect.training.summary import Summary
 from hf_dissect.training.time_spent import TimeSpent
-
-logger = logging.getLogger(__name__)
 
 
 class BaseTrainer(Trainer):
@@ -69,8 +67,7 @@ class BaseTrainer(Trainer):
     def __init__(
         self, model: nn.Module | None, args: TrainingArguments, *, recipe: Any = None, **trainer_arguments: Any
     ):
-        self.recipe = recipe
-        self.times = TimeSpent()
+        self.recipe, self.times = recipe, TimeSpent()
         self.publisher = Publisher(args, self.model_in_checkpoint)
         self.stop_request = StopRequest()
         self._scalars: ShardableScalars | None = None  # of a model that is split over processes
@@ -230,12 +227,7 @@ class BaseTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            remove_surplus(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._scalars is not None and state_dict:
