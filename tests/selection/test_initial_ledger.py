@@ -15,7 +15,7 @@ from hf_dissect.cli import main
 from hf_dissect.recipe.recipe import Recipe, RecipeError
 from hf_dissect.runs.run import build_trainer, run_recipe
 from hf_dissect.selection import SampleLedger
-from hf_dissect.selection.initial_ledger import check_same_pairs, fill
+from hf_dissect.selection.initial_ledger import check_same_pairs, fill_ledger
 from hf_dissect.selection.ledger import SavedLedger, read_ledger
 from hf_dissect.selection.ledger_files import read_scores, write_tables
 
@@ -59,13 +59,13 @@ def test_the_first_step_selects_by_the_given_history(saved, tmp_path):
 
 def test_the_scores_of_another_rule_stand_in_for_a_history():
     ledger = SampleLedger(3, ("correlation", "history"))
-    assert fill(ledger, scores_of(correlation=[1.0, 2.0, 3.0]), {"history": "correlation"}) == [
+    assert fill_ledger(ledger, scores_of(correlation=[1.0, 2.0, 3.0]), {"history": "correlation"}) == [
         "correlation",
         "history",
     ]
     assert ledger.column("history").tolist() == [1.0, 2.0, 3.0]
     other = SampleLedger(3, ("correlation", "history"))
-    fill(other, scores_of(correlation=[1.0, 2.0, 3.0], history=[4.0, 5.0, 6.0]), {"history": "correlation"})
+    fill_ledger(other, scores_of(correlation=[1.0, 2.0, 3.0], history=[4.0, 5.0, 6.0]), {"history": "correlation"})
     assert other.column("history").tolist() == [4.0, 5.0, 6.0]
 
 
