@@ -1,4 +1,4 @@
-"""Image-text data: where rows come from, and how captions are mismatched on purpose."""
+"""Image-text data: reading rows, turning them into pairs, and mismatching captions on purpose."""
 
 from hf_dissect.data.loading import load_splits
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions

@@ -1,4 +1,4 @@
-"""Decoding of one image, in the collator's worker, with a reason when it cannot be had."""
+"""Decode one image in the collator's worker, or report why that is impossible."""
 
 import io
 import os
@@ -9,25 +9,28 @@ from PIL import Image, ImageOps
 
 
 class UnusableImage(ValueError):
-    """The image of a row is missing or cannot be decoded; the row is to be skipped and counted."""
+    """An image that is missing or cannot be decoded, so that its row is skipped and counted."""
 
 
 def decode_image(value: Any) -> Image.Image:
-    """Decode to RGB: the first frame of an animation, palettes and CMYK converted, transparency put on white, 16 bits
-    scaled to 8, and the orientation tag of cameras obeyed.
+    """Decode an image to RGB.
+
+    An animation gives its first frame, transparency becomes white, 16 bits are scaled to 8, and the picture is turned
+    as the orientation tag of its camera asks.
 
     Args:
         value: `{"bytes", "path"}` of `datasets.Image(decode=False)`, bytes, a path, a PIL image or an array
             `(height, width[, 3])` of integers from 0 to 255.
 
     Raises:
-        UnusableImage: nothing there, not an image, truncated, or larger than Pillow's decompression-bomb limit.
+        UnusableImage: If there is nothing, or if it is not an image, is truncated, or is larger than Pillow's limit
+            for decompression bombs.
     """
     try:
         image = _open(value)
         image.seek(0)
         image.load()
-        return _to_rgb(_upright(image))
+        return _convert_to_rgb(_turn_upright(image))
     except UnusableImage:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
@@ -35,7 +38,7 @@ def decode_image(value: Any) -> Image.Image:
 
 
 def image_content(value: Any) -> bytes | None:
-    """Bytes that identify an image without decoding it: its file content, its path, or its pixels; None if missing."""
+    """Return bytes that identify an image without decoding it: file content, path or pixels; None if missing."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value is None or isinstance(value, bytes):
@@ -46,12 +49,12 @@ def image_content(value: Any) -> bytes | None:
         return value.tobytes() + repr((value.size, value.mode)).encode()
     try:
         return np.ascontiguousarray(value).tobytes()
-    except ValueError:  # lists of unequal lengths: not an image, but two of them are still told apart
+    except ValueError:  # lists of unequal lengths are not images, but two of them must still differ
         return repr(value).encode()
 
 
 def is_feature_vector(value: Any) -> bool:
-    """Whether the "image" is a precomputed feature vector `(dim,)` rather than a picture."""
+    """Return whether the "image" is a precomputed feature vector `(dim,)` rather than a picture."""
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and value.size > 0 and value.dtype.kind in "fiu"
     return isinstance(value, list) and len(value) > 0 and all(isinstance(number, int | float) for number in value)
@@ -76,21 +79,21 @@ def _open(value: Any) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # Photographs keep their orientation in a tag that the pixels do not show.
+def _turn_upright(image: Image.Image) -> Image.Image:
+    # The pixels of a photograph lie as the camera was held; how, only its tag says.
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # damaged tags raise nearly anything; the pixels are there all the same
+    except Exception:  # damaged tags raise nearly anything and leave the pixels intact
         pass
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         # convert() would clip everything above 255.
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
     elif image.mode in ("I", "F"):
-        image = _stretched(image)
+        image = _stretch(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -98,7 +101,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _stretched(image: Image.Image) -> Image.Image:
+def _stretch(image: Image.Image) -> Image.Image:
     # 32-bit integers and floats have no agreed scale: the darkest pixel becomes black, the lightest white.
     pixels = np.asarray(image, dtype=np.float64)
     if not np.isfinite(pixels).all():

@@ -1,23 +1,20 @@
-"""From the `data` section of a recipe to the splits of a run, with every mistake told before training starts."""
+"""Load the splits that the `data` section of a recipe describes, and report every mistake before training starts."""
 
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow as pa
-from datasets import Dataset, Image, IterableDataset, IterableDatasetDict, List, Value
+from datasets import Dataset, Image, IterableDataset, IterableDatasetDict, Value
 from datasets.features.features import FeatureType
 
-from hf_dissect.data.arrow_columns import replace_column
-from hf_dissect.data.files import folder_splits, image_column_of, image_folder_splits
+from hf_dissect.data.files import find_image_column, read_folder, read_image_folder
+from hf_dissect.data.image_features import add_image_features
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
 from hf_dissect.data.scenes.drawing import make_scenes, scenes_features, scenes_generator
-from hf_dissect.data.split_files import first_line
-from hf_dissect.data.tar_shards import tar_shard_splits
+from hf_dissect.data.split_files import summarize_error
+from hf_dissect.data.tar_shards import read_tar_shards
 
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
-FEATURES_COLUMN = "image_features"
 
 
 def load_splits(
@@ -49,69 +46,83 @@ def load_splits(
     scenes_seed: int = 0,
     scenes_tasks: int = 1,
 ) -> dict[str, Dataset | IterableDataset]:
-    """Loads the rows of a run.
+    """Load the rows of a run without decoding an image.
 
-    No image is decoded. A permutation of captions is applied to the whole train split before `max_train_rows` cuts
-    it; a noise rate is applied to what the cut leaves. Both touch the train split only.
+    A permutation of captions is applied to the whole train split before `max_train_rows` cuts it, a noise rate to the
+    rows that the cut leaves. Both change the train split only.
 
     Args:
         source: One of `SOURCES`.
         path: Hub id for "hub"; folder or file of Parquet, JSONL or CSV for "folder"; folder with `metadata.*` for
             "imagefolder"; folder, tar file, glob or brace pattern for "webdataset", on this machine or elsewhere (see
-            `tar_shard_splits`).
+            `read_tar_shards`).
         name: Configuration of a Hub data set.
-        train_split, validation_split, test_split: Names of the splits in the source; None leaves the last two out.
-        streaming: Read while training instead of before.
-        image_column, caption_column: Columns to use; None recognises the usual names. They are not renamed.
-        id_column, task_column, num_workers, shuffle_buffer: Of no meaning here; taken so that the whole section can be
-            passed.
-        clean_column: Where noise injection writes its truth, `clean` if None.
-        image_features: `.npz` with one `(rows, dim)` array per split, named like the split; becomes the float32 column
-            `image_features`. A relative path is looked up from here, then from `path`.
-        max_train_rows, max_eval_rows: Keep the first rows only.
-        noise_rate, noise_seed: See `shuffle_captions`.
-        noise_permutation: `.npy` for `apply_caption_order`, looked up like `image_features`.
-        scenes_train, scenes_validation, scenes_test, scenes_image_size, scenes_seed, scenes_tasks: Rows per split,
-            pixels, seed and styles of the "scenes" source; 0 rows leave a split out.
+        train_split: Name of the train split in the source.
+        validation_split: Name of the validation split in the source; None leaves it out.
+        test_split: Name of the test split in the source; None leaves it out.
+        streaming: Whether to read while training instead of before.
+        image_column: Column with the images; None recognises the usual names. It keeps its name.
+        caption_column: Column with the captions; None recognises the usual names. It keeps its name.
+        id_column: Not used; accepted so that the whole section can be passed.
+        task_column: Not used, like `id_column`.
+        clean_column: Column for the truth about injected noise, `clean` if None.
+        image_features: `.npz` file with one `(rows, dim)` array per split, named like the split, for the float32
+            column `image_features`. A relative path starts here or, if there is no such file, at `path`.
+        max_train_rows: Number of rows of the train split to keep, from the first; None keeps all.
+        max_eval_rows: Number of rows of each other split to keep, from the first; None keeps all.
+        noise_rate: Share of the pairs to mismatch, see `shuffle_captions`.
+        noise_seed: Seed of the mismatches.
+        noise_permutation: `.npy` file for `apply_caption_order`, found like `image_features`.
+        num_workers: Not used, like `id_column`.
+        shuffle_buffer: Not used, like `id_column`.
+        scenes_train: Number of train rows of the "scenes" source.
+        scenes_validation: Number of its validation rows; 0 leaves the split out.
+        scenes_test: Number of its test rows; 0 leaves the split out.
+        scenes_image_size: Width and height of its pictures, in pixels.
+        scenes_seed: Seed of its pictures.
+        scenes_tasks: Number of styles, which are its tasks.
 
     Returns:
-        "train", and "validation" and "test" where the source has them.
+        Rows by split: "train", and "validation" and "test" where the source has them.
 
     Raises:
-        FileNotFoundError: If a file, folder or Hub data set is not there.
+        FileNotFoundError: If a file, folder or Hub data set is missing.
         ValueError: If an argument is out of its range, a file is unreadable, or there is no train split.
     """
     _check_arguments(source, path, streaming, image_features, noise_rate, noise_permutation)
+    address = path or ""  # an empty one was refused for the sources that read it
     _check_limits(max_train_rows=max_train_rows, max_eval_rows=max_eval_rows)
     split_names = {"train": train_split, "validation": validation_split, "test": test_split}
     if source == "scenes":
         sizes = {"train": scenes_train, "validation": scenes_validation, "test": scenes_test}
-        splits = _scenes_splits(sizes, scenes_image_size, scenes_seed, scenes_tasks, streaming)
+        splits = _make_scenes_splits(sizes, scenes_image_size, scenes_seed, scenes_tasks, streaming)
     elif source == "hub":
-        splits = _hub_splits(path, name, split_names, streaming)
+        splits = _load_from_hub(address, name, split_names, streaming)
     elif source == "folder":
-        splits = folder_splits(path, split_names, image_column)
+        splits = read_folder(address, split_names, image_column)
     elif source == "imagefolder":
-        splits = image_folder_splits(path, split_names, image_column)
+        splits = read_image_folder(address, split_names, image_column)
     else:
-        splits = tar_shard_splits(path, split_names, streaming)
-    splits = {split: _without_decoding(rows, image_column) for split, rows in splits.items()}
+        splits = read_tar_shards(address, split_names, streaming)
+    splits = {split: _stop_decoding(rows, image_column) for split, rows in splits.items()}
     if streaming and source in ("folder", "imagefolder"):
-        # Already in Arrow files on the disk: what is left of streaming is the order of reading.
-        splits = {split: rows.to_iterable_dataset(_shards(len(rows))) for split, rows in splits.items()}
+        # These rows already lie in Arrow files: streaming only changes the order in which they are read.
+        splits = {split: rows.to_iterable_dataset(_choose_num_shards(len(rows))) for split, rows in splits.items()}
     if image_features is not None:
-        splits = _with_image_features(splits, _beside(image_features, path), split_names)
+        splits = add_image_features(splits, _find_file(image_features, path), split_names)
 
     train = splits["train"]
     if noise_permutation is not None:
-        order = load_caption_order(_beside(noise_permutation, path))
+        order = load_caption_order(_find_file(noise_permutation, path))
         train = apply_caption_order(train, order, caption_column=caption_column, clean_column=clean_column)
-    train = _first_rows(train, max_train_rows)
+    train = _keep_first_rows(train, max_train_rows)
     if noise_rate:
         train = shuffle_captions(
             train, rate=noise_rate, seed=noise_seed, caption_column=caption_column, clean_column=clean_column
         )
-    return {split: train if split == "train" else _first_rows(rows, max_eval_rows) for split, rows in splits.items()}
+    return {
+        split: train if split == "train" else _keep_first_rows(rows, max_eval_rows) for split, rows in splits.items()
+    }
 
 
 def _check_arguments(
@@ -159,8 +170,8 @@ def _check_limits(**limits: int | None) -> None:
             raise ValueError(f"data.{argument} must be an integer of at least 1, or null for all rows, got {value!r}.")
 
 
-def _scenes_splits(
-    sizes: dict[str, int], image_size: int, seed: int, tasks: int, streaming: bool
+def _make_scenes_splits(
+    sizes: Mapping[str, int], image_size: int, seed: int, tasks: int, streaming: bool
 ) -> dict[str, Dataset | IterableDataset]:
     for split, size in sizes.items():
         least = 1 if split == "train" else 0
@@ -178,20 +189,20 @@ def _scenes_splits(
     return splits
 
 
-def _hub_splits(
-    path: str, name: str | None, split_names: dict[str, str | None], streaming: bool
+def _load_from_hub(
+    path: str, name: str | None, split_names: Mapping[str, str | None], streaming: bool
 ) -> dict[str, Dataset | IterableDataset]:
     what = f"data.path {path!r}" + (f" (data.name {name!r})" if name else "")
     try:
         found = datasets.load_dataset(path, name, streaming=streaming)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{what}: no such data set, or no access to it ({first_line(error)}). Check the id, log "
+            f"{what}: no such data set, or no access to it ({summarize_error(error)}). Check the id, log "
             "in with `hf auth login`, or set data.source to folder for local files."
         ) from error
-    except Exception as error:  # whatever a download or a builder may raise, the way out is the same
+    except Exception as error:  # downloads and builders raise errors of many kinds, with the same way out
         raise ValueError(
-            f"{what}: the Hub data set cannot be loaded ({type(error).__name__}: {first_line(error)}). Check "
+            f"{what}: the Hub data set cannot be loaded ({type(error).__name__}: {summarize_error(error)}). Check "
             "data.name, the connection, and that the data set needs no loading script (remote code is never run)."
         ) from error
     if not isinstance(found, dict | IterableDatasetDict):
@@ -203,10 +214,10 @@ def _hub_splits(
     return {split: found[given] for split, given in split_names.items() if given in found}
 
 
-def _without_decoding(rows: Dataset | IterableDataset, image_column: str | None) -> Dataset | IterableDataset:
-    """Image columns as bytes and path, so that a pair can be dropped before its picture is decoded."""
-    named = image_column_of(rows, image_column)
-    if rows.features is None:  # a stream that does not tell its columns
+def _stop_decoding(rows: Dataset | IterableDataset, image_column: str | None) -> Dataset | IterableDataset:
+    """Return the rows with image columns as bytes and path, so that a pair may be dropped before it is decoded."""
+    named = find_image_column(rows, image_column)
+    if rows.features is None:  # a stream that does not know its columns
         return rows.cast_column(named, Image(decode=False))
     for column, feature in rows.features.items():
         if isinstance(feature, Image) or (column == named and _stores_images(feature)):
@@ -220,57 +231,19 @@ def _stores_images(feature: FeatureType) -> bool:
     return isinstance(feature, dict) and bool(feature) and set(feature) <= {"bytes", "path"}
 
 
-def _shards(num_rows: int) -> int:
-    """As many as data workers may want; no shard may be empty."""
+def _choose_num_shards(num_rows: int) -> int:
+    """Return a number of shards that suffices for many data workers and leaves no shard empty."""
     return max(1, min(64, num_rows))
 
 
-def _first_rows(rows: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
+def _keep_first_rows(rows: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
     if limit is None:
         return rows
     return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
 
 
-def _with_image_features(
-    splits: dict[str, Dataset], path: Path, split_names: dict[str, str | None]
-) -> dict[str, Dataset]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"data.image_features: no file at {str(path)!r}. It names a .npz with one array per split."
-        )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"data.image_features: {str(path)!r} is not a readable .npz of numbers ({first_line(error)}). Write "
-            "it with numpy.savez(path, train=..., validation=..., test=...)."
-        ) from error
-    result = {}
-    for split, rows in splits.items():
-        key = next((key for key in (split_names[split], split) if key in arrays), None)
-        if key is None:
-            raise ValueError(
-                f"data.image_features: {str(path)!r} has no array for the split {split_names[split]!r}, only "
-                f"{list(arrays)}. Add one, or leave the split out (data.{split}_split: null)."
-            )
-        result[split] = _add_features(rows, arrays[key], f"array {key!r} of {str(path)!r}")
-    return result
-
-
-def _add_features(rows: Dataset, array: np.ndarray, what: str) -> Dataset:
-    if array.ndim != 2 or array.shape[0] != len(rows) or not np.issubdtype(array.dtype, np.number):
-        raise ValueError(
-            f"data.image_features: {what} is {array.dtype} of shape {array.shape}, but the split has "
-            f"{len(rows)} rows: it must be numbers of shape ({len(rows)}, dim), rows in the order of the data set."
-        )
-    dim = array.shape[1]
-    column = pa.FixedSizeListArray.from_arrays(pa.array(array.astype(np.float32).reshape(-1)), dim)
-    return replace_column(rows, FEATURES_COLUMN, column, List(Value("float32"), length=dim))
-
-
-def _beside(file: str, path: str | None) -> Path:
-    """The file as given, or next to the data when it is only there."""
+def _find_file(file: str, path: str | None) -> Path:
+    """Return the file as given, or the one next to the data if only that exists."""
     given = Path(file).expanduser()
     if path is None or given.exists():
         return given

@@ -1,4 +1,4 @@
-"""Mismatched captions on purpose, with the truth recorded, so that a selection rule can be judged against it."""
+"""Mismatch captions on purpose and record the truth, so that a selection rule can be judged against it."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 
-from hf_dissect.data.arrow_columns import read_column, replace_column
-from hf_dissect.data.pairs import CAPTION_COLUMNS, CLEAN_COLUMNS
+from hf_dissect.data.arrow_columns import is_list, list_lengths, read_column, replace_column
+from hf_dissect.data.pair_columns import CAPTION_COLUMNS, CLEAN_COLUMNS
 
 _REPAIR_ROUNDS = 200
 
@@ -21,7 +21,7 @@ def shuffle_captions(
     caption_column: str | None = None,
     clean_column: str | None = None,
 ) -> Dataset:
-    """Gives a share of the pairs a caption of another row and records which.
+    """Give a share of the pairs the caption of another row and record which pairs these are.
 
     Exactly `round(rate * num_pairs)` pairs are mismatched. They exchange captions among each other, so that no caption
     is lost or repeated. Pairs are numbered row by row, and within a row in the order of its captions.
@@ -30,8 +30,8 @@ def shuffle_captions(
         dataset: Rows with a caption (string) or a list of captions.
         rate: Share of the pairs to mismatch, in [0, 1].
         seed: The same seed gives the same noise.
-        caption_column: `None` recognises `caption`, `text` and `captions`.
-        clean_column: Column for the truth, `clean` if `None`. A truth that is already there is kept for captions
+        caption_column: Column with the captions; None recognises `caption`, `text` and `captions`.
+        clean_column: Column for the truth, `clean` if None. A truth that is already there is kept for captions
             that stay in their row.
 
     Returns:
@@ -46,7 +46,7 @@ def shuffle_captions(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed (noise_seed) must be an integer of at least 0, got {seed!r}.")
     column = find_caption_column(dataset, caption_column)
-    row_of_pair = _row_of_pair(read_column(dataset, column))
+    row_of_pair = _find_row_of_pair(read_column(dataset, column))
     order = _exchange_between_rows(row_of_pair, round(rate * len(row_of_pair)), np.random.default_rng(seed))
     return apply_caption_order(dataset, order, caption_column=column, clean_column=clean_column)
 
@@ -58,13 +58,13 @@ def apply_caption_order(
     caption_column: str | None = None,
     clean_column: str | None = None,
 ) -> Dataset:
-    """Gives pair i the caption of pair `order[i]` and records which pairs are mismatched by it.
+    """Give pair i the caption of pair `order[i]` and record which pairs that mismatches.
 
     Args:
         dataset: Rows with a caption (string) or a list of captions.
         order: Integer array `(num_pairs,)`, a permutation of the pair numbers, which run row by row.
-        caption_column: `None` recognises `caption`, `text` and `captions`.
-        clean_column: Column for the truth, `clean` if `None`; see `shuffle_captions`.
+        caption_column: Column with the captions; None recognises `caption`, `text` and `captions`.
+        clean_column: Column for the truth, `clean` if None; see `shuffle_captions`.
 
     Returns:
         The dataset with reordered captions; the truth is True where `order[i]` is a pair of the same row as i.
@@ -76,19 +76,21 @@ def apply_caption_order(
     usual = next((name for name in CLEAN_COLUMNS if name in dataset.column_names), CLEAN_COLUMNS[0])
     truth_column = clean_column or usual
     captions = read_column(dataset, column)
-    row_of_pair = _row_of_pair(captions)
-    order = _checked_order(order, len(row_of_pair))
+    row_of_pair = _find_row_of_pair(captions)
+    order = _check_order(order, len(row_of_pair))
     truth = pa.array(row_of_pair[order] == row_of_pair)
     if truth_column in dataset.column_names:
-        truth = pc.and_kleene(truth, _known_truth(dataset, truth_column, row_of_pair).take(pa.array(order)))
-    flat = captions.flatten() if _is_list(captions.type) else captions
-    replaced = replace_column(dataset, column, _like(captions, flat.take(pa.array(order))), dataset.features[column])
-    truth_feature = List(Value("bool")) if _is_list(captions.type) else Value("bool")
-    return replace_column(replaced, truth_column, _like(captions, truth), truth_feature)
+        truth = pc.and_kleene(truth, _read_truth(dataset, truth_column, row_of_pair).take(pa.array(order)))
+    flat = captions.flatten() if is_list(captions.type) else captions
+    replaced = replace_column(
+        dataset, column, _lay_out_like(captions, flat.take(pa.array(order))), dataset.features[column]
+    )
+    truth_feature = List(Value("bool")) if is_list(captions.type) else Value("bool")
+    return replace_column(replaced, truth_column, _lay_out_like(captions, truth), truth_feature)
 
 
 def load_caption_order(path: str | Path) -> np.ndarray:
-    """Reads a permutation of captions from a `.npy` file.
+    """Read a permutation of captions from a `.npy` file.
 
     Returns:
         int64 array `(num_pairs,)`; `apply_caption_order` checks it against the dataset.
@@ -118,10 +120,10 @@ def load_caption_order(path: str | Path) -> np.ndarray:
 
 
 def find_caption_column(dataset: Dataset, caption_column: str | None = None) -> str:
-    """Returns the caption column's name: the given one, else the first of `caption`, `text`, `captions` that exists.
+    """Return the caption column's name: the given one, or else the first of `caption`, `text` and `captions` there.
 
     Raises:
-        ValueError: If there is none, or the dataset is streaming, where captions cannot be exchanged.
+        ValueError: If there is no such column, or the dataset is streaming, where captions cannot be exchanged.
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
@@ -146,7 +148,7 @@ def find_caption_column(dataset: Dataset, caption_column: str | None = None) -> 
 
 
 def _exchange_between_rows(row_of_pair: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Permutation `(num_pairs,)` that moves exactly `count` captions, each to another row."""
+    """Return a permutation `(num_pairs,)` that moves exactly `count` captions, each to another row."""
     order = np.arange(len(row_of_pair))
     if count == 0:
         return order
@@ -159,7 +161,7 @@ def _exchange_between_rows(row_of_pair: np.ndarray, count: int, rng: np.random.G
         for position, other in zip(stuck, rng.integers(count, size=len(stuck)), strict=True):
             source[[position, other]] = source[[other, position]]
     else:
-        # Few rows, many pairs each: random swaps may not get there; a rotation by the largest row does if any does.
+        # Few rows with many pairs each: random swaps may not succeed; a rotation by the largest row does if any does.
         chosen = chosen[np.argsort(row_of_pair[chosen], kind="stable")]
         largest = np.bincount(row_of_pair[chosen]).max()
         if 2 * largest > count:
@@ -173,7 +175,12 @@ def _exchange_between_rows(row_of_pair: np.ndarray, count: int, rng: np.random.G
     return order
 
 
-def _checked_order(order: np.ndarray, num_pairs: int) -> np.ndarray:
+def _check_order(order: np.ndarray, num_pairs: int) -> np.ndarray:
+    """Return the order as int64 if it is a permutation of the pair numbers.
+
+    Raises:
+        ValueError: If it is not.
+    """
     order = np.asarray(order)
     if order.shape != (num_pairs,) or not (np.issubdtype(order.dtype, np.integer) or num_pairs == 0):
         raise ValueError(
@@ -196,35 +203,33 @@ def _checked_order(order: np.ndarray, num_pairs: int) -> np.ndarray:
     return order
 
 
-def _known_truth(dataset: Dataset, column: str, row_of_pair: np.ndarray) -> pa.Array:
+def _read_truth(dataset: Dataset, column: str, row_of_pair: np.ndarray) -> pa.Array:
+    """Return the truth that the data set holds already, bool, one a pair.
+
+    Raises:
+        ValueError: If the column does not hold one bool per caption.
+    """
     truth = read_column(dataset, column)
-    if not np.array_equal(_row_of_pair(truth), row_of_pair):
+    if not np.array_equal(_find_row_of_pair(truth), row_of_pair):
         raise ValueError(
             f"clean_column: {column!r} must hold one bool per caption, in the same layout as the captions "
             f"(a list where those are lists); it holds {dataset.features[column]}."
         )
-    flat = truth.flatten() if _is_list(truth.type) else truth
+    flat = truth.flatten() if is_list(truth.type) else truth
     if not (pa.types.is_boolean(flat.type) or pa.types.is_integer(flat.type)):
         raise ValueError(f"clean_column: {column!r} must hold bools, it holds {dataset.features[column]}.")
     return flat.cast(pa.bool_())
 
 
-def _row_of_pair(captions: pa.Array) -> np.ndarray:
-    """Row number of each pair, int64 `(num_pairs,)`."""
+def _find_row_of_pair(captions: pa.Array) -> np.ndarray:
+    """Return the row number of each pair, int64 `(num_pairs,)`."""
     rows = np.arange(len(captions))
-    if not _is_list(captions.type):
-        return rows
-    return np.repeat(rows, pc.fill_null(pc.list_value_length(captions), 0).to_numpy())
+    return np.repeat(rows, list_lengths(captions)) if is_list(captions.type) else rows
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _like(captions: pa.Array, flat: pa.Array) -> pa.Array:
-    """The values of all pairs in the layout of the caption column."""
-    if not _is_list(captions.type):
+def _lay_out_like(captions: pa.Array, flat: pa.Array) -> pa.Array:
+    """Return the values of all pairs in the layout of the caption column."""
+    if not is_list(captions.type):
         return flat
-    lengths = pc.fill_null(pc.list_value_length(captions), 0).to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = np.concatenate([[0], np.cumsum(list_lengths(captions))])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)

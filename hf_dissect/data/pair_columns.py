@@ -1,4 +1,4 @@
-"""Which columns of a table make an (image, caption) pair, and what their values must be before training starts."""
+"""Recognise the columns of an (image, caption) pair and check their values before training starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+
+from hf_dissect.data.arrow_columns import is_list, list_lengths
 
 IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "captions")
@@ -38,10 +40,18 @@ class PairColumns:
         task: str | None = None,
         clean: str | None = None,
     ) -> "PairColumns":
-        """Take the given names, else the usual ones.
+        """Take the given names, or else the usual ones.
+
+        Args:
+            available: Columns of the table.
+            image: Column with the images; None recognises the usual names.
+            caption: Column with the captions; None recognises the usual names.
+            sample_id: Column with the ids; None if there is none.
+            task: Column with the tasks; None if there is none.
+            clean: Column with the truth; None recognises the usual names, or none.
 
         Raises:
-            ValueError: a named column is not there, or no usual name is; the message lists what is.
+            ValueError: If a named column is missing, or there is no usual one; the message lists the columns.
         """
         given = {
             "image_column": image,
@@ -54,8 +64,8 @@ class PairColumns:
             if name is not None and name not in available:
                 raise ValueError(f"{argument}={name!r}: no such column; the data has {', '.join(available)}.")
         return cls(
-            image=image or _first(IMAGE_COLUMNS, available, "image_column"),
-            caption=caption or _first(CAPTION_COLUMNS, available, "caption_column"),
+            image=image or _find_usual_name(IMAGE_COLUMNS, available, "image_column"),
+            caption=caption or _find_usual_name(CAPTION_COLUMNS, available, "caption_column"),
             sample_id=sample_id,
             task=task,
             clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
@@ -63,12 +73,12 @@ class PairColumns:
 
     @property
     def names(self) -> list[str]:
-        """The columns that are there, each once."""
+        """The columns in use, each once."""
         names = (self.image, self.caption, self.sample_id, self.task, self.clean)
         return list(dict.fromkeys(name for name in names if name))
 
 
-def _first(names: Sequence[str], available: Sequence[str], argument: str) -> str:
+def _find_usual_name(names: Sequence[str], available: Sequence[str], argument: str) -> str:
     for name in names:
         if name in available:
             return name
@@ -79,12 +89,12 @@ def _first(names: Sequence[str], available: Sequence[str], argument: str) -> str
 
 
 def key_hash(value: bytes | str) -> int:
-    """Hash of a key, a caption or an image: 63 bits, so that it is a non-negative int64."""
+    """Return the hash of a key, a caption or an image, of 63 bits so that it is a non-negative int64."""
     return xxhash.xxh3_64_intdigest(value.encode() if isinstance(value, str) else value) >> 1
 
 
-def undecoded(rows: Any, columns: PairColumns) -> Any:
-    """A table or stream with the columns of a pair only, and the image as it lies in the file."""
+def select_undecoded(rows: Any, columns: PairColumns) -> Any:
+    """Return a table or stream with the columns of a pair only, and the image as its file stores it."""
     if getattr(rows, "format", {}).get("type") != "custom":
         rows = rows.with_format(None)
     rows = rows.select_columns(columns.names)
@@ -94,40 +104,26 @@ def undecoded(rows: Any, columns: PairColumns) -> Any:
     return rows
 
 
-def column_values(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """All values of a column, in the order of the rows."""
-    return rows.select_columns([name]).with_format("arrow")[:][name]
-
-
-def is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def list_lengths(values: pa.ChunkedArray) -> np.ndarray:
-    """Length of each list, int64 `(rows,)`; a missing one has length 0."""
-    return pc.fill_null(pc.list_value_length(values), 0).to_numpy().astype(np.int64)
-
-
-def pair_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.ndarray | None) -> np.ndarray:
-    """Ids of pairs from an id column.
+def make_pair_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.ndarray | None) -> np.ndarray:
+    """Make the ids of pairs from an id column.
 
     Args:
-        name: of the column.
-        values: of the column, one a row.
-        row: of each pair, int `(pairs,)`.
-        place: of each pair's caption among those of its row, int `(pairs,)`; None where a row has one caption.
+        name: Name of the column.
+        values: Values of the column, one a row.
+        row: Row of each pair, int `(pairs,)`.
+        place: Place of each pair's caption among those of its row, int `(pairs,)`; None where a row has one caption.
 
     Returns:
-        int64 `(pairs,)`: integers as they are, strings by hash; of several captions, `id * most captions + place` or
-        the hash of `"id#place"`.
+        int64 `(pairs,)`: integers unchanged and strings hashed; with several captions a row,
+        `id * most captions + place` or the hash of `"id#place"`.
 
     Raises:
-        ValueError: ids are missing, negative, too large, repeated, or neither integers nor strings.
+        ValueError: If ids are missing, negative, too large, repeated, or neither integers nor strings.
     """
     if values.null_count:
         raise ValueError(f"id_column={name!r}: {values.null_count} rows have no id; every row needs its own.")
     if pa.types.is_integer(values.type):
-        ids = _integer_ids(name, values, row, place)
+        ids = _make_integer_ids(name, values, row, place)
     elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         keys = values.to_pylist()
         suffix = [""] * len(row) if place is None else [f"#{position}" for position in place.tolist()]
@@ -146,7 +142,7 @@ def pair_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.ndar
     return ids
 
 
-def _integer_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.ndarray | None) -> np.ndarray:
+def _make_integer_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.ndarray | None) -> np.ndarray:
     lowest, highest = (pc.min_max(values)[end].as_py() for end in ("min", "max"))
     if lowest < 0:
         raise ValueError(f"id_column={name!r}: id {lowest} is negative; ids are integers from 0 upwards.")
@@ -160,14 +156,14 @@ def _integer_ids(name: str, values: pa.ChunkedArray, row: np.ndarray, place: np.
     return ids if place is None else ids * most + place
 
 
-def task_numbers(name: str, values: pa.ChunkedArray) -> tuple[np.ndarray, list[str] | None]:
-    """Tasks of the rows: integers as they are, names by their alphabetical rank.
+def read_task_numbers(name: str, values: pa.ChunkedArray) -> tuple[np.ndarray, list[str] | None]:
+    """Return the tasks of the rows as numbers: integers unchanged, names by their alphabetical rank.
 
     Returns:
         int64 `(rows,)`, and the names by number, None where the tasks are integers.
 
     Raises:
-        ValueError: rows without a task.
+        ValueError: If rows have no task, or tasks are neither integers nor names.
     """
     if values.null_count:
         raise ValueError(f"task_column={name!r}: {values.null_count} rows have no task; name one each.")
@@ -180,17 +176,22 @@ def task_numbers(name: str, values: pa.ChunkedArray) -> tuple[np.ndarray, list[s
 
 
 def check_truth(name: str, truth: pa.ChunkedArray, captions: pa.ChunkedArray) -> None:
-    """Make sure that the truth of every pair is known and is a yes or no.
+    """Check that every pair has a truth, true or false.
+
+    Args:
+        name: Name of the column.
+        truth: Values of the column, one a row, or lists parallel to the captions.
+        captions: Captions of the rows.
 
     Raises:
-        ValueError: of another type, missing, or not parallel to the captions.
+        ValueError: If truths are of another type, missing, or not parallel to the captions.
     """
     way_out = "Mend the column, or rename it if it means something else."
     if is_list(truth.type):
         if not is_list(captions.type):
             raise ValueError(f"clean_column={name!r} holds lists, but a row has one caption. {way_out}")
         wanted, given = list_lengths(captions), list_lengths(truth)
-        # A row without captions is one bad pair, whatever its truth.
+        # A row without captions is one bad pair, with any truth.
         wrong = np.flatnonzero((wanted != given) & (wanted > 0))
         if len(wrong):
             row = int(wrong[0])

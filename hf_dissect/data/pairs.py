@@ -1,4 +1,4 @@
-"""Rows of any image-text table as numbered (image, caption) pairs, images left undecoded."""
+"""Turn the rows of any image-text table into numbered (image, caption) pairs, with undecoded images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from hf_dissect.data.arrow_columns import is_list, list_lengths, read_chunked_column
 from hf_dissect.data.images import UnusableImage, decode_image
 from hf_dissect.data.pair_columns import (
     CAPTION_COLUMNS,
@@ -18,13 +19,10 @@ from hf_dissect.data.pair_columns import (
     NO_ROWS,
     PairColumns,
     check_truth,
-    column_values,
-    is_list,
     key_hash,
-    list_lengths,
-    pair_ids,
-    task_numbers,
-    undecoded,
+    make_pair_ids,
+    read_task_numbers,
+    select_undecoded,
 )
 from hf_dissect.data.streaming.pair_stream import PairStream
 
@@ -42,84 +40,91 @@ __all__ = [
 ]
 
 PAIR_KEYS = ("sample_id", "image_key", "caption_key", "bad_reason", "task_id", "is_clean")
-"""Keys of a batch that describe the pairs and are no arguments of the model."""
+"""Keys of a batch that describe the pairs and are not arguments of the model."""
 
 ROW_KEYS = ("image", "caption", "sample_id")
-"""What every pair has before it is collated."""
+"""Keys that every pair has before it is collated."""
 
 _CAPTIONS_AT_ONCE = 100_000
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Map-style pairs of a `datasets.Dataset`: item i is a dict with `image`, `caption`, `sample_id`, and `task_id`
-    and `is_clean` where the table has them.
+    """Map-style pairs of a `datasets.Dataset`.
 
-    A row with a list of captions is as many pairs, numbered row by row; a row without a caption stays one (bad) pair,
-    to be counted by the collator. Ids are the pair numbers, or come from the id column (see `pair_ids`).
+    Item i is a dict with `image`, `caption`, `sample_id`, and `task_id` and `is_clean` where the table has them. A row
+    with a list of captions gives one pair per caption, numbered row by row. A row without a caption gives one pair,
+    which the collator counts as bad. Ids are the pair numbers, or come from the id column (see `make_pair_ids`).
 
     Args:
-        rows: the table.
-        columns: which of its columns make a pair.
+        rows: Table of images and captions.
+        columns: Columns of the table that make a pair.
 
     Attributes:
-        task_ids: int64 `(rows,)`, None without tasks.
-        task_names: names of the tasks by number, None where the table itself has numbers.
+        task_ids: Tasks of the rows, int64 `(rows,)`; None without tasks.
+        task_names: Names of the tasks by number; None where the table itself has numbers.
+        sample_ids: Ids of the pairs, int64 `(pairs,)`; None where the ids are the pair numbers.
 
     Raises:
-        ValueError: no rows; ids missing, negative, too large or repeated; tasks or truths missing or of a wrong type;
-            lists of captions and of truths differ.
+        ValueError: If there are no rows; if ids are missing, negative, too large or repeated; if tasks or truths are
+            missing or of a wrong type; if lists of captions and of truths differ in length.
     """
 
-    def __init__(self, rows: datasets.Dataset, columns: PairColumns):
+    def __init__(self, rows: datasets.Dataset, columns: PairColumns) -> None:
         if len(rows) == 0:
             raise ValueError(NO_ROWS)
         self.columns = columns
-        self.rows = undecoded(rows, columns)
-        self._pictures = _pictures(rows, columns)
-        captions = column_values(self.rows, columns.caption)
+        self.rows = select_undecoded(rows, columns)
+        self._pictures = _find_pictures(rows, columns)
+        captions = read_chunked_column(self.rows, columns.caption)
         self.several_captions = is_list(captions.type)
-        self._row = self._caption = None
+        self._row: np.ndarray | None = None
+        self._caption: np.ndarray | None = None
         if self.several_captions:
             counts = np.maximum(list_lengths(captions), 1)
             self._row = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
             starts = np.cumsum(counts) - counts
             places = np.arange(len(self._row)) - starts[self._row]
             self._caption = places.astype(np.min_scalar_type(int(places.max())))
-        self.task_ids = self.task_names = self.sample_ids = None
+        self.task_ids: np.ndarray | None = None
+        self.task_names: list[str] | None = None
+        self.sample_ids: np.ndarray | None = None
         if columns.clean is not None:
-            check_truth(columns.clean, column_values(self.rows, columns.clean), captions)
+            check_truth(columns.clean, read_chunked_column(self.rows, columns.clean), captions)
         if columns.task is not None:
-            self.task_ids, self.task_names = task_numbers(columns.task, column_values(self.rows, columns.task))
+            self.task_ids, self.task_names = read_task_numbers(
+                columns.task, read_chunked_column(self.rows, columns.task)
+            )
             feature = self.rows.features[columns.task]
             if isinstance(feature, datasets.ClassLabel) and self.task_ids.min() >= 0:
                 self.task_names = feature.names
         if columns.sample_id is not None:
             row = np.arange(len(rows)) if self._row is None else self._row
-            values = column_values(self.rows, columns.sample_id)
-            self.sample_ids = pair_ids(columns.sample_id, values, row, self._caption)
+            values = read_chunked_column(self.rows, columns.sample_id)
+            self.sample_ids = make_pair_ids(columns.sample_id, values, row, self._caption)
         if is_list(self.rows.data.schema.field(columns.image).type):
-            # A feature vector as a Python list of floats costs more than everything else in the collator.
+            # A feature vector as a Python list of floats would cost more than all else in the collator.
             self.rows = self.rows.with_format("numpy", columns=[columns.image], output_all_columns=True)
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset, **names: str | None) -> "PairDataset":
-        """Recognise the columns (see `PairColumns.recognise`) and wrap the table."""
+        """Wrap a table, with columns named as in `PairColumns.recognise`."""
         if len(dataset) == 0:
             raise ValueError(NO_ROWS)
         return cls(dataset, PairColumns.recognise(dataset.column_names, **names))
 
     @property
     def num_samples(self) -> int | None:
-        """Number of pairs when the ids are the pair numbers, else None; what `SampleLedger` wants to know."""
+        """Number of pairs for a `SampleLedger` if the ids are the pair numbers; otherwise None."""
         return len(self) if self.sample_ids is None else None
 
     @property
     def knows_truth(self) -> bool:
+        """Whether each pair says if its caption belongs to its image."""
         return self.columns.clean is not None
 
     @property
     def has_pictures(self) -> bool:
-        """Whether there are pictures to look at: a model of stored features does without."""
+        """Whether the table holds pictures; a model that is trained on stored features needs none."""
         return self._pictures is not None
 
     @property
@@ -139,29 +144,32 @@ class PairDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        indices = np.asarray(indices)
-        if indices.min(initial=0) < 0:
-            indices = np.where(indices < 0, indices + len(self), indices)
-        rows = indices if self._row is None else self._row[indices]
+        numbers = np.asarray(indices)
+        if numbers.min(initial=0) < 0:
+            numbers = np.where(numbers < 0, numbers + len(self), numbers)
+        rows = numbers if self._row is None else self._row[numbers]
         batch = self.rows[rows.tolist()]
         columns = {
             "image": batch[self.columns.image],
-            "caption": self._of_pairs(batch[self.columns.caption], indices),
-            "sample_id": (indices if self.sample_ids is None else self.sample_ids[indices]).tolist(),
+            "caption": self._pick_by_pair(batch[self.columns.caption], numbers),
+            "sample_id": (numbers if self.sample_ids is None else self.sample_ids[numbers]).tolist(),
         }
         if self.task_ids is not None:
             columns["task_id"] = self.task_ids[rows].tolist()
         if self.columns.clean is not None:
-            columns["is_clean"] = list(map(bool, self._of_pairs(batch[self.columns.clean], indices)))
+            columns["is_clean"] = list(map(bool, self._pick_by_pair(batch[self.columns.clean], numbers)))
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def number_tasks(self, names: Sequence[str]) -> None:
-        """Number tasks that are names by their place in `names` instead, such as those of the training data.
+        """Renumber named tasks by their place in other names, such as those of the training data.
+
+        Args:
+            names: Names of tasks, by number.
 
         Raises:
-            ValueError: a task is not among them.
+            ValueError: If a task of these pairs is not among the names.
         """
-        if self.task_names is None or self.task_names == list(names):
+        if self.task_ids is None or self.task_names is None or self.task_names == list(names):
             return
         place = {name: number for number, name in enumerate(names)}
         unknown = [
@@ -176,10 +184,10 @@ class PairDataset(torch.utils.data.Dataset):
         self.task_names = list(names)
 
     def find(self, sample_id: int) -> int:
-        """Index of the pair with an id.
+        """Return the index of the pair with an id.
 
         Raises:
-            KeyError: there is no such pair.
+            KeyError: If there is no such pair.
         """
         if self.sample_ids is None:
             index, found = sample_id, 0 <= sample_id < len(self)
@@ -192,7 +200,7 @@ class PairDataset(torch.utils.data.Dataset):
         return index
 
     def picture(self, index: int) -> Image.Image | None:
-        """The picture of a pair, RGB, for people to look at; None where there is none or it is damaged."""
+        """Return the picture of a pair, RGB, for people to look at; None if it is missing or damaged."""
         if self._pictures is None:
             return None
         row = index if self._row is None else int(self._row[index])
@@ -202,19 +210,19 @@ class PairDataset(torch.utils.data.Dataset):
             return None
 
     def captions(self) -> Iterator[str]:
-        """The captions that are strings, for training a tokenizer."""
-        column = column_values(self.rows, self.columns.caption)
+        """Yield the captions that are strings, for training a tokenizer."""
+        column = read_chunked_column(self.rows, self.columns.caption)
         for start in range(0, len(column), _CAPTIONS_AT_ONCE):
             for value in column.slice(start, _CAPTIONS_AT_ONCE).to_pylist():
                 yield from (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
 
     @cached_property
     def _order(self) -> np.ndarray:
-        return np.argsort(self.sample_ids)
+        return np.argsort(np.asarray(self.sample_ids))
 
-    def _of_pairs(self, values: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
-        """From one value or list a row to one value a pair; None where the row has no captions at all."""
-        if not self.several_captions:
+    def _pick_by_pair(self, values: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
+        """Return one value a pair from one value or list a row; None where a row has no captions at all."""
+        if self._caption is None:
             return values
         places = self._caption[indices].tolist()
         return [
@@ -223,33 +231,33 @@ class PairDataset(torch.utils.data.Dataset):
         ]
 
 
-def _pictures(rows: datasets.Dataset, columns: PairColumns) -> datasets.Dataset | None:
-    """The column of pictures as `image`, also when the model is trained on feature vectors made of them."""
+def _find_pictures(rows: datasets.Dataset, columns: PairColumns) -> datasets.Dataset | None:
+    """Return the column of pictures as `image`, also if the model is trained on feature vectors made of them."""
     for name in (columns.image, *IMAGE_COLUMNS):
         kind = rows.features.get(name)
         if isinstance(kind, datasets.Image) or (isinstance(kind, datasets.Value) and name == columns.image):
-            pictures = undecoded(rows, PairColumns(image=name, caption=name))
+            pictures = select_undecoded(rows, PairColumns(image=name, caption=name))
             return pictures if name == "image" else pictures.rename_column(name, "image")
     return None
 
 
 def as_pairs(dataset: Any, **names: str | None) -> PairDataset | PairStream | torch.utils.data.Dataset:
-    """Wrap a table as pairs; what is wrapped already, or is a torch data set that yields pairs itself, stays.
+    """Wrap a table as pairs; return a torch data set that yields pairs, wrapped or of its own, unchanged.
 
     Args:
-        dataset: a `datasets.Dataset` or `IterableDataset`, or a list of dicts.
-        names: column names, see `PairColumns.recognise`.
+        dataset: A `datasets.Dataset` or `IterableDataset`, a list of dicts, or a torch data set.
+        **names: Column names as in `PairColumns.recognise`.
 
     Raises:
-        ValueError: a `DatasetDict`, which needs a choice of split; no rows; rows that are no pairs; columns missing or
-            of no use.
+        ValueError: If it is a `DatasetDict`, of which one split must be chosen; if it has no rows or its rows are not
+            pairs; if columns are missing or unusable.
     """
     if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise ValueError(
             f"A {type(dataset).__name__} holds several splits; pass one of them: {', '.join(map(repr, dataset))}."
         )
     if isinstance(dataset, list):
-        dataset = _table(dataset)
+        dataset = _make_table(dataset)
     if isinstance(dataset, datasets.Dataset):
         return PairDataset.from_dataset(dataset, **names)
     if isinstance(dataset, datasets.IterableDataset):
@@ -259,7 +267,7 @@ def as_pairs(dataset: Any, **names: str | None) -> PairDataset | PairStream | to
     return dataset
 
 
-def _table(rows: list[Any]) -> datasets.Dataset:
+def _make_table(rows: list[Any]) -> datasets.Dataset:
     if not rows:
         raise ValueError(NO_ROWS)
     for position, row in enumerate(rows):

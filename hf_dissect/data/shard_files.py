@@ -1,37 +1,37 @@
-"""Which tar shards a path means, on this machine, on the Hub or on a web server, and how one is opened."""
+"""Find the tar shards that a path names, on this machine, on the Hub or on a web server, and open them.
+
+fsspec lists and reads shards elsewhere, except for those of a web server (see `web_file`). Brace patterns, which
+WebDataset shards are usually named by, are unknown to fsspec and expanded here.
+"""
 
 import glob
-import http.client
 import io
 import re
-import time
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path, PurePath, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import fsspec
 
-from hf_dissect.data.split_files import existing_path, first_line, group_by_split, listing
+from hf_dissect.data.split_files import group_by_split, list_folder, require_path, summarize_error
+from hf_dissect.data.web_file import WebFile
 
 _GLOB_MARKS = "*?["
-_SECONDS_TO_ANSWER = 60
-_PAUSES = (0, 1, 5, 20)  # seconds before a broken connection is tried again
-_BROKEN = (OSError, EOFError, http.client.HTTPException)
+_WEB = ("http://", "https://")
 
 
-def shards_by_split(path: str, split_names: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Names of the shards of each split; splits are told from file and folder names, all are train if none is named.
+def find_shards(path: str, split_names: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Return the names of the shards of each split, by file and folder names; all are train if none names one.
 
     Args:
-        path: see `tar_shard_splits`.
-        split_names: name of "train", "validation" and "test" at the source.
+        path: See `read_tar_shards`.
+        split_names: Name of "train", "validation" and "test" at the source; None leaves a split out.
 
     Raises:
-        FileNotFoundError: there is no shard.
-        ValueError: there is no train split, or a server cannot be asked.
+        FileNotFoundError: If there is no shard.
+        ValueError: If there is no train split, or a server cannot list its shards.
     """
-    shards, root = _remote_shards(path) if is_remote(path) else _local_shards(path)
+    shards, root = _find_remote_shards(path) if is_remote(path) else _find_local_shards(path)
     if list(shards) == [root]:
         return {"train": [shards[root]]}
     found = group_by_split(shards, root, split_names)
@@ -39,22 +39,26 @@ def shards_by_split(path: str, split_names: Mapping[str, str | None]) -> dict[st
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address, such as hf://... or https://..., rather than a file of this machine."""
+    """Return whether a path is an address, such as hf://... or https://..., rather than a file of this machine."""
     return "://" in path
 
 
 def open_shard(shard: str) -> BinaryIO:
-    """A shard for reading from its beginning to its end; whatever its file system raises if it cannot be had."""
-    if shard.startswith(("http://", "https://")):
-        return io.BufferedReader(_WebFile(shard), buffer_size=1 << 20)
+    """Open a shard for reading once from its beginning to its end.
+
+    Raises:
+        Exception: Any error that the shard's file system raises.
+    """
+    if shard.startswith(_WEB):
+        return cast(BinaryIO, io.BufferedReader(WebFile(shard), buffer_size=1 << 20))
     if shard.startswith("hf://"):
-        # Without blocks it is one stream, which the client takes up again where it broke.
+        # Without blocks it is one stream, which the Hub's client resumes where it broke.
         return fsspec.open(shard, "rb", block_size=0).open()
     return fsspec.open(shard, "rb").open() if is_remote(shard) else open(shard, "rb")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Names meant by a brace pattern: `{000..003}` counts, zeros kept, `{a,b}` enumerates."""
+    """Return the names that a brace pattern means: `{000..003}` counts and keeps zeros, `{a,b}` enumerates."""
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if not braces:
         return [pattern]
@@ -69,14 +73,15 @@ def expand_braces(pattern: str) -> list[str]:
     return [name for part in inner for name in expand_braces(head + part + tail)]
 
 
-def _local_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
+def _find_local_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
+    """Return absolute names by path, and the folder above which names do not count."""
     if not _is_pattern(path):
-        root = existing_path(path)
+        root = require_path(path)
         shards = [root] if root.is_file() else [f for pattern in ("*.tar", "*/*.tar") for f in root.glob(pattern)]
         if not shards:
             raise FileNotFoundError(
-                f"data.path {path!r} holds no .tar file; found {listing(root)}. Name the folder of the shards, or a "
-                "pattern such as shards/train-{000..003}.tar."
+                f"data.path {path!r} holds no .tar file; found {list_folder(root)}. Name the folder of the shards, or "
+                "a pattern such as shards/train-{000..003}.tar."
             )
         return {shard: str(shard.absolute()) for shard in shards}, root
     shards = []
@@ -85,28 +90,29 @@ def _local_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
         if not matches:
             raise FileNotFoundError(f"data.path {path!r}: no file {pattern!r}. Correct the pattern or add the shard.")
         shards += matches
-    return {shard: str(shard.absolute()) for shard in shards}, _root(str(Path(path).expanduser()), Path)
+    return {shard: str(shard.absolute()) for shard in shards}, _cut_pattern(str(Path(path).expanduser()), Path)
 
 
-def _remote_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
+def _find_remote_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
+    """Return addresses by path, and the folder above which names do not count."""
     shards = []
     for pattern in expand_braces(path):
-        matches = _matches(path, pattern)
+        matches = _match_addresses(path, pattern)
         if not matches:
             raise FileNotFoundError(
                 f"data.path {path!r}: no shard {pattern!r}. Correct the name of the data set or the pattern."
             )
         shards += matches
-    names = {PurePosixPath(shard.partition("://")[2]): shard for shard in shards}
+    names: dict[PurePath, str] = {PurePosixPath(shard.partition("://")[2]): shard for shard in shards}
     address = path.partition("://")[2]
     if _is_pattern(path):
-        return names, _root(address, PurePosixPath)
+        return names, _cut_pattern(address, PurePosixPath)
     return names, PurePosixPath(address)
 
 
-def _matches(path: str, pattern: str) -> list[str]:
-    """Shards on a server; the server is asked only if the pattern does not say it all."""
-    web = pattern.startswith(("http://", "https://"))
+def _match_addresses(path: str, pattern: str) -> list[str]:
+    """Return the shards that fit a pattern; its server is only asked if the pattern leaves something open."""
+    web = pattern.startswith(_WEB)
     if ".tar" in pattern and not any(mark in pattern for mark in ("*" if web else _GLOB_MARKS)):
         return [pattern]
     if web:
@@ -122,10 +128,10 @@ def _matches(path: str, pattern: str) -> list[str]:
         return [files.unstrip_protocol(name) for each in patterns for name in sorted(files.glob(each))]
     except FileNotFoundError:
         return []
-    except Exception as error:  # whatever a client or its connection may raise, the way out is the same
+    except Exception as error:  # clients and connections raise errors of many kinds, with the same way out
         raise ValueError(
             f"data.path {path!r}: its server does not tell which shards there are ({type(error).__name__}: "
-            f"{first_line(error)}). Check the name, the connection and, for a private data set, the login."
+            f"{summarize_error(error)}). Check the name, the connection and, for a private data set, the login."
         ) from error
 
 
@@ -133,60 +139,6 @@ def _is_pattern(path: str) -> bool:
     return any(mark in path for mark in _GLOB_MARKS + "{")
 
 
-def _root(pattern: str, kind: type[PurePath]) -> PurePath:
-    # Splits are told by the names in the pattern's own part only, not by the folders that lead to it.
+def _cut_pattern(pattern: str, kind: type[PurePath]) -> PurePath:
+    # Only names in the pattern's own part name splits, not the folders that lead to it.
     return kind(re.split(r"[*?\[{]", pattern)[0] + "x").parent
-
-
-class _WebFile(io.RawIOBase):
-    """A file of a web server as one stream; where the connection breaks it is taken up again.
-
-    A shard is read for as long as a model trains on it, much longer than servers keep idle connections.
-    """
-
-    def __init__(self, url: str):
-        self._url = url
-        self._place = 0
-        self._size: int | None = None
-        self._response = self._connect()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        for pause in _PAUSES:
-            try:
-                count = self._response.readinto(buffer)
-                if count or self._size is None or self._place >= self._size:
-                    self._place += count
-                    return count
-                broken = EOFError(f"it ends after {self._place} of {self._size} bytes")
-            except _BROKEN as error:
-                broken = error
-            self._response.close()
-            time.sleep(pause)
-            try:
-                self._response = self._connect()
-            except _BROKEN as error:
-                broken = error
-        raise broken
-
-    def close(self) -> None:
-        if not self.closed:
-            self._response.close()
-        super().close()
-
-    def _connect(self) -> http.client.HTTPResponse:
-        headers = {"Range": f"bytes={self._place}-"} if self._place else {}
-        response = urllib.request.urlopen(
-            urllib.request.Request(self._url, headers=headers), timeout=_SECONDS_TO_ANSWER
-        )
-        skipped = 0 if response.status == 206 else self._place
-        length = response.headers.get("Content-Length")
-        self._size = None if length is None else int(length) + self._place - skipped
-        while skipped:
-            read = len(response.read(min(skipped, 1 << 20)))
-            if not read:
-                raise EOFError(f"it ends before byte {self._place}")
-            skipped -= read
-        return response

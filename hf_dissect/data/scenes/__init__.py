@@ -1,1 +1,1 @@
-"""Drawn scenes with captions: data for tests and the quickstart that need no download."""
+"""Drawn scenes with captions, as data for tests and the quickstart without a download."""

@@ -1,8 +1,9 @@
-"""Pictures drawn on the spot with captions that describe them, so that real training needs no download."""
+"""Draw pictures together with captions that describe them, so that real training needs no download."""
 
 import io
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
@@ -63,11 +64,11 @@ def make_scenes(
     captions_per_image: int = 1,
     tasks: int = 1,
 ) -> Dataset:
-    """Draws a data set of scenes in memory.
+    """Draw a data set of scenes in memory.
 
-    Row i depends on the seed, the split and i only: a longer data set begins with the shorter one, and the pictures do
-    not change with the number of captions. Train and validation never show a held-out combination, of the test
-    pictures `HELD_OUT_SHARE` do.
+    Row i depends only on the seed, the split and i: a longer data set begins with the shorter one, and the pictures do
+    not change with the number of captions. Train and validation never show a held-out combination; a share of the test
+    pictures, `HELD_OUT_SHARE`, does.
 
     Args:
         num_rows: Number of pictures.
@@ -96,16 +97,19 @@ def scenes_generator(
     split: str = "train",
     captions_per_image: int = 1,
     tasks: int = 1,
-) -> Iterator[dict]:
-    """Yields the rows of `make_scenes` one by one, without end if `num_rows` is None.
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `make_scenes` one by one, without end if `num_rows` is None.
 
-    For streaming: `IterableDataset.from_generator(scenes_generator, gen_kwargs=..., features=scenes_features())`.
+    To stream them: `IterableDataset.from_generator(scenes_generator, gen_kwargs=..., features=scenes_features())`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
     _check_arguments(num_rows, seed, image_size, split, captions_per_image, tasks)
     row = 0
     while num_rows is None or row < num_rows:
         rng = random.Random(f"{seed}/{split}/{row}")
-        scene = _draw_wanted(rng, split)
+        scene = _draw_allowed(rng, split)
         image = {"bytes": render(scene, image_size, rng, SCENE_STYLES[row % tasks]), "path": None}
         captions = describe(scene, captions_per_image, rng)
         text = {"caption": captions[0]} if captions_per_image == 1 else {"captions": captions}
@@ -115,16 +119,16 @@ def scenes_generator(
 
 
 def scenes_features(captions_per_image: int = 1, tasks: int = 1) -> Features:
-    """Features of the rows of `scenes_generator`."""
+    """Return the features of the rows of `scenes_generator`."""
     text = {"caption": Value("string")} if captions_per_image == 1 else {"captions": List(Value("string"))}
     task = {"task": ClassLabel(names=list(SCENE_STYLES[:tasks]))} if tasks > 1 else {}
     return Features({"image": Image(decode=False), **text, "held_out": Value("bool"), **task})
 
 
 def make_scene_classes(num_rows: int, *, seed: int = 0, image_size: int = 32, split: str = "test") -> Dataset:
-    """Draws pictures of one object each, for zero-shot classification.
+    """Draw pictures of one object each, for zero-shot classification.
 
-    Classes take turns, so that they are balanced. Train and validation leave out the held-out classes.
+    Classes take turns, which balances them. Train and validation leave out the held-out classes.
 
     Returns:
         Columns `image` (as in `make_scenes`), `label` (`ClassLabel` named by `SCENE_CLASSES`), `held_out` (bool).
@@ -135,7 +139,7 @@ def make_scene_classes(num_rows: int, *, seed: int = 0, image_size: int = 32, sp
     _check_arguments(num_rows, seed, image_size, split, 1)
     classes = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     shown = [pair for pair in classes if split == "test" or pair not in HELD_OUT_OBJECTS]
-    columns = {"image": [], "label": [], "held_out": []}
+    columns: dict[str, list[Any]] = {"image": [], "label": [], "held_out": []}
     for row in range(num_rows):
         rng = random.Random(f"{seed}/{split}/{row}/class")
         colour, shape = shown[row % len(shown)]
@@ -153,9 +157,13 @@ def make_scene_classes(num_rows: int, *, seed: int = 0, image_size: int = 32, sp
 
 
 def render(scene: Scene, image_size: int, rng: random.Random, style: str = "plain") -> bytes:
-    """Draws the scene; position and colours vary a little by `rng`, by less than what the caption tells.
+    """Draw a scene; `rng` varies positions and colours by less than what the caption distinguishes.
 
-    `style` is one of `SCENE_STYLES`.
+    Args:
+        scene: Objects and their layout.
+        image_size: Width and height in pixels.
+        rng: Source of the variation.
+        style: One of `SCENE_STYLES`.
 
     Returns:
         A PNG file of `image_size` x `image_size` pixels, RGB.
@@ -164,7 +172,7 @@ def render(scene: Scene, image_size: int, rng: random.Random, style: str = "plai
     ground = _vary(_BACKGROUND_RGB[scene.background], rng)
     picture = PillowImage.new("RGB", (side, side), ground)
     draw = ImageDraw.Draw(picture)
-    for item, centre in zip(scene.objects, _centres(scene), strict=True):
+    for item, centre in zip(scene.objects, _place_objects(scene), strict=True):
         x, y = ((share + rng.uniform(-_POSITION_JITTER, _POSITION_JITTER)) * side for share in centre)
         _draw_shape(draw, item.shape, x, y, _RADIUS[item.size] * side, _vary(_COLOUR_RGB[item.colour], rng), ground)
     file = io.BytesIO()
@@ -172,8 +180,8 @@ def render(scene: Scene, image_size: int, rng: random.Random, style: str = "plai
     return file.getvalue()
 
 
-def _draw_wanted(rng: random.Random, split: str) -> Scene:
-    """A scene that the split may show."""
+def _draw_allowed(rng: random.Random, split: str) -> Scene:
+    """Draw a scene that the split may show."""
     held_out = split == "test" and rng.random() < HELD_OUT_SHARE
     number = rng.choices(list(_SHARE_BY_OBJECTS), list(_SHARE_BY_OBJECTS.values()))[0]
     while True:
@@ -182,7 +190,7 @@ def _draw_wanted(rng: random.Random, split: str) -> Scene:
             return scene
 
 
-def _centres(scene: Scene) -> list[tuple[float, float]]:
+def _place_objects(scene: Scene) -> list[tuple[float, float]]:
     if scene.place:
         row, column = scene.place
         return [(_PLACE[column], _PLACE[row])]

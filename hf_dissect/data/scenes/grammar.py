@@ -1,4 +1,4 @@
-"""What a scene may consist of and how captions word it, in one place, so that a caption tells what is drawn."""
+"""Define what a scene consists of and how captions word it, so that a caption describes what is drawn."""
 
 import random
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ HELD_OUT_OBJECTS = frozenset(
         ("pink", "cross"),
     }
 )
-"""(colour, shape) that occur in test pictures only."""
+"""Pairs (colour, shape) that occur in test pictures only."""
 
 HELD_OUT_RELATIONS = frozenset(
     {
@@ -31,7 +31,7 @@ HELD_OUT_RELATIONS = frozenset(
         ("square", "above", "circle"),
     }
 )
-"""(shape, relation, shape) that occur in test pictures only, however the caption words them."""
+"""Triples (shape, relation, shape) that occur in test pictures only, in any wording of the caption."""
 
 SCENE_CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 """Class names of one-object pictures, by label."""
@@ -85,7 +85,7 @@ _GROUNDS = ("{scene} on a {ground} background", "{scene}, {ground} background", 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape of a scene; `size` is None where the caption does not tell it."""
+    """One shape of a scene; `size` is None if the caption does not mention it."""
 
     shape: str
     colour: str
@@ -94,13 +94,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption tells about a picture.
+    """Content of a picture, as its caption describes it.
 
     Attributes:
-        objects: One to three, from left to right or from top to bottom.
-        layout: "left of" (side by side) or "above" (one below the other); of no meaning for one object.
+        objects: One to three objects, from left to right or from top to bottom.
+        layout: "left of" (side by side) or "above" (one below the other); ignored for one object.
         background: One of `BACKGROUNDS`.
-        place: (row, column) of a single object, of `ROWS` and `COLUMNS`; None for several.
+        place: Row and column of a single object, from `ROWS` and `COLUMNS`; None for several objects.
     """
 
     objects: tuple[SceneObject, ...]
@@ -118,7 +118,7 @@ class Scene:
 
 
 def draw_scene(number: int, rng: random.Random) -> Scene:
-    """A scene of `number` objects (1 to 3), held out or not."""
+    """Draw a scene of `number` objects (1 to 3) at random; it may show a held-out combination."""
     objects = tuple(
         SceneObject(rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(SIZES) if number < 3 else None)
         for _ in range(number)
@@ -128,26 +128,25 @@ def draw_scene(number: int, rng: random.Random) -> Scene:
 
 
 def describe(scene: Scene, count: int, rng: random.Random) -> list[str]:
-    """`count` captions that tell everything about the scene, in different phrasings as far as there are enough."""
-    if scene.place:
-        frames = _ONE
-    else:
+    """Return `count` captions that describe the whole scene, in different phrasings as long as there are enough."""
+    frames: tuple[str, ...] = _ONE
+    if not scene.place:
         frames = (_TWO if len(scene.objects) == 2 else _THREE)[scene.layout]
     phrasings = [(frame, ground) for frame in frames for ground in _GROUNDS]
-    captions = []
+    captions: list[str] = []
     while len(captions) < count:
         chosen = rng.sample(phrasings, min(len(phrasings), count - len(captions)))
-        captions += [_word(scene, frame, ground, rng) for frame, ground in chosen]
+        captions += [_word_scene(scene, frame, ground, rng) for frame, ground in chosen]
     return captions
 
 
-def _word(scene: Scene, frame: str, ground: str, rng: random.Random) -> str:
-    names = dict(zip("abc", (_noun_phrase(item, rng) for item in scene.objects), strict=False))
+def _word_scene(scene: Scene, frame: str, ground: str, rng: random.Random) -> str:
+    names = dict(zip("abc", (_name_object(item, rng) for item in scene.objects), strict=False))
     place = rng.choice(_PLACES[scene.place]) if scene.place else None
     return ground.format(scene=frame.format(place=place, **names), ground=scene.background)
 
 
-def _noun_phrase(item: SceneObject, rng: random.Random) -> str:
+def _name_object(item: SceneObject, rng: random.Random) -> str:
     if item.size:
         return f"a {rng.choice(_SIZE_WORDS[item.size])} {item.colour} {item.shape}"
     return f"{'an' if item.colour[0] in 'aeiou' else 'a'} {item.colour} {item.shape}"

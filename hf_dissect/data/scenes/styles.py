@@ -1,4 +1,4 @@
-"""Ways of showing a scene in which the same words mean other colours, so that there are tasks to tell apart."""
+"""Styles of a scene in which the same words mean other colours, so that there are tasks to distinguish."""
 
 import random
 
@@ -14,11 +14,11 @@ _NOISE = 60  # levels of 255
 
 
 def apply_style(picture: Image.Image, style: str, rng: random.Random) -> Image.Image:
-    """The picture in one of `SCENE_STYLES`.
+    """Return the picture in one of `SCENE_STYLES`.
 
     `negative` inverts the colours, `swapped` shows red as green, green as blue and blue as red, `noisy` adds noise to
-    every pixel. Each but `plain` has a frame of a grey of its own, so that a picture tells its style: without one, an
-    inverted red shape could not be told from a cyan one.
+    every pixel. Each style but `plain` adds a frame in its own grey, since nothing else distinguishes, for example, an
+    inverted red shape from a cyan one.
     """
     if style == "plain":
         return picture

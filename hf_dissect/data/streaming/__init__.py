@@ -1,1 +1,1 @@
-"""Pairs read while training, with an order that can be resumed exactly."""
+"""Pairs that are read while training, in an order that can be resumed exactly."""

@@ -1,4 +1,4 @@
-"""Candidate batches of a stream that is split over processes and workers and found again exactly after a stop."""
+"""Make candidate batches of a stream that is split over processes and workers and resumes exactly after a stop."""
 
 import logging
 import traceback
@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_dissect.data.streaming.pair_stream import PairStream
-from hf_dissect.data.streaming.parts import Place, StreamPart, check_whole, num_separate_shards, shuffles_itself
+from hf_dissect.data.streaming.parts import Place, StreamPart, check_whole, count_separate_shards, has_own_shuffle
 from hf_dissect.data.streaming.shuffle import BlockShuffle, BlockState
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ Collator = Callable[[Sequence[dict[str, Any]]], Batch]
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a saved place depends on, by the names that a warning uses."""
+    """Settings on which a saved place depends, by the names that a warning uses."""
 
     rank: int
     world_size: int
@@ -33,28 +33,28 @@ class _Settings:
 
 
 class StreamLoader:
-    """Endless candidate batches of a stream, split over ranks and workers, whose place can be saved and found again.
+    """Endless candidate batches of a stream that is split over ranks and workers, with a place that can be saved.
 
-    Each worker of each process reads a part of the stream of its own, pass after pass (see `StreamPart`): in a pass
-    every pair is given out exactly once. A batch holds pairs of one part, may hold the end of one pass and the
-    beginning of the next, and is never short, so no process waits for another. `iter` goes on after the last batch
-    that was given out; one iterator is used at a time.
+    Each worker of each process reads its own part of the stream, pass after pass (see `StreamPart`), so that a pass
+    returns every pair exactly once. A batch holds pairs of one part and may span two passes. It is never short, so no
+    process waits for another. `iter` continues after the last batch returned; use one iterator at a time.
 
     Args:
-        stream: the whole stream, the same on all ranks.
-        collator: makes a batch of `batch_size` pairs, in the worker.
-        batch_size: pairs in a batch, on this rank.
-        rank, world_size: this process, and how many there are.
-        num_workers: processes that read and collate; 0 does so in this one.
-        seed: of the orders of shards and pairs; the same on all ranks.
-        shuffle_buffer: pairs of each part in memory, given out in a random order, the shards in a random order, too; 0
-            keeps the order of the data.
-        prefetch_factor: batches that a worker prepares ahead, 2 if None.
-        pin_memory: whether batches are put into page-locked memory.
-        multiprocessing_context: of the workers; None for the usual one.
+        stream: Whole stream, the same on all ranks.
+        collator: Function that makes a batch of `batch_size` pairs, in the worker.
+        batch_size: Number of pairs in a batch of this rank.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        num_workers: Number of processes that read and collate for this one; with 0 it does so itself.
+        seed: Seed of the orders of shards and pairs, the same on all ranks.
+        shuffle_buffer: Number of pairs of each part that are held in memory and shuffled; the shards are shuffled,
+            too. 0 keeps the order of the data.
+        prefetch_factor: Number of batches that a worker prepares ahead, 2 if None.
+        pin_memory: Whether to copy batches into page-locked memory.
+        multiprocessing_context: Context that starts the workers; None takes the usual one.
 
     Raises:
-        ValueError: the stream is split over the processes already.
+        ValueError: If the stream is already split over the processes.
     """
 
     drop_last = True
@@ -73,7 +73,7 @@ class StreamLoader:
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
         multiprocessing_context: Any = None,
-    ):
+    ) -> None:
         check_whole(stream.rows)
         self.dataset = stream
         self.collator = collator
@@ -82,12 +82,12 @@ class StreamLoader:
         self.prefetch_factor = prefetch_factor if num_workers else None
         self.pin_memory = pin_memory
         self.multiprocessing_context = multiprocessing_context if num_workers else None
-        num_shards = num_separate_shards(stream.rows)
+        num_shards = count_separate_shards(stream.rows)
         self._settings = _Settings(rank, world_size, num_workers, batch_size, seed, shuffle_buffer, num_shards)
         self._restarts = 0
         self._turn = 0
         self._states = [BlockState().to_json() for _ in range(max(1, num_workers))]
-        if shuffles_itself(stream.rows):
+        if has_own_shuffle(stream.rows):
             logger.warning(
                 "The stream has a shuffle buffer of its own, which a resumed run finds empty: it will not see exactly "
                 "the same pairs. Pass the stream unshuffled and let the trainer shuffle it."
@@ -95,21 +95,23 @@ class StreamLoader:
 
     @property
     def passes(self) -> int:
-        """Pass over the data, from 0, in which the slowest worker of this rank is, as of the last batch given out."""
+        """Pass over the data, from 0, of the slowest worker of this rank, as of the last batch returned."""
         return min(state["last_pass"] for state in self._states)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches after the last one given out.
+        """Yield the batches after the last one returned.
 
         Raises:
-            ValueError: the stream has no rows, or a row or shard is of no use.
-            RuntimeError: a worker died.
+            ValueError: If the stream has no rows, or a row or shard is unusable.
+            RuntimeError: If a worker died.
         """
-        generator = torch.Generator().manual_seed(self._settings.seed)  # or it would draw from the global one
+        generator = torch.Generator().manual_seed(
+            self._settings.seed
+        )  # otherwise the loader draws from the global one
         loader = DataLoader(
             _WorkerBatches(self.dataset, self.collator, self._settings, self._restarts, self._turn, self._states),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_keep_unchanged,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor,
             pin_memory=self.pin_memory,
@@ -121,11 +123,11 @@ class StreamLoader:
             while True:
                 yield self._accept(*next(batches))
         finally:
-            # An error would keep this frame, and with it workers that wait for seconds until they are ended by force.
+            # An error would keep this frame alive, and with it workers that wait for seconds before they are killed.
             del batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch that was given out, for JSON; of this rank only."""
+        """Return the place of this rank after the last batch returned, in types that JSON has."""
         return {
             **asdict(self._settings),
             "restarts": self._restarts,
@@ -134,10 +136,9 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place at the next `iter`.
+        """Resume from a saved place at the next `iter`.
 
-        With other settings the place cannot be found: the pass then starts anew, shuffled differently, and a warning
-        says so.
+        The place is lost if settings have changed. The pass then starts again, in another order, with a warning.
         """
         changed = {name: value for name, value in asdict(self._settings).items() if state.get(name) != value}
         if not changed:
@@ -164,7 +165,7 @@ class StreamLoader:
 
 
 class _WorkerBatches(IterableDataset):
-    """What one worker of a `StreamLoader` makes: batches, each with the worker's state after it."""
+    """Batches of one worker of a `StreamLoader`, each with the worker's state after it."""
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class _WorkerBatches(IterableDataset):
         restarts: int,
         turn: int,
         states: list[dict[str, Any]],
-    ):
+    ) -> None:
         self.stream = stream
         self.collator = collator
         self.settings = settings
@@ -184,23 +185,23 @@ class _WorkerBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Batch | ValueError, dict[str, Any]]]:
         info = get_worker_info()
-        # Torch asks its worker 0 first: it takes the part whose turn it is.
+        # Torch asks its worker 0 first, which therefore takes the part whose turn it is.
         number = (self.turn + (info.id if info else 0)) % len(self.states)
         state = self.states[number]
         try:
-            pairs = self._pairs(number, BlockState.from_json(state))
+            pairs = self._open_part(number, BlockState.from_json(state))
             while True:
                 batch = self.collator([next(pairs) for _ in range(self.settings.batch_size)])
                 state = pairs.state.to_json()
                 yield batch, state
         except ValueError as error:
-            # Torch would wrap a worker's error in its traceback; what was wrong with the data is for people to read.
+            # Raised here, torch would bury the message, which is for people to read, in the worker's traceback.
             error.add_note(traceback.format_exc())
             yield error, state
 
-    def _pairs(self, number: int, state: BlockState) -> BlockShuffle:
+    def _open_part(self, number: int, state: BlockState) -> BlockShuffle:
         settings = self.settings
-        # Neighbouring parts are of different ranks, so that a few shards more than parts are spread over the ranks.
+        # Neighbouring parts belong to different ranks, so that shards in excess of the parts spread over the ranks.
         part, num_parts = number * settings.world_size + settings.rank, settings.world_size * len(self.states)
         shards_seed = pairs_seed = None
         if settings.shuffle_buffer:
@@ -210,5 +211,5 @@ class _WorkerBatches(IterableDataset):
         return BlockShuffle(reader.read, settings.shuffle_buffer or settings.batch_size, pairs_seed, state)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _keep_unchanged(batch: Any) -> Any:
     return batch

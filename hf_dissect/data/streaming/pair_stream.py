@@ -1,4 +1,4 @@
-"""Rows of a streamed image-text table as (image, caption) pairs, one row in memory at a time."""
+"""Turn the rows of a streamed image-text table into (image, caption) pairs, with one row in memory at a time."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,29 +8,35 @@ import numpy as np
 import torch
 
 from hf_dissect.data.images import image_content, is_feature_vector
-from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, key_hash, undecoded
+from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, key_hash, select_undecoded
 
 
 class PairStream(torch.utils.data.IterableDataset):
-    """Pairs of a streamed table, as `PairDataset` gives them; one row is read at a time.
+    """Pairs of a streamed table, with the same keys as those of `PairDataset`.
 
-    Ids must not depend on the order of reading: they are those of the id column (of several captions, the hash of
-    `"id#j"`) or, without one, the hash of the image's content and the caption.
+    Ids must not depend on the order of reading. They come from the id column (with several captions a row, by the hash
+    of `"id#j"`); without one, an id is the hash of the image's content and the caption.
 
     Args:
-        rows: the stream.
-        columns: which of its columns make a pair.
+        rows: Stream of images and captions.
+        columns: Columns of the stream that make a pair.
     """
 
     num_samples = None
 
-    def __init__(self, rows: datasets.IterableDataset, columns: PairColumns):
+    def __init__(self, rows: datasets.IterableDataset, columns: PairColumns) -> None:
         self.columns = columns
-        self.rows = undecoded(rows, columns)
+        self.rows = select_undecoded(rows, columns)
 
     @classmethod
     def from_dataset(cls, dataset: datasets.IterableDataset, **names: str | None) -> "PairStream":
-        """Recognise the columns (see `PairColumns.recognise`), reading the first row if the names are unknown."""
+        """Wrap a stream, with columns named as in `PairColumns.recognise`.
+
+        The first row is read if the stream does not know its columns.
+
+        Raises:
+            ValueError: If the stream has no rows, or columns are missing.
+        """
         available = dataset.column_names
         if available is None:
             first = next(iter(dataset), None)
@@ -41,33 +47,42 @@ class PairStream(torch.utils.data.IterableDataset):
 
     @property
     def knows_truth(self) -> bool:
+        """Whether each pair says if its caption belongs to its image."""
         return self.columns.clean is not None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Pairs of one pass; `ValueError` when there is not a single row."""
+        """Yield the pairs of one pass.
+
+        Raises:
+            ValueError: If the stream has no rows.
+        """
         empty = True
         for row in self.rows:
             empty = False
-            yield from self.pairs_of(row)
+            yield from self.make_pairs(row)
         if empty and torch.utils.data.get_worker_info() is None:  # one of several workers may be left without rows
             raise ValueError(NO_ROWS)
 
-    def pairs_of(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The pairs of one row of the stream, at least one; `ValueError` when an id, task or truth is of no use."""
+    def make_pairs(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the pairs of one row of the stream, at least one.
+
+        Raises:
+            ValueError: If an id, task or truth is unusable.
+        """
         image, captions = row[self.columns.image], row[self.columns.caption]
         if is_feature_vector(image):
             image = np.asarray(image, dtype=np.float32)
         several = isinstance(captions, list)
         for place, caption in enumerate((captions or [None]) if several else [captions]):
             pair = {"image": image, "caption": caption}
-            pair["sample_id"] = self._id(row, caption, place if several else None)
+            pair["sample_id"] = self._make_id(row, caption, place if several else None)
             if self.columns.task:
-                pair["task_id"] = self._task(row[self.columns.task])
+                pair["task_id"] = self._check_task(row[self.columns.task])
             if self.columns.clean:
-                pair["is_clean"] = self._truth(row[self.columns.clean], caption, place)
+                pair["is_clean"] = self._check_truth(row[self.columns.clean], caption, place)
             yield pair
 
-    def _id(self, row: Mapping[str, Any], caption: Any, place: int | None) -> int:
+    def _make_id(self, row: Mapping[str, Any], caption: Any, place: int | None) -> int:
         name = self.columns.sample_id
         if name is None:
             return key_hash((image_content(row[self.columns.image]) or b"") + str(caption).encode())
@@ -80,7 +95,7 @@ class PairStream(torch.utils.data.IterableDataset):
             return key_hash(f"{key}#{place}")
         return key if isinstance(key, int) else key_hash(key)
 
-    def _task(self, value: Any) -> int:
+    def _check_task(self, value: Any) -> int:
         if isinstance(value, int):
             return value
         raise ValueError(
@@ -88,7 +103,7 @@ class PairStream(torch.utils.data.IterableDataset):
             "number is not known beforehand."
         )
 
-    def _truth(self, truth: Any, caption: Any, place: int) -> bool:
+    def _check_truth(self, truth: Any, caption: Any, place: int) -> bool:
         if isinstance(truth, list):
             truth = truth[place] if place < len(truth) else None
         if caption is None and truth is None:
