@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from hf_dissect.peft_registration import register_mola_with_peft
+from hf_dissect.models.peft_registration import register_mola_with_peft
 from hf_dissect.version import __version__
 
 # Name -> module. Imported on first use: `hf-dissect recipes` and `--help` need neither torch nor transformers.

@@ -32,7 +32,10 @@ SCRIPTS = {
     "after a part of peft": "import peft.tuners.lora\nimport hf_dissect\n" + LOADED + KNOWN,
     "twice and reloaded before": (
         "import importlib, hf_dissect\nimport hf_dissect\nimportlib.reload(hf_dissect)\n"
-        "importlib.reload(hf_dissect.peft_registration)\nimportlib.reload(hf_dissect)\n" + LOADED + KNOWN + FINDERS
+        "importlib.reload(hf_dissect.models.peft_registration)\nimportlib.reload(hf_dissect)\n"
+        + LOADED
+        + KNOWN
+        + FINDERS
     ),
     "reloaded after": "import importlib, peft, hf_dissect\nimportlib.reload(hf_dissect)\n" + LOADED + KNOWN + FINDERS,
     "peft reloaded": "import importlib, hf_dissect, peft\nimportlib.reload(peft)\n" + LOADED + KNOWN,
