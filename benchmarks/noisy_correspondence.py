@@ -30,6 +30,7 @@ from transformers import PrinterCallback
 from hf_dissect import DissectTrainer, Recipe, SelectionCollator
 from hf_dissect.data import as_pairs
 from hf_dissect.evaluation import format_results_table, noise_detection_metrics, summarise_seeds
+from hf_dissect.evaluation.pair_scores import join_correlations
 from hf_dissect.evaluation.selection_figures import label_figures, soft_labels
 from hf_dissect.runs.run import build_trainer, load_data
 from hf_dissect.selection import CandidateScores, SampleLedger, Selection
@@ -148,7 +149,10 @@ def figures(trainer: DissectTrainer, split: str) -> dict:
     seconds = sum(trainer.times[part] for part in ("data", "scoring", "training"))
     found |= {"seconds": seconds, "steps": trainer.state.global_step}
 
-    scored = trainer.score_pairs(trainer.train_dataset)
+    scored = join_correlations(
+        trainer.score_batches(trainer.get_eval_dataloader(trainer.train_dataset)),
+        trainer.accelerator.gather_for_metrics,
+    )
     found |= label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"])
     found |= label_weight(trainer.ledger, scored["sample_id"], scored["is_clean"])
     if (ranking := trainer.monitor.ranking_truth()) is not None:

@@ -38,6 +38,7 @@ from hf_dissect.training_data import (
     check_arguments,
     check_model,
     check_tasks,
+    list_warm_ups,
     load_ledger,
     make_collator,
     num_pairs,
@@ -60,7 +61,7 @@ class DissectTrainer(BaseTrainer):
         train_dataset: Data set with an image and a caption column, or of what `hf_dissect.data.as_pairs` returns.
         eval_dataset: Data set of the same kind, or a dict of several.
         processing_class: Processor of the model; saved with it.
-        strategy: `SelectionStrategy` of your own, instead of the one that `args` names.
+        strategy: `SelectionStrategy` instead of the one that `args` names.
         recipe: `Recipe` of the run, saved with it.
         trainer_arguments: Further arguments of `transformers.Trainer`.
 
@@ -154,10 +155,9 @@ class DissectTrainer(BaseTrainer):
         batches = self._stream_batches if self.stream is not None else epoch_iterator
         with self.times.measure("data"):
             candidates, num_items = super().get_batch_samples(batches, num_batches, device)
-        step = self.state.global_step
         return [
-            self.selector.select(self.model_wrapped, batch, step=step, micro_step=micro_step)
-            for micro_step, batch in enumerate(candidates)
+            self.selector.select(self.model_wrapped, batch, step=self.state.global_step, micro_step=number)
+            for number, batch in enumerate(candidates)
         ], num_items
 
     def _agree(self, num_good: int) -> list[int]:
@@ -266,7 +266,7 @@ class DissectTrainer(BaseTrainer):
         """Train as `BaseTrainer` does; a run that is not resumed may begin with the ledger of another one."""
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        warn_if_warm_up_outlasts(self.train_dataset, self.strategy, self.objective, self.args)
+        warn_if_warm_up_outlasts(self.train_dataset, list_warm_ups(self.strategy, self.objective), self.args)
         if self.args.initial_ledger is not None and not resume_from_checkpoint:
             begin_with_initial_ledger(self.ledger, self.strategy, self.train_dataset, self.args)
         return super().train(resume_from_checkpoint, **arguments)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,20 +182,22 @@ def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed:
         )
 
 
-def warn_if_warm_up_outlasts(
-    pairs: Any, strategy: SelectionStrategy, objective: Objective, args: DissectTrainingArguments
-) -> None:
-    """Warn when `max_steps` ends a run before a warm-up of its strategy or objective ends.
-
-    Args:
-        pairs: Training data; the length of an epoch of a stream is unknown.
-        strategy: Strategy of the run.
-        objective: Objective of the run.
-        args: Arguments of the run.
-    """
+def list_warm_ups(strategy: SelectionStrategy, objective: Objective) -> dict[str, int]:
+    """Return, for each part of a run that warms up, what the steps of its warm-up do, and its number of epochs."""
     warmup_epochs = {"train on a random subset": getattr(strategy, "warmup_epochs", 0)}
     if objective.gsc is not None:
         warmup_epochs["train by the contrastive loss, without soft labels"] = objective.gsc.warmup_epochs
+    return warmup_epochs
+
+
+def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args: DissectTrainingArguments) -> None:
+    """Warn when `max_steps` ends a run before a warm-up ends.
+
+    Args:
+        pairs: Training data; the length of an epoch of a stream is unknown.
+        warmup_epochs: Number of epochs of each warm-up, by what its steps do, see `list_warm_ups`.
+        args: Arguments of the run.
+    """
     count = num_pairs(pairs)
     if args.max_steps <= 0 or not count:
         return

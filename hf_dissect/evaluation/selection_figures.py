@@ -11,7 +11,7 @@ from hf_dissect.selection.soft_labels import label_columns
 
 
 def selection_figures(monitor: SelectionMonitor) -> dict[str, float]:
-    """Return what was kept in the run and in its last epoch (`*_last_epoch`), and how well the ranking told noise."""
+    """Return figures of the kept pairs, of the run and its last epoch (`*_last_epoch`), with the ranking's AUROC."""
     figures = dict(monitor.run.figures())
     last = monitor.last_epoch.sums.figures()
     figures.update({f"{key}_last_epoch": value for key, value in last.items()})

@@ -158,4 +158,4 @@ def test_a_warm_up_that_would_write_over_the_scores_is_told(saved, tmp_path, cap
     trainer = build_trainer(recipe_beginning_with(tmp_path / "second", saved, selection={"warmup_epochs": 1}))
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "the first 1 epochs warm up and write over what it brings" in caplog.text
+    assert "the first 1 epochs warm up and overwrite what it brings" in caplog.text
