@@ -133,7 +133,7 @@ def run(method: str, noise: int, seed: int, options: argparse.Namespace) -> dict
         }
         trainer.data_collator = Collated.collate
         if method == "oracle":
-            trainer.strategy = Oracle(trainer.train_dataset.columns["is_clean"])
+            trainer.selector.strategy = Oracle(trainer.train_dataset.columns["is_clean"])
         trainer.train()
         return {"method": method, "noise": noise, "seed": seed, **figures(trainer, options.split)}
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.clamp_logit_scale import ClampLogitScale
-from hf_dissect.training.non_finite import NonFiniteLossError, check_finite
+from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.run_folder import without_speed
 from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
@@ -48,8 +49,6 @@ from hf_dissect.training_data import (
     warn_if_warm_up_outlasts,
 )
 
-__all__ = ["DissectTrainer", "NonFiniteLossError"]
-
 
 class DissectTrainer(BaseTrainer):
     """Trainer of a CLIP-like dual encoder on the pairs that its selection strategy keeps.
@@ -66,17 +65,20 @@ class DissectTrainer(BaseTrainer):
         trainer_arguments: Further arguments of `transformers.Trainer`.
 
     Attributes:
-        selector: `OnlineSelector` that keeps the pairs.
-        ledger: `SampleLedger` with the last correlation of each pair and the columns of strategy and objective.
+        selector: `OnlineSelector` that keeps the pairs; `strategy`, `ledger`, `monitor` and `bad_rows` are its parts.
         objective: `Objective` that the kept pairs are trained by.
 
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
-        ValueError: processor or data are missing or do not go with the model, or the model is not a dual encoder.
+        ValueError: processor, data or model are missing or do not go together.
     """
 
     card_callback = SelectionCard
     timed_parts = ("data", "scoring", "training", "evaluation")
+    strategy = property(attrgetter("selector.strategy"))
+    ledger = property(attrgetter("selector.ledger"))
+    monitor = property(attrgetter("selector.monitor"))
+    bad_rows = property(attrgetter("selector.bad_rows"))
 
     def __init__(
         self,
@@ -111,8 +113,6 @@ class DissectTrainer(BaseTrainer):
         self.kind = contrastive_kind(self.model)
         self.objective = args.make_objective(self.kind, num_networks=len(networks_of(self.model)))
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
-        self.strategy, self.ledger, self.monitor = self.selector.strategy, self.selector.ledger, self.selector.monitor
-        self.bad_rows = self.selector.bad_rows
         self.stream: StreamLoader | None = None  # while the training data are a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, train_dataset, recipe, args)

@@ -16,7 +16,7 @@ from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, SampleL
 from hf_dissect.data import as_pairs
 from hf_dissect.data.bad_rows import TooManyBadRows
 from hf_dissect.recipe.recipe import RecipeError
-from hf_dissect.trainer import NonFiniteLossError
+from hf_dissect.training.non_finite import NonFiniteLossError
 
 BATCH = 8
 SETTINGS = dict(

@@ -11,7 +11,7 @@ from hf_dissect.data import as_pairs, shuffle_captions
 from hf_dissect.data.pairs import PAIR_KEYS
 from hf_dissect.data_collator import SelectionCollator
 from hf_dissect.selection import STRATEGIES, Selection, SelectionStrategy
-from hf_dissect.trainer import NonFiniteLossError
+from hf_dissect.training.non_finite import NonFiniteLossError
 
 COMMON = dict(per_device_train_batch_size=16, learning_rate=1e-3, logging_steps=2, report_to="none", disable_tqdm=True)
 

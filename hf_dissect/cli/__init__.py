@@ -72,8 +72,8 @@ def _is_for_the_user(error: Exception) -> bool:
         return True
     # Imported here because the commands about recipes must not wait for torch.
     from hf_dissect.data.bad_rows import TooManyBadRows
-    from hf_dissect.trainer import NonFiniteLossError
     from hf_dissect.training.interruption import DataWorkerDied
+    from hf_dissect.training.non_finite import NonFiniteLossError
 
     # ImportError: a setting needs a package that is not installed, such as a tracker or an optimiser.
     return isinstance(error, TooManyBadRows | NonFiniteLossError | DataWorkerDied | OSError | ImportError)
