@@ -211,7 +211,7 @@ def left_behind(folder: Path) -> dict[str, object]:
         "ledger": _content(last / "ledger.safetensors"),
         "choices": pq.read_table(folder / "selection.parquet").to_pylist(),
         "logs": [{key: value for key, value in entry.items() if "time" not in key} for entry in log],
-        "state": {key: value for key, value in state.items() if key != "times"},
+        "state": {**state, "parts": {name: part for name, part in state["parts"].items() if name != "times"}},
         "state tensors": _content(last / "dissect_state.safetensors"),
     }
 

@@ -491,7 +491,7 @@ def test_the_command_goes_on_after_the_death_of_a_data_worker_and_after_sigterm(
     without_saving = ["--resume", "training.save_strategy=no"]
     status, told = train_until("epoch 0.4", without_saving, lambda process: process.terminate())
     checkpoint = last_complete_checkpoint("run")
-    assert status == 143 and f"Stopped by SIGTERM; the run can go on from {checkpoint}." in told, told
+    assert status == 143 and f"Stopped by SIGTERM; the run can be resumed from {checkpoint}." in told, told
     assert 12 <= int(checkpoint.name.split("-")[1]) < 40
     assert main(["train", "tiny.yaml", *STREAMED, "--output-dir", "run", "--resume"]) == 0
     assert main(["train", "tiny.yaml", *STREAMED, "--output-dir", "whole"]) == 0
