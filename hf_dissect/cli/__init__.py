@@ -1,6 +1,7 @@
 """The command `hf-dissect`; each module of this folder adds one of its commands."""
 
 import argparse
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -83,5 +84,8 @@ def _leave_process_group() -> None:
     """Close the group of processes that trained together, as torch requires at the end of each of them."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # What trained still holds groups of its own (FSDP's mesh): destroyed at the interpreter's exit, their threads
+        # abort the process now and then.
+        gc.collect()
         distributed.barrier()  # a process that leaves while the first one still writes may be aborted
         distributed.destroy_process_group()
