@@ -262,10 +262,10 @@ def check_plain_loop_selects(snippet, page, data, capsys):
 # The check of each Python snippet, by its page and its number there.
 SNIPPETS = {
     ("README.md", 0): check_training_of_a_model_of_the_hub,
+    ("README.md", 1): check_plain_loop_selects,
     ("docs/python.md", 0): check_training_from_scratch,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/own_strategy.md", 0): check_strategy_trains,
-    ("docs/own_strategy.md", 1): check_plain_loop_selects,
 }
 FOUND = {(page, number): text for page in PAGES for number, text in enumerate(blocks(page, "python"))}
 
