@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import transformers
 
-from hf_dissect.distillation import METHODS, AuxiliaryDistillationTrainer, DistillationRecipe, recall_at_1
+from hf_dissect.distillation import METHODS, DistillationRecipe, DistillationTrainer, recall_at_1
 from hf_dissect.distillation.losses.conditional_entropy import anchor_loss
 from hf_dissect.distillation.losses.mutual_information import information_loss
 from hf_dissect.distillation.training_data import ModalityRows
@@ -122,7 +122,7 @@ def _take_labels(columns: dict, labelled_trials: int) -> None:
 
 
 @torch.no_grad()
-def known_of_teacher(trainer: AuxiliaryDistillationTrainer, columns: dict) -> dict[str, float]:
+def known_of_teacher(trainer: DistillationTrainer, columns: dict) -> dict[str, float]:
     """How much student and auxiliaries tell of the teacher's features over all rows of a set."""
     trainer.model.eval()
     parts: dict[str, list[torch.Tensor]] = {}

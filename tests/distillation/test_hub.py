@@ -238,7 +238,7 @@ def test_a_published_student_and_a_checkpoint_are_evaluated_alike(hub, run, arra
         assert figures(name, "--data", str(arrays)) == own  # by the groups of the published recipe
     assert figures(str(run), "--data", str(arrays), "--split", "validation")["num_rows"] == 4
     assert main(["evaluate", "hub:ada/student"]) == 2
-    assert "does not tell where its data are; name them with --data" in capsys.readouterr().err
+    assert "does not name its data; name them with --data" in capsys.readouterr().err
     columns = dict(np.load(arrays))
     np.savez("others.npz", video=columns["depth"], verb=columns["action"])
     named = ["--image-column", "video", "--label-column", "verb"]
@@ -249,7 +249,7 @@ def test_a_published_student_and_a_checkpoint_are_evaluated_alike(hub, run, arra
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--classes", "cat,dog", "--caption-column", "text"], "--caption-column, --classes say nothing to it"),
+        (["--classes", "cat,dog", "--caption-column", "text"], "leave out --caption-column, --classes"),
         (["--split", "dev"], "split 'dev': the data have train, validation, test"),
         (["--label-column", "verb"], "There is no column 'verb'"),
         (["--data", "nowhere.npz"], "there is no .npz file"),
