@@ -13,7 +13,7 @@ chosen on the odd subjects, of which one was left out at a time: --split validat
 tests on the even ones. For one seed all methods start from the same student and see the same batches. The figures are
 those after the last step.
 
-- accuracy of the student, of the teacher that trained beside it, and of the auxiliaries;
+- accuracy of the student, of the teacher that trained next to it, and of the auxiliaries;
 - R@1: the share of test rows whose nearest training row, by the student's features, is of their class (no subject is
   on both sides); `R@1 within` looks among the other test rows, where others of the same subject make it easy;
 - `amid without TERM`: the ablation;
@@ -139,10 +139,10 @@ def known_of_teacher(trainer: DistillationTrainer, columns: dict) -> dict[str, f
         for name, values in found.items()
         if name.startswith("compared_")
     }
-    told = {name.replace("compared_", "information_"): bound for name, bound in bounds.items()}
+    figures = {name.replace("compared_", "information_"): bound for name, bound in bounds.items()}
     if "generated" in found:
-        told["generator_error"] = anchor_loss(found["generated"], found["real"], counted).item()
-    return told
+        figures["generator_error"] = anchor_loss(found["generated"], found["real"], counted).item()
+    return figures
 
 
 def summarise(runs: list[dict]) -> dict[str, dict]:

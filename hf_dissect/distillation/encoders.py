@@ -17,9 +17,8 @@ class SequenceEncoderConfig(PreTrainedConfig):
         num_layers: Number of convolutions, each of stride 2 over time.
         kernel_size: Time steps in the window of a convolution; odd.
         dropout: Share of the pooled features set to zero in training, in [0, 1).
-        input_mean: Mean of each channel, which is subtracted from the inputs; see `standardisation`. None subtracts
-            nothing.
-        input_std: Standard deviation of each channel, by which the inputs are divided; None divides by nothing.
+        input_mean: Mean of each channel, subtracted from the inputs (see `standardisation`); None for no subtraction.
+        input_std: Standard deviation of each channel, by which the inputs are divided; None for no division.
         noise: Standard deviation of the noise added to the standardised inputs in training.
 
     Raises:
@@ -55,9 +54,8 @@ class FrameSequenceEncoderConfig(PreTrainedConfig):
         grid: Rows and columns to which a frame is pooled, so that the place of a movement is kept; None for [3, 4].
         motion: True to add the difference from the previous frame as further channels.
         dropout: Share of the pooled features set to zero in training, in [0, 1).
-        input_mean: Mean of each channel, which is subtracted from the inputs; see `standardisation`. None subtracts
-            nothing.
-        input_std: Standard deviation of each channel, by which the inputs are divided; None divides by nothing.
+        input_mean: Mean of each channel, subtracted from the inputs (see `standardisation`); None for no subtraction.
+        input_std: Standard deviation of each channel, by which the inputs are divided; None for no division.
         noise: Standard deviation of the noise added to the standardised inputs in training.
         shift: Largest shift of a clip in training, in pixels, the same for all of its frames.
 

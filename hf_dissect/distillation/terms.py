@@ -33,7 +33,7 @@ class TermWeights:
 
     @property
     def needs_teacher(self) -> bool:
-        """True if a term besides the student's own task has a weight."""
+        """True if any term other than the student's own task has a weight."""
         return any(value for name, value in asdict(self).items() if name != "student_task")
 
     @property

@@ -91,7 +91,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 # ---- publishing ----
 
 
-def test_what_is_published_loads_as_the_card_says_and_tells_nothing_of_this_machine(hub, picture_run, place, capsys):
+def test_what_is_published_loads_as_the_card_says_and_holds_nothing_of_this_machine(hub, picture_run, place, capsys):
     assert main(["push", str(picture_run), "ada/birds"]) == 0
     left_out = "student.name_or_path, auxiliaries.caption.name_or_path"
     shown = capsys.readouterr().err
@@ -255,7 +255,7 @@ def test_a_published_student_and_a_checkpoint_are_evaluated_alike(hub, run, arra
         (["--data", "nowhere.npz"], "there is no .npz file"),
     ],
 )
-def test_what_makes_no_sense_is_told(arguments, message, run, workplace, capsys):
+def test_what_makes_no_sense_is_refused(arguments, message, run, workplace, capsys):
     assert main(["evaluate", str(run), *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Recipes of distillations: all faults are told at once, and `hf-dissect train` leaves a complete folder."""
+"""Recipes of distillations: all faults are reported at once, and `hf-dissect train` leaves a complete folder."""
 
 import json
 
@@ -66,10 +66,10 @@ def test_faults_name_the_key_and_what_is_allowed(override, message):
         DistillationRecipe.load(UTD, ["data.path=x", override])
 
 
-def test_faults_are_told_together():
-    with pytest.raises(RecipeError) as told:
+def test_faults_are_reported_together():
+    with pytest.raises(RecipeError) as error:
         DistillationRecipe.load(UTD, ["distillation.method=kd", "training.seed=-1"])
-    assert len(told.value.faults) == 2
+    assert len(error.value.faults) == 2
 
 
 def test_train_leaves_a_folder_that_repeats_and_resumes(utd, tmp_path, capsys):

@@ -77,7 +77,7 @@ def test_the_memory_bank_adds_candidates_first_in_first_out():
 
 
 class _Sum(nn.Module):
-    """A discriminator whose logit can be told by hand."""
+    """A discriminator whose logit is known by hand."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ def test_the_anchor_is_the_squared_error_of_the_generator_alone():
     assert real.grad is None and generated.grad[COUNTED].ne(0).all()
 
 
-def test_the_adversary_learns_to_tell_and_goes_on_from_its_state():
+def test_the_adversary_learns_to_separate_and_resumes_from_its_state():
     def train(adversary: Adversary, steps: range) -> torch.Tensor:
         for step in steps:
             generator = torch.Generator().manual_seed(step)
