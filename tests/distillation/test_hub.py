@@ -264,4 +264,4 @@ def test_commands_about_pairs_say_what_to_do_with_a_student(run, workplace, caps
     assert main(["audit", str(run)]) == 2
     assert f"run: hf-dissect evaluate {run}" in capsys.readouterr().err
     assert main(["push-ledger", str(run), "ada/scores"]) == 2
-    assert f"publish its student by: hf-dissect push {run} ada/scores" in capsys.readouterr().err
+    assert f"publish its student with: hf-dissect push {run} ada/scores" in capsys.readouterr().err
