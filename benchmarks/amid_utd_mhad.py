@@ -13,7 +13,7 @@ chosen on the odd subjects, of which one was left out at a time: --split validat
 tests on the even ones. For one seed all methods start from the same student and see the same batches. The figures are
 those after the last step.
 
-- accuracy of the student, of the teacher that trained beside it, and of the auxiliaries;
+- accuracy of the student, of the teacher that trained next to it, and of the auxiliaries;
 - R@1: the share of test rows whose nearest training row, by the student's features, is of their class (no subject is
   on both sides); `R@1 within` looks among the other test rows, where others of the same subject make it easy;
 - `amid without TERM`: the ablation;
@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import transformers
 
-from hf_dissect.distillation import METHODS, AuxiliaryDistillationTrainer, DistillationRecipe, recall_at_1
+from hf_dissect.distillation import METHODS, DistillationRecipe, DistillationTrainer, recall_at_1
 from hf_dissect.distillation.losses.conditional_entropy import anchor_loss
 from hf_dissect.distillation.losses.mutual_information import information_loss
 from hf_dissect.distillation.training_data import ModalityRows
@@ -122,7 +122,7 @@ def _take_labels(columns: dict, labelled_trials: int) -> None:
 
 
 @torch.no_grad()
-def known_of_teacher(trainer: AuxiliaryDistillationTrainer, columns: dict) -> dict[str, float]:
+def known_of_teacher(trainer: DistillationTrainer, columns: dict) -> dict[str, float]:
     """How much student and auxiliaries tell of the teacher's features over all rows of a set."""
     trainer.model.eval()
     parts: dict[str, list[torch.Tensor]] = {}
@@ -139,10 +139,10 @@ def known_of_teacher(trainer: AuxiliaryDistillationTrainer, columns: dict) -> di
         for name, values in found.items()
         if name.startswith("compared_")
     }
-    told = {name.replace("compared_", "information_"): bound for name, bound in bounds.items()}
+    figures = {name.replace("compared_", "information_"): bound for name, bound in bounds.items()}
     if "generated" in found:
-        told["generator_error"] = anchor_loss(found["generated"], found["real"], counted).item()
-    return told
+        figures["generator_error"] = anchor_loss(found["generated"], found["real"], counted).item()
+    return figures
 
 
 def summarise(runs: list[dict]) -> dict[str, dict]:

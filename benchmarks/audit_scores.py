@@ -19,8 +19,9 @@ from hf_dissect.data import make_scenes, shuffle_captions
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
 from hf_dissect.recipe.recipe import Recipe
-from hf_dissect.runs.evaluate import evaluating_trainer
-from hf_dissect.runs.run import in_folder, run_recipe
+from hf_dissect.runs.evaluate import make_evaluating_trainer
+from hf_dissect.runs.output_folder import replace_output_dir
+from hf_dissect.runs.run import run_recipe
 from hf_dissect.selection.soft_labels import compute_upper_posterior
 
 RATES = (0.0, 0.05, 0.1, 0.4, 0.7)
@@ -37,7 +38,7 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            run_recipe(in_folder(_recipe(seed, options.overrides), folder))
+            run_recipe(replace_output_dir(_recipe(seed, options.overrides), folder))
             for name, rows in _data_sets(options.pairs, seed).items():
                 for figure, value in _figures(*_embedded(folder, rows)).items():
                     found.setdefault(name, {}).setdefault(figure, []).append(value)
@@ -61,7 +62,7 @@ def _data_sets(count: int, seed: int) -> dict:
 def _embedded(folder: str, rows) -> tuple[PairEmbeddings, float]:
     model, processor = load_model_and_processor(name_or_path=folder)
     scale, _ = logit_scale_and_bias(model)
-    with evaluating_trainer(
+    with make_evaluating_trainer(
         folder, model, processor, rows, Recipe.load(f"{folder}/recipe.yaml").data, 256, 0
     ) as trainer:
         scored = trainer.score_batches(trainer.get_eval_dataloader())

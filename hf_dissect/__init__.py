@@ -11,6 +11,7 @@ _HOMES = {
     "CandidateScores": "hf_dissect.selection",
     "ContrastiveLoss": "hf_dissect.losses",
     "DistillationTrainer": "hf_dissect.distillation",
+    "DistillationTrainingArguments": "hf_dissect.distillation",
     "DissectTrainer": "hf_dissect.trainer",
     "DissectTrainingArguments": "hf_dissect.training_args",
     "MolaConfig": "hf_dissect.mola",

@@ -24,6 +24,13 @@ def test_every_exported_name_can_be_imported():
     assert hf_dissect.audit.__module__ == "hf_dissect.runs.audit"
 
 
+def test_former_names_of_the_distillation_are_the_same_objects():
+    from hf_dissect import distillation
+
+    assert distillation.AuxiliaryDistillationTrainer is hf_dissect.DistillationTrainer
+    assert distillation.AuxiliaryDistillationArguments is hf_dissect.DistillationTrainingArguments
+
+
 def test_no_exported_name_is_that_of_a_module():
     # Importing the module would put it in the place of what is exported.
     modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}

@@ -11,23 +11,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_dissect"
 FIRST_WORDS = {"As", "How", "Of", "So", "Such", "Tells", "What", "Where", "Whether", "Which"}
-BANNED = re.compile(r"\b(anew|beside|go(es)? on|heed(s|ed)?|is no |told\b)", re.IGNORECASE)
+BANNED = re.compile(r"\b(anew|beside|go(es)? on|heed(s|ed)?|(?<!here )is no |told\b)", re.IGNORECASE)
 
 # Folders and files that are not rewritten yet; the list only gets shorter.
 NOT_REWRITTEN = (
-    "auditing",
-    "cards",
-    "cli",
     "data",
-    "distillation",
     "evaluation/pair_scores.py",
     "evaluation/predictions.py",
     "evaluation/tables.py",
-    "hub",
+    "hub/publisher.py",
     "models/tasks.py",
-    "recipe",
-    "report",
-    "runs",
+    "recipe/fields.py",
     "selection/initial_ledger.py",
     "selection/ledger_files.py",
     "selection/scope.py",
@@ -72,6 +66,7 @@ def test_docstrings_comments_and_errors_are_in_plain_words(name):
         ('def mean():\n    """Return it; the caller is told."""\n', 1),
         ("x = 1  # made anew\n", 1),
         ('raise ValueError(f"{x} is no number.")\n', 1),
+        ('"""Return None where there is no number."""\n', 0),
         ('x = "told"\n', 0),
     ],
 )

@@ -199,10 +199,10 @@ def test_a_setting_under_the_name_of_its_argument_is_sent_to_its_place():
 
 
 def test_distillation_arguments_from_the_command_line_and_under_their_former_name():
-    from hf_dissect.distillation import AuxiliaryDistillationArguments
+    from hf_dissect.distillation import DistillationTrainingArguments
 
     words = ["--output_dir", "unused", "--term_weights", '{"hinton": 0.5}', "--temperature", "0.2", "--method", "crd"]
-    (taken,) = HfArgumentParser(AuxiliaryDistillationArguments).parse_args_into_dataclasses(words)
+    (taken,) = HfArgumentParser(DistillationTrainingArguments).parse_args_into_dataclasses(words)
     assert (
         type(taken) is DistillationTrainingArguments and DistillationTrainingArguments("unused").output_dir == "unused"
     )

@@ -46,6 +46,6 @@ def join_embeddings(
     parts = []
     for batch, scores in scored:
         part = {name: batch[name] for name in _KEPT if name in batch}
-        part |= {"image": scores.image_embeds, "text": scores.text_embeds}
+        part["image"], part["text"] = scores.get_embeds()
         parts.append({name: values.cpu() for name, values in gather(part).items()})
     return PairEmbeddings(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})

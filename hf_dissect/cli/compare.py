@@ -42,9 +42,9 @@ def _compare(options: argparse.Namespace) -> None:
     recipe = load_recipe(options, overrides, Recipe)
     quiet_libraries()
     from hf_dissect.runs.compare import compare, format_comparison
-    from hf_dissect.runs.run import free_output_dir
+    from hf_dissect.runs.output_folder import choose_free_output_dir
 
-    recipe = recipe if options.overwrite or options.resume else free_output_dir(recipe)
+    recipe = recipe if options.overwrite or options.resume else choose_free_output_dir(recipe)
     comparison = compare(recipe, resume=options.resume, announce=announce)
     if is_first_process():
         print(f"\n{format_comparison(comparison['table'])}\n")

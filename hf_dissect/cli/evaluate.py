@@ -43,8 +43,7 @@ def add_parser(commands: "Commands") -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     quiet_libraries()
-    from hf_dissect.distillation.summary import figures_table
-    from hf_dissect.evaluation.tables import format_retrieval
+    from hf_dissect.evaluation.tables import format_distillation, format_retrieval
     from hf_dissect.runs.evaluate import evaluate_checkpoint
 
     figures = evaluate_checkpoint(
@@ -65,7 +64,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not is_first_process():
         return
     of_student = "num_rows" in figures
-    print(figures_table(figures) if of_student else format_retrieval(figures))
+    print(format_distillation(figures) if of_student else format_retrieval(figures))
     if options.output:
         Path(options.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -68,9 +68,9 @@ def load_recipe(options: argparse.Namespace, overrides: Sequence[str], kind: typ
     recipe = kind.load(options.recipe, overrides)
     if options.output_dir is None:
         return recipe
-    from hf_dissect.runs.run import in_folder
+    from hf_dissect.runs.output_folder import replace_output_dir
 
-    return in_folder(recipe, options.output_dir)
+    return replace_output_dir(recipe, options.output_dir)
 
 
 def add_pair_columns(parser: argparse.ArgumentParser, image_column: str) -> None:

@@ -40,9 +40,10 @@ def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options, options.overrides, Recipe)
     quiet_libraries()
     from hf_dissect.evaluation.tables import format_retrieval
-    from hf_dissect.runs.run import free_output_dir, run_recipe
+    from hf_dissect.runs.output_folder import choose_free_output_dir
+    from hf_dissect.runs.run import run_recipe
 
-    recipe = recipe if options.resume else free_output_dir(recipe)
+    recipe = recipe if options.resume else choose_free_output_dir(recipe)
     metrics = run_recipe(recipe, resume=options.resume)
     if is_first_process():
         print(f"\n{format_retrieval(metrics['final'])}\n")
@@ -53,15 +54,15 @@ def _train(options: argparse.Namespace) -> None:
 def _distil(options: argparse.Namespace) -> None:
     quiet_libraries()
     from hf_dissect.distillation.recipe import DistillationRecipe
-    from hf_dissect.distillation.summary import figures_table
+    from hf_dissect.evaluation.tables import format_distillation
     from hf_dissect.runs.distil import run_distillation
-    from hf_dissect.runs.run import free_output_dir
+    from hf_dissect.runs.output_folder import choose_free_output_dir
 
     recipe = load_recipe(options, options.overrides, DistillationRecipe)
-    recipe = recipe if options.resume else free_output_dir(recipe)
+    recipe = recipe if options.resume else choose_free_output_dir(recipe)
     metrics = run_distillation(recipe, resume=options.resume)
     if is_first_process():
-        print(f"\n{figures_table(metrics['final'], metrics['method'])}\n")
+        print(f"\n{format_distillation(metrics['final'], metrics['method'])}\n")
         print(f"student {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
 
 

@@ -1,10 +1,12 @@
 """Distillation from modalities that exist at training time only, after AMID (CVPR 2023, arXiv 2306.07646).
 
-This is a reconstruction from the paper's abstract, made without its equations, networks and settings; it may differ.
-Importing this package makes the students and the small encoders known to `AutoModel`; it does not import the Trainer.
+This is a reconstruction from the paper's abstract, made without its equations, networks and settings, and may differ
+from them. Importing this package registers the students and the small encoders with `AutoModel`; it does not import
+the Trainer.
 """
 
 import importlib
+from typing import Any
 
 from hf_dissect.distillation.encoders import (
     FrameSequenceEncoder,
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""Makes batches of several modalities, in which a row that lacks something keeps its place and says so."""
+"""Batches of several modalities, in which a row that lacks something keeps its place and is marked."""
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -13,7 +13,7 @@ from hf_dissect.data.images import UnusableImage, decode_image
 
 
 class RowState(IntEnum):
-    """What a row is good for."""
+    """State of a row: complete, or what it lacks."""
 
     COMPLETE = 0
     LABEL_MISSING = 1
@@ -27,43 +27,52 @@ class RowState(IntEnum):
 
     @property
     def usable(self) -> bool:
-        """Whether it can train anything."""
+        """True if the row can train any term."""
         return self < RowState.LABEL_AND_AUXILIARY_MISSING
 
     @property
     def description(self) -> str:
+        """State in words, for messages and reports."""
         return self.name.lower().replace("_", " ")
 
 
-def row_masks(row_state: Any) -> tuple[Any, Any]:
-    """Which rows can train the student's task, and which of any label the terms that compare modalities.
+def compute_row_masks(row_state: Any) -> tuple[Any, Any]:
+    """Compute which rows have a label and which have all auxiliary modalities.
 
     Args:
-        row_state: tensor or array `(B,)` of `RowState`; rows of both are `COMPLETE`.
+        row_state: State of each row (`RowState`), a tensor or an array `(B,)`.
 
     Returns:
-        `has_label` and `has_auxiliaries`, bool `(B,)`; the student can read the rows of either.
+        `has_label` and `has_auxiliaries`, bool `(B,)`. Rows with a label train the student's task; rows with the
+        auxiliary modalities train the terms that compare modalities. The student can read both kinds of rows; a row
+        of both kinds is `COMPLETE`.
     """
     has_auxiliaries = row_state <= RowState.LABEL_MISSING
     has_label = (row_state < RowState.LABEL_AND_AUXILIARY_MISSING) & (row_state != RowState.LABEL_MISSING)
     return has_label, has_auxiliaries
 
 
-class _Unusable(ValueError):
-    def __init__(self, kind: str):
+class _UnusableValue(ValueError):
+    """Error for a value that no encoder can read.
+
+    Args:
+        kind: End of the name of the `RowState` that follows.
+    """
+
+    def __init__(self, kind: str) -> None:
         super().__init__(kind)
-        self.kind = kind  # the end of the name of a RowState
+        self.kind = kind
 
 
 class DistillationCollator:
-    """Collates rows of `ModalityRows`.
+    """Collator of the rows of `ModalityRows`.
 
     Args:
-        modalities: the student's first.
-        input_names: of each modality, the keyword that its encoder takes an array under.
-        processors: image processor or tokenizer of each modality that is not an array.
-        shapes: of each array modality, as in the training data; a row of another shape cannot be read.
-        max_caption_length: tokens that texts are cut to; None for the tokenizer's limit.
+        modalities: Columns of the modalities, the student's first.
+        input_names: Keyword of the encoder that takes the values, for each modality of arrays.
+        processors: Image processor or tokenizer, for each modality of pictures or texts.
+        shapes: Shape of a value, for each modality of arrays; a value of another shape is unreadable.
+        max_caption_length: Number of tokens at which texts are cut; None for the tokenizer's limit.
     """
 
     def __init__(
@@ -73,7 +82,7 @@ class DistillationCollator:
         processors: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
         max_caption_length: int | None = None,
-    ):
+    ) -> None:
         self.modalities = list(modalities)
         self.input_names = dict(input_names)
         self.processors = dict(processors)
@@ -81,11 +90,14 @@ class DistillationCollator:
         self.max_caption_length = max_caption_length
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate `B` rows; what cannot be used is a placeholder.
+        """Collate `B` rows, with placeholders for values that cannot be used.
+
+        Args:
+            rows: Rows with a value per modality, `label` and `row`.
 
         Returns:
-            `inputs`, by modality the keywords of its encoder, each with leading dimension `B`; `label` int64 `(B,)`,
-            0 where it is missing; `row` int64 `(B,)`; `row_state` int8 `(B,)` (`RowState`).
+            `inputs`, for each modality the keyword arguments of its encoder, each with leading dimension `B`; `label`
+            int64 `(B,)`, 0 where it is missing; `row` int64 `(B,)`; `row_state` int8 `(B,)`, see `RowState`.
         """
         states = [RowState.COMPLETE if row["label"] >= 0 else RowState.LABEL_MISSING for row in rows]
         inputs = {}
@@ -93,11 +105,11 @@ class DistillationCollator:
             values = []
             for place, row in enumerate(rows):
                 try:
-                    values.append(self._value(name, row[name]))
-                except _Unusable as problem:
-                    states[place] = self._state(states[place], name, problem.kind)
-                    values.append(self._placeholder(name))
-            inputs[name] = self._batch(name, values)
+                    values.append(self._read_value(name, row[name]))
+                except _UnusableValue as problem:
+                    states[place] = self._worsen_state(states[place], name, problem.kind)
+                    values.append(self._make_placeholder(name))
+            inputs[name] = self._make_batch(name, values)
         return {
             "inputs": inputs,
             "label": torch.tensor([max(row["label"], 0) for row in rows]),
@@ -105,45 +117,45 @@ class DistillationCollator:
             "row_state": torch.tensor(states, dtype=torch.int8),
         }
 
-    def _state(self, state: RowState, name: str, kind: str) -> RowState:
-        """Of a row of some state, once a modality turned out to be of no use."""
+    def _worsen_state(self, state: RowState, name: str, kind: str) -> RowState:
+        """Return the state of a row in which one more modality cannot be used."""
         if name == self.modalities[0]:
             return RowState[f"STUDENT_{kind}"]
         if state in (RowState.LABEL_MISSING, RowState.LABEL_AND_AUXILIARY_MISSING):
             return RowState.LABEL_AND_AUXILIARY_MISSING
         return max(state, RowState[f"AUXILIARY_{kind}"])
 
-    def _value(self, name: str, value: Any) -> Any:
+    def _read_value(self, name: str, value: Any) -> Any:
         if value is None:
-            raise _Unusable("MISSING")
+            raise _UnusableValue("MISSING")
         if name not in self.processors:
-            return self._array(name, value)
+            return self._read_array(name, value)
         if isinstance(self.processors[name], PreTrainedTokenizerBase):
-            return _text(value)
+            return _read_text(value)
         try:
             return decode_image(value)
         except UnusableImage as error:
-            raise _Unusable("UNREADABLE") from error
+            raise _UnusableValue("UNREADABLE") from error
 
-    def _array(self, name: str, value: Any) -> np.ndarray:
+    def _read_array(self, name: str, value: Any) -> np.ndarray:
         try:
             array = np.asarray(value, dtype=np.float32)
         except (TypeError, ValueError) as error:  # not numbers, or lists of unequal lengths
-            raise _Unusable("UNREADABLE") from error
+            raise _UnusableValue("UNREADABLE") from error
         if array.size == 0 or np.isnan(array).all():
-            raise _Unusable("MISSING")
+            raise _UnusableValue("MISSING")
         if array.shape != self.shapes[name]:
-            raise _Unusable("UNREADABLE")
+            raise _UnusableValue("UNREADABLE")
         if not np.isfinite(array).all():
-            raise _Unusable("NOT_FINITE")
+            raise _UnusableValue("NOT_FINITE")
         return array
 
-    def _placeholder(self, name: str) -> Any:
+    def _make_placeholder(self, name: str) -> Any:
         if name not in self.processors:
             return np.zeros(self.shapes[name], np.float32)
         return "" if isinstance(self.processors[name], PreTrainedTokenizerBase) else Image.new("RGB", (32, 32))
 
-    def _batch(self, name: str, values: list) -> dict[str, torch.Tensor]:
+    def _make_batch(self, name: str, values: list) -> dict[str, torch.Tensor]:
         processor = self.processors.get(name)
         if processor is None:
             return {self.input_names[name]: torch.from_numpy(np.stack(values))}
@@ -155,21 +167,15 @@ class DistillationCollator:
         return dict(processor(images=values, return_tensors="pt"))
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, list | np.ndarray):  # several captions of an image: the first
-        value = next(iter(value), None)
-    if not isinstance(value, str):
-        raise _Unusable("MISSING" if value is None else "UNREADABLE")
-    if not value.strip():
-        raise _Unusable("MISSING")
-    return value
+def find_array_shape(values: Sequence, name: str) -> tuple[int, ...]:
+    """Return the shape of the first array in a column.
 
-
-def array_shape(values: Sequence, name: str) -> tuple[int, ...]:
-    """Shape of the first array of a column that has one.
+    Args:
+        values: Values of the column; None where a row has none.
+        name: Name of the column, for the error message.
 
     Raises:
-        ValueError: no row holds an array of numbers.
+        ValueError: No row holds an array of numbers.
     """
     for value in values:
         if value is None:
@@ -184,3 +190,13 @@ def array_shape(values: Sequence, name: str) -> tuple[int, ...]:
         f"{name}: no row holds an array of numbers; for pictures or texts, pass an image processor or a tokenizer "
         f"under {name!r} in processors."
     )
+
+
+def _read_text(value: Any) -> str:
+    if isinstance(value, list | np.ndarray):  # an image with several captions: the first one counts
+        value = next(iter(value), None)
+    if not isinstance(value, str):
+        raise _UnusableValue("MISSING" if value is None else "UNREADABLE")
+    if not value.strip():
+        raise _UnusableValue("MISSING")
+    return value

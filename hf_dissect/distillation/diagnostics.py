@@ -1,4 +1,4 @@
-"""Figures of a run as it goes, and warnings when teacher or discriminator go astray."""
+"""Running figures of a distillation, and warnings when the teacher or the discriminator fails."""
 
 import logging
 from collections import Counter
@@ -14,35 +14,42 @@ from hf_dissect.distributed import Ranks
 logger = logging.getLogger(__name__)
 
 LOGS_TO_SATURATE = 3
+"""Number of consecutive logs with a high accuracy after which the discriminator counts as saturated."""
 
 
 class Meter:
     """Means of figures since the last log, over steps and ranks."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}  # float64 (2,): sum and count
 
     def add(self, name: str, value: torch.Tensor, count: torch.Tensor | int = 1) -> None:
-        """Take in a scalar, or a sum and its count; a value that is not finite does not count."""
+        """Add a figure.
+
+        Args:
+            name: Name of the figure.
+            value: Scalar, or a sum of `count` numbers; it is ignored if it is not finite.
+            count: Number of summands.
+        """
         value = value.detach().double()
         part = torch.stack([value, torch.as_tensor(count, dtype=torch.float64, device=value.device)])
         part = torch.where(value.isfinite(), part, 0)
         self._sums[name] = part if name not in self._sums else self._sums[name].to(part.device) + part
 
     def pop(self, ranks: Ranks) -> dict[str, float]:
-        """The means, and begin anew; called on all ranks."""
+        """Return the means and reset the meter; called on all ranks."""
         if not self._sums:
             return {}
         names, everywhere = list(self._sums), ranks.gather(torch.stack(list(self._sums.values()))[None]).sum(0)
-        self._sums = {}
+        self.reset()
         return {name: float(total / count) for name, (total, count) in zip(names, everywhere, strict=True) if count}
 
     def reset(self) -> None:
-        """Discard what was counted."""
+        """Discard all figures."""
         self._sums = {}
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Return what was counted since the last log."""
+        """Return sum and count of each figure since the last log."""
         return {name: sums.tolist() for name, sums in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
@@ -51,23 +58,30 @@ class Meter:
 
 
 class RowCounts:
-    """The rows that lack something, by row number; a row met again in the next epoch counts once.
+    """Rows that lack something, by row number; a row met again in the next epoch counts once.
 
     Args:
-        max_bad_fraction: largest share of rows that cannot train anything.
-        num_rows: of the training data.
+        max_bad_fraction: Largest share of rows that cannot train anything.
+        num_rows: Number of rows of the training data.
+
+    Attributes:
+        states: State of each row that lacks something, by row number.
     """
 
-    def __init__(self, max_bad_fraction: float, num_rows: int):
+    def __init__(self, max_bad_fraction: float, num_rows: int) -> None:
         self.max_bad_fraction = max_bad_fraction
         self.num_rows = num_rows
         self.states: dict[int, RowState] = {}
 
     def add(self, row: torch.Tensor, row_state: torch.Tensor) -> None:
-        """Take in a batch.
+        """Count the rows of a batch.
+
+        Args:
+            row: Row numbers, int64 `(B,)` on the CPU.
+            row_state: States of the rows, int8 `(B,)` on the CPU.
 
         Raises:
-            TooManyBadRows: too many rows cannot be used.
+            TooManyBadRows: More rows are unusable than `max_bad_fraction` allows.
         """
         lacking = row_state.nonzero().flatten().tolist()
         for place in lacking:
@@ -75,9 +89,15 @@ class RowCounts:
         if lacking:
             self._check()
 
-    def summary(self, max_rows: int = 1000) -> dict:
-        """For `metrics.json`: how many rows were `complete`, `unlabelled`, `student_only`, `unusable`, for which
-        `reasons`, and the first `rows` that lack something.
+    def summary(self, max_rows: int = 1000) -> dict[str, Any]:
+        """Return the counts for `metrics.json`.
+
+        Args:
+            max_rows: Largest number of row numbers in the result.
+
+        Returns:
+            Numbers of rows that were `complete`, `unlabelled`, `student_only` and `unusable`; `reasons`, the number of
+            rows by description of their state; and `rows`, the first row numbers that lack something.
         """
         reasons = Counter(state.description for state in self.states.values())
         unlabelled = sum(state == RowState.LABEL_MISSING for state in self.states.values())
@@ -112,60 +132,76 @@ class RowCounts:
     def _check(self) -> None:
         bad = {row: state for row, state in self.states.items() if not state.usable}
         if len(bad) > self.max_bad_fraction * self.num_rows:
-            reasons = Counter(state.description for state in bad.values())
-            told = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+            counts = Counter(state.description for state in bad.values())
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
             raise TooManyBadRows(
-                f"{len(bad)} of {self.num_rows} rows cannot be used ({told}), more than max_bad_fraction="
+                f"{len(bad)} of {self.num_rows} rows cannot be used ({reasons}), more than max_bad_fraction="
                 f"{self.max_bad_fraction:g} allows. First rows: {', '.join(map(str, sorted(bad)[:10]))}. Mend the "
                 "data, check the column names, or raise max_bad_fraction."
             )
 
 
 class Watch:
-    """Warns, once each, of the two ways in which the distillation is known to fail.
+    """Monitor that warns, once each, when the teacher weakens or the discriminator saturates.
 
     Args:
-        teacher_drop: fall of the teacher's accuracy below its best that is told.
-        discriminator_ceiling: accuracy above which, three logs in a row, the discriminator is said to saturate.
+        teacher_drop: Fall of the teacher's accuracy below its best, in (0, 1), that causes a warning.
+        discriminator_ceiling: Accuracy of the discriminator, in (0.5, 1], above which it saturates; the warning comes
+            after `LOGS_TO_SATURATE` such logs in a row.
+
+    Attributes:
+        best: Best accuracy of the teacher, by the name of the figure.
+        saturated: Number of consecutive logs above the ceiling.
+        warned: Subjects of the warnings so far, "teacher" and "discriminator".
     """
 
-    def __init__(self, teacher_drop: float, discriminator_ceiling: float):
+    def __init__(self, teacher_drop: float, discriminator_ceiling: float) -> None:
         self.teacher_drop = teacher_drop
         self.discriminator_ceiling = discriminator_ceiling
-        self.best: dict[str, float] = {}  # of the teacher, by the prefix of its figure
+        self.best: dict[str, float] = {}
         self.saturated = 0
         self.warned: list[str] = []
 
-    def look(self, figures: dict[str, float]) -> None:
-        """Look at the figures of a log or of an evaluation (with a prefix such as `eval_`)."""
+    def check(self, figures: Mapping[str, float]) -> None:
+        """Check the figures of a log or of an evaluation and warn where they show a failure.
+
+        Args:
+            figures: Figures by name; those of an evaluation have a prefix such as `eval_`.
+        """
         for name in [name for name in figures if name.endswith("teacher_accuracy")]:
-            accuracy, best = figures[name], self.best.get(name, 0.0)
-            self.best[name] = max(accuracy, best)
-            if accuracy < best - self.teacher_drop:
-                self._warn(
-                    "teacher",
-                    f"The teacher weakens: its accuracy ({name}) fell from {best:.3f} to {accuracy:.3f}. Maximising "
-                    "I(T;S) has this short cut. Raise term_weights.information_auxiliary or teacher_task, lower "
-                    "information_student, or set teacher_learns to false.",
-                )
-        if (accuracy := figures.get("discriminator_accuracy")) is not None:
-            self.saturated = self.saturated + 1 if accuracy > self.discriminator_ceiling else 0
-            if self.saturated >= LOGS_TO_SATURATE:
-                self._warn(
-                    "discriminator",
-                    f"The discriminator saturates (accuracy {accuracy:.3f}): the student learns little from it. Lower "
-                    "discriminator_learning_rate or discriminator_size, or the weight of conditional_entropy.",
-                )
+            self._check_teacher(name, figures[name])
+        if "discriminator_accuracy" in figures:
+            self._check_discriminator(figures["discriminator_accuracy"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return best accuracies, the count of saturated logs, and the warnings given."""
+        """Return best accuracies, number of saturated logs, and warnings so far."""
         return {"best": self.best, "saturated": self.saturated, "warned": self.warned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
         self.best, self.saturated, self.warned = dict(state["best"]), state["saturated"], list(state["warned"])
 
-    def _warn(self, key: str, text: str) -> None:
-        if key not in self.warned:
-            self.warned.append(key)
+    def _check_teacher(self, name: str, accuracy: float) -> None:
+        best = self.best.get(name, 0.0)
+        self.best[name] = max(accuracy, best)
+        if accuracy < best - self.teacher_drop:
+            self._warn(
+                "teacher",
+                f"The teacher weakens: its accuracy ({name}) fell from {best:.3f} to {accuracy:.3f}. A weaker teacher "
+                "is an easy way to raise I(T;S). Raise term_weights.information_auxiliary or teacher_task, lower "
+                "information_student, or set teacher_learns to false.",
+            )
+
+    def _check_discriminator(self, accuracy: float) -> None:
+        self.saturated = self.saturated + 1 if accuracy > self.discriminator_ceiling else 0
+        if self.saturated >= LOGS_TO_SATURATE:
+            self._warn(
+                "discriminator",
+                f"The discriminator saturates (accuracy {accuracy:.3f}): the student learns little from it. Lower "
+                "discriminator_learning_rate or discriminator_size, or the weight of conditional_entropy.",
+            )
+
+    def _warn(self, subject: str, text: str) -> None:
+        if subject not in self.warned:
+            self.warned.append(subject)
             logger.warning(text)

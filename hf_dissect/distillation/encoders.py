@@ -1,5 +1,7 @@
 """Small encoders of sequences and of sequences of frames, as ordinary transformers models."""
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -10,16 +12,17 @@ class SequenceEncoderConfig(PreTrainedConfig):
     """Settings of `SequenceEncoder`.
 
     Args:
-        num_channels: numbers a time step has, such as 6 of an inertial sensor or 3 * 20 of a skeleton's joints.
-        hidden_size: of the features.
-        num_layers: convolutions, each of stride 2 over time.
-        kernel_size: time steps a convolution sees; odd.
-        dropout: share of the pooled features set to zero in training, in [0, 1).
-        input_mean, input_std: per channel, subtracted from and divided into the inputs; see `standardisation`.
-        noise: deviation of the noise added to the standardised inputs in training.
+        num_channels: Numbers per time step, such as 6 of an inertial sensor or 3 * 20 of a skeleton's joints.
+        hidden_size: Size of the features.
+        num_layers: Number of convolutions, each of stride 2 over time.
+        kernel_size: Time steps in the window of a convolution; odd.
+        dropout: Share of the pooled features set to zero in training, in [0, 1).
+        input_mean: Mean of each channel, subtracted from the inputs (see `standardisation`); None for no subtraction.
+        input_std: Standard deviation of each channel, by which the inputs are divided; None for no division.
+        noise: Standard deviation of the noise added to the standardised inputs in training.
 
     Raises:
-        ValueError: a value is impossible.
+        ValueError: A value is impossible.
     """
 
     model_type = "sequence_encoder"
@@ -33,8 +36,8 @@ class SequenceEncoderConfig(PreTrainedConfig):
     input_std: list[float] | None = None
     noise: float | int = 0.0
 
-    def __post_init__(self, **kwargs) -> None:
-        _check(self, ("num_channels", "hidden_size", "num_layers", "kernel_size"))
+    def __post_init__(self, **kwargs: Any) -> None:
+        _check_settings(self, ("num_channels", "hidden_size", "num_layers", "kernel_size"))
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
         super().__post_init__(**kwargs)
@@ -44,19 +47,20 @@ class FrameSequenceEncoderConfig(PreTrainedConfig):
     """Settings of `FrameSequenceEncoder`.
 
     Args:
-        num_channels: of a frame; 1 for depth.
-        hidden_size: of the features.
-        channels: of the convolutions on each frame, all of stride 2.
-        downsample: frames are averaged over squares of so many pixels first.
-        grid: rows and columns that a frame is pooled to, so that the place of a movement is kept.
-        motion: give each frame its difference to the one before as further channels.
-        dropout: share of the pooled features set to zero in training, in [0, 1).
-        input_mean, input_std: per channel, subtracted from and divided into the inputs; see `standardisation`.
-        noise: deviation of the noise added to the standardised inputs in training.
-        shift: largest shift of a clip in training, in pixels, the same for all of its frames.
+        num_channels: Channels of a frame; 1 for depth.
+        hidden_size: Size of the features.
+        channels: Output channels of the convolutions on each frame, all of stride 2; None for [16, 32, 32].
+        downsample: Side in pixels of the squares over which frames are averaged first.
+        grid: Rows and columns to which a frame is pooled, so that the place of a movement is kept; None for [3, 4].
+        motion: True to add the difference from the previous frame as further channels.
+        dropout: Share of the pooled features set to zero in training, in [0, 1).
+        input_mean: Mean of each channel, subtracted from the inputs (see `standardisation`); None for no subtraction.
+        input_std: Standard deviation of each channel, by which the inputs are divided; None for no division.
+        noise: Standard deviation of the noise added to the standardised inputs in training.
+        shift: Largest shift of a clip in training, in pixels, the same for all of its frames.
 
     Raises:
-        ValueError: a value is impossible.
+        ValueError: A value is impossible.
     """
 
     model_type = "frame_sequence_encoder"
@@ -73,59 +77,66 @@ class FrameSequenceEncoderConfig(PreTrainedConfig):
     noise: float | int = 0.0
     shift: int = 0
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         self.channels = [16, 32, 32] if self.channels is None else self.channels
         self.grid = [3, 4] if self.grid is None else self.grid
-        _check(self, ("num_channels", "hidden_size", "downsample"))
+        _check_settings(self, ("num_channels", "hidden_size", "downsample"))
         if self.shift < 0:
             raise ValueError(f"shift must be at least 0, got {self.shift}")
         super().__post_init__(**kwargs)
 
 
 class _SmallEncoder(PreTrainedModel):
-    """Begins with torch's own initial weights: those of transformers, 0.02 times normal, are meant for wide models."""
+    """Base of the encoders, with torch's own initial weights: those of transformers are meant for wide models."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
 
 class SequenceEncoder(_SmallEncoder):
-    """Convolutions over time, pooled by mean and maximum. Normalises by groups: a row never depends on its batch."""
+    """Encoder of sequences: convolutions over time, pooled by mean and maximum.
+
+    Group normalisation keeps the features of a row independent of the other rows of its batch.
+
+    Args:
+        config: Settings of the encoder.
+    """
 
     config: SequenceEncoderConfig
     config_class = SequenceEncoderConfig
     base_model_prefix = "sequence_encoder"
     main_input_name = "values"
 
-    def __init__(self, config: SequenceEncoderConfig):
+    def __init__(self, config: SequenceEncoderConfig) -> None:
         super().__init__(config)
         self.standardise = _Standardise(config)
         layers, width = [], config.num_channels
         for _ in range(config.num_layers):
-            layers.append(_layer(nn.Conv1d, width, config.hidden_size, config.kernel_size))
+            layers.append(_make_layer(nn.Conv1d, width, config.hidden_size, config.kernel_size))
             width = config.hidden_size
         self.layers = nn.ModuleList(layers)
         self.pool = _Pool(config.hidden_size, config.hidden_size, config.dropout)
         self.post_init()
 
-    def forward(self, values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def forward(self, values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode sequences.
 
         Args:
-            values: `(B, T, ...)`; what follows the time is flattened to `num_channels` numbers.
+            values: Sequences `(B, T, ...)`; the dimensions after the time are flattened to `num_channels` numbers.
+            **kwargs: Arguments of other encoders, which have no effect here.
 
         Returns:
             `last_hidden_state` `(B, T', hidden_size)` and `pooler_output` `(B, hidden_size)`.
 
         Raises:
-            ValueError: the shape is another one.
+            ValueError: The shape does not fit `num_channels`.
         """
         values = values.flatten(2) if values.ndim > 3 else values
         if values.ndim != 3 or values.shape[-1] != self.config.num_channels:
             raise ValueError(
-                f"values must be of shape (B, T, ...) with {self.config.num_channels} numbers a time step, got "
-                f"{tuple(values.shape)}; set num_channels to what the data have"
+                f"values must be of shape (B, T, ...) with {self.config.num_channels} numbers per time step, got "
+                f"{tuple(values.shape)}; set num_channels to that of the data"
             )
         hidden = self.standardise(values, self.dtype).transpose(1, 2)
         for layer in self.layers:
@@ -135,48 +146,54 @@ class SequenceEncoder(_SmallEncoder):
 
 
 class FrameSequenceEncoder(_SmallEncoder):
-    """The same convolutions on each frame, a coarse grid of them, a convolution over time, and pooling."""
+    """Encoder of clips: convolutions on each frame, pooled to a coarse grid, then a convolution over time.
+
+    Args:
+        config: Settings of the encoder.
+    """
 
     config: FrameSequenceEncoderConfig
     config_class = FrameSequenceEncoderConfig
     base_model_prefix = "frame_sequence_encoder"
     main_input_name = "pixel_values"
 
-    def __init__(self, config: FrameSequenceEncoderConfig):
+    def __init__(self, config: FrameSequenceEncoderConfig) -> None:
         super().__init__(config)
         self.standardise = _Standardise(config)
+        rows, columns = cast(list[int], config.grid)
         width, layers = config.num_channels * (2 if config.motion else 1), []
-        for channels in config.channels:
-            layers.append(_layer(nn.Conv2d, width, channels, 3))
+        for channels in cast(list[int], config.channels):
+            layers.append(_make_layer(nn.Conv2d, width, channels, 3))
             width = channels
         self.layers = nn.Sequential(*layers)
-        self.grid = nn.AdaptiveAvgPool2d(config.grid)
-        self.frame = nn.Linear(width * config.grid[0] * config.grid[1], config.hidden_size)
-        self.temporal = _layer(nn.Conv1d, config.hidden_size, config.hidden_size, 3, stride=1)
+        self.grid = nn.AdaptiveAvgPool2d((rows, columns))
+        self.frame = nn.Linear(width * rows * columns, config.hidden_size)
+        self.temporal = _make_layer(nn.Conv1d, config.hidden_size, config.hidden_size, 3, stride=1)
         self.pool = _Pool(config.hidden_size, config.hidden_size, config.dropout)
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode clips.
 
         Args:
-            pixel_values: `(B, T, H, W)`, or `(B, T, H, W, num_channels)`, any type.
+            pixel_values: Clips `(B, T, H, W)` or `(B, T, H, W, num_channels)` of any type.
+            **kwargs: Arguments of other encoders, which have no effect here.
 
         Returns:
             `last_hidden_state` `(B, T, hidden_size)` and `pooler_output` `(B, hidden_size)`.
 
         Raises:
-            ValueError: the shape is another one.
+            ValueError: The shape does not fit `num_channels`.
         """
         frames = pixel_values.unsqueeze(-1) if pixel_values.ndim == 4 else pixel_values
         if frames.ndim != 5 or frames.shape[-1] != self.config.num_channels:
             raise ValueError(
-                f"pixel_values must be of shape (B, T, H, W, {self.config.num_channels}), the last left out for a "
-                f"single channel, got {tuple(pixel_values.shape)}; set num_channels to what the data have"
+                f"pixel_values must be of shape (B, T, H, W, {self.config.num_channels}), or (B, T, H, W) for a "
+                f"single channel, got {tuple(pixel_values.shape)}; set num_channels to that of the data"
             )
         frames = self.standardise(frames, self.dtype).movedim(-1, 2)
         if self.training and self.config.shift:
-            frames = _shifted(frames, self.config.shift)
+            frames = _shift(frames, self.config.shift)
         if self.config.downsample > 1:
             frames = nn.functional.avg_pool2d(frames.flatten(0, 1), self.config.downsample).unflatten(
                 0, frames.shape[:2]
@@ -190,13 +207,23 @@ class FrameSequenceEncoder(_SmallEncoder):
 
 
 def standardisation(values: torch.Tensor, num_channels: int) -> dict[str, list[float]]:
-    """Mean and deviation of each channel of training data `(N, ..., num_channels)`, as settings of an encoder."""
+    """Compute the mean and the standard deviation of each channel, as settings of an encoder.
+
+    Args:
+        values: Training data, `(N, ..., num_channels)` or any shape that ends with the channels.
+        num_channels: Number of channels.
+
+    Returns:
+        `input_mean` and `input_std`, a number per channel each.
+    """
     rows = values.reshape(-1, num_channels).double()
     return {"input_mean": rows.mean(0).tolist(), "input_std": rows.std(0).clamp_min(1e-6).tolist()}
 
 
 class _Standardise(nn.Module):
-    def __init__(self, config: PreTrainedConfig):
+    """Standardisation of the inputs by the statistics in a configuration, with noise in training."""
+
+    def __init__(self, config: SequenceEncoderConfig | FrameSequenceEncoderConfig) -> None:
         super().__init__()
         self.config = config
 
@@ -212,9 +239,9 @@ class _Standardise(nn.Module):
 
 
 class _Pool(nn.Module):
-    """Mean and maximum over time `(B, T, D)`, brought to features `(B, hidden_size)` of unit deviation."""
+    """Mean and maximum over time of `(B, T, D)`, projected to features `(B, hidden_size)` of unit deviation."""
 
-    def __init__(self, size: int, hidden_size: int, dropout: float):
+    def __init__(self, size: int, hidden_size: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(2 * size)
         self.dropout = nn.Dropout(dropout)
@@ -226,7 +253,9 @@ class _Pool(nn.Module):
         return self.features_norm(self.linear(self.dropout(self.norm(pooled))))
 
 
-def _layer(convolution: type[nn.Module], width: int, channels: int, kernel_size: int, stride: int = 2) -> nn.Module:
+def _make_layer(
+    convolution: type[nn.Module], width: int, channels: int, kernel_size: int, stride: int = 2
+) -> nn.Module:
     groups = next(count for count in (8, 4, 2, 1) if channels % count == 0)
     return nn.Sequential(
         convolution(width, channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False),
@@ -235,8 +264,8 @@ def _layer(convolution: type[nn.Module], width: int, channels: int, kernel_size:
     )
 
 
-def _shifted(frames: torch.Tensor, largest: int) -> torch.Tensor:
-    """Move each clip `(B, T, C, H, W)` by up to `largest` pixels over a border that repeats its edge."""
+def _shift(frames: torch.Tensor, largest: int) -> torch.Tensor:
+    """Shift each clip of `(B, T, C, H, W)` by up to `largest` pixels and repeat its edge at the border."""
     batch, _, _, height, width = frames.shape
     offsets = torch.randint(-largest, largest + 1, (2, batch, 1), device=frames.device)
     rows = (torch.arange(height, device=frames.device) + offsets[0]).clamp(0, height - 1)
@@ -245,7 +274,7 @@ def _shifted(frames: torch.Tensor, largest: int) -> torch.Tensor:
     return frames.permute(0, 3, 4, 1, 2)[clips, rows[:, :, None], columns[:, None]].permute(0, 3, 4, 1, 2)
 
 
-def _check(config: PreTrainedConfig, counts: tuple[str, ...]) -> None:
+def _check_settings(config: SequenceEncoderConfig | FrameSequenceEncoderConfig, counts: tuple[str, ...]) -> None:
     for name in counts:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
@@ -259,7 +288,7 @@ def _check(config: PreTrainedConfig, counts: tuple[str, ...]) -> None:
             raise ValueError(f"{name} has {len(given)} numbers for num_channels={config.num_channels}")
 
 
-# `exist_ok`, because a module may be imported again (a reloading notebook, a spawned worker's second path).
+# `exist_ok`, because the module may be imported again (by a notebook that reloads, or under a worker's second path).
 for _config, _model in ((SequenceEncoderConfig, SequenceEncoder), (FrameSequenceEncoderConfig, FrameSequenceEncoder)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)

@@ -5,24 +5,24 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from hf_dissect.distillation.data_collator import row_masks
+from hf_dissect.distillation.data_collator import compute_row_masks
 
 
-def prediction_metrics(
+def compute_prediction_metrics(
     predictions: Mapping[str, np.ndarray], label: np.ndarray, row_state: np.ndarray
 ) -> dict[str, float]:
-    """Compute the accuracies and the student's retrieval over a set of `n` rows.
+    """Compute the accuracy of each network and the student's retrieval over `n` rows.
 
     Args:
         predictions: `NAME_logits` `(n, C)` of student, teacher and auxiliaries, and `student_embeds` `(n, E)`.
-        label: class of each row, int64 `(n,)`.
-        row_state: state of each row, int8 `(n,)`. Teacher and auxiliaries are evaluated on complete rows, the student
+        label: Class of each row, int64 `(n,)`.
+        row_state: State of each row, int8 `(n,)`. Teacher and auxiliaries are evaluated on complete rows, the student
             on all labelled rows.
 
     Returns:
         `student_accuracy`, `teacher_accuracy`, `auxiliary_NAME_accuracy` and `retrieval_R@1`, shares in [0, 1].
     """
-    has_label, has_auxiliaries = row_masks(row_state)
+    has_label, has_auxiliaries = compute_row_masks(row_state)
     metrics = {}
     for name, values in predictions.items():
         network = name.removesuffix("_logits").replace(".", "_")
@@ -44,10 +44,10 @@ def recall_at_1(
     """Compute the share of queries whose nearest row of the gallery, by cosine, has their class.
 
     Args:
-        queries: embeddings `(n, E)` of unit length.
-        query_labels: classes of the queries, int64 `(n,)`.
-        gallery: embeddings `(m, E)` of unit length; None for the other queries.
-        gallery_labels: classes of the gallery, int64 `(m,)`.
+        queries: Embeddings of unit length, `(n, E)`.
+        query_labels: Classes of the queries, int64 `(n,)`.
+        gallery: Embeddings of unit length, `(m, E)`; None for the other queries.
+        gallery_labels: Classes of the gallery, int64 `(m,)`.
     """
     itself = gallery is None
     gallery = queries if gallery is None else gallery

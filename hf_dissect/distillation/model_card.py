@@ -42,8 +42,9 @@ class StudentCard(ModelCardCallback):
         **described: Any,
     ) -> None:
         """Write `README.md`; `described` are arguments of `write_student_card`."""
-        about = {"metrics": metrics, "evaluated": evaluated, "progress": progress, "given": given}
-        write_student_card(folder / CARD, **about, **described)
+        write_student_card(
+            folder / CARD, metrics=metrics, evaluated=evaluated, progress=progress, given=given, **described
+        )
 
 
 def write_student_card(
@@ -76,7 +77,7 @@ def write_student_card(
     title = choose_title(recipe, metrics, _TITLE)
     started_from = student.encoder.name_or_path if recipe is None else recipe.student.name_or_path
     dataset = None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path)
-    labels = [student.config.id2label[number] for number in range(student.config.num_labels)]
+    labels = student.labels
     reads = _reads(processor)
     kinds = [ResultKind(_RESULTS, _TASKS.get(reads, "other"), _describe_data(recipe, evaluated))]
     metadata = build_metadata(

@@ -1,4 +1,4 @@
-"""Recognises the student of a distillation among saved models, and finds its files."""
+"""Recognition of the student of a distillation among saved models, and the place of its files."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ STUDENT_FOLDER = "student"
 """Folder, in a checkpoint of all networks, of the student alone."""
 
 
-def student_folder(checkpoint: str | Path) -> Path | None:
+def find_student_folder(checkpoint: str | Path) -> Path | None:
     """Return the folder of the student in a run folder or a checkpoint of this machine, or None if there is none."""
     for folder in (Path(checkpoint), Path(checkpoint) / STUDENT_FOLDER):
         if (folder / "config.json").is_file():
@@ -25,7 +25,7 @@ def is_student(checkpoint: str | Path) -> bool:
     The answer is False for a model that cannot be read; whoever loads the model then reports why.
     """
     if Path(checkpoint).exists():
-        return student_folder(checkpoint) is not None
+        return find_student_folder(checkpoint) is not None
     address = parse_address(checkpoint)
     return _read_model_type(address.repo_id, address.revision) == StudentConfig.model_type
 

@@ -1,21 +1,33 @@
 """Summary of a distillation: its part of `metrics.json`, its report, and what its card shows."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from hf_dissect.distillation.diagnostics import RowCounts, Watch
 from hf_dissect.distillation.networks import DistillationNetworks
-from hf_dissect.distillation.training_args import OWN_FIELDS, AuxiliaryDistillationArguments
+from hf_dissect.distillation.training_args import OWN_FIELDS, DistillationTrainingArguments
 from hf_dissect.distributed import Ranks
-from hf_dissect.evaluation import format_results_table
 from hf_dissect.report.distillation import write_distillation_report
 from hf_dissect.training.run_state import join_over_ranks
 
-SHOWN_SETTINGS = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-SHOWN_SETTINGS += ("learning_rate", "weight_decay", "warmup_steps", "bf16", "fp16", "seed", *OWN_FIELDS)
-"""Arguments that `metrics.json` holds, whether they have their default or not."""
+SHOWN_SETTINGS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "bf16",
+    "fp16",
+    "seed",
+    *OWN_FIELDS,
+)
+"""Arguments that `metrics.json` holds, including those with their default."""
 
 
 class DistillationSummary:
@@ -33,7 +45,7 @@ class DistillationSummary:
 
     def __init__(
         self,
-        args: AuxiliaryDistillationArguments,
+        args: DistillationTrainingArguments,
         *,
         auxiliaries: Sequence[str],
         recipe: Any,
@@ -50,7 +62,7 @@ class DistillationSummary:
         self._processor = processor
         self._shape = shape
 
-    def metrics(self, model: DistillationNetworks, log_history: list[dict]) -> dict[str, Any]:
+    def metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
         """Return method, modalities, diagnostics, rows and settings."""
         args = self._args
         return {
@@ -69,11 +81,11 @@ class DistillationSummary:
         """Return the rows of all ranks that lack something."""
         return {"rows": join_over_ranks(self._rows, ranks).summary()}
 
-    def describe(self, model: DistillationNetworks) -> dict[str, Any]:
+    def describe(self, model: nn.Module) -> dict[str, Any]:
         """Return the recipe, the student, and what reads its modality."""
         return {
             "recipe": self._recipe,
-            "student": model.student,
+            "student": cast(DistillationNetworks, model).student,
             "processor": self._processor,
             "shape": self._shape,
         }
@@ -83,17 +95,8 @@ class DistillationSummary:
         write_distillation_report(folder / "report.html", metrics, log_history)
 
 
-def figures_table(figures: Mapping[str, float], method: str | None = None) -> str:
-    """Format accuracies and R@1, in per cent, as a table of one row that `method` names."""
-    row = {name: 100 * value for name, value in figures.items() if name.endswith(("_accuracy", "R@1"))}
-    if not row:
-        return "Nothing was evaluated: there are no validation or test rows."
-    named = {} if method is None else {"method": method}
-    return format_results_table([named | row], [*named, *row], decimals=1)
-
-
 def _last_diagnostics(log_history: list[dict]) -> dict[str, float]:
     """Return the last logged figures of the terms, the discriminator and the accuracies in training."""
-    logged = next((entry for entry in reversed(log_history) if "loss" in entry), {})
+    logged: dict[str, float] = next((entry for entry in reversed(log_history) if "loss" in entry), {})
     known = ("information_", "discriminator_", "generator_", "loss_")
     return {name: value for name, value in logged.items() if name.startswith(known) or name.endswith("_accuracy")}

@@ -1,4 +1,4 @@
-"""The names and weights of the terms of the objective, and the sets of them that stand for methods."""
+"""Terms of the objective with their weights, and methods as sets of terms."""
 
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -7,15 +7,19 @@ TASK_TERMS = ("student_task", "teacher_task", "auxiliary_task")
 
 @dataclass(frozen=True)
 class TermWeights:
-    """Weight of each term; a term of weight 0 is not computed, and networks that only it needs are not built.
+    """Weights of the terms; a term of weight 0 is not computed, and the networks that only it needs are not built.
+
+    S is the student, T the teacher and A an auxiliary.
 
     Attributes:
-        student_task, teacher_task, auxiliary_task: Task losses of S, T and A.
-        information_student: -I(T;S), by its InfoNCE bound.
-        information_auxiliary: -I(T;A), likewise, the mean over the auxiliary modalities.
-        conditional_entropy: H(T|S), adversarially.
-        hinton: Kullback-Leibler divergence of the softened predictions, with those of the teacher for a target.
-        contrastive: InfoNCE loss of S against T, without gradient to T (in the style of CRD).
+        student_task: Weight of the task loss of S.
+        teacher_task: Weight of the task loss of T.
+        auxiliary_task: Weight of the task loss of A, the mean over the auxiliaries.
+        information_student: Weight of -I(T;S), estimated by the InfoNCE bound.
+        information_auxiliary: Weight of -I(T;A), estimated by the InfoNCE bound, the mean over the auxiliaries.
+        conditional_entropy: Weight of H(T|S), estimated by a generator against a discriminator.
+        hinton: Weight of the Kullback-Leibler divergence of the softened predictions of S from those of T.
+        contrastive: Weight of the InfoNCE loss of S against T, without gradient to T (in the style of CRD).
     """
 
     student_task: float = 1.0
@@ -29,12 +33,12 @@ class TermWeights:
 
     @property
     def needs_teacher(self) -> bool:
-        """True where any term but the student's own task looks at teacher or auxiliary."""
+        """True if any term other than the student's own task has a weight."""
         return any(value for name, value in asdict(self).items() if name != "student_task")
 
     @property
     def needs_generator(self) -> bool:
-        """True where the conditional entropy has a weight."""
+        """True if the conditional entropy has a weight."""
         return self.conditional_entropy > 0
 
 
@@ -48,4 +52,4 @@ METHODS = {
     "mi_student_only": replace(_TEACHER, information_student=0.3),
     "amid": replace(_TEACHER, information_student=0.3, information_auxiliary=0.3, conditional_entropy=0.2),
 }
-"""Each method as the terms that make it, with the weights of the figures of `benchmarks/amid_utd_mhad.py`."""
+"""Weights of the terms of each method, as in the results of `benchmarks/amid_utd_mhad.py`."""

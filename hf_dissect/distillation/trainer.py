@@ -1,25 +1,32 @@
-"""The Trainer of a student, of the teacher that sees more than it, and of the modalities that only training has."""
+"""Trainer of a student with a teacher that reads more modalities, which exist at training time only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, set_seed
+from torch import nn
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
-from hf_dissect.distillation.data_collator import DistillationCollator, array_shape, row_masks
+from hf_dissect.distillation.data_collator import DistillationCollator, compute_row_masks
 from hf_dissect.distillation.diagnostics import Meter, RowCounts, Watch
-from hf_dissect.distillation.evaluation import prediction_metrics
+from hf_dissect.distillation.evaluation import compute_prediction_metrics
 from hf_dissect.distillation.losses.conditional_entropy import Adversary, Discriminator, discriminator_loss
 from hf_dissect.distillation.model_card import StudentCard
-from hf_dissect.distillation.networks import DistillationNetworks, standardised
+from hf_dissect.distillation.networks import DistillationNetworks, build_networks, standardise_rows
 from hf_dissect.distillation.objective import DistillationObjective
 from hf_dissect.distillation.saved_student import STUDENT_FOLDER
-from hf_dissect.distillation.student import StudentForClassification, feature_size
+from hf_dissect.distillation.student import StudentForClassification, find_feature_size
 from hf_dissect.distillation.summary import DistillationSummary
-from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
-from hf_dissect.distillation.training_data import Columns, ModalityRows
+from hf_dissect.distillation.training_args import DistillationTrainingArguments
+from hf_dissect.distillation.training_data import (
+    Columns,
+    ModalityRows,
+    choose_modalities,
+    make_collator,
+    read_rows,
+)
 from hf_dissect.hub.published_files import ENCODER_FOLDER
 from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.run_folder import without_speed
@@ -28,76 +35,82 @@ from hf_dissect.training.trainer import BaseTrainer
 
 
 class DistillationTrainer(BaseTrainer):
-    """Trains a student of one modality with others that exist at training time only.
+    """Trainer of a student of one modality with others that exist at training time only.
 
-    A teacher that fuses all modalities, an encoder of each auxiliary one, and the student learn together, by the terms
-    that `args.method` and `args.term_weights` name (see `DistillationObjective`; after AMID, CVPR 2023, arXiv
-    2306.07646, of which this is a reconstruction from the abstract). A row without an auxiliary modality trains the
-    student's task alone, one without a label the terms that need none. What is saved at the end is the student, which
-    needs none of the others.
+    The student, an encoder of each auxiliary modality and a teacher that fuses all modalities learn together, by the
+    terms that `args.method` and `args.term_weights` name. This is a reconstruction of AMID (CVPR 2023, arXiv
+    2306.07646) from its abstract, see `DistillationObjective`. A row without an auxiliary modality trains only the
+    student's task; a row without a label trains the terms that need none. The run saves the student, which needs none
+    of the other networks.
 
-    The teacher of the baselines "hinton" and "crd" trains beside the student, by its own task losses alone: no term
-    compares a student with a better teacher than another one has.
+    The teacher of the baselines "hinton" and "crd" trains next to the student as well, by its own task losses: no
+    method has a better teacher to compare the student with than another.
 
     Args:
-        model: the student's encoder, such as a `CLIPVisionModel` or a `FrameSequenceEncoder`, or a
+        model: Encoder of the student, such as a `CLIPVisionModel` or a `FrameSequenceEncoder`, or a
             `StudentForClassification`.
-        auxiliaries: encoder of each auxiliary modality, by its column.
-        args: `AuxiliaryDistillationArguments`.
-        train_dataset, eval_dataset: a `datasets.Dataset`, or a mapping of columns, with the modalities and the labels;
-            that of the evaluation may lack the auxiliary modalities.
-        processors: of each modality that is pictures or text, its image processor or tokenizer; all others are arrays.
-        recipe: of the run, saved with it.
-        trainer_arguments: anything else `transformers.Trainer` takes.
+        args: `DistillationTrainingArguments`.
+        auxiliaries: Encoder of each auxiliary modality, by column.
+        train_dataset: `datasets.Dataset` or mapping of columns, with the modalities and the labels.
+        eval_dataset: The same for evaluation, where the auxiliary modalities may be missing; None for no evaluation.
+        processors: Image processor or tokenizer of each modality of pictures or texts, by column; all other modalities
+            are arrays.
+        recipe: Recipe of the run, saved with it.
+        trainer_arguments: Further arguments of `transformers.Trainer`.
 
     Attributes:
-        student: the `StudentForClassification` that trains.
-        model: all `DistillationNetworks`.
-        adversary: the discriminator and its optimiser; None where the conditional entropy has no weight.
-        rows: `RowCounts` of what rows lacked.
+        student: `StudentForClassification` that trains.
+        model: All `DistillationNetworks`.
+        modalities: Columns of the modalities that the method reads, the student's first.
+        labels: Names of the classes.
+        adversary: Discriminator and its optimiser; None if the conditional entropy has no weight.
+        rows: `RowCounts` of the rows that lack something.
 
     Raises:
-        TypeError: `args` are no `AuxiliaryDistillationArguments`.
-        ValueError: a column is missing or empty, lengths differ, or the settings do not go together.
+        TypeError: `args` are not `DistillationTrainingArguments`.
+        ValueError: A column is missing or empty, lengths differ, or the arguments do not fit each other.
     """
 
+    args: DistillationTrainingArguments
+    model: DistillationNetworks
+    data_collator: DistillationCollator
     model_in_checkpoint = STUDENT_FOLDER
     card_callback = StudentCard
 
     def __init__(
         self,
         model: PreTrainedModel,
-        args: AuxiliaryDistillationArguments,
+        args: DistillationTrainingArguments,
         auxiliaries: Mapping[str, PreTrainedModel],
         train_dataset: Columns,
         eval_dataset: Columns | None = None,
         processors: Mapping[str, Any] | None = None,
-        recipe=None,
-        **trainer_arguments,
-    ):
-        if not isinstance(args, AuxiliaryDistillationArguments):
-            raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.distillation's arguments.")
-        self.modalities = _modalities(args, auxiliaries, processors or {})
-        train_rows = _rows("train_dataset", train_dataset, self.modalities, args)
-        self.labels = train_rows.labels
+        recipe: Any = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        if not isinstance(args, DistillationTrainingArguments):
+            raise TypeError(f"args is {type(args).__name__}; pass DistillationTrainingArguments.")
         self.processors = dict(processors or {})
+        self.modalities = choose_modalities(args, auxiliaries, self.processors)
+        train_rows = read_rows("train_dataset", train_dataset, self.modalities, args)
+        self.labels = train_rows.labels
         set_seed(args.seed)
         super().__init__(
-            self._networks(model, auxiliaries, args),
+            build_networks(model, auxiliaries, self.labels, args),
             args,
             recipe=recipe,
-            data_collator=self._collator(model, auxiliaries, args, train_dataset),
+            data_collator=make_collator(model, auxiliaries, train_dataset, self.modalities, self.processors, args),
             train_dataset=train_rows,
-            eval_dataset=self._evaluation_rows(eval_dataset, args),
-            compute_metrics=self._metrics,
+            eval_dataset=self._read_evaluation_rows(eval_dataset, args),
+            compute_metrics=self._compute_metrics,
             **trainer_arguments,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "Distillation trains with DDP; choose an accelerate configuration without FSDP, DeepSpeed."
+                "Distillation trains with DDP; choose an accelerate configuration without FSDP and DeepSpeed."
             )
         self.adversary = self._make_adversary()
-        self.objective = DistillationObjective(args, self.adversary)
+        self.objective: DistillationObjective = DistillationObjective(args, self.adversary)
         self.meter = Meter()
         self.watch = Watch(args.teacher_drop, args.discriminator_ceiling)
         self.rows = RowCounts(args.max_bad_fraction, len(train_rows))
@@ -119,156 +132,169 @@ class DistillationTrainer(BaseTrainer):
 
     @property
     def student(self) -> StudentForClassification:
+        """Student that trains, with its heads."""
         return self.model.student
-
-    # ---- what is built ----
-
-    def _networks(self, model, auxiliaries, args) -> DistillationNetworks:
-        student = model
-        if not isinstance(model, StudentForClassification):
-            student = StudentForClassification.of(model, self.labels, args.embedding_size)
-        elif student.config.num_labels != len(self.labels):
-            raise ValueError(
-                f"model has {student.config.num_labels} classes and the training data {len(self.labels)}; pass its "
-                "encoder alone for new heads."
-            )
-        return DistillationNetworks(
-            student,
-            auxiliaries,
-            args.weights,
-            student_modality=args.student_column,
-            teacher_size=args.teacher_size,
-            comparison_size=args.comparison_size,
-            teacher_learns=args.teacher_learns,
-            classifies=args.classification_weight > 0,
-            retrieves=args.retrieval_weight > 0,
-        )
-
-    def _collator(self, model, auxiliaries, args, columns) -> DistillationCollator:
-        encoder = model.encoder if isinstance(model, StudentForClassification) else model
-        encoders = {args.student_column: encoder, **auxiliaries}
-        arrays = [name for name in self.modalities if name not in self.processors]
-        shapes = {name: array_shape(columns[name], name) for name in arrays}
-        input_names = {name: encoders[name].main_input_name for name in arrays}
-        return DistillationCollator(self.modalities, input_names, self.processors, shapes, args.max_caption_length)
 
     def _make_adversary(self) -> Adversary | None:
         if not self.args.weights.needs_generator:
             return None
         discriminator = Discriminator(
-            self.args.teacher_size, feature_size(self.student.encoder), self.args.discriminator_size
+            self.args.teacher_size, find_feature_size(self.student.encoder), self.args.discriminator_size
         )
         return Adversary(discriminator.to(self.args.device), self.args.discriminator_learning_rate)
 
-    def _evaluation_rows(self, dataset, args):
+    def _read_evaluation_rows(self, dataset: Any, args: DistillationTrainingArguments) -> ModalityRows | None:
         if isinstance(dataset, ModalityRows) or dataset is None:
             return dataset
-        return _rows("eval_dataset", dataset, self.modalities, args, labels=self.labels)
+        return read_rows("eval_dataset", dataset, self.modalities, args, labels=self.labels)
 
     # ---- a step ----
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
-        """The Trainer's; counts the rows that lack something, and hears on all ranks whether one is told to end."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """Return the Trainer's batches; count rows that lack something, and share requests to end the run."""
         with self.times.measure("data"):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self.rows.add(batch["row"].cpu(), batch["row_state"].cpu())
-        self.stop_request.grant_if(self.ranks.table(self.stop_request.made).any())
+        self.stop_request.grant_if(bool(self.ranks.table(self.stop_request.made).any()))
         return batches, num_items
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted terms of a batch, see `DistillationObjective`."""
-        found = model(inputs["inputs"])
-        has_label, has_auxiliaries = row_masks(inputs["row_state"])
-        # As a condition of generator and discriminator, at the scale that both can count on.
-        found["student_features"] = standardised(found["student_features"])
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Compute the weighted terms of a batch, see `DistillationObjective`."""
+        outputs = model(inputs["inputs"])
+        has_label, has_auxiliaries = compute_row_masks(inputs["row_state"])
+        # The student's features condition the discriminator, which needs them at a scale that does not drift.
+        outputs["student_features"] = standardise_rows(outputs["student_features"])
         progress = self.state.global_step / max(self.state.max_steps, 1)
-        loss = self.objective(found, inputs["label"], has_label, has_auxiliaries, progress, self.meter)
-        self._found = {name: value.detach() for name, value in found.items()}
-        self._found["has_auxiliaries"] = has_auxiliaries
-        return (loss, found) if return_outputs else loss
+        loss = self.objective(outputs, inputs["label"], has_label, has_auxiliaries, progress, self.meter)
+        self._last_outputs = {name: value.detach() for name, value in outputs.items()}
+        self._last_outputs["has_auxiliaries"] = has_auxiliaries
+        return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """The Trainer's step of everything else, then the discriminator's on the features of the same pass."""
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Do the Trainer's step, then train the discriminator on the features of the same forward pass."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        check_finite(loss, "the loss", inputs["row"].cpu(), self.state.global_step, self.args.output_dir)
+        step, folder = self.state.global_step, cast(str, self.args.output_dir)
+        check_finite(loss, "the loss", inputs["row"].cpu(), step, folder)
         if self.adversary is not None:
             accuracy = self.adversary.accumulate(
-                self._discriminator_loss, 1 / self.current_gradient_accumulation_steps
+                self._compute_discriminator_loss, 1 / self.current_gradient_accumulation_steps
             )
             self.meter.add("discriminator_accuracy", accuracy)
             if self.accelerator.sync_gradients:
                 self.adversary.step()
         return loss
 
-    def _discriminator_loss(self, discriminator):
-        found = self._found
-        return discriminator_loss(
-            discriminator, found["real"], found["generated"], found["student_features"], found["has_auxiliaries"]
-        )
+    def _compute_discriminator_loss(self, discriminator: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        names = ("real", "generated", "student_features", "has_auxiliaries")
+        return discriminator_loss(discriminator, *(self._last_outputs[name] for name in names))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures of the terms to the training logs, and look whether teacher or discriminator go astray."""
+        """Log figures, in training with those of the terms, and warn if teacher or discriminator fail."""
         if "loss" in logs:
             logs.update(self.meter.pop(self.ranks))
-        self.watch.look(logs)
+        self.watch.check(logs)
         super().log(logs, start_time)
 
     # ---- evaluation ----
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Accuracy of student and, where the data have its modalities, of teacher and auxiliaries; R@1 of the student.
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate the networks.
 
-        R@1 is the share of rows whose nearest other row of the set, by the student's embeddings, is of their class.
+        Args:
+            eval_dataset: `datasets.Dataset` or mapping of columns; None for the trainer's.
+            ignore_keys: Not used; outputs are chosen by their name.
+            metric_key_prefix: Prefix of the names of the metrics.
+
+        Returns:
+            The loss and the metrics of `compute_prediction_metrics`: accuracy of the student and, if the data have
+            their modalities, of teacher and auxiliaries, and R@1 of the student's embeddings, the share of rows whose
+            nearest other row is of their class.
         """
         with self.times.measure("evaluation"):
             return super().evaluate(
-                self._evaluation_rows(eval_dataset, self.args), ignore_keys, metric_key_prefix=metric_key_prefix
+                self._read_evaluation_rows(eval_dataset, self.args), ignore_keys, metric_key_prefix=metric_key_prefix
             )
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The student's cross-entropy; logits of all networks and the student's embeddings; labels and states."""
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, Any, Any]:
+        """Predict a batch.
+
+        Returns:
+            The student's cross-entropy, a scalar; the logits of all networks and the student's embeddings; labels and
+            states of the rows. The last two are None with `prediction_loss_only`.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            found = self.model(inputs["inputs"])
-        has_label, _ = row_masks(inputs["row_state"])
-        losses = torch.nn.functional.cross_entropy(found["student_logits"].float(), inputs["label"], reduction="none")
+            outputs = self.model(inputs["inputs"])
+        has_label, _ = compute_row_masks(inputs["row_state"])
+        losses = nn.functional.cross_entropy(outputs["student_logits"].float(), inputs["label"], reduction="none")
         loss = losses[has_label].mean() if has_label.any() else losses.sum() * 0
         if prediction_loss_only:
             return loss, None, None
-        kept = {name: value.float() for name, value in found.items() if name.endswith("_logits")}
-        kept["student_embeds"] = found["student_embeds"]
-        self._predicted = list(kept)
-        return loss, tuple(kept.values()), (inputs["label"], inputs["row_state"])
+        predictions = {name: value.float() for name, value in outputs.items() if name.endswith("_logits")}
+        predictions["student_embeds"] = outputs["student_embeds"]
+        self._prediction_names = list(predictions)
+        return loss, tuple(predictions.values()), (inputs["label"], inputs["row_state"])
 
-    def _metrics(self, prediction) -> dict[str, float]:
-        return prediction_metrics(
-            dict(zip(self._predicted, prediction.predictions, strict=True)), *prediction.label_ids
-        )
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        predictions = dict(zip(self._prediction_names, prediction.predictions, strict=True))
+        label, row_state = cast(tuple[Any, Any], prediction.label_ids)
+        return compute_prediction_metrics(predictions, label, row_state)
 
     @torch.no_grad()
     def embed(self, dataset: Columns) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's embeddings `(n, E)` of the labelled rows, and their labels int64 `(n,)`.
+        """Embed the labelled rows of a data set with the student; each rank embeds all of them.
 
-        Each rank computes them all.
+        Args:
+            dataset: `datasets.Dataset` or mapping of columns.
+
+        Returns:
+            Embeddings `(n, E)` of unit length and labels int64 `(n,)`, on the CPU.
         """
-        rows = _rows("dataset", dataset, self.modalities, self.args, labels=self.labels)
+        rows = read_rows("dataset", dataset, self.modalities, self.args, labels=self.labels)
         self.model.eval()
         embeds, labels = [], []
         for start in range(0, len(rows), self.args.eval_batch_size):
             chosen = range(start, min(start + self.args.eval_batch_size, len(rows)))
             batch = self._prepare_inputs(self.data_collator([rows[row] for row in chosen]))
-            has_label, _ = row_masks(batch["row_state"])
+            has_label, _ = compute_row_masks(batch["row_state"])
+            inputs = cast(dict[str, Any], batch["inputs"])
             with self.compute_loss_context_manager():
-                found = self.student(**batch["inputs"][self.args.student_column])
-            embeds.append(found.embeds[has_label].cpu())
+                output = self.student(**inputs[self.args.student_column])
+            embeds.append(output.embeds[has_label].cpu())
             labels.append(batch["label"][has_label].cpu())
         return torch.cat(embeds), torch.cat(labels)
 
-    # ---- the run ----
+    def final_figures(self, test_dataset: Any, **options: Any) -> dict[str, float]:
+        """Evaluate the trained networks on `test_dataset`, by default the `eval_dataset`."""
+        dataset = self.eval_dataset if test_dataset is None else test_dataset
+        return {} if dataset is None else without_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
+
+    # ---- files ----
 
     def _save_weights(self, folder: Path, output_dir: str | None, _internal_call: bool) -> None:
-        """Save the student; into a checkpoint, all networks, and the student next to them."""
+        """Save the student; in a checkpoint, save all networks and the student next to them."""
         if self._unfinished is not None:
             super()._save_weights(folder, output_dir, _internal_call)
             return
@@ -279,7 +305,7 @@ class DistillationTrainer(BaseTrainer):
             self.push_to_hub("Model save", revision=self.args.hub_revision)
 
     def save_extra(self, folder: Path) -> None:
-        """Write the recipe and the student, which has the recipe next to it as well."""
+        """Write the recipe, and the student with another copy of the recipe."""
         super().save_extra(folder)
         self._save_student(folder / STUDENT_FOLDER)
         super().save_extra(folder / STUDENT_FOLDER)
@@ -292,18 +318,15 @@ class DistillationTrainer(BaseTrainer):
             processor.save_pretrained(folder / ENCODER_FOLDER)
 
     def reset(self, step: int) -> None:
-        """Discard the figures of an earlier call."""
+        """Discard the figures of an earlier call of `train`."""
         self.meter.reset()
 
-    # ---- what a run leaves behind ----
-
-    def final_figures(self, test_dataset: Any) -> dict[str, float]:
-        """Evaluate the trained networks on `test_dataset`, by default the `eval_dataset`."""
-        dataset = self.eval_dataset if test_dataset is None else test_dataset
-        return {} if dataset is None else without_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
-
     def check_checkpoint(self, folder: str) -> None:
-        """Make sure that a checkpoint holds these networks (`ValueError`)."""
+        """Check that a checkpoint holds these networks.
+
+        Raises:
+            ValueError: Files are missing, or the checkpoint holds other networks.
+        """
         path = Path(folder, "model.safetensors")
         if missing := [name for name in (path.name, STATE_FILE) if not Path(folder, name).is_file()]:
             raise ValueError(
@@ -316,29 +339,9 @@ class DistillationTrainer(BaseTrainer):
         if differing := sorted(name for name in {*shapes, *own} if shapes.get(name) != own.get(name)):
             raise ValueError(
                 f"{folder} is a checkpoint of other networks ({', '.join(differing[:3])} differ); resume with the "
-                "settings that it was made with, or start anew in another output_dir."
+                "settings of that run, or start again in another output_dir."
             )
 
 
-def _modalities(args, auxiliaries: Mapping[str, Any], processors: Mapping[str, Any]) -> list[str]:
-    if args.weights.needs_teacher and not auxiliaries:
-        raise ValueError(f"auxiliaries is empty, and method {args.method!r} learns from them; pass an encoder each.")
-    modalities = [args.student_column, *(auxiliaries if args.weights.needs_teacher else ())]
-    known = {args.student_column, *auxiliaries}
-    if wrong := [name for name in processors if name not in known]:
-        raise ValueError(f"processors: {', '.join(wrong)} is no modality; there are {', '.join(sorted(known))}.")
-    if wrong := [name for name in auxiliaries if "." in name or not name]:
-        raise ValueError(f"auxiliaries: {wrong[0]!r} cannot be the name of a modality; rename the column.")
-    return modalities
-
-
-def _rows(argument: str, dataset, modalities: Sequence[str], args, labels=None) -> ModalityRows:
-    optional = modalities[1:] if labels is not None else ()
-    try:
-        return ModalityRows(dataset, modalities, args.label_column, labels=labels, optional=optional)
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from error
-
-
 AuxiliaryDistillationTrainer = DistillationTrainer
-"""Name of the trainer in version 0.1."""
+"""Former name of the trainer."""

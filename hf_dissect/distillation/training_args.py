@@ -1,4 +1,4 @@
-"""The Trainer's arguments and those of distillation from modalities that exist at training time only."""
+"""Arguments of a distillation: those of the Trainer and its own."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class DistillationTrainingArguments(DistillationSettings, BaseTrainingArguments)
 
 
 AuxiliaryDistillationArguments = DistillationTrainingArguments
-"""The former name, also of `training_args.bin` in checkpoints."""
+"""Former name of the arguments, which `training_args.bin` in earlier checkpoints holds."""
 
 OWN_FIELDS = tuple(settings_of(DistillationTrainingArguments))
 """Names of the arguments that `transformers.TrainingArguments` lacks."""

@@ -81,6 +81,20 @@ def format_retrieval(figures: Mapping[str, float]) -> str:
     return "\n\n".join(parts) or "Nothing was evaluated: there is no validation or test split."
 
 
+def format_distillation(figures: Mapping[str, float], method: str | None = None) -> str:
+    """Format the figures of a distillation, accuracies and R@1 in per cent, as a table with one row.
+
+    Args:
+        figures: Figures by name; those that are neither accuracy nor R@1 are left out.
+        method: Name of the row; None for a row without a name.
+    """
+    row = {name: 100 * value for name, value in figures.items() if name.endswith(("_accuracy", "R@1"))}
+    if not row:
+        return "Nothing was evaluated: there are no validation or test rows."
+    named = {} if method is None else {"method": method}
+    return format_results_table([{**named, **row}], [*named, *row], decimals=1)
+
+
 def _compute_deviation(numbers: list[float]) -> float | None:
     if len(numbers) < 2:
         return None

@@ -1,1 +1,1 @@
-"""The verbs of the command line, as functions: one module each."""
+"""Verbs of the command line as functions, one module each."""

@@ -1,4 +1,4 @@
-"""Audit of a data set by a model, from the names of both to a folder of results."""
+"""Audit of a data set by a model: which pairs are likely to be mismatched, as a table and a page."""
 
 import dataclasses
 import logging
@@ -22,13 +22,11 @@ from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.evaluation import noise_detection_metrics
-from hf_dissect.hub.address import HubAddress, is_hub_address
-from hf_dissect.hub.pull import download_model
 from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
 from hf_dissect.recipe.recipe import DataSection, Recipe
-from hf_dissect.runs.evaluate import evaluating_trainer
-from hf_dissect.runs.run import first_free
-from hf_dissect.runs.saved_model import choose_data, load_recipe, load_split
+from hf_dissect.runs.evaluate import make_evaluating_trainer
+from hf_dissect.runs.output_folder import find_free_folder
+from hf_dissect.runs.saved_model import adapt_section, choose_data, fetch_model, load_recipe, load_split
 from hf_dissect.selection import correlation_of
 from hf_dissect.selection.ledger import LEDGER_FILE
 
@@ -37,11 +35,12 @@ logger = logging.getLogger(__name__)
 SCORES_FILE, PAGE_FILE, THUMBNAILS = "scores.parquet", "audit.html", "thumbnails"
 MAX_PAGE_PAIRS = 100_000
 THRESHOLD = 0.5
+"""Probability above which a pair counts as mismatched."""
 NOTE = (
     "The score says how much more likely image and caption occur together than by chance (pointwise mutual "
-    "information, in nats, as the model sees it): the lowest are the likeliest to be mismatched. p(mismatched) "
-    "compares it with the scores of images with captions of other pairs. A model that has learnt mismatched pairs by "
-    "heart finds none of them."
+    "information, in nats, estimated by the model): pairs with the lowest scores are the likeliest to be mismatched. "
+    "p(mismatched) compares the score with those of images with captions of other pairs. A model that has memorised "
+    "mismatched pairs does not find them."
 )
 
 
@@ -115,39 +114,37 @@ def audit(
     _check_export(export_to, keep, threshold)
     if is_student(checkpoint):
         raise ValueError(
-            f"{checkpoint} is the student of a distillation: it classifies and knows no captions, so it cannot audit "
-            "pairs; name a CLIP-like model. For what the student can do, run: hf-dissect evaluate "
-            f"{checkpoint}"
+            f"{checkpoint} is the student of a distillation, which reads no captions and cannot audit pairs; name a "
+            f"CLIP-like model. To evaluate the student, run: hf-dissect evaluate {checkpoint}"
         )
     recipe = load_recipe(checkpoint) if data is None else None
-    model_name = _model_name(checkpoint)
-    if is_hub_address(checkpoint):
-        checkpoint = str(download_model(HubAddress.parse(checkpoint)))
-    section = _section(checkpoint, data, recipe, max_rows)
-    named: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
-    named |= {"task_column": task_column, "image_features": image_features}
-    section = dataclasses.replace(section, **{name: value for name, value in named.items() if value is not None})
+    model_name = _name_model(checkpoint)
+    checkpoint = fetch_model(checkpoint)
+    columns = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
+    section = _choose_section(checkpoint, data, recipe)
+    section = adapt_section(section, max_rows=max_rows, image_features=image_features, **columns)
     given_ledger = None if ledger is None else open_ledger(ledger)
     rows = load_split(section, split, whole=data is not None)
     model, processor = load_model_and_processor(name_or_path=checkpoint)
-    with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
+    with make_evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
         pairs = cast(PairDataset, trainer.eval_dataset)
         is_first, device = trainer.is_world_process_zero(), trainer.args.device
         batches = trainer.get_eval_dataloader(pairs)
         batches = tqdm(batches, desc="reading pairs", unit="batch", disable=not is_first)
         embeddings = join_embeddings(trainer.score_batches(batches), trainer.accelerator.gather_for_metrics)
     logit_scale, _ = logit_scale_and_bias(model)
-    scores, share = _scores(embeddings, logit_scale.mean().item(), device, progress=is_first)
+    scores, share = _score(embeddings, logit_scale.mean().item(), device, progress=is_first)
     if given_ledger is not None:
-        more = _ledger_columns(given_ledger, embeddings, pairs)
+        more = _read_ledger_columns(given_ledger, embeddings, pairs)
     elif data is None and split == "train":
-        more = _own_ledger_columns(checkpoint, embeddings, pairs)
+        more = _read_own_ledger_columns(checkpoint, embeddings, pairs)
     else:
         more = {}
     table = build_score_table(pairs, embeddings, scores, more)
     bad_rows = BadRows(1.0, len(pairs))
     bad_rows.add(embeddings.sample_id, embeddings.bad_reason)
-    result = AuditResult(_free_folder(Path(output_dir)), table, share, bad_rows, _auroc(embeddings, scores["score"]))
+    auroc = _compute_auroc(embeddings, scores["score"])
+    result = AuditResult(_choose_folder(Path(output_dir)), table, share, bad_rows, auroc)
     if not is_first:
         return result
     name = recipe.name if recipe is not None else Path(str(data)).name
@@ -155,49 +152,47 @@ def audit(
     if export_to is None:
         return result
     kept = np.zeros(len(pairs), bool)
-    kept[_good(embeddings).numpy()] = _kept(scores, keep, threshold)
+    kept[_find_readable(embeddings).numpy()] = _choose_kept(scores, keep, threshold)
     return dataclasses.replace(result, export=export_clean(Path(export_to), rows, pairs, kept, split=split))
 
 
 def _check_export(export_to: str | Path | None, keep: float | None, threshold: float | None) -> None:
     for name, value in (("keep", keep), ("threshold", threshold)):
         if value is not None and export_to is None:
-            raise ValueError(f"--{name} says what --export-clean writes; name a folder with --export-clean as well.")
+            raise ValueError(f"--{name} is a setting of --export-clean; name a folder with --export-clean as well.")
     if keep is not None and threshold is not None:
-        raise ValueError("--keep and --threshold both say which pairs are kept; give one of them.")
+        raise ValueError("--keep and --threshold both choose the pairs to keep; give one of them.")
     if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"--keep {keep}: a share of the pairs, above 0 and at most 1.")
+        raise ValueError(f"--keep {keep} is not allowed; allowed: a share of the pairs, above 0 and at most 1.")
     if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"--threshold {threshold}: a probability, from 0 to 1.")
+        raise ValueError(f"--threshold {threshold} is not allowed; allowed: a probability, from 0 to 1.")
     if export_to is not None:
         check_folder(Path(export_to))
 
 
-def _section(checkpoint: str, data: str | None, recipe: Recipe | None, max_rows: int | None) -> DataSection:
+def _choose_section(checkpoint: str, data: str | None, recipe: Recipe | None) -> DataSection:
     section = DataSection(source="scenes") if data == "scenes" else choose_data(checkpoint, data, recipe)
-    return dataclasses.replace(
-        section,
-        streaming=False,  # pictures are looked up again, and rows are written
-        max_train_rows=max_rows or section.max_train_rows,
-        max_eval_rows=max_rows or section.max_eval_rows,
-    )
+    # Page and export read the rows once more, which a stream does not allow.
+    return dataclasses.replace(section, streaming=False)
 
 
-def _good(embeddings: PairEmbeddings) -> torch.Tensor:
+def _find_readable(embeddings: PairEmbeddings) -> torch.Tensor:
+    """Return a mask of the readable pairs, bool `(number of pairs,)`."""
     return embeddings.bad_reason == 0
 
 
-def _scores(
+def _score(
     embeddings: PairEmbeddings, logit_scale: float, device: torch.device, progress: bool
 ) -> tuple[dict[str, Any], float]:
-    good = _good(embeddings)
-    image, text = embeddings.image[good], embeddings.text[good]
+    """Return the columns of scores of the readable pairs, and the estimated share of mismatched ones."""
+    readable = _find_readable(embeddings)
+    image, text = embeddings.image[readable], embeddings.text[readable]
     matches = score_matches(
         image,
         text,
         logit_scale=logit_scale,
-        image_key=embeddings.image_key[good],
-        caption_key=embeddings.caption_key[good],
+        image_key=embeddings.image_key[readable],
+        caption_key=embeddings.caption_key[readable],
         device=device,
         progress=progress,
     )
@@ -209,29 +204,31 @@ def _scores(
     return scores, estimate_mismatched_share(matches)
 
 
-def _auroc(embeddings: PairEmbeddings, score: torch.Tensor) -> float | None:
+def _compute_auroc(embeddings: PairEmbeddings, score: torch.Tensor) -> float | None:
     if embeddings.is_clean is None:
         return None
-    return noise_detection_metrics(score, embeddings.is_clean[_good(embeddings)])["auroc"]
+    return noise_detection_metrics(score, embeddings.is_clean[_find_readable(embeddings)])["auroc"]
 
 
-def _ledger_columns(ledger: Any, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:
+def _read_ledger_columns(ledger: Any, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:
     correlation = correlation_of(embeddings.image, embeddings.text)
     by_row = pairs.num_samples is not None
     return read_ledger_columns(ledger, embeddings.sample_id, correlation, by_row=by_row)
 
 
-def _own_ledger_columns(checkpoint: str, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:
+def _read_own_ledger_columns(
+    checkpoint: str, embeddings: PairEmbeddings, pairs: PairDataset
+) -> dict[str, torch.Tensor]:
     if not (Path(checkpoint) / LEDGER_FILE).is_file():
         return {}
     try:
-        return _ledger_columns(open_ledger(checkpoint), embeddings, pairs)
+        return _read_ledger_columns(open_ledger(checkpoint), embeddings, pairs)
     except ValueError as error:
         logger.warning("The run's ledger is left out: %s", error)
         return {}
 
 
-def _kept(scores: dict[str, Any], keep: float | None, threshold: float | None) -> np.ndarray:
+def _choose_kept(scores: dict[str, Any], keep: float | None, threshold: float | None) -> np.ndarray:
     """Return a mask of the readable pairs to keep, bool `(number of readable pairs,)`."""
     if keep is None:
         return scores["p_mismatched"] <= (THRESHOLD if threshold is None else threshold)
@@ -241,15 +238,15 @@ def _kept(scores: dict[str, Any], keep: float | None, threshold: float | None) -
     return kept
 
 
-def _model_name(checkpoint: str) -> str:
-    """Return the Hub id or the name of the folder: the page may go to others, who need not know its path."""
+def _name_model(checkpoint: str) -> str:
+    """Return the Hub id or the name of the folder, without its path, which a published page must not show."""
     folder = Path(checkpoint).expanduser()
     return folder.resolve().name if folder.exists() else checkpoint
 
 
-def _free_folder(folder: Path) -> Path:
-    """Return the folder, or `<folder>-2`, `-3`, ... when it holds an audit already, so that none is overwritten."""
-    free = first_free(folder, lambda path: (path / SCORES_FILE).exists())
+def _choose_folder(folder: Path) -> Path:
+    """Return the folder, or the first of `<folder>-2`, `-3`, ... that holds no audit yet."""
+    free = find_free_folder(folder, lambda path: (path / SCORES_FILE).exists())
     if free != folder:
         logger.warning("%s already holds an audit; this one goes to %s.", folder, free)
     return free
@@ -265,7 +262,7 @@ def _write(
     shown = table.slice(0, min(num_readable, max_page_pairs))
     unpictured = []
     if pairs.has_pictures:
-        unpictured = write_thumbnails(folder / THUMBNAILS, pairs, _indices(pairs, shown), num_workers)
+        unpictured = write_thumbnails(folder / THUMBNAILS, pairs, _find_indices(pairs, shown), num_workers)
     notes = [NOTE]
     if len(shown) < num_readable:
         notes.append(f"The {len(shown):,} most suspicious pairs are shown; scores.parquet has all {len(table):,}.")
@@ -275,7 +272,7 @@ def _write(
         folder / PAGE_FILE,
         shown,
         title=title,
-        facts=_facts(result, num_readable, model),
+        facts=_list_facts(result, num_readable, model),
         notes=notes,
         bad_rows=result.bad_rows,
         pictures=THUMBNAILS if pairs.has_pictures else None,
@@ -283,7 +280,7 @@ def _write(
     )
 
 
-def _facts(result: AuditResult, num_readable: int, model: str) -> Sequence[tuple[str, str]]:
+def _list_facts(result: AuditResult, num_readable: int, model: str) -> Sequence[tuple[str, str]]:
     likely = int((result.table["p_mismatched"].to_numpy(zero_copy_only=False) > THRESHOLD).sum())
     facts = [
         ("Pairs", f"{num_readable:,}"),
@@ -295,7 +292,7 @@ def _facts(result: AuditResult, num_readable: int, model: str) -> Sequence[tuple
     return facts if result.auroc is None else [*facts, ("AUROC of the score", f"{result.auroc:.3f}")]
 
 
-def _indices(pairs: PairDataset, shown: pa.Table) -> list[int]:
+def _find_indices(pairs: PairDataset, shown: pa.Table) -> list[int]:
     """Return the indices in the data set of the pairs of a table."""
     first = np.searchsorted(pairs.row_of_pair, shown["row"].to_numpy())
     return (first + shown["place"].to_numpy()).tolist()

@@ -1,4 +1,4 @@
-"""Runs a recipe with several strategies and seeds, and puts the results next to each other."""
+"""Comparison of strategies: runs of one recipe with several strategies and seeds, next to each other."""
 
 import json
 import logging
@@ -11,7 +11,8 @@ from accelerate import PartialState
 from hf_dissect.evaluation import format_results_table, summarise_seeds
 from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.report.selection import RunSummary, write_report
-from hf_dissect.runs.run import in_folder, load_data, run_recipe
+from hf_dissect.runs.output_folder import replace_output_dir
+from hf_dissect.runs.run import load_data, run_recipe
 from hf_dissect.training.run_folder import write_json
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,10 @@ _DECIMALS = {
 _LEGEND = (
     "recall sum: R@1 + R@5 + R@10 in both directions on the test split, at most 600.\n"
     "mismatched kept: share of mismatched pairs among the kept ones, last epoch.\n"
-    "AUROC of rule: how well the strategy's own ranking tells clean from mismatched candidates, last epoch.\n"
+    "AUROC of rule: separation of clean from mismatched candidates by the strategy's ranking, last epoch.\n"
     "AUROC of labels: the same for the final soft labels (gsc) or the last division (ncr), over all labelled pairs.\n"
     "AUROC of model: the same for the correlation under the final weights, over all training pairs.\n"
-    "seconds: data, scoring and training; scoring is charged, evaluation is not."
+    "seconds: time for data, scoring and training, without that for evaluation."
 )
 
 
@@ -65,26 +66,26 @@ def compare(
     of the comparison. These two are written after each run, so an interrupted comparison keeps its results.
 
     Args:
-        recipe: settings that all runs share.
-        strategies: strategies as `name` or `name:variant`; by default those of the recipe's `compare` section.
-        seeds: seeds of initial weights, order of the data and random choices; by default those of the recipe's
+        recipe: Settings that all runs share.
+        strategies: Strategies as `name` or `name:variant`; None for those of the recipe's `compare` section.
+        seeds: Seeds of initial weights, order of the data and random choices; None for those of the recipe's
             `compare` section. The data and their noise stay the same.
-        resume: keep the runs that finished with the same settings instead of running them again.
-        announce: function that is called with a line of text before each run.
+        resume: True to keep the runs that finished with the same settings instead of running them again.
+        announce: Function that is called with a line of text before each run.
 
     Returns:
         The content of `metrics.json`: "name", "table" (a row per strategy, figures as mean and std) and "runs".
 
     Raises:
-        RecipeError: a strategy or seed does not fit the recipe. Nothing has run then.
+        RecipeError: A strategy or seed does not fit the recipe; nothing has run then.
     """
-    # As settings of the recipe they are checked like all others and saved with the comparison.
+    # Settings of the recipe are checked and saved with the comparison.
     given = {"strategies": strategies, "seeds": seeds}
     recipe = recipe.with_overrides(
         [f"compare.{name}={json.dumps(list(values))}" for name, values in given.items() if values is not None]
     )
     strategies, seeds, folder = recipe.compare.strategies, recipe.compare.seeds, Path(recipe.output_dir)
-    # The seed is the outer loop, so that a machine that slows down does so for all strategies.
+    # The seeds are the outer loop, so that a machine that becomes slower does so for all strategies.
     planned = [(spec, seed, _vary(recipe, spec, seed, folder)) for seed in seeds for spec in strategies]
     splits = load_data(recipe)
     summaries: list[RunSummary] = []
@@ -97,7 +98,7 @@ def compare(
             announce(f"[{number}/{len(planned)}] {name}")
             run_recipe(variation, splits, name=name)
         processes = PartialState()
-        processes.wait_for_everyone()  # the first process writes the file that all read
+        processes.wait_for_everyone()  # all processes read a file that the first one writes
         summaries.append(RunSummary.load(Path(variation.output_dir) / "report_data.json"))
         summaries[-1].name = name
         comparison = _summarise(recipe, summaries, [part[:2] for part in planned[:number]])
@@ -114,16 +115,16 @@ def format_comparison(table: Sequence[dict[str, Any]]) -> str:
 
 def _vary(recipe: Recipe, spec: str, seed: int, folder: Path) -> Recipe:
     place = folder / f"{spec.replace(':', '-')}-seed{seed}"
-    return in_folder(recipe.with_strategy(spec).with_overrides([f"training.seed={seed}"]), place)
+    return replace_output_dir(recipe.with_strategy(spec).with_overrides([f"training.seed={seed}"]), place)
 
 
 def _is_finished(variation: Recipe) -> bool:
-    """Check that the folder of a run holds its result, with these settings."""
+    """Check that the folder of a run holds its result and was made with the same settings."""
     folder = Path(variation.output_dir)
     if not (folder / "report_data.json").is_file() or not (folder / "recipe.yaml").is_file():
         return False
     saved, wanted = Recipe.load(folder / "recipe.yaml").to_dict(), variation.to_dict()
-    # The other runs of a comparison are not a setting of this one.
+    # The section `compare` lists the other runs and does not change this one.
     return saved | {"compare": None} == wanted | {"compare": None}
 
 

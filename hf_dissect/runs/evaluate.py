@@ -1,4 +1,4 @@
-"""Evaluates a saved model, be it a dual encoder or the student of a distillation, on its own or on other data."""
+"""Evaluation of a saved model, a dual encoder or the student of a distillation, on its own or on other data."""
 
 import dataclasses
 import tempfile
@@ -16,7 +16,7 @@ from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.loading import load_model_and_processor
 from hf_dissect.recipe.recipe import DataSection
 from hf_dissect.runs.evaluate_student import evaluate_student
-from hf_dissect.runs.run import zero_shot_figures
+from hf_dissect.runs.run import compute_zero_shot_figures
 from hf_dissect.runs.saved_model import adapt_section, choose_data, fetch_model, load_recipe, load_split
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training.run_folder import without_speed
@@ -44,29 +44,29 @@ def evaluate_checkpoint(
     """Evaluate a saved model.
 
     Args:
-        checkpoint: run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to read the recipe there as well.
+        checkpoint: Run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to read the recipe there as well.
         data: "scenes", a local folder or file, tar shards, or the id of a data set on the Hub; for a student also an
             .npz file. None for the data of the recipe next to the model.
-        split: split of the data.
-        image_column: column of the images, or of whatever a student reads; None for the usual one.
-        caption_column: column of the captions; None for the usual one.
-        task_column: column of the tasks, for an adapter that routes by them; None for that of the recipe, with its own
-            data. Without tasks such an adapter is evaluated as the mean of its experts.
-        label_column: column of the labels; None for "label", or the column in the recipe of a student.
-        classes: class names; None for those of the label column, if it has names.
-        templates: captions of a class, with `{}` for its name; None for `DEFAULT_TEMPLATES`.
+        split: Split of the data.
+        image_column: Column of the images, or of the modality that a student reads; None for the usual one.
+        caption_column: Column of the captions; None for the usual one.
+        task_column: Column of the tasks, for an adapter that routes by them; None for that of the recipe, with its own
+            data. Without tasks, such an adapter is evaluated as the mean of its experts.
+        label_column: Column of the labels; None for "label", or the column in the recipe of a student.
+        classes: Class names; None for those of the label column, if it has names.
+        templates: Captions of a class, with `{}` for its name; None for `DEFAULT_TEMPLATES`.
         image_features: `.npz` file of stored features, for models that read those.
-        max_rows: evaluate the first rows only.
-        batch_size: pairs or rows per forward pass.
-        num_workers: processes that decode.
+        max_rows: Number of rows to evaluate, from the first; None for all.
+        batch_size: Number of pairs or rows in a forward pass.
+        num_workers: Number of processes that decode.
 
     Returns:
         For a dual encoder, retrieval figures if the data have captions, and `zero_shot_*` if they have labels and
         class names. For a student, see `evaluate_student`.
 
     Raises:
-        HubError: the Hub has no such model, or cannot be reached.
-        ValueError: there are no data to evaluate on, or an argument does not suit the model.
+        HubError: The Hub has no such model, or cannot be reached.
+        ValueError: There are no data to evaluate on, or an argument does not suit the model.
     """
     if is_student(checkpoint):
         given = {
@@ -78,8 +78,8 @@ def evaluate_checkpoint(
         }
         if unsuitable := [name for name, value in given.items() if value is not None]:
             raise ValueError(
-                f"{checkpoint} is the student of a distillation, which classifies what it reads in one column: "
-                f"{', '.join(unsuitable)} say nothing to it; leave them out."
+                f"{checkpoint} is the student of a distillation, which classifies the rows of one column; leave out "
+                f"{', '.join(unsuitable)}."
             )
         return evaluate_student(
             checkpoint,
@@ -102,7 +102,7 @@ def evaluate_checkpoint(
     model, processor = load_model_and_processor(name_or_path=checkpoint)
     figures: dict[str, float] = {}
     if _has_captions(rows, section.caption_column):
-        with evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
+        with make_evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
             figures |= without_speed(trainer.evaluate(metric_key_prefix="test"), "test")
     if names := classes or _find_class_names(rows, label_column):
         shown = templates or DEFAULT_TEMPLATES
@@ -110,7 +110,7 @@ def evaluate_checkpoint(
         zero_shot = evaluate_zero_shot(model, processor, rows, names, shown, image_column, label_column, batch_size)
         figures |= {f"zero_shot_{key}": value for key, value in zero_shot.items()}
     elif recipe is not None and recipe.evaluation.zero_shot is not None:
-        figures |= zero_shot_figures(model, processor, recipe.evaluation.zero_shot, recipe)
+        figures |= compute_zero_shot_figures(model, processor, recipe.evaluation.zero_shot, recipe)
     if not figures:
         raise ValueError(
             f"The data have neither captions nor labels with class names (columns: {', '.join(rows.column_names)}); "
@@ -120,19 +120,19 @@ def evaluate_checkpoint(
 
 
 @contextmanager
-def evaluating_trainer(
+def make_evaluating_trainer(
     checkpoint: str, model: Any, processor: Any, rows: Any, section: DataSection, batch_size: int, num_workers: int
 ) -> Iterator[DissectTrainer]:
     """Yield a trainer that evaluates a dual encoder on `rows` and writes no files.
 
     Args:
-        checkpoint: folder or Hub id of the model, whose adapter may have numbered the tasks.
-        model: the dual encoder.
-        processor: its processor.
-        rows: table of the pairs; the trainer has them as its `eval_dataset`.
-        section: names of the columns.
-        batch_size: pairs per forward pass.
-        num_workers: processes that decode.
+        checkpoint: Folder or Hub id of the model, for the numbers of the tasks if its adapter has any.
+        model: Dual encoder.
+        processor: Processor of the model.
+        rows: Table of the pairs, which becomes the `eval_dataset` of the trainer.
+        section: Data section with the names of the columns.
+        batch_size: Number of pairs in a forward pass.
+        num_workers: Number of processes that decode.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = DissectTrainingArguments(

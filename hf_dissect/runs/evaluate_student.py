@@ -1,4 +1,4 @@
-"""Evaluates a saved student by accuracy and R@1, on the data of its own recipe or on others with its modality."""
+"""Evaluation of a saved student by accuracy and R@1, on the data of its recipe or on others of its modality."""
 
 import dataclasses
 import json
@@ -11,19 +11,19 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 
 from hf_dissect.data.loading import load_splits
-from hf_dissect.distillation.data_collator import DistillationCollator, array_shape, row_masks
-from hf_dissect.distillation.evaluation import prediction_metrics
+from hf_dissect.distillation.data_collator import DistillationCollator, compute_row_masks, find_array_shape
+from hf_dissect.distillation.evaluation import compute_prediction_metrics
 from hf_dissect.distillation.recipe import DistillationDataSection, ModalitySection
-from hf_dissect.distillation.saved_student import parse_address, student_folder
+from hf_dissect.distillation.saved_student import find_student_folder, parse_address
 from hf_dissect.distillation.student import StudentForClassification
-from hf_dissect.distillation.training_data import Columns, ModalityRows, column_names
+from hf_dissect.distillation.training_data import Columns, ModalityRows, list_columns
 from hf_dissect.hub.published_files import METRICS_FILE, RECIPE_FILE
 from hf_dissect.hub.pull import download_model
 from hf_dissect.hub.shared_recipe import select_shareable
 from hf_dissect.recipe.fields import Faults, RecipeError, read_section
 from hf_dissect.recipe.file import read_settings
 from hf_dissect.report.tables import as_mapping
-from hf_dissect.runs.distil import first_rows, load_columns, load_processor, read_arrays, rows_of_groups
+from hf_dissect.runs.distil import load_columns, load_processor, read_arrays, select_groups, take_first_rows
 from hf_dissect.runs.saved_model import (
     adapt_section,
     choose_data,
@@ -35,7 +35,14 @@ from hf_dissect.runs.saved_model import (
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """Settings of the training that say how a student reads rows; `data` is None without a recipe."""
+    """Settings of a student's training that its evaluation needs.
+
+    Attributes:
+        column: Column of the student's modality.
+        label_column: Column of the classes.
+        max_caption_length: Number of tokens at which texts are cut; None for the tokenizer's limit.
+        data: Data section of the recipe; None without a recipe.
+    """
 
     column: str
     label_column: str
@@ -57,55 +64,54 @@ def evaluate_student(
     """Evaluate a student.
 
     Args:
-        checkpoint: run folder, `checkpoint-N` folder, Hub id or `hub:USER/REPO`.
-        data: file of arrays (.npz) or a folder with one, or whatever `evaluate_checkpoint` takes; None for the data of
-            the recipe next to the student. Data without splits are split by the groups of that recipe, if they have
-            them.
-        split: split of the data.
-        column: column that the student reads; None for that of the training.
-        label_column: column of the classes; None for that of the training.
-        max_rows: evaluate the first rows only.
-        batch_size: rows per forward pass.
-        num_workers: processes that decode.
+        checkpoint: Run folder, `checkpoint-N` folder, Hub id or `hub:USER/REPO`.
+        data: File of arrays (.npz) or folder with one, or any data that `evaluate_checkpoint` takes; None for the data
+            of the recipe next to the student. Data without splits are split by the groups of that recipe, if they have
+            its column of groups.
+        split: Split of the data.
+        column: Column that the student reads; None for that of the training.
+        label_column: Column of the classes; None for that of the training.
+        max_rows: Number of rows to evaluate, from the first; None for all.
+        batch_size: Number of rows in a forward pass.
+        num_workers: Number of processes that decode.
 
     Returns:
-        `student_accuracy` and `retrieval_R@1`, shares in [0, 1], see `prediction_metrics`, and `num_rows`, the number
-        of rows that they rest on.
+        `student_accuracy` and `retrieval_R@1`, shares in [0, 1], see `compute_prediction_metrics`, and `num_rows`, the
+        number of evaluated rows.
 
     Raises:
-        HubError: the Hub has no such model, or cannot be reached.
-        ValueError: there are no data, no such split or column, labels that the student does not know, or no row that
-            it can read.
+        HubError: The Hub has no such model, or cannot be reached.
+        ValueError: There are no data, no such split or column, labels that are not classes of the student, or no
+            labelled row that it can read.
     """
-    is_own = Path(checkpoint).exists()  # nobody knows who wrote the recipe of another
+    is_own = Path(checkpoint).exists()  # a recipe from elsewhere is not trusted
     folder = Path(checkpoint) if is_own else download_model(parse_address(checkpoint), (RECIPE_FILE, METRICS_FILE))
     training = _read_training(folder, checkpoint, is_own)
     if data is None:
         rows = _load_own_rows(training.data, checkpoint, split, max_rows)
     else:
         rows = _load_given_rows(data, split, training.data)
-    rows = first_rows(rows, max_rows)
+    rows = take_first_rows(rows, max_rows)
     column, label_column = column or training.column, label_column or training.label_column
-    student = student_folder(folder)
+    student = find_student_folder(folder)
     if student is None:
         raise ValueError(f"{checkpoint} does not hold the student of a distillation.")
     model = StudentForClassification.from_pretrained(student).eval()
-    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    dataset = ModalityRows(rows, [column], label_column, labels=labels)
+    dataset = ModalityRows(rows, [column], label_column, labels=model.labels)
     processor = _load_processor(student)
     collator = DistillationCollator(
         [column],
         {column: model.main_input_name},
         {} if processor is None else {column: processor},
-        {column: array_shape(rows[column], column)} if processor is None else {},
+        {column: find_array_shape(rows[column], column)} if processor is None else {},
         training.max_caption_length,
     )
     batches = DataLoader(dataset, batch_size, collate_fn=collator, num_workers=num_workers)
     predictions, label, row_state = _predict(model, batches, column)
-    figures = prediction_metrics(predictions, label, row_state)
+    figures = compute_prediction_metrics(predictions, label, row_state)
     if not figures:
-        raise ValueError(f"{column}: of {len(dataset)} rows the student can read none that has a label.")
-    return figures | {"num_rows": int(row_masks(row_state)[0].sum())}
+        raise ValueError(f"{column}: none of the {len(dataset)} rows has a label and can be read by the student.")
+    return figures | {"num_rows": int(compute_row_masks(row_state)[0].sum())}
 
 
 @torch.no_grad()
@@ -135,7 +141,7 @@ def _read_training(folder: Path, checkpoint: str, is_own: bool) -> _Training:
     settings, faults = read_settings(recipe), Faults()
     if not is_own:
         settings = select_shareable(settings)[0]
-    # The other sections are for the training, and may lack settings of another machine.
+    # The other sections matter in training only, and may name files that this machine lacks.
     student = read_section(ModalitySection, settings.get("student"), "student", faults)
     data = read_section(DistillationDataSection, settings.get("data"), "data", faults)
     if faults.messages:
@@ -150,7 +156,7 @@ def _load_own_rows(
     if section is None:
         raise ValueError(describe_missing_recipe(checkpoint))
     if not section.path:
-        raise ValueError(f"{checkpoint} does not tell where its data are; name them with --data.")
+        raise ValueError(f"The recipe of {checkpoint} does not name its data; name them with --data.")
     return pick_split(load_columns(adapt_section(section, max_rows=max_rows)), split, whole=False)
 
 
@@ -161,9 +167,9 @@ def _load_given_rows(data: str, split: str, section: DistillationDataSection | N
     else:
         splits = load_splits(**dataclasses.asdict(choose_data("", data, None)))
     group_column = None if section is None else section.group_column
-    if list(splits) == ["train"] and group_column in column_names(splits["train"]):
-        rows = rows_of_groups(splits["train"], group_column, getattr(section, f"{split}_groups", []))
-        if len(rows[column_names(rows)[0]]):
+    if list(splits) == ["train"] and group_column is not None and group_column in list_columns(splits["train"]):
+        rows = select_groups(splits["train"], group_column, getattr(section, f"{split}_groups", []))
+        if len(rows[list_columns(rows)[0]]):
             return rows
     return pick_split(splits, split, whole=True)
 

@@ -28,7 +28,7 @@ _MEANINGS = {
     "differential, large for pairs that belong together",
     "loss": "the contrastive loss at the last visit",
     "p_clean": "probability that the pair is matched, by a mixture of two Gaussians on the losses",
-    "y_cm": "soft label across the modalities; the smaller of `y_cm` and `y_im` tells how far the pair is trusted",
+    "y_cm": "soft label across the modalities; the smaller of `y_cm` and `y_im` is the trust in the pair",
     "y_im": "soft label within the modalities",
 }
 _SHOWN_SETTINGS = ("strategy", "ratio", "warmup_epochs", "options")
@@ -58,7 +58,7 @@ def push_ledger(
     if is_student(folder):
         raise HubError(
             f"{folder} is the run of a distillation, which chooses no pairs and keeps no scores of them; publish its "
-            f"student by: hf-dissect push {folder} {repo_id}"
+            f"student with: hf-dissect push {folder} {repo_id}"
         )
     if not (folder / LEDGER_FILE).is_file():
         raise HubError(f"{folder} has no {LEDGER_FILE}; name the folder of a run, such as runs/quickstart.")

@@ -1,4 +1,4 @@
-"""Finds what the evaluation or the audit of a saved model needs: its files, its recipe and the rows to read."""
+"""Files, recipe and data of a saved model, for its evaluation or an audit by it."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ def fetch_model(checkpoint: str) -> str:
     """Download the model at `hub:USER/REPO` and return its folder; return any other checkpoint as it is.
 
     Raises:
-        HubError: the Hub has no such model, or cannot be reached.
+        HubError: The Hub has no such model, or cannot be reached.
     """
     return str(download_model(HubAddress.parse(checkpoint))) if is_hub_address(checkpoint) else checkpoint
 
@@ -32,7 +32,7 @@ def find_recipe_file(folder: Path, *, is_own: bool = True) -> Path | None:
     """Return the recipe next to a saved model, or None if there is none.
 
     Args:
-        folder: folder of a run or of one of its checkpoints.
+        folder: Folder of a run or of one of its checkpoints.
         is_own: True for a folder of this machine, whose parent may be the run; False for a copy from the Hub.
     """
     places = (folder, folder.parent) if is_own else (folder,)
@@ -43,7 +43,7 @@ def load_recipe(checkpoint: str) -> Recipe | None:
     """Load the recipe of a run, of one of its checkpoints or of `hub:USER/REPO`; return None if there is none.
 
     Raises:
-        ValueError: the recipe on the Hub cannot be used.
+        ValueError: The recipe on the Hub cannot be used.
     """
     if is_hub_address(checkpoint):
         try:
@@ -63,12 +63,12 @@ def choose_data(checkpoint: str, data: str | None, recipe: Recipe | None) -> Dat
     """Return the data section for `data`, or that of the checkpoint's recipe if `data` is None.
 
     Args:
-        checkpoint: the evaluated model, for the error message.
+        checkpoint: Evaluated model, for the error message.
         data: "scenes", a local folder or file, tar shards, or the id of a data set on the Hub.
-        recipe: recipe of the checkpoint, if it has one.
+        recipe: Recipe of the checkpoint, if it has one.
 
     Raises:
-        ValueError: there are neither data nor a recipe.
+        ValueError: There are neither data nor a recipe.
     """
     if data is None:
         if recipe is None:
@@ -86,9 +86,9 @@ def adapt_section(section: _Section, *, max_rows: int | None = None, **columns: 
     """Return a data section with other columns and fewer rows; None leaves a setting as it is.
 
     Args:
-        section: data section of a recipe of any kind.
-        max_rows: number of first rows to read, in any split.
-        columns: settings such as `image_column` and their values.
+        section: Data section of a recipe of any kind.
+        max_rows: Number of rows to read in any split, from the first.
+        columns: Settings such as `image_column` and their values.
     """
     given: dict[str, Any] = {"max_train_rows": max_rows, "max_eval_rows": max_rows, **columns}
     return dataclasses.replace(section, **{name: value for name, value in given.items() if value is not None})
@@ -103,12 +103,12 @@ def pick_split(splits: Mapping[str, _Rows], split: str, *, whole: bool) -> _Rows
     """Return one of several splits.
 
     Args:
-        splits: rows by the name of their split.
-        split: name of the wanted split.
-        whole: if the data have no splits at all, warn and return all rows instead of failing.
+        splits: Rows by the name of their split.
+        split: Name of the wanted split.
+        whole: True to warn and return all rows if the data have no splits at all; False to fail.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: There is no such split.
     """
     if split in splits:
         return splits[split]

@@ -91,7 +91,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 # ---- publishing ----
 
 
-def test_what_is_published_loads_as_the_card_says_and_tells_nothing_of_this_machine(hub, picture_run, place, capsys):
+def test_what_is_published_loads_as_the_card_says_and_holds_nothing_of_this_machine(hub, picture_run, place, capsys):
     assert main(["push", str(picture_run), "ada/birds"]) == 0
     left_out = "student.name_or_path, auxiliaries.caption.name_or_path"
     shown = capsys.readouterr().err
@@ -238,7 +238,7 @@ def test_a_published_student_and_a_checkpoint_are_evaluated_alike(hub, run, arra
         assert figures(name, "--data", str(arrays)) == own  # by the groups of the published recipe
     assert figures(str(run), "--data", str(arrays), "--split", "validation")["num_rows"] == 4
     assert main(["evaluate", "hub:ada/student"]) == 2
-    assert "does not tell where its data are; name them with --data" in capsys.readouterr().err
+    assert "does not name its data; name them with --data" in capsys.readouterr().err
     columns = dict(np.load(arrays))
     np.savez("others.npz", video=columns["depth"], verb=columns["action"])
     named = ["--image-column", "video", "--label-column", "verb"]
@@ -249,13 +249,13 @@ def test_a_published_student_and_a_checkpoint_are_evaluated_alike(hub, run, arra
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--classes", "cat,dog", "--caption-column", "text"], "--caption-column, --classes say nothing to it"),
+        (["--classes", "cat,dog", "--caption-column", "text"], "leave out --caption-column, --classes"),
         (["--split", "dev"], "split 'dev': the data have train, validation, test"),
         (["--label-column", "verb"], "There is no column 'verb'"),
         (["--data", "nowhere.npz"], "there is no .npz file"),
     ],
 )
-def test_what_makes_no_sense_is_told(arguments, message, run, workplace, capsys):
+def test_what_makes_no_sense_is_refused(arguments, message, run, workplace, capsys):
     assert main(["evaluate", str(run), *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -264,4 +264,4 @@ def test_commands_about_pairs_say_what_to_do_with_a_student(run, workplace, caps
     assert main(["audit", str(run)]) == 2
     assert f"run: hf-dissect evaluate {run}" in capsys.readouterr().err
     assert main(["push-ledger", str(run), "ada/scores"]) == 2
-    assert f"publish its student by: hf-dissect push {run} ada/scores" in capsys.readouterr().err
+    assert f"publish its student with: hf-dissect push {run} ada/scores" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Recipes of distillations: all faults are told at once, and `hf-dissect train` leaves a complete folder."""
+"""Recipes of distillations: all faults are reported at once, and `hf-dissect train` leaves a complete folder."""
 
 import json
 
@@ -11,7 +11,7 @@ from transformers import AutoModel, CLIPVisionModel
 
 from hf_dissect.cli import main
 from hf_dissect.data import make_scenes
-from hf_dissect.distillation import AuxiliaryDistillationTrainer, DistillationRecipe
+from hf_dissect.distillation import DistillationRecipe, DistillationTrainer
 from hf_dissect.recipe.file import read_description, shipped_recipes
 from hf_dissect.recipe.recipe import Recipe, RecipeError
 
@@ -66,10 +66,10 @@ def test_faults_name_the_key_and_what_is_allowed(override, message):
         DistillationRecipe.load(UTD, ["data.path=x", override])
 
 
-def test_faults_are_told_together():
-    with pytest.raises(RecipeError) as told:
+def test_faults_are_reported_together():
+    with pytest.raises(RecipeError) as error:
         DistillationRecipe.load(UTD, ["distillation.method=kd", "training.seed=-1"])
-    assert len(told.value.faults) == 2
+    assert len(error.value.faults) == 2
 
 
 def test_train_leaves_a_folder_that_repeats_and_resumes(utd, tmp_path, capsys):
@@ -103,7 +103,7 @@ def test_train_leaves_a_folder_that_repeats_and_resumes(utd, tmp_path, capsys):
         ("data.train_groups=[9]", "data.train_groups: no row has 9 in subject; there are 1, 2"),
         ("data.path=nowhere.npz", "there is no .npz file"),
         ("auxiliaries.skeleton.config.num_channels=59", "skeleton: arrays of \\(4, 20, 3\\) have no 59 channels"),
-        ("student.config.model_type=eye", "config.model_type 'eye' is no architecture known"),
+        ("student.config.model_type=eye", "config.model_type 'eye' is not a known architecture"),
     ],
 )
 def test_data_that_do_not_fit_end_with_a_word(override, message, utd, tmp_path, capsys):
@@ -157,7 +157,7 @@ def test_columns_of_tensors_come_from_tables_as_well(tmp_path):
     Dataset.from_dict(rows, features=Features(features)).to_parquet(tmp_path / "rows.parquet")
     table = Dataset.from_parquet(str(tmp_path / "rows.parquet"))
     arguments = tiny_arguments(tmp_path, num_train_epochs=1, max_steps=-1)
-    trainer = AuxiliaryDistillationTrainer(tiny_student(), arguments, tiny_auxiliaries(), table)
+    trainer = DistillationTrainer(tiny_student(), arguments, tiny_auxiliaries(), table)
     trainer.train()
     assert trainer.labels == [f"action {number}" for number in range(4)]
     assert trainer.rows.summary()["reasons"] == {"auxiliary missing": 1}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_dissect.distillation.evaluation import prediction_metrics, recall_at_1
+from hf_dissect.distillation.evaluation import compute_prediction_metrics, recall_at_1
 from hf_dissect.distillation.losses.conditional_entropy import (
     Adversary,
     Discriminator,
@@ -77,7 +77,7 @@ def test_the_memory_bank_adds_candidates_first_in_first_out():
 
 
 class _Sum(nn.Module):
-    """A discriminator whose logit can be told by hand."""
+    """A discriminator whose logit is known by hand."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ def test_the_anchor_is_the_squared_error_of_the_generator_alone():
     assert real.grad is None and generated.grad[COUNTED].ne(0).all()
 
 
-def test_the_adversary_learns_to_tell_and_goes_on_from_its_state():
+def test_the_adversary_learns_to_separate_and_resumes_from_its_state():
     def train(adversary: Adversary, steps: range) -> torch.Tensor:
         for step in steps:
             generator = torch.Generator().manual_seed(step)
@@ -138,8 +138,8 @@ def test_the_adversary_learns_to_tell_and_goes_on_from_its_state():
     train(resumed, range(30, 60))
     for name, weight in whole.discriminator.state_dict().items():
         assert torch.equal(weight, resumed.discriminator.state_dict()[name])
-    with whole.fixed() as fixed:
-        assert not any(parameter.requires_grad for parameter in fixed.parameters())
+    with whole.frozen() as frozen:
+        assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert all(parameter.requires_grad for parameter in whole.discriminator.parameters())
 
 
@@ -175,7 +175,7 @@ def test_methods_are_sets_of_terms():
 def test_metrics_judge_each_network_on_what_it_could_read():
     logits = np.eye(3)[[0, 1, 2, 0]]
     embeds = unit(4, 8).numpy()
-    metrics = prediction_metrics(
+    metrics = compute_prediction_metrics(
         {
             "student_logits": logits,
             "teacher_logits": logits,

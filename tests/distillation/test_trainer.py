@@ -12,7 +12,7 @@ from testing.tiny_modalities import CLASSES, tiny_auxiliaries, tiny_columns, tin
 from transformers import TrainerCallback
 
 from hf_dissect.data.bad_rows import TooManyBadRows
-from hf_dissect.distillation import METHODS, AuxiliaryDistillationTrainer
+from hf_dissect.distillation import METHODS, DistillationTrainer
 from hf_dissect.distillation.diagnostics import Watch
 from hf_dissect.training.non_finite import NonFiniteLossError
 
@@ -284,15 +284,13 @@ def test_gradient_checkpointing_that_no_encoder_knows_is_refused(tmp_path):
 def test_unknown_labels_processors_and_missing_auxiliaries_are_refused(tmp_path):
     evaluation = tiny_columns(8)
     evaluation["action"] = evaluation["action"] + 1
-    with pytest.raises(ValueError, match=f"eval_dataset: action: {CLASSES} is no class"):
+    with pytest.raises(ValueError, match=f"eval_dataset: action: {CLASSES} is not a class"):
         tiny_trainer(tmp_path, evaluation=evaluation)
     arguments = tiny_trainer(tmp_path).args
-    with pytest.raises(ValueError, match="processors: sound is no modality"):
-        AuxiliaryDistillationTrainer(
-            tiny_student(), arguments, tiny_auxiliaries(), tiny_columns(), processors={"sound": None}
-        )
+    with pytest.raises(ValueError, match="processors: sound is not a modality"):
+        DistillationTrainer(tiny_student(), arguments, tiny_auxiliaries(), tiny_columns(), processors={"sound": None})
     with pytest.raises(ValueError, match="auxiliaries is empty"):
-        AuxiliaryDistillationTrainer(tiny_student(), arguments, {}, tiny_columns())
+        DistillationTrainer(tiny_student(), arguments, {}, tiny_columns())
 
 
 def test_evaluation_needs_the_students_modality_only(tmp_path):
@@ -316,12 +314,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_the_watch_warns_once_of_a_weak_teacher_and_a_saturated_discriminator(caplog):
     watch = Watch(teacher_drop=0.05, discriminator_ceiling=0.98)
     for accuracy in (0.5, 0.8, 0.76):
-        watch.look({"teacher_accuracy": accuracy, "discriminator_accuracy": 0.99})
+        watch.check({"teacher_accuracy": accuracy, "discriminator_accuracy": 0.99})
     assert watch.warned == ["discriminator"]
-    watch.look({"teacher_accuracy": 0.74, "eval_teacher_accuracy": 0.1})
-    watch.look({"teacher_accuracy": 0.1, "eval_teacher_accuracy": 0.9})
+    watch.check({"teacher_accuracy": 0.74, "eval_teacher_accuracy": 0.1})
+    watch.check({"teacher_accuracy": 0.1, "eval_teacher_accuracy": 0.9})
     assert watch.warned == ["discriminator", "teacher"]
     assert [record.message[:11] for record in caplog.records] == ["The discrim", "The teacher"]
-    again = Watch(0.05, 0.98)
-    again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
-    assert again.state_dict() == watch.state_dict()
+    resumed = Watch(0.05, 0.98)
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert resumed.state_dict() == watch.state_dict()

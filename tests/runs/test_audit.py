@@ -196,7 +196,7 @@ def test_a_model_of_stored_features_needs_no_pictures(tmp_path):
     assert '"unpictured":null' in page and str(tmp_path) not in page
 
 
-def test_the_command_tells_what_it_found(run, tmp_path, monkeypatch, capsys):
+def test_the_command_reports_its_findings(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shuffle_captions(make_scenes(60), rate=0.3).to_parquet("pairs.parquet")
     assert main(["audit", str(run), "--data", "pairs.parquet", "--export-clean", "clean", "--keep", "0.8"]) == 0
@@ -216,7 +216,7 @@ def test_the_command_tells_what_it_found(run, tmp_path, monkeypatch, capsys):
         (["--data", "nowhere.parquet", "--export-clean", "."], "is not empty"),
     ],
 )
-def test_what_cannot_work_is_told_before_any_work(run, tmp_path, monkeypatch, capsys, options, message):
+def test_what_cannot_work_is_refused_before_any_work(run, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     assert main(["audit", str(run), *options]) == 2

@@ -15,9 +15,9 @@ ALL = ["none", "random", "big_loss", "small_loss", "clipscore", "dissect", "diss
 
 
 def test_all_strategies_in_one_table_and_one_report(tmp_path):
-    told = []
-    comparison = compare(tiny_recipe(tmp_path), ALL, [3], announce=told.append)
-    assert told == [f"[{number}/7] {name}" for number, name in enumerate(ALL, 1)]
+    announced = []
+    comparison = compare(tiny_recipe(tmp_path), ALL, [3], announce=announced.append)
+    assert announced == [f"[{number}/7] {name}" for number, name in enumerate(ALL, 1)]
     assert json.loads((tmp_path / "metrics.json").read_text()) == comparison
     assert comparison["name"] == "tiny" and [row["strategy"] for row in comparison["table"]] == ALL
     assert len({(run["steps"], run["num_pairs"], run["seed"]) for run in comparison["runs"]}) == 1
@@ -42,7 +42,7 @@ def test_the_table_is_mean_and_deviation_over_seeds(tmp_path):
     assert len({run["final"]["loss"] for run in comparison["runs"]}) == 4
 
 
-def test_the_table_tells_how_well_labels_separate(tmp_path):
+def test_the_table_shows_how_well_labels_separate(tmp_path):
     recipe = tiny_recipe(tmp_path, selection={"warmup_epochs": 1})
     rows = {row["strategy"]: row for row in compare(recipe, ["gsc", "ncr", "none"], [0])["table"]}
     metrics = [json.loads((tmp_path / f"{name}-seed0" / "metrics.json").read_text()) for name in ("gsc", "ncr")]
@@ -83,13 +83,13 @@ def test_the_recipes_own_comparison_is_saved_with_what_was_compared(tmp_path):
         (["none"], ["0"], "an integer"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_runs(strategies, seeds, reason, tmp_path):
+def test_what_does_not_fit_is_refused_before_anything_runs(strategies, seeds, reason, tmp_path):
     with pytest.raises(RecipeError, match=reason):
         compare(tiny_recipe(tmp_path / "new"), strategies, seeds)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_strategy_that_the_settings_rule_out_is_told_before_anything_runs(tmp_path):
+def test_a_strategy_that_the_settings_rule_out_is_refused_before_anything_runs(tmp_path):
     recipe = tiny_recipe(tmp_path / "new", selection={"strategy": "none", "ratio": 0.1})
     with pytest.raises(RecipeError, match="contrastive loss needs 2"):
         compare(recipe, ["none", "random"], [0])
@@ -111,11 +111,11 @@ def test_an_interrupted_comparison_leaves_what_it_has(tmp_path):
 def test_resume_takes_over_finished_runs_of_the_same_settings_only(tmp_path):
     recipe = tiny_recipe(tmp_path)
     first = compare(recipe, ["none", "random"], [0])
-    told = []
-    second = compare(recipe, ["none", "random", "small_loss"], [0], resume=True, announce=told.append)
-    assert told == ["[1/3] none: finished before", "[2/3] random: finished before", "[3/3] small_loss"]
+    announced = []
+    second = compare(recipe, ["none", "random", "small_loss"], [0], resume=True, announce=announced.append)
+    assert announced == ["[1/3] none: finished before", "[2/3] random: finished before", "[3/3] small_loss"]
     assert second["runs"][:2] == first["runs"] and [row["strategy"] for row in second["table"]][-1] == "small_loss"
-    told.clear()
+    announced.clear()
     changed = recipe.with_overrides(["training.weight_decay=0.3"])
-    compare(changed, ["none"], [0], resume=True, announce=told.append)
-    assert told == ["[1/1] none"]
+    compare(changed, ["none"], [0], resume=True, announce=announced.append)
+    assert announced == ["[1/1] none"]

@@ -16,7 +16,8 @@ from testing.tiny_recipe import STEPS, TOWER, tiny_recipe
 from hf_dissect import make_scenes
 from hf_dissect.data import make_scene_classes
 from hf_dissect.recipe.recipe import DataSection
-from hf_dissect.runs.run import build_trainer, free_output_dir, in_folder, load_data, run_recipe
+from hf_dissect.runs.output_folder import choose_free_output_dir, replace_output_dir
+from hf_dissect.runs.run import build_trainer, load_data, run_recipe
 from hf_dissect.runs.saved_model import load_split
 
 pytestmark = pytest.mark.usefixtures("drawn")
@@ -158,14 +159,16 @@ def test_the_start_depends_on_the_seed_alone(tmp_path):
 
 def test_a_run_moves_to_a_free_folder(tmp_path, caplog):
     recipe = tiny_recipe(tmp_path / "a: b")
-    assert free_output_dir(recipe) is recipe
+    assert choose_free_output_dir(recipe) is recipe
     (tmp_path / "a: b" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "a: b-2").mkdir()
     (tmp_path / "a: b-2" / "metrics.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
-        assert free_output_dir(recipe).output_dir == str(tmp_path / "a: b-3")
+        assert choose_free_output_dir(recipe).output_dir == str(tmp_path / "a: b-3")
     assert "already holds a run" in caplog.text
-    assert in_folder(recipe, tmp_path).output_dir == str(tmp_path) and recipe.output_dir == str(tmp_path / "a: b")
+    assert replace_output_dir(recipe, tmp_path).output_dir == str(tmp_path) and recipe.output_dir == str(
+        tmp_path / "a: b"
+    )
 
 
 def test_one_split_of_data(tmp_path, caplog):

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from hf_dissect.distillation import (
-    AuxiliaryDistillationArguments,
-    AuxiliaryDistillationTrainer,
+    DistillationTrainer,
+    DistillationTrainingArguments,
     FrameSequenceEncoder,
     FrameSequenceEncoderConfig,
     SequenceEncoder,
@@ -42,7 +42,7 @@ def tiny_auxiliaries(**settings) -> dict[str, SequenceEncoder]:
     }
 
 
-def tiny_arguments(folder, **settings) -> AuxiliaryDistillationArguments:
+def tiny_arguments(folder, **settings) -> DistillationTrainingArguments:
     defaults = {
         "student_column": "depth",
         "label_column": "action",
@@ -59,11 +59,11 @@ def tiny_arguments(folder, **settings) -> AuxiliaryDistillationArguments:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return AuxiliaryDistillationArguments(str(folder), **(defaults | settings))
+    return DistillationTrainingArguments(str(folder), **(defaults | settings))
 
 
-def tiny_trainer(folder, columns=None, evaluation=None, *, encoder=None, **settings) -> AuxiliaryDistillationTrainer:
-    return AuxiliaryDistillationTrainer(
+def tiny_trainer(folder, columns=None, evaluation=None, *, encoder=None, **settings) -> DistillationTrainer:
+    return DistillationTrainer(
         tiny_student(**(encoder or {})),
         tiny_arguments(folder, **settings),
         tiny_auxiliaries(),
@@ -72,7 +72,7 @@ def tiny_trainer(folder, columns=None, evaluation=None, *, encoder=None, **setti
     )
 
 
-def weights_of(trainer: AuxiliaryDistillationTrainer) -> torch.Tensor:
+def weights_of(trainer: DistillationTrainer) -> torch.Tensor:
     """All weights of networks and discriminator in one vector."""
     parameters = list(trainer.model.parameters())
     if trainer.adversary is not None:

@@ -1,1 +1,1 @@
-"""The terms of a distillation, one file each."""
+"""Terms of the objective of a distillation, one file each."""

@@ -1,6 +1,6 @@
-"""Adversarial minimisation of H(T|S): what the student knows must do to make features that pass for the teacher's."""
+"""Adversarial minimisation of H(T|S): features generated from the student's have to pass for the teacher's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,17 +14,18 @@ from hf_dissect.distributed import rank_and_world_size
 
 
 class Discriminator(nn.Module):
-    """Tells teacher's features from generated ones, given the student's features.
+    """Network that separates the teacher's features from generated ones, given the student's features.
 
-    Its layers are spectrally normalised (arXiv 1802.05957). That bounds the gradient that the student gets: without it
-    a confident discriminator drowns the student's task.
+    Spectral normalisation of its layers (arXiv 1802.05957) bounds the gradient that reaches the student. Without it,
+    the gradient of a confident discriminator drowns that of the student's task.
 
     Args:
-        teacher_size, student_size: of the features.
-        hidden_size: of its two layers.
+        teacher_size: Size `D_t` of the teacher's features.
+        student_size: Size `D_s` of the student's features.
+        hidden_size: Width of the two hidden layers.
     """
 
-    def __init__(self, teacher_size: int, student_size: int, hidden_size: int = 128):
+    def __init__(self, teacher_size: int, student_size: int, hidden_size: int = 128) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             spectral_norm(nn.Linear(teacher_size + student_size, hidden_size)),
@@ -35,36 +36,51 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-        """Logits `(B,)`, positive for what is taken for the teacher's, of `(B, D_t)` and `(B, D_s)`."""
+        """Score features.
+
+        Args:
+            teacher: Features of the teacher, or generated ones, `(B, D_t)`.
+            student: Features of the student for the same rows, `(B, D_s)`.
+
+        Returns:
+            Logits `(B,)`, positive for features that are taken for the teacher's.
+        """
         return self.layers(torch.cat([teacher, student], dim=-1)).squeeze(-1)
 
 
 def generator_loss(
     discriminator: nn.Module, generated: torch.Tensor, student: torch.Tensor, counted: torch.Tensor
 ) -> torch.Tensor:
-    """How far generated features are from passing for the teacher's: `log(1 - D(G(s), s))`, the minimax form.
+    """Compute `log(1 - D(G(s), s))`, the minimax form of the generator's loss.
 
-    Its gradient fades where the discriminator is sure, and so leaves the student in peace while the generator, led by
-    the anchor, is still far from t; that of the usual `-log D` is then largest, the same for all rows, and drowns the
-    student's task.
+    The gradient of this form vanishes where the discriminator is sure. It therefore does not disturb the student while
+    the generator, which the anchor leads, is still far from the teacher's features. The usual form `-log D` has its
+    largest gradient there, the same for all rows, which drowns that of the student's task.
 
-    The gradient reaches the student through G alone: as a condition, s is given to D as it is, lest the student learn
-    to withhold what tells real from generated.
+    The gradient reaches the student through the generator only. The student's features as condition of the
+    discriminator get none; otherwise the student would learn to hide what separates real from generated features.
 
     Args:
-        generated: `(B, D_t)` with gradient.
-        student: `(B, D_s)`, brought to unit deviation.
-        counted: bool `(B,)`.
+        discriminator: Discriminator `D(t, s)`.
+        generated: Generated features, `(B, D_t)` with gradient.
+        student: Features of the student at unit deviation, `(B, D_s)`.
+        counted: Mask of the counted rows, bool `(B,)`.
     """
     logits = discriminator(generated.float(), student.detach().float())
     return mean_over_rows(-F.softplus(logits), counted)
 
 
 def anchor_loss(generated: torch.Tensor, real: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of `(B, D_t)` per number: of features at unit deviation, 1 is the error of knowing nothing.
+    """Compute the mean squared error of generated features.
 
-    Up to constants it bounds H(T|S) from above, with a Gaussian about G(s) in the place of p(t|s). Without it, G and D
-    chase each other in a direction that all rows share, and the student's features collapse along it.
+    Up to constants it is an upper bound of H(T|S), with a Gaussian around G(s) in place of p(t|s). Without this loss,
+    generator and discriminator chase each other in a direction that all rows share, and the student's features
+    collapse along it. For features at unit deviation, a constant generator has the loss 1.
+
+    Args:
+        generated: Generated features, `(B, D_t)` with gradient.
+        real: Features of the teacher, `(B, D_t)`.
+        counted: Mask of the counted rows, bool `(B,)`.
     """
     return mean_over_rows((generated.float() - real.detach().float()).square().mean(-1), counted)
 
@@ -76,10 +92,17 @@ def discriminator_loss(
     student: torch.Tensor,
     counted: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cross-entropy of telling (t, s) from (G(s), s), and the share told rightly; nothing but D gets gradient.
+    """Compute the discriminator's cross-entropy between (t, s) and (G(s), s); only the discriminator gets a gradient.
+
+    Args:
+        discriminator: Discriminator `D(t, s)`.
+        real: Features of the teacher, `(B, D_t)`.
+        generated: Generated features, `(B, D_t)`.
+        student: Features of the student at unit deviation, `(B, D_s)`.
+        counted: Mask of the counted rows, bool `(B,)`.
 
     Returns:
-        The loss, and the accuracy in [0, 1], each a scalar whose average over the ranks is that of the union.
+        Loss and accuracy in [0, 1], scalars whose averages over the ranks are those of all rows.
     """
     real, generated, student = (part.detach().float() for part in (real, generated, student))
     logits = discriminator(torch.cat([real, generated]), torch.cat([student, student]))
@@ -90,24 +113,24 @@ def discriminator_loss(
 
 
 class Adversary:
-    """The discriminator with its own optimiser, updated once in each optimiser step of the rest.
+    """Discriminator with its own optimiser, updated once per optimiser step of the other networks.
 
-    It works in single precision whatever the rest does, on the features of the same forward pass, and averages its
-    gradients over the ranks by itself.
+    It computes in single precision, whatever the precision of the run, on features of the same forward pass. It
+    averages its gradients over the ranks itself.
 
     Args:
-        discriminator: on its device.
-        learning_rate: of its Adam, constant.
+        discriminator: Discriminator, on its device.
+        learning_rate: Constant learning rate of Adam.
     """
 
-    def __init__(self, discriminator: Discriminator, learning_rate: float):
+    def __init__(self, discriminator: Discriminator, learning_rate: float) -> None:
         self.discriminator = discriminator
-        # Betas as usual against a moving opponent (DCGAN, arXiv 1511.06434).
+        # The usual betas for an opponent that changes as well (DCGAN, arXiv 1511.06434).
         self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.999))
 
     @contextmanager
-    def fixed(self):
-        """Inside the block, gradients pass through the discriminator and leave none in it."""
+    def frozen(self) -> Iterator[Discriminator]:
+        """Yield the discriminator; inside the block, gradients pass through it and its weights collect none."""
         self.discriminator.requires_grad_(False)
         try:
             yield self.discriminator
@@ -115,28 +138,36 @@ class Adversary:
             self.discriminator.requires_grad_(True)
 
     def accumulate(self, loss: Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor]], share: float) -> torch.Tensor:
-        """Add the gradients of `share` times a loss of this micro-batch; returns the accuracy that came with it."""
+        """Add the gradients of one micro-batch.
+
+        Args:
+            loss: Function from the discriminator to loss and accuracy.
+            share: Share of the micro-batch in the optimiser step, in (0, 1].
+
+        Returns:
+            The accuracy, a scalar.
+        """
         with torch.autocast(next(self.discriminator.parameters()).device.type, enabled=False):
             value, accuracy = loss(self.discriminator)
         (value * share).backward()
         return accuracy
 
     def step(self) -> None:
-        """Average the gradients over the ranks and update."""
+        """Average the gradients over the ranks and update the weights."""
         world_size = rank_and_world_size()[1]
-        for parameter in self.discriminator.parameters():
-            if world_size > 1:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world_size
+        for gradient in (parameter.grad for parameter in self.discriminator.parameters()):
+            if world_size > 1 and gradient is not None:
+                dist.all_reduce(gradient)
+                gradient /= world_size
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return weights and moments by name."""
-        found = {f"weight.{name}": value for name, value in self.discriminator.state_dict().items()}
+        """Return the weights and the moments of Adam, by name."""
+        state = {f"weight.{name}": value for name, value in self.discriminator.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
-        return {name: value.detach().cpu().clone() for name, value in found.items()}
+            state |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a saved state."""

@@ -1,4 +1,4 @@
-"""Means over those rows of all ranks that a term looks at, however they are spread over the ranks."""
+"""Mean over the rows that a term counts, however they are spread over the ranks."""
 
 import torch
 import torch.distributed as dist
@@ -7,17 +7,17 @@ from hf_dissect.distributed import rank_and_world_size
 
 
 def mean_over_rows(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Mean over the counted rows of all ranks, in the form whose average over the ranks it is.
+    """Return this rank's share of the mean over the counted rows of all ranks.
 
-    DDP averages gradients, and the Trainer losses, over the ranks: so that the average is the mean over the union of
-    the rows, each rank's sum is divided by the mean number of counted rows.
+    DDP averages the gradients over the ranks, and the Trainer averages the losses. Each rank therefore divides its sum
+    by the mean number of counted rows per rank: the average of these quotients is the mean over all counted rows.
 
     Args:
-        values: `(B,)`; those not counted may be anything finite.
-        counted: bool `(B,)`.
+        values: Value of each row, `(B,)`; a row that is not counted may hold any finite number.
+        counted: Mask of the counted rows, bool `(B,)`.
 
     Returns:
-        A scalar with gradient; 0 when no row is counted anywhere.
+        A scalar with gradient; 0 if no rank counts a row.
     """
     number = counted.sum().to(values.dtype)
     world_size = rank_and_world_size()[1]

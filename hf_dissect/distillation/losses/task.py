@@ -1,4 +1,4 @@
-"""What each network is for: to classify, and to bring rows of the same class together for retrieval."""
+"""Losses of the task: classification, retrieval of rows of the same class, and imitation of the teacher's answers."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,14 @@ from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy of `(B, C)` against int64 `(B,)`, the mean over the counted rows of all ranks."""
+    """Compute the cross-entropy, averaged over the counted rows of all ranks.
+
+    Args:
+        logits: Scores of the classes, `(B, C)`.
+        labels: Classes, int64 `(B,)`.
+        counted: Mask of the counted rows, bool `(B,)`.
+        label_smoothing: Share of the target that is spread evenly over the classes, in [0, 1).
+    """
     losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
     return mean_over_rows(losses, counted)
 
@@ -18,16 +25,16 @@ def classification_loss(
 def retrieval_loss(
     embeds: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Supervised contrastive loss (Khosla et al., arXiv 2004.11362, equation 2) among the rows of all ranks.
+    """Compute the supervised contrastive loss of Khosla et al. (arXiv 2004.11362, equation 2) over all ranks.
 
     Args:
-        embeds: `(B, E)` of unit length, equally many rows on every rank.
-        labels: int64 `(B,)`.
-        counted: bool `(B,)`; other rows are neither anchors nor candidates.
-        temperature: that the cosines are divided by.
+        embeds: Embeddings of unit length, `(B, E)`, equally many rows on every rank.
+        labels: Classes, int64 `(B,)`.
+        counted: Mask of the rows that serve as anchors and candidates, bool `(B,)`.
+        temperature: Divisor of the cosines.
 
     Returns:
-        The mean over the anchors that have another row of their class; 0 without any.
+        The mean over the anchors that have a candidate of their class; 0 if there is no such anchor.
     """
     with torch.autocast(embeds.device.type, enabled=False):
         embeds = embeds.float()
@@ -45,12 +52,18 @@ def retrieval_loss(
 def hinton_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, counted: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Divergence of the student's softened predictions from the teacher's (Hinton et al., arXiv 1503.02531).
+    """Compute the divergence of the student's softened predictions from the teacher's.
 
-    `temperature ** 2 * KL(softmax(teacher / temperature) || softmax(student / temperature))`; the teacher gets no
-    gradient.
+    The loss of a row is `temperature ** 2 * KL(softmax(teacher / temperature) || softmax(student / temperature))`
+    (Hinton et al., arXiv 1503.02531, section 2). The teacher gets no gradient.
+
+    Args:
+        student_logits: Logits of the student, `(B, C)` with gradient.
+        teacher_logits: Logits of the teacher, `(B, C)`.
+        counted: Mask of the counted rows, bool `(B,)`.
+        temperature: Divisor of the logits.
     """
     target = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
-    found = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    losses = F.kl_div(found, target, reduction="none", log_target=True).sum(-1) * temperature**2
+    predicted = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    losses = F.kl_div(predicted, target, reduction="none", log_target=True).sum(-1) * temperature**2
     return mean_over_rows(losses, counted)
