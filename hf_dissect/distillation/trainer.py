@@ -22,7 +22,7 @@ from hf_dissect.distillation.training_args import AuxiliaryDistillationArguments
 from hf_dissect.distillation.training_data import Columns, ModalityRows
 from hf_dissect.hub.published_files import ENCODER_FOLDER
 from hf_dissect.training.non_finite import check_finite
-from hf_dissect.training.run_folder import without_speed
+from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import STATE_FILE, Part
 from hf_dissect.training.trainer import BaseTrainer
 
@@ -173,7 +173,7 @@ class DistillationTrainer(BaseTrainer):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self.rows.add(batch["row"].cpu(), batch["row_state"].cpu())
-        self.stop_request.grant_if(self.ranks.table(self.stop_request.made).any())
+        self.stop_request.grant_if(self.ranks.gather_numbers(self.stop_request.made).any())
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -300,7 +300,7 @@ class DistillationTrainer(BaseTrainer):
     def final_figures(self, test_dataset: Any) -> dict[str, float]:
         """Evaluate the trained networks on `test_dataset`, by default the `eval_dataset`."""
         dataset = self.eval_dataset if test_dataset is None else test_dataset
-        return {} if dataset is None else without_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
+        return {} if dataset is None else drop_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
 
     def check_checkpoint(self, folder: str) -> None:
         """Make sure that a checkpoint holds these networks (`ValueError`)."""

@@ -14,7 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.adapters import add_adapter
-from hf_dissect.models.loading import freeze_tower, load_model_and_processor, networks_of
+from hf_dissect.models.loading import freeze_tower, list_networks, load_model_and_processor
 from hf_dissect.models.twin_encoder import TwinDualEncoder
 from hf_dissect.recipe.file import RecipeFile
 from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
@@ -88,7 +88,7 @@ def _load(section: ModelSection, captions: Iterable[str] | None = None) -> tuple
 
 def _twins(first: Any, section: ModelSection) -> Any:
     """The model with a second one beside it that starts differently; a saved pair of twins goes on as it is."""
-    if len(networks_of(first)) == 2:
+    if len(list_networks(first)) == 2:
         return first
     if section.config is not None:
         second = type(first)(first.config).eval()
