@@ -44,7 +44,7 @@ def begin_with_scores(
     warmup = getattr(strategy, "warmup_epochs", 0)
     if warmup and set(strategy.columns) & set(taken):
         logger.warning(
-            "selection.ledger: the first %d epochs warm up and overwrite its scores; set selection.warmup_epochs "
+            "selection.ledger: the first %d epochs warm up and overwrite what it brings; set selection.warmup_epochs "
             "to 0 to select from the first step on.",
             warmup,
         )
