@@ -30,11 +30,6 @@ logger = logging.getLogger(__name__)
 def check_arguments(args: Any, data_collator: Any, processing_class: Any) -> None:
     """Check the type of the training arguments, and that there is a collator or a processor.
 
-    Args:
-        args: Arguments of the run.
-        data_collator: Collator of the pairs, or None.
-        processing_class: Processor of the model, or None.
-
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
         ValueError: There is neither a collator nor a processor with a tokenizer.
@@ -161,11 +156,6 @@ def _describe_images(dim: int | None) -> str:
 def choose_caption_length(model: Any, processor: Any, args: DissectTrainingArguments) -> int:
     """Choose the number of tokens after which captions are cut: `max_caption_length`, or the limit of the model.
 
-    Args:
-        model: Dual encoder, wrapped or not.
-        processor: Processor of the model.
-        args: Arguments of the run.
-
     Raises:
         ValueError: `max_caption_length` is beyond the limit of the model.
     """
@@ -275,13 +265,7 @@ def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args:
 
 
 def load_ledger(ledger: SampleLedger, folder: str, has_state: bool) -> None:
-    """Load the ledger of a checkpoint, and warn if the checkpoint has no ledger or no state.
-
-    Args:
-        ledger: Ledger of the run.
-        folder: Folder of the checkpoint.
-        has_state: False for a checkpoint of the plain Trainer, without a state of the selection.
-    """
+    """Load the ledger of a checkpoint, and warn if the checkpoint has no ledger, or no state of the selection."""
     file = Path(folder, LEDGER_FILE)
     if file.is_file():
         ledger.load(file)
@@ -295,12 +279,6 @@ def begin_with_initial_ledger(
     ledger: SampleLedger, strategy: SelectionStrategy, pairs: Any, args: DissectTrainingArguments
 ) -> None:
     """Fill the ledger with the scores that `args.initial_ledger` names; every rank calls this function.
-
-    Args:
-        ledger: Ledger of the run.
-        strategy: Strategy of the run.
-        pairs: Training pairs.
-        args: Arguments of the run.
 
     Raises:
         FileNotFoundError: There are no scores.
@@ -330,7 +308,7 @@ def check_tasks(model: torch.nn.Module, train: Any, evaluation: Any) -> None:
         evaluation: Pairs, a dict of several, or None.
 
     Raises:
-        ValueError: The training pairs have no tasks, or there is no expert for a task.
+        ValueError: The training pairs have no tasks, or the adapter lacks an expert for a task.
     """
     number_tasks_alike(train, evaluation)
     routing = mola_routing(model)

@@ -154,8 +154,8 @@ class OnlineSelector:
             micro_step: Number of the batch within the step, if gradients are accumulated.
 
         Returns:
-            Kept rows of the batch on the device of the model. A strategy that weights pairs adds `pair_weight`, float32
-            `(k,)`.
+            Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)` if the strategy has
+            weights.
 
         Raises:
             TooManyBadRows: More rows are unreadable than `bad_rows` allows.
