@@ -18,7 +18,7 @@ from hf_dissect import DissectTrainer, make_scenes
 from hf_dissect.data import shuffle_captions
 from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.runs.run import build_trainer
-from hf_dissect.training.checkpoints import CheckpointError, last_complete_checkpoint
+from hf_dissect.training.checkpoints import CheckpointError, find_last_checkpoint
 from hf_dissect.training.interruption import DataWorkerDied, StoppedBySignal
 from hf_dissect.training.non_finite import NonFiniteLossError
 
@@ -189,7 +189,7 @@ def _train(setup: Setup, folder: Path, pipe: int, poison: tuple[int, int] | None
         if poison is not None:
             step, seed = poison
             trainer.add_callback(Poison(trainer, step, random.Random(seed)))
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=find_last_checkpoint(folder))
     except StoppedBySignal:
         raise
     except Exception as error:

@@ -31,7 +31,7 @@ from hf_dissect import DissectTrainer, Recipe, SelectionCollator
 from hf_dissect.data import as_pairs
 from hf_dissect.evaluation import format_results_table, noise_detection_metrics, summarise_seeds
 from hf_dissect.evaluation.pair_scores import join_correlations
-from hf_dissect.evaluation.selection_figures import label_figures, soft_labels
+from hf_dissect.evaluation.selection_figures import compute_label_figures, read_soft_labels
 from hf_dissect.runs.run import build_trainer, load_data
 from hf_dissect.selection import CandidateScores, SampleLedger, Selection
 from hf_dissect.selection.uniform import KeepAll
@@ -153,7 +153,7 @@ def figures(trainer: DissectTrainer, split: str) -> dict:
         trainer.score_batches(trainer.get_eval_dataloader(trainer.train_dataset)),
         trainer.accelerator.gather_for_metrics,
     )
-    found |= label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"])
+    found |= compute_label_figures(trainer.ledger, scored["sample_id"], scored["is_clean"])
     found |= label_weight(trainer.ledger, scored["sample_id"], scored["is_clean"])
     if (ranking := trainer.monitor.ranking_truth()) is not None:
         found["ranking_auroc"] = noise_detection_metrics(*ranking)["auroc"]
@@ -163,7 +163,7 @@ def figures(trainer: DissectTrainer, split: str) -> dict:
 
 def label_weight(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch.Tensor) -> dict[str, float]:
     """Of soft labels: the median of the matched pairs', and the mismatched pairs' share of all label weight."""
-    if (labels := soft_labels(ledger, sample_id)) is None:
+    if (labels := read_soft_labels(ledger, sample_id)) is None:
         return {}
     share = labels[~is_clean].sum() / labels.sum()
     return {"label_median_matched": labels[is_clean].median().item(), "label_weight_mismatched": share.item()}

@@ -40,7 +40,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in (WARMUP_STEPS, state.max_steps):
-            self.marks.append((time.perf_counter(), time.process_time(), self._times.so_far()))
+            self.marks.append((time.perf_counter(), time.process_time(), self._times.measure_so_far()))
 
 
 def charge(owner, name: str, times, part: str) -> None:

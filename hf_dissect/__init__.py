@@ -6,7 +6,7 @@ from typing import Any
 from hf_dissect.models.peft_registration import register_mola_with_peft
 from hf_dissect.version import __version__
 
-# Name -> module. Imported on first use: `hf-dissect recipes` and `--help` need neither torch nor transformers.
+# Module of each exported name, imported on first use: `hf-dissect --help` needs neither torch nor transformers.
 _HOMES = {
     "CandidateScores": "hf_dissect.selection",
     "ContrastiveLoss": "hf_dissect.losses",

@@ -1,4 +1,4 @@
-"""Collator of candidate batches: decodes and tokenises in the data loader's workers, and marks bad rows."""
+"""Collator that makes candidate batches in the workers of a data loader, and marks unreadable rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from hf_dissect.data.pairs import ROW_KEYS, key_hash
 
 
 class SelectionCollator:
-    """Collator of pairs into candidate batches with sample ids.
+    """Collator that decodes and tokenises pairs, and makes candidate batches with sample ids.
 
-    A bad row keeps its place with a placeholder and a reason, so that batches have the same size on all ranks; the
-    trainer drops it before it trains.
+    An unreadable row keeps its place, with a placeholder and a reason, so that batches have the same size on all
+    ranks; the selector drops it.
 
     Args:
-        processor: Processor of the model, with `tokenizer` and `image_processor`, or a bare tokenizer when the images
+        processor: Processor of the model, with `tokenizer` and `image_processor`; a tokenizer is enough if the images
             are precomputed feature vectors.
-        text_padding: Padding of the captions: "longest" in the batch, or "max_length" for models that pool the last
+        text_padding: Padding of the captions, "longest" (of the batch) or "max_length", for models that read the last
             position (SigLIP).
-        max_caption_length: Number of tokens to cut a caption to; None for the tokenizer's own limit.
+        max_caption_length: Number of tokens after which a caption is cut; None for the limit of the tokenizer.
 
     Raises:
         ValueError: The processor has no tokenizer, or its tokenizer cannot pad.
@@ -42,37 +42,40 @@ class SelectionCollator:
         self._feature_dim: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate `B` dicts with `image`, `caption`, `sample_id` and optionally `task_id`, `is_clean`.
+        """Collate `B` pairs.
+
+        Args:
+            rows: Dicts with `image`, `caption`, `sample_id` and optionally `task_id` and `is_clean`.
 
         Returns:
-            Inputs of the model (`pixel_values`, `input_ids`, ...) and, with leading dimension `B`: `sample_id`,
-            `image_key`, `caption_key` int64, `bad_reason` int8 (`BadReason`), and `task_id` int64 and `is_clean` bool
-            where the rows have them.
+            Inputs of the model (`pixel_values`, `input_ids`, ...), and columns `(B,)`: `sample_id`, `image_key` and
+            `caption_key` int64, `bad_reason` int8 (`BadReason`), and `task_id` int64 and `is_clean` bool if the rows
+            have them.
 
         Raises:
-            ValueError: Rows are not pairs with integer ids, or pictures came without an image processor.
+            ValueError: Rows are not pairs with integer ids, or there are pictures and no image processor.
         """
         for key in ROW_KEYS:
             if any(key not in row for row in rows):
                 raise ValueError(
                     f"A row has no {key}; wrap the data with hf_dissect.data.as_pairs, which makes numbered pairs."
                 )
-        reasons = [_caption_reason(row["caption"]) for row in rows]
+        reasons = [_find_caption_reason(row["caption"]) for row in rows]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
-        batch = {**self._images(rows, reasons), **self._texts(captions)}
-        batch["sample_id"] = _integers(rows, "sample_id")
+        batch = {**self._process_images(rows, reasons), **self._tokenise(captions)}
+        batch["sample_id"] = _read_integers(rows, "sample_id")
         batch["image_key"] = torch.tensor([key_hash(image_content(row["image"]) or b"") for row in rows])
         batch["caption_key"] = torch.tensor([key_hash(caption) for caption in captions])
         batch["bad_reason"] = torch.tensor(reasons, dtype=torch.int8)
         if "task_id" in rows[0]:
-            batch["task_id"] = _integers(rows, "task_id")
+            batch["task_id"] = _read_integers(rows, "task_id")
         if "is_clean" in rows[0]:
             batch["is_clean"] = torch.tensor([bool(row["is_clean"]) for row in rows])
         return batch
 
     @property
     def padding(self) -> dict[str, tuple[int, str]]:
-        """Padding of tokenised captions by key of the batch: the value and the side, "left" or "right"."""
+        """Value and side ("left" or "right") of the padding of captions, by key of the batch."""
         tokenizer = self.tokenizer
         return {
             "input_ids": (tokenizer.pad_token_id, tokenizer.padding_side),
@@ -80,7 +83,7 @@ class SelectionCollator:
             "token_type_ids": (tokenizer.pad_token_type_id, tokenizer.padding_side),
         }
 
-    def _texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
+    def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
         encoded = self.tokenizer(
             captions,
             padding=self.text_padding,
@@ -90,7 +93,7 @@ class SelectionCollator:
         )
         return dict(encoded)
 
-    def _images(self, rows: Sequence[dict[str, Any]], reasons: list[int]) -> dict[str, torch.Tensor]:
+    def _process_images(self, rows: Sequence[dict[str, Any]], reasons: list[int]) -> dict[str, torch.Tensor]:
         dims = Counter(len(row["image"]) for row in rows if is_feature_vector(row["image"]))
         if self._feature_dim is None and dims:
             self._feature_dim = dims.most_common(1)[0][0]
@@ -104,8 +107,8 @@ class SelectionCollator:
         images = []
         for position, row in enumerate(rows):
             try:
-                # A row without a caption is lost already: its image need not be decoded.
-                images.append(_PLACEHOLDER if reasons[position] else _usable_shape(decode_image(row["image"])))
+                # A row without a caption is unreadable, so its image need not be decoded.
+                images.append(_PLACEHOLDER if reasons[position] else _make_usable_shape(decode_image(row["image"])))
             except UnusableImage:
                 reasons[position] = BadReason.IMAGE
                 images.append(_PLACEHOLDER)
@@ -113,10 +116,10 @@ class SelectionCollator:
 
 
 def find_tokenizer(processor: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor, or the processor itself when it is one.
+    """Return the tokenizer of a processor, or the processor itself if it is a tokenizer.
 
     Raises:
-        ValueError: There is no tokenizer, or it cannot pad.
+        ValueError: The processor has no tokenizer, or its tokenizer cannot pad.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -136,19 +139,19 @@ _PLACEHOLDER = Image.new("RGB", (32, 32))
 _MOST_ELONGATED = 50
 
 
-def _usable_shape(image: Image.Image) -> Image.Image:
+def _make_usable_shape(image: Image.Image) -> Image.Image:
     if min(image.size) <= 4:
-        # An image one to four pixels high or wide looks like a channel dimension to the image processors.
+        # Image processors take a side of one to four pixels for the channel dimension.
         size = (max(image.width, 8), max(image.height, 8))
         image = image.resize(size, Image.Resampling.NEAREST)
     longest = _MOST_ELONGATED * min(image.size)
     if max(image.size) > longest:
-        # Scaled to its shorter side by the image processor, a line of pixels would fill the memory.
+        # Image processors scale the shorter side up, and a line of pixels would then fill the memory.
         image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))
     return image
 
 
-def _caption_reason(caption: Any) -> int:
+def _find_caption_reason(caption: Any) -> int:
     if caption is None:
         return BadReason.CAPTION_MISSING
     if not isinstance(caption, str):
@@ -156,7 +159,7 @@ def _caption_reason(caption: Any) -> int:
     return BadReason.GOOD if caption.strip() else BadReason.CAPTION_MISSING
 
 
-def _integers(rows: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
+def _read_integers(rows: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
     values = [row[key] for row in rows]
     wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, Integral)), None)
     if wrong is not None or None in values:

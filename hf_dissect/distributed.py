@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather
 
 
-def rank_and_world_size() -> tuple[int, int]:
+def get_rank_and_world_size() -> tuple[int, int]:
     """Return this process's rank and the number of processes; `(0, 1)` without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -20,18 +20,18 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """Concatenate `(b, D)` of all ranks to `(b * world size, D)`; the gradient flows back to every rank's own rows."""
-    return tensor if rank_and_world_size()[1] == 1 else _GatherWithGrad.apply(tensor)
+    """Concatenate the tensors `(b, D)` of all ranks to `(b * world size, D)`, with gradient for the own rows."""
+    return tensor if get_rank_and_world_size()[1] == 1 else _GatherWithGrad.apply(tensor)
 
 
 def gather_last_dimension(values: torch.Tensor) -> torch.Tensor:
-    """Concatenate `(n, b)` of all ranks to `(n, b * world size)`, without gradient."""
-    return values if rank_and_world_size()[1] == 1 else _gather(values.T).T
+    """Concatenate the tensors `(n, b)` of all ranks to `(n, b * world size)`, without gradient."""
+    return values if get_rank_and_world_size()[1] == 1 else _gather(values.T).T
 
 
 def pass_to_next_rank(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Send tensors to the next rank of the ring and return those of the previous one, of the same shapes and types."""
-    rank, world_size = rank_and_world_size()
+    """Send tensors to the next rank, and return the tensors of the previous rank, of the same shapes and types."""
+    rank, world_size = get_rank_and_world_size()
     if world_size == 1:
         return tensors
     received = [torch.empty_like(tensor) for tensor in tensors]
@@ -61,29 +61,37 @@ class Ranks:
 
     @property
     def own(self) -> int:
-        """Number of this process."""
+        """Rank of this process, from 0."""
         return self._accelerator.process_index
 
     @property
     def alone(self) -> bool:
-        """True with one process."""
+        """True for a run of one process."""
         return self.count == 1
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Concatenate `(n, ...)`, of equal shape everywhere, over the ranks."""
+        """Concatenate the tensors `(n, ...)` of all ranks, which have the same shape."""
         if not self.alone:
             values = gather(values.to(self._accelerator.device))
         return values.cpu()
 
-    def table(self, *numbers: int) -> torch.Tensor:
-        """Gather the integers of each rank: int64 `(count, number of integers)`."""
+    def gather_numbers(self, *numbers: int) -> torch.Tensor:
+        """Gather some integers of each rank, int64 `(count, number of integers)`."""
         return self.gather(torch.tensor([numbers], dtype=torch.int64))
 
     def gather_rows(self, values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Concatenate `(n, ...)` over the ranks, where rank r has `sizes[r]` rows; stays on its device."""
+        """Concatenate tensors of different lengths over the ranks.
+
+        Args:
+            values: Rows of this rank, `(sizes[own], ...)`.
+            sizes: Number of rows of each rank.
+
+        Returns:
+            Rows of all ranks, `(sum(sizes), ...)`, on the device of `values`.
+        """
         if self.alone:
             return values
-        longest = max(1, *sizes)  # at least 1, as nothing cannot be split by rank
+        longest = max(1, *sizes)  # tensors without rows could not be split by rank
         device = self._accelerator.device
         padded = torch.zeros(longest, *values.shape[1:], dtype=values.dtype, device=device)
         padded[: len(values)] = values
@@ -91,7 +99,15 @@ class Ranks:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(values.device)
 
     def gather_columns(self, columns: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Concatenate columns `(n,)` of any types over the ranks (see `gather_rows`), all of them in one exchange."""
+        """Concatenate columns of any types over the ranks, all of them in one exchange.
+
+        Args:
+            columns: Columns of this rank by name, `(sizes[own],)` each.
+            sizes: Number of rows of each rank.
+
+        Returns:
+            Columns of all ranks by name, `(sum(sizes),)` each, on the CPU.
+        """
         if self.alone:
             return {name: column.cpu() for name, column in columns.items()}
         parts = [
@@ -106,15 +122,15 @@ class Ranks:
         }
 
     def send_rows(self, values: torch.Tensor, to_ranks: Sequence[int], from_ranks: Sequence[int]) -> torch.Tensor:
-        """Send rows to other ranks and return those received, ordered by their sender.
+        """Send rows to other ranks, and return the rows that they sent.
 
         Args:
-            values: Rows to send, `(sum(to_ranks), ...)`, ordered by receiver.
+            values: Rows to send, `(sum(to_ranks), ...)`, in the order of their receivers.
             to_ranks: Number of rows for each rank.
             from_ranks: Number of rows from each rank.
 
         Returns:
-            Rows received, `(sum(from_ranks), ...)`, on the device of `values`.
+            Received rows, `(sum(from_ranks), ...)`, in the order of their senders and on the device of `values`.
         """
         sent = values.to(self._accelerator.device).contiguous()
         as_bytes = sent.dtype == torch.bool
@@ -124,7 +140,7 @@ class Ranks:
         return (received.view(torch.bool) if as_bytes else received).to(values.device)
 
     def gather_objects(self, item: Any) -> list[Any]:
-        """Gather an object from each rank, in their order."""
+        """Return the objects of all ranks, in the order of the ranks."""
         if self.alone:
             return [item]
         everywhere: list[Any] = [None] * self.count
@@ -132,7 +148,7 @@ class Ranks:
         return everywhere
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this method."""
         self._accelerator.wait_for_everyone()
 
 

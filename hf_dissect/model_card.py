@@ -1,4 +1,4 @@
-"""Model card of a run with sample selection."""
+"""Model card of a run with online selection."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from hf_dissect.cards.citations import find_papers
 from hf_dissect.cards.metadata import build_metadata, find_pair_results, list_results
 from hf_dissect.cards.privacy import hub_dataset
 from hf_dissect.cards.rows import list_selection, tabulate_adapter, tabulate_data, tabulate_noise, tabulate_training
-from hf_dissect.models.adapters import base_of_adapter, describe_adapter
+from hf_dissect.models.adapters import describe_adapter, find_base
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
-from hf_dissect.models.loading import bare_model, contrastive_kind, networks_of, text_padding
+from hf_dissect.models.loading import bare_model, find_loss_kind, find_text_padding, list_networks
 from hf_dissect.report.picture import PICTURE, draw_run
 from hf_dissect.report.tables import as_mapping
 from hf_dissect.training.card_callback import CARD, ModelCardCallback
@@ -36,13 +36,13 @@ _TITLE = "CLIP trained with hf_dissect"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts of a model that a reader needs to run it.
+    """Facts about a model that its users need to run it.
 
     Args:
-        model_type: type in its configuration; for twins, that of the first network.
-        loss: "softmax" or "sigmoid", the function that turns its logits into probabilities.
-        padding: "longest" or "max_length", the padding of its captions.
-        feature_size: dimension of the stored features that it reads instead of pictures; None for pictures.
+        model_type: Type in the configuration of the model, or of the first network of twins.
+        loss: Function that turns logits into probabilities, "softmax" or "sigmoid".
+        padding: Padding of captions, "longest" or "max_length".
+        feature_size: Dimension of the stored features that the model reads in place of pictures; None for pictures.
         twins: True for a `TwinDualEncoder`.
     """
 
@@ -54,7 +54,7 @@ class ModelFacts:
 
 
 class SelectionCard(ModelCardCallback):
-    """Card of a `DissectTrainer`, and the picture that it shows."""
+    """Callback that writes the card of a `DissectTrainer`, and its picture."""
 
     def write_files(
         self,
@@ -68,54 +68,73 @@ class SelectionCard(ModelCardCallback):
         histogram: dict | None = None,
         **described: Any,
     ) -> None:
-        """Write `README.md` and `report.png`; `described` are arguments of `write_model_card`."""
+        """Write `README.md` and `report.png`.
+
+        Args:
+            folder: Run folder.
+            state: State of the Trainer, with the logs.
+            metrics: Content of `metrics.json` so far.
+            evaluated: Split of the figures, "validation" or "test".
+            progress: Progress of an unfinished run, such as "step 40 of 200"; None for a finished one.
+            given: `license`, `language`, `tags` and `datasets` from the user.
+            histogram: Histogram of the scores in the last epoch; None without scores.
+            described: Further arguments of `write_model_card`.
+        """
         picture_text = draw_run(folder / PICTURE, state.log_history, histogram)
-        card = {
+        card: dict[str, Any] = {
             "metrics": metrics,
             "evaluated": evaluated,
             "progress": progress,
-            "told_by_user": given,
+            "given": given,
             **described,
         }
         picture = {} if picture_text is None else {"picture": PICTURE, "picture_text": picture_text}
-        write_model_card(folder / CARD, **card, **picture)
-        # PEFT puts a card of its own next to each adapter, which names the folder of the base model.
+        write_model_card(folder / CARD, **card | picture)
+        # PEFT writes a card next to each adapter that names the local folder of the base model.
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / CARD
         if progress is not None and checkpoint.is_file():
             write_model_card(checkpoint, **card)
 
 
 def tag_model(model: nn.Module) -> None:
-    """Add the tags of the package to whatever card is written for the model."""
-    if hasattr(bare_model(model), "add_model_tags"):
-        bare_model(model).add_model_tags(list(TAGS))
+    """Add the tags of the package to a model, so that every card of the model has them."""
+    bare: Any = bare_model(model)
+    if hasattr(bare, "add_model_tags"):
+        bare.add_model_tags(list(TAGS))
 
 
 def describe_model(model: nn.Module, recipe: "Recipe | None") -> dict[str, Any]:
-    """Return the arguments of `write_model_card` that describe a model, wrapped or not: `model` and `base_model`."""
-    return {"model": model_facts(model), "base_model": _base_model(model, recipe)}
+    """Return the arguments `model` and `base_model` of `write_model_card` for a model, wrapped or not.
+
+    Args:
+        model: Model of the run.
+        recipe: Recipe of the run; None without one.
+    """
+    return {"model": find_model_facts(model), "base_model": _find_base_model(model, recipe)}
 
 
-def model_facts(model: nn.Module) -> ModelFacts:
-    """Return what a reader must know of a model to run it."""
-    config = bare_model(model).config
-    vision, networks = getattr(config, "vision_config", None), networks_of(model)
+def find_model_facts(model: nn.Module) -> ModelFacts:
+    """Return the facts that users of a model, wrapped or not, need to run it."""
+    config: Any = bare_model(model).config
+    vision, networks = getattr(config, "vision_config", None), list_networks(model)
+    first: Any = networks[0].config
     return ModelFacts(
-        model_type=networks[0].config.model_type,
-        loss=contrastive_kind(model),
-        padding=text_padding(model),
+        model_type=first.model_type,
+        loss=find_loss_kind(model),
+        padding=find_text_padding(model),
         feature_size=vision.hidden_size if isinstance(vision, PrecomputedFeaturesConfig) else None,
         twins=len(networks) > 1,
     )
 
 
-def _base_model(model: nn.Module, recipe: "Recipe | None") -> str | None:
-    """Return what training started from; for an adapter, what it is put on. None for a model that was built here."""
+def _find_base_model(model: nn.Module, recipe: "Recipe | None") -> str | None:
+    """Return the model that training started from, or the base of an adapter; None for a model from scratch."""
     if describe_adapter(model) is not None:
-        return base_of_adapter(model)
+        return find_base(model)
     if recipe is not None:
         return recipe.model.name_or_path
-    return bare_model(model).name_or_path or None
+    bare: Any = bare_model(model)
+    return bare.name_or_path or None
 
 
 def write_model_card(
@@ -130,28 +149,31 @@ def write_model_card(
     progress: str | None = None,
     picture: str | None = None,
     picture_text: str = "",
-    told_by_user: Mapping | None = None,
+    given: Mapping | None = None,
 ) -> Path:
-    """Write the card of one run to `path` (its `README.md`), and return the path.
+    """Write the model card of a run.
 
     Args:
-        path: file to write.
-        metrics: content of the run's `metrics.json`, as far as it is known.
-        base_model: model that the training started from, or the base model of an adapter; None for a model from
-            scratch. Only an id of the Hub is named in the card, never the path of a local folder.
-        recipe: recipe of the run, if it has one.
-        model: facts that are needed to run the model; a CLIP by default.
-        model_id: id under which the model can be loaded; None for the folder of the card.
-        evaluated: split of the final figures, "test" or "validation".
-        progress: how far an unfinished run has come, such as "step 40 of 200".
-        picture: name of the picture with the run's curves, in the folder of the card.
-        picture_text: description of the picture for readers who cannot see it.
-        told_by_user: `license`, `language`, `tags` and `datasets` for the metadata; a card has no license without it.
+        path: File to write, the `README.md` of the run.
+        metrics: Content of `metrics.json` so far.
+        base_model: Model that training started from, or the base model of an adapter; None for a model from scratch.
+            The card names it if it is an id of the Hub, but never the path of a local folder.
+        recipe: Recipe of the run; None without one.
+        model: Facts about the model; None for those of a CLIP.
+        model_id: Id that the model can be loaded by; None for the folder of the card.
+        evaluated: Split of the final figures, "test" or "validation".
+        progress: Progress of an unfinished run, such as "step 40 of 200"; None for a finished one.
+        picture: Name of the picture with the curves of the run, in the folder of the card; None without a picture.
+        picture_text: Description of the picture for readers who cannot see it.
+        given: `license`, `language`, `tags` and `datasets` for the metadata. Without it, the card names no license.
+
+    Returns:
+        The path.
 
     Raises:
-        FileNotFoundError: the card template is neither in the package nor in the source tree.
+        FileNotFoundError: The template of the card is neither in the package nor in the source tree.
     """
-    metrics = json.loads(json.dumps(metrics, default=str))  # names instead of enumerations, as in the file
+    metrics = json.loads(json.dumps(metrics, default=str))  # as in the file: the names of enumerations
     model = model or ModelFacts()
     adapter = as_mapping(metrics.get("adapter"))
     title = choose_title(recipe, metrics, _TITLE)
@@ -165,7 +187,7 @@ def write_model_card(
         pipeline_tag="feature-extraction" if reads_features else "zero-shot-image-classification",
         tags=[*TAGS, *(("peft", adapter["type"]) if adapter else ())],
         results=list_results(metrics, find_pair_results(recipe, evaluated)),
-        given=told_by_user or {},
+        given=given or {},
     )
     locked = reads_features or (recipe is not None and recipe.model.freeze is not None)
     return write_card(
@@ -197,7 +219,7 @@ def write_model_card(
 
 
 def _describe_adapter(adapter: Mapping) -> dict[str, bool] | None:
-    """Return the facts that text and snippet of the card need of an adapter; None for a model without one."""
+    """Return the facts about an adapter for the text and the code of the card; None for a model without one."""
     if not adapter:
         return None
     is_mola = adapter["type"] == "mola"

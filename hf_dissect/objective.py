@@ -1,4 +1,4 @@
-"""What a run minimises: the contrastive loss or, with soft labels, GSC's; and the decorrelation of a MoLA router."""
+"""Objective of a run: the contrastive loss or, with soft labels, that of GSC, plus the decorrelation of a router."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,42 +10,43 @@ from torch import nn
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.gsc import GscLoss, gsc_evidence
 from hf_dissect.models.tasks import Decorrelation
-from hf_dissect.models.twin_encoder import embeddings_of_networks
+from hf_dissect.models.twin_encoder import split_embeddings
+from hf_dissect.recipe.schema import GscSection
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.soft_labels import NETWORK_SUFFIXES, SoftLabels
 
 
 @dataclass
 class GscObjective:
-    """The loss of GSC (CVPR 2024, arXiv 2405.16996), and the soft labels that it weights the pairs with.
+    """Loss of GSC (CVPR 2024, arXiv 2405.16996), and the soft labels that weight the pairs in it.
 
-    In each training step the evidence for a pair, its agreement and its structure, is recorded from the training
-    forward; from it the labels are renewed once an epoch. With `dual` (GSC+), two networks are trained, each with the
-    labels that the other's evidence gave, at twice the cost.
+    Each training step records the evidence for its pairs, agreement and structure, from the training forward pass.
+    Once an epoch, the labels are renewed from the evidence. With `dual` (GSC+), two networks are trained at twice the
+    cost, each with the labels that come from the evidence of the other.
 
     Args:
-        gamma: weight of the loss within the modalities.
-        beta: share of the new evidence in a label, in (0, 1].
-        temperature: of the softmax over the cosines; the model's own is neither used nor trained by this loss.
-        warmup_epochs: epochs that train by the contrastive loss while evidence is recorded.
-        dual: whether two networks take each other's labels; the model is then a `TwinDualEncoder`.
-        seed: of the mixture.
+        gamma: Weight of the loss within the modalities.
+        beta: Share of the new evidence in a label, in (0, 1].
+        temperature: Temperature of the softmax over the cosines; this loss neither uses nor trains that of the model.
+        warmup_epochs: Number of epochs with the contrastive loss, which record evidence as well.
+        dual: True for the two networks of a `TwinDualEncoder`, each trained with the labels of the other.
+        seed: Seed of the mixture that divides the structures.
 
     Attributes:
-        columns: ledger columns it keeps.
+        columns: Ledger columns of evidence and labels.
 
     Raises:
-        ValueError: a value is impossible.
+        ValueError: A value is not allowed.
     """
 
-    gamma: float = 0.01
-    beta: float = 0.7
-    temperature: float = 0.07
-    warmup_epochs: int = 1
-    dual: bool = False
+    gamma: float = GscSection.gamma
+    beta: float = GscSection.beta
+    temperature: float = GscSection.temperature
+    warmup_epochs: int = GscSection.warmup_epochs
+    dual: bool = GscSection.dual
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.warmup_epochs, bool) or not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs={self.warmup_epochs!r}: must be an integer of at least 0.")
         if not isinstance(self.dual, bool):
@@ -56,83 +57,98 @@ class GscObjective:
         self.columns = tuple(column for labels in self._labels for column in labels.columns)
         self._loss = GscLoss(self.gamma, self.temperature)
 
-    def loss(
+    def compute_loss(
         self,
         outputs: Mapping[str, torch.Tensor],
         sample_id: torch.Tensor,
         weights: torch.Tensor | None,
         ledger: SampleLedger,
     ) -> torch.Tensor:
-        """The loss of the pairs `sample_id` `(b,)`, whose labels are multiplied by `weights` `(b,)`.
+        """Compute the loss of the own pairs among those of all ranks.
 
-        Of two networks it is the sum.
+        Args:
+            outputs: Outputs of the model, with `image_embeds` and `text_embeds` `(b, D)`.
+            sample_id: Ids of the pairs, int64 `(b,)`.
+            weights: Weights that multiply the labels, float32 `(b,)`; None for equal weights.
+            ledger: Ledger with the labels.
+
+        Returns:
+            Loss `()` with gradient; for two networks, the sum of their losses.
         """
-        losses, self._last_evidence = [], {} if weights is None else None  # the evidence must not be masked by them
-        for own, embeds, labels in self._networks(outputs, sample_id, ledger):
-            if weights is not None:
-                losses.append(self._loss(*embeds, labels.to(weights) * weights))
-                continue
-            loss, evidence = self._loss.with_evidence(*embeds, labels)
+        losses: list[torch.Tensor] = []
+        last_evidence: dict[str, torch.Tensor] = {}
+        for own, embeds, labels in self._iterate_networks(outputs, sample_id, ledger):
+            if weights is None:
+                loss, evidence = self._loss.with_evidence(*embeds, labels)
+                last_evidence.update(own.as_columns(evidence))
+            else:
+                # The evidence is computed apart, because the weights must not mask any of it.
+                loss = self._loss(*embeds, labels.to(weights) * weights)
             losses.append(loss)
-            self._last_evidence.update(own.as_columns(evidence))
-        return sum(losses)
+        self._last_evidence = last_evidence if weights is None else None
+        return sum(losses[1:], losses[0])
 
-    def evidence(
+    def compute_evidence(
         self, outputs: Mapping[str, torch.Tensor], sample_id: torch.Tensor, ledger: SampleLedger
     ) -> dict[str, torch.Tensor]:
-        """Agreement and structure of the own pairs among those of all ranks, float32 `(b,)` each, on the CPU.
+        """Compute agreement and structure of the own pairs among those of all ranks.
 
-        Where the loss of the same pairs was just computed, most of the work is done.
+        Evidence that the loss of the same pairs has just produced is not computed again.
+
+        Args:
+            outputs: Outputs of the model, with `image_embeds` and `text_embeds` `(b, D)`.
+            sample_id: Ids of the pairs, int64 `(b,)`.
+            ledger: Ledger with the labels.
+
+        Returns:
+            Evidence by ledger column, float32 `(b,)` each, on the CPU.
         """
         if self._last_evidence is not None:
             columns, self._last_evidence = self._last_evidence, None
             return columns
         columns = {}
-        for own, embeds, labels in self._networks(outputs, sample_id, ledger):
+        for own, embeds, labels in self._iterate_networks(outputs, sample_id, ledger):
             columns.update(own.as_columns(gsc_evidence(*embeds, labels, temperature=self.temperature)))
         return columns
 
-    def _networks(
+    def _iterate_networks(
         self, outputs: Mapping[str, torch.Tensor], sample_id: torch.Tensor, ledger: SampleLedger
     ) -> Iterator[tuple[SoftLabels, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """Of each network: the labels that its evidence is for, its embeddings, and the labels that it trains with."""
-        count = len(self._labels)
-        embeds = zip(
-            *(embeddings_of_networks(outputs[f"{side}_embeds"], count) for side in ("image", "text")), strict=True
-        )
-        for own, own_embeds, other in zip(self._labels, embeds, reversed(self._labels), strict=True):
-            yield own, own_embeds, other.of(ledger, sample_id)
+        """Yield for each network the labels that its evidence renews, its embeddings, and the labels of its loss."""
+        images, texts = (split_embeddings(outputs[f"{side}_embeds"], len(self._labels)) for side in ("image", "text"))
+        for own, image, text, other in zip(self._labels, images, texts, reversed(self._labels), strict=True):
+            yield own, (image, text), other.of(ledger, sample_id)
 
     def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
-        """Note the evidence for the pairs of all ranks, `(n,)` each."""
+        """Write the evidence for the pairs of all ranks to the ledger, `(n,)` each."""
         for labels in self._labels:
             labels.record(ledger, sample_id, *(evidence[column] for column in labels.evidence_columns))
 
     def update(self, ledger: SampleLedger) -> None:
-        """Renew the labels, once an epoch."""
+        """Renew the labels from the evidence, once an epoch."""
         for labels in self._labels:
             labels.update(ledger)
 
 
 class Objective:
-    """The loss of a run over the kept pairs of all ranks.
+    """Loss of a run over the kept pairs of all ranks.
 
     Args:
-        kind: "softmax" or "sigmoid", the contrastive loss of the model.
-        mask_false_negatives: see `ContrastiveLoss`.
-        gsc: what takes the place of the contrastive loss once its warm-up is over; None for nothing.
-        num_networks: of the model, 2 for a `TwinDualEncoder`; its losses are the sums of those of the networks.
+        kind: Contrastive loss of the model, "softmax" or "sigmoid".
+        mask_false_negatives: True to leave pairs that share an image or a caption out of each other's negatives.
+        gsc: Objective that replaces the contrastive loss after its warm-up; None for the contrastive loss throughout.
+        num_networks: Number of networks of the model, 2 for a `TwinDualEncoder`, whose losses are added.
 
     Attributes:
-        columns: ledger columns it keeps.
+        columns: Ledger columns of the objective.
 
     Raises:
-        ValueError: GSC, with a model of the sigmoid loss, or with one network where two are meant or the reverse.
+        ValueError: GSC does not fit the loss of the model or its number of networks.
     """
 
     def __init__(
         self, kind: str, mask_false_negatives: bool = False, gsc: GscObjective | None = None, num_networks: int = 1
-    ):
+    ) -> None:
         if gsc is not None and kind != "softmax":
             raise ValueError(
                 f"gsc: its loss is made of softmax probabilities, and the model trains with the {kind} loss; use a "
@@ -149,14 +165,14 @@ class Objective:
         self.num_networks = num_networks
         self.decorrelation = Decorrelation()
         self.gsc = gsc
-        self.columns = () if gsc is None else gsc.columns
+        self.columns: tuple[str, ...] = () if gsc is None else gsc.columns
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """Told at the start of each epoch (counted from 0), and at a resume in its middle."""
+        """Set the epoch, counted from 0, when it begins or is resumed."""
         self._epoch = epoch
 
-    def loss(
+    def compute_loss(
         self,
         model: nn.Module,
         batch: Mapping[str, Any],
@@ -166,29 +182,31 @@ class Objective:
         ledger: SampleLedger,
         projections: Mapping[tuple[str, str], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The loss of one batch of `b` pairs, equally many on every rank.
+        """Compute the loss of a batch of `b` pairs, the same number on every rank.
 
-        In training, a MoLA router adds its task-wise decorrelation loss over these pairs, where tasks are known.
+        In training, the task-wise decorrelation loss of a MoLA router is added if the pairs have tasks.
 
         Args:
-            model, batch, projections: as of `Decorrelation.add_to`; a `pair_weight` `(b,)` in the batch multiplies
-                the losses of the pairs.
-            outputs: of the model, as of `ContrastiveLoss`.
-            scale, bias: of the model's logits, with gradient; of two networks `(2,)`.
-            ledger: with the soft labels, where there are any.
+            model: Model that computed the outputs.
+            batch: Batch, with the weights of the pairs as `pair_weight` float32 `(b,)` if the strategy weights them.
+            outputs: Outputs of the model, see `ContrastiveLoss`.
+            scale: Factor of the similarities in the logits, with gradient, `()`; for two networks `(2,)`.
+            bias: Summand of the logits, with gradient, `()`; for two networks `(2,)`.
+            ledger: Ledger with the soft labels, if there are any.
+            projections: Projections that a router is decorrelated by; None for those of the last forward pass.
 
         Returns:
-            A scalar with gradient.
+            Loss `()` with gradient.
         """
         weights = batch.get("pair_weight")
         if self.gsc is None or self._epoch < self.gsc.warmup_epochs:
-            loss = self._contrastive_loss(batch, outputs, scale, bias, weights)
+            loss = self._compute_contrastive_loss(batch, outputs, scale, bias, weights)
         else:
-            # Unless DDP looks for unused parameters, it waits for the gradient of each: these two get a zero.
-            loss = self.gsc.loss(outputs, batch["sample_id"], weights, ledger) + 0 * (scale + bias).sum()
+            # DDP waits for a gradient of every parameter, so scale and bias get one of zero.
+            loss = self.gsc.compute_loss(outputs, batch["sample_id"], weights, ledger) + 0 * (scale + bias).sum()
         return self.decorrelation.add_to(loss, model, batch, projections) if model.training else loss
 
-    def _contrastive_loss(
+    def _compute_contrastive_loss(
         self,
         batch: Mapping[str, Any],
         outputs: Mapping[str, torch.Tensor],
@@ -200,9 +218,9 @@ class Objective:
         if self.num_networks == 1:
             return self.contrastive_loss(outputs, scale=scale, bias=bias, weights=weights, **keys)
         images, texts = (
-            embeddings_of_networks(outputs[name], self.num_networks) for name in ("image_embeds", "text_embeds")
+            split_embeddings(outputs[name], self.num_networks) for name in ("image_embeds", "text_embeds")
         )
-        return sum(
+        losses = [
             self.contrastive_loss(
                 {"image_embeds": own_images, "text_embeds": own_texts},
                 scale=own_scale,
@@ -211,20 +229,21 @@ class Objective:
                 **keys,
             )
             for own_images, own_texts, own_scale, own_bias in zip(images, texts, scale, bias, strict=True)
-        )
+        ]
+        return sum(losses[1:], losses[0])
 
-    def evidence(
+    def compute_evidence(
         self, outputs: Mapping[str, torch.Tensor], sample_id: torch.Tensor, ledger: SampleLedger
     ) -> dict[str, torch.Tensor]:
-        """What is to be recorded of the own `b` pairs of a training step, `(b,)` each; nothing without soft labels."""
-        return {} if self.gsc is None else self.gsc.evidence(outputs, sample_id, ledger)
+        """Return the evidence for the own `b` pairs of a training step, `(b,)` each; empty without soft labels."""
+        return {} if self.gsc is None else self.gsc.compute_evidence(outputs, sample_id, ledger)
 
     def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
-        """Note the evidence for the pairs of all ranks, `(n,)` each."""
+        """Write the evidence for the pairs of all ranks to the ledger, `(n,)` each."""
         if self.gsc is not None:
             self.gsc.record(sample_id, evidence, ledger)
 
     def update(self, ledger: SampleLedger) -> None:
-        """Renew the soft labels; called as `SelectionStrategy.update` is."""
+        """Renew the soft labels, once an epoch, as `SelectionStrategy.update` does for a strategy."""
         if self.gsc is not None:
             self.gsc.update(ledger)

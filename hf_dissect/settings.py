@@ -1,4 +1,4 @@
-"""A setting: default, help, choices and range, declared once; recipes and trainer arguments read the declaration."""
+"""Settings, declared once with default, help, choices and range, and read by recipes and trainer arguments."""
 
 import copy
 import dataclasses
@@ -22,10 +22,10 @@ _Class = TypeVar("_Class", bound=type)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The declaration of a dataclass field, apart from its type and default.
+    """Declaration of a dataclass field, apart from its type and default.
 
     Attributes:
-        help: One sentence or more about its effect.
+        help: Effect of the setting, in full sentences.
         choices: Allowed values, of each element for a list; empty for any.
         within: Allowed interval such as "(0, 1]", of each element for a list; empty for any.
         argument: Trainer argument that takes the value, for a setting of a recipe.
@@ -38,9 +38,9 @@ class Setting:
 
 
 class _Help(str):
-    """The help text of a field, which carries the declaration.
+    """Help text of a field, with the declaration attached.
 
-    `HfArgumentParser` hands every entry of a field's metadata to `argparse`, so a range cannot be an entry of its own.
+    `HfArgumentParser` passes every entry of a field's metadata to `argparse`, so a range cannot have its own entry.
     """
 
     setting: Setting
@@ -48,15 +48,18 @@ class _Help(str):
 
 def setting(
     default: Any, help: str, *, choices: tuple = (), within: str = "", argument: str | None = None
-) -> Any:  # like `dataclasses.field`: the annotation gives the type
+) -> Any:  # as `dataclasses.field`, since the annotation of the field gives its type
     """Declare a field of a dataclass of settings.
 
     Args:
         default: Value of an absent setting; lists and dicts are copied.
-        help: One sentence or more about its effect, each ending in a full stop.
-        choices: Allowed values (of each element, for a list).
-        within: Allowed interval in mathematical notation, such as "(0, 1]" (of each element, for a list).
-        argument: Trainer argument that takes the value.
+        help: Effect of the setting, in full sentences.
+        choices: Allowed values, of each element for a list; empty for any.
+        within: Allowed interval such as "(0, 1]", of each element for a list; empty for any.
+        argument: Trainer argument that takes the value, for a setting of a recipe.
+
+    Returns:
+        The field, to be assigned in the body of a dataclass.
     """
     text = _Help(f"{help} Allowed: {_describe_interval(within)}." if within else help)
     text.setting = Setting(help, choices, within, argument)
@@ -67,30 +70,30 @@ def setting(
 
 
 def declared(section: type, name: str) -> Any:
-    """Return a field with the default, help, choices and range that `section` declares for its setting `name`."""
+    """Return a field with the default, help, choices and range of the setting `name` of `section`."""
     (source,) = (field for field in dataclasses.fields(section) if field.name == name)
     return dataclasses.field(default=source.default, default_factory=source.default_factory, metadata=source.metadata)
 
 
-def setting_of(field: dataclasses.Field) -> Setting | None:
+def find_setting(field: dataclasses.Field) -> Setting | None:
     """Return the declaration of a field, None for a field without one."""
     return getattr(field.metadata.get("help"), "setting", None)
 
 
 @functools.cache
-def settings_of(section: type) -> dict[str, tuple[Any, Setting]]:
-    """Return type and declaration of each declared field of a dataclass, by name."""
+def list_settings(section: type) -> dict[str, tuple[Any, Setting]]:
+    """Return the type and the declaration of each declared field of a dataclass, by name."""
     hints = typing.get_type_hints(section)
-    found = ((field.name, setting_of(field)) for field in dataclasses.fields(section))
+    found = ((field.name, find_setting(field)) for field in dataclasses.fields(section))
     return {name: (hints[name], declaration) for name, declaration in found if declaration is not None}
 
 
 def find_problems(section: type, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and problem of each value that its declaration in `section` does not allow."""
-    for name, (expected, declaration) in settings_of(section).items():
+    """Yield the name and the problem of each value that the declarations in `section` do not allow."""
+    for name, (expected, declaration) in list_settings(section).items():
         if name not in values:
             continue
-        if problem := problem_with(values[name], expected, declaration.choices, declaration.within):
+        if problem := describe_problem(values[name], expected, declaration.choices, declaration.within):
             yield name, problem
 
 
@@ -114,7 +117,7 @@ def list_in_docstring(arguments: _Class) -> _Class:
     about, raises, errors = inspect.cleandoc(arguments.__doc__ or "").partition("Raises:")
     lines = [about.rstrip(), "", "Args:"]
     fields = {field.name: field for field in dataclasses.fields(arguments)}
-    for name, (_, declaration) in settings_of(arguments).items():
+    for name, (_, declaration) in list_settings(arguments).items():
         field = fields[name]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         text = f"{name}: {field.metadata['help']} Default: {default!r}."
@@ -126,22 +129,22 @@ def list_in_docstring(arguments: _Class) -> _Class:
 
 
 def show(value: Any) -> str:
-    """Return `value` the way an error message prints it, long ones cut."""
+    """Return `value` as text for an error message, cut if it is long."""
     return _SHORT.repr(value)
 
 
-def nearest(given: Any, known: Iterable[Any]) -> str | None:
-    """Return the one of the `known` words that the given one was probably meant to be, None where none is close."""
+def find_nearest(given: Any, known: Iterable[Any]) -> str | None:
+    """Return the known word that is most similar to the given one; None if no word is similar."""
     return next(iter(difflib.get_close_matches(str(given), list(map(str, known)), n=1)), None)
 
 
 def suggest(given: Any, known: Iterable[Any]) -> str:
     """Return "; did you mean ...?" for an error message, or nothing where none of the `known` words is close."""
-    near = nearest(given, known)
+    near = find_nearest(given, known)
     return f"; did you mean {near!r}?" if near else ""
 
 
-def problem_with(value: Any, expected: Any, choices: Sequence = (), within: str = "") -> str | None:
+def describe_problem(value: Any, expected: Any, choices: Sequence = (), within: str = "") -> str | None:
     """Return what is wrong with a value, in words that begin with the value; None when nothing is.
 
     Args:
@@ -164,7 +167,7 @@ def problem_with(value: Any, expected: Any, choices: Sequence = (), within: str 
     return None
 
 
-def members_of(expected: Any) -> tuple:
+def list_members(expected: Any) -> tuple:
     """Return the alternatives of a union. Text next to an enumeration stands for one of its values, so is not one."""
     if typing.get_origin(expected) not in (typing.Union, types.UnionType):
         return (expected,)
@@ -179,11 +182,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _or_null(expected: Any) -> str:
-    return " or null" if type(None) in members_of(expected) else ""
+    return " or null" if type(None) in list_members(expected) else ""
 
 
 def _matches(value: Any, expected: Any) -> bool:
-    members = members_of(expected)
+    members = list_members(expected)
     if len(members) > 1:
         return any(_matches(value, member) for member in members)
     expected = members[0]
@@ -197,7 +200,7 @@ def _matches(value: Any, expected: Any) -> bool:
     if {expected, origin} & {tuple, set}:
         return isinstance(value, list)  # as YAML writes them
     if expected in (float, int):
-        # Beyond 2 ** 63 no library of ours can hold it, and float() of it overflows.
+        # Integers from 2 ** 63 on overflow in the libraries that take them, and in float().
         sized = _is_number(value) and (isinstance(value, float) or abs(value) < 2**63)
         return sized and (expected is float or isinstance(value, int))
     if expected in (str, bool):
@@ -209,7 +212,7 @@ def _matches(value: Any, expected: Any) -> bool:
 
 
 def _describe(expected: Any) -> str:
-    members = members_of(expected)
+    members = list_members(expected)
     if len(members) > 1:
         return " or ".join(_describe(member) for member in members)
     expected = members[0]

@@ -1,4 +1,4 @@
-"""Summary of a selection run: its part of `metrics.json`, its report, and what its card shows."""
+"""Summary of a selection run: its share of `metrics.json`, its report, and the content of its card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,18 +8,22 @@ import torch
 from torch import nn
 
 from hf_dissect.distributed import Ranks
-from hf_dissect.evaluation.selection_figures import label_figures, noise_figures, selection_figures
+from hf_dissect.evaluation.selection_figures import (
+    compute_label_figures,
+    compute_noise_figures,
+    compute_selection_figures,
+)
 from hf_dissect.model_card import describe_model
 from hf_dissect.models.adapters import describe_adapter
 from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
-from hf_dissect.training.run_folder import changed_settings
+from hf_dissect.training.run_folder import list_changed_settings
 from hf_dissect.training.run_state import join_over_ranks
 from hf_dissect.training_args import DissectTrainingArguments
-from hf_dissect.training_data import num_pairs
+from hf_dissect.training_data import count_pairs
 
 SHOWN_SETTINGS = ("selection_strategy", "selection_ratio")
-"""Settings that are shown even if they have their default."""
+"""Settings that are shown even with their defaults."""
 
 
 class SelectionSummary:
@@ -28,7 +32,7 @@ class SelectionSummary:
     Args:
         selector: Selector of the run.
         dataset: Training data.
-        recipe: Recipe of the run, if it has one.
+        recipe: Recipe of the run; None without one.
         args: Arguments of the run.
     """
 
@@ -39,33 +43,36 @@ class SelectionSummary:
         self._args = args
         self._label_figures: dict[str, float | None] = {}
 
-    def evaluate_noise(self, scored: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Return the figures of noise detection by the final model; those of the labels go to the metrics.
+    def evaluate_noise(self, scored: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
+        """Compute the figures of noise detection by the final model, and keep those of the labels for the metrics.
 
         Args:
-            scored: `sample_id` int64, `correlation` float32 and `is_clean` bool, `(n,)` each.
-        """
-        self._label_figures = label_figures(self._selector.ledger, scored["sample_id"], scored["is_clean"])
-        return noise_figures(scored)
+            scored: Columns `sample_id` int64, `correlation` float32 and `is_clean` bool, `(n,)` each.
 
-    def metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
-        """Return strategy, selection, adapter and settings."""
+        Returns:
+            Figures by name, as `noise_detection_*`.
+        """
+        self._label_figures = compute_label_figures(self._selector.ledger, scored["sample_id"], scored["is_clean"])
+        return compute_noise_figures(scored)
+
+    def collect_metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
+        """Return the strategy, the figures of the selection, the adapter and the settings."""
         name, adapter = self._selector.strategy.name, describe_adapter(model)
         return {
             "name": name,
             "strategy": name,
-            "num_pairs": num_pairs(self._dataset),
-            "selection": {**selection_figures(self._selector.monitor), **self._label_figures},
+            "num_pairs": count_pairs(self._dataset),
+            "selection": {**compute_selection_figures(self._selector.monitor), **self._label_figures},
             **({} if adapter is None else {"adapter": adapter}),
-            "settings": changed_settings(self._args, always=SHOWN_SETTINGS),
+            "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),
         }
 
-    def gathered_metrics(self, ranks: Ranks) -> dict[str, Any]:
-        """Return the bad rows of all ranks."""
+    def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
+        """Return the unreadable rows of all ranks; every rank calls this method."""
         return {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """Return the recipe, the model, what it started from, and the scores of the last epoch."""
+        """Return the recipe, the facts of the model, its base model, and the scores of the last epoch."""
         histogram = self._selector.monitor.score_histogram()
         return {"recipe": self._recipe, "histogram": histogram, **describe_model(model, self._recipe)}
 

@@ -1,78 +1,69 @@
-"""The Hugging Face Trainer with one thing added: of each candidate batch, only the pairs worth a gradient train."""
+"""The Hugging Face Trainer with one addition: of each candidate batch, only the pairs worth a gradient train."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput
 
+from hf_dissect import training_data
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
-from hf_dissect.evaluation.pair_scores import Batch, join_correlations, score_batches
-from hf_dissect.evaluation.predictions import predict_pairs, retrieval_of_predictions
+from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
+from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
 from hf_dissect.models.adapters import restore_base, save_base
-from hf_dissect.models.loading import contrastive_kind, logit_scale_and_bias, networks_of
-from hf_dissect.models.tasks import representations
+from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias
+from hf_dissect.models.tasks import select_representations
+from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 from hf_dissect.training.non_finite import check_finite
-from hf_dissect.training.run_folder import without_speed
+from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
 from hf_dissect.training_args import DissectTrainingArguments
-from hf_dissect.training_data import (
-    begin_with_initial_ledger,
-    check_arguments,
-    check_model,
-    check_tasks,
-    list_warm_ups,
-    load_ledger,
-    make_collator,
-    num_pairs,
-    pairs_for,
-    prepare_data,
-    stream_loader,
-    warn_if_warm_up_outlasts,
-)
 
 
 class DissectTrainer(BaseTrainer):
-    """Trainer of a CLIP-like dual encoder on the pairs that its selection strategy keeps.
+    """Trainer of a CLIP-like dual encoder on the pairs that a selection strategy keeps.
 
     Args:
         model: Model with `get_image_features` and `get_text_features`.
-        args: `DissectTrainingArguments`.
-        data_collator: Collator of the pairs; by default a `SelectionCollator` for the model and the processor.
-        train_dataset: Data set with an image and a caption column, or of what `hf_dissect.data.as_pairs` returns.
+        args: Arguments of the run; None for the defaults.
+        data_collator: Collator of the pairs; None for a `SelectionCollator`.
+        train_dataset: Data set with columns for image and caption, or the pairs of `hf_dissect.data.as_pairs`.
         eval_dataset: Data set of the same kind, or a dict of several.
-        processing_class: Processor of the model; saved with it.
-        strategy: `SelectionStrategy` instead of the one that `args` names.
-        recipe: `Recipe` of the run, saved with it.
+        processing_class: Processor of the model, which is saved with it.
+        strategy: Strategy of the run; None for the one that `args` names.
+        recipe: `Recipe` of the run, which is saved with it; None without one.
         trainer_arguments: Further arguments of `transformers.Trainer`.
 
     Attributes:
         selector: `OnlineSelector` that keeps the pairs; `strategy`, `ledger`, `monitor` and `bad_rows` are its parts.
-        objective: `Objective` that the kept pairs are trained by.
+        objective: `Objective`, the loss of the kept pairs.
 
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
-        ValueError: processor, data or model are missing or do not go together.
+        ValueError: Processor, data or model are missing or do not fit each other.
     """
 
+    args: DissectTrainingArguments
+    objective: Objective
+    summary: SelectionSummary
     card_callback = SelectionCard
     timed_parts = ("data", "scoring", "training", "evaluation")
     strategy = property(attrgetter("selector.strategy"))
@@ -91,11 +82,11 @@ class DissectTrainer(BaseTrainer):
         strategy: SelectionStrategy | None = None,
         recipe: Any = None,
         **trainer_arguments: Any,
-    ):
+    ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
-        check_arguments(args, data_collator, processing_class)
-        train_dataset, eval_dataset = prepare_data(model, train_dataset, eval_dataset, args)
-        trainer_arguments.setdefault("compute_metrics", retrieval_of_predictions)
+        training_data.check_arguments(args, data_collator, processing_class)
+        train_dataset, eval_dataset = training_data.prepare_data(model, train_dataset, eval_dataset, args)
+        trainer_arguments.setdefault("compute_metrics", compute_retrieval)
         super().__init__(
             model,
             args,
@@ -106,14 +97,14 @@ class DissectTrainer(BaseTrainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
-        check_model(self.model, args, train_dataset, eval_dataset, self.is_deepspeed_enabled)
+        training_data.check_model(self.model, args, train_dataset, eval_dataset, self.is_deepspeed_enabled)
         tag_model(self.model)
         if data_collator is None:
-            self.data_collator = make_collator(self.model, processing_class, args)
-        self.kind = contrastive_kind(self.model)
-        self.objective = args.make_objective(self.kind, num_networks=len(networks_of(self.model)))
+            self.data_collator = training_data.make_collator(self.model, processing_class, args)
+        self.kind = find_loss_kind(self.model)
+        self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
-        self.stream: StreamLoader | None = None  # while the training data are a stream
+        self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, train_dataset, recipe, args)
         self.parts["selection"] = Part(self.selector)
@@ -132,27 +123,27 @@ class DissectTrainer(BaseTrainer):
             kind=self.kind,
             padding=getattr(self.data_collator, "padding", {}),
             ranks=self.ranks,
-            bad_rows=BadRows(args.max_bad_fraction, num_pairs(pairs)),
+            bad_rows=BadRows(args.max_bad_fraction, training_data.count_pairs(pairs)),
             trace=SelectionTrace(args.output_dir if records else None),
             hooks=LoopHooks(self._agree, self._prepare_inputs, autocast, self.times.measure, self._check_finite),
         )
 
-    # ---- the way of a pair: collated -> scored -> selected -> loss ----
+    # ---- the path of a pair: collated -> scored -> selected -> loss ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the Trainer's loader; for a stream, one whose position can be saved and restored."""
+        """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
         if not isinstance(self.train_dataset, PairStream):
             return super().get_train_dataloader()
-        self.stream = stream_loader(self.train_dataset, self.data_collator, self.args)
+        self.stream = training_data.make_stream_loader(self.train_dataset, self.data_collator, self.args)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
-        return self.stream
+        return cast(DataLoader, self.stream)  # the Trainer only iterates over it
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Batch], Any]:
-        """Pull the candidate batches of one update and keep of each what the strategy selects."""
+        """Read the candidate batches of an update, and keep the pairs of each that the strategy selects."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # a finished run that is resumed
-        batches = self._stream_batches if self.stream is not None else epoch_iterator
+        batches = epoch_iterator if self._stream_batches is None else self._stream_batches
         with self.times.measure("data"):
             candidates, num_items = super().get_batch_samples(batches, num_batches, device)
         return [
@@ -161,9 +152,9 @@ class DissectTrainer(BaseTrainer):
         ], num_items
 
     def _agree(self, num_good: int) -> list[int]:
-        """Exchange what all ranks have to know before a selection; return how many candidates each of them has."""
+        """Exchange the state of the ranks before a selection, and return the number of candidates of each rank."""
         passes = 0 if self.stream is None else self.stream.passes
-        sizes, all_passes, stops = self.ranks.table(num_good, passes, self.stop_request.made).T.tolist()
+        sizes, all_passes, stops = self.ranks.gather_numbers(num_good, passes, self.stop_request.made).T.tolist()
         self.stop_request.grant_if(any(stops))
         if self.stream is not None and min(all_passes) > self.selector.epoch:
             self.enter_epoch(min(all_passes))
@@ -172,53 +163,54 @@ class DissectTrainer(BaseTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Return the loss of the objective over the kept pairs of all ranks, weighted as the strategy asks."""
+        """Compute the loss of the objective over the kept pairs of all ranks, with the weights of the strategy."""
         outputs = model(**forward_inputs(model, inputs))
-        loss = self._loss(model, inputs, outputs, *logit_scale_and_bias(model))
+        loss = self._compute_loss(model, inputs, outputs, *logit_scale_and_bias(model))
         return (loss, outputs) if return_outputs else loss
 
-    def _loss(
-        self, model: nn.Module, inputs: Batch, outputs: Batch, *scale_and_bias: torch.Tensor, projections: Any = None
+    def _compute_loss(
+        self, model: nn.Module, inputs: Batch, outputs: Batch, scale: Any, bias: Any, projections: Any = None
     ) -> torch.Tensor:
-        loss = self.objective.loss(model, inputs, outputs, *scale_and_bias, self.ledger, projections)
+        loss = self.objective.compute_loss(model, inputs, outputs, scale, bias, self.ledger, projections)
         if model.training:
-            evidence = self.objective.evidence(outputs, inputs["sample_id"], self.ledger)
+            evidence = self.objective.compute_evidence(outputs, inputs["sample_id"], self.ledger)
             recorded = self.selector.record_training(inputs["sample_id"], outputs, evidence)
             if recorded:
                 self.objective.record(recorded["sample_id"], recorded, self.ledger)
         return loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Make the Trainer's step; stop before the weights are touched when the loss is not finite."""
+        """Compute loss and gradients of a step, and stop before the weights change if the loss is not finite."""
         if len(inputs["sample_id"]) == 0:
             return torch.zeros((), device=self.args.device)
-        if len(inputs["sample_id"]) <= (self.args.grad_cache_chunk_size or math.inf):
+        chunk_size = self.args.grad_cache_chunk_size
+        if chunk_size is None or len(inputs["sample_id"]) <= chunk_size:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            loss = self._training_step_in_chunks(model, inputs)
+            loss = self._train_in_chunks(model, inputs, chunk_size)
         self._check_finite(loss, "the loss", inputs["sample_id"])
         return loss
 
-    def _training_step_in_chunks(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
+    def _train_in_chunks(self, model: nn.Module, inputs: Batch, chunk_size: int) -> torch.Tensor:
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        if callable(switch_mode := getattr(self.optimizer, "train", None)):
+            switch_mode()
         inputs = self._prepare_inputs(inputs)
         share = 1 / self.current_gradient_accumulation_steps
         loss = grad_cached_backward(
             model,
             forward_inputs(model, inputs),
-            lambda cached, *scale: self._loss(model, inputs, cached, *scale, projections=cached["projections"]),
-            chunk_size=self.args.grad_cache_chunk_size,
+            lambda cached, scale, bias: self._compute_loss(model, inputs, cached, scale, bias, cached["projections"]),
+            chunk_size=chunk_size,
             backward=lambda part: self.accelerator.backward(part * share),
             no_sync=partial(self.accelerator.no_sync, model),
             autocast=self.compute_loss_context_manager,
-            representations=partial(representations, model),
+            representations=partial(select_representations, model),
         )
         return loss * share
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures of the selection to the training logs."""
+        """Add the figures of selection and decorrelation to the logs of training."""
         if "loss" in logs:
             logs.update(self.selector.pop_logs())
             logs.update(self.objective.decorrelation.pop_logs())
@@ -231,17 +223,17 @@ class DissectTrainer(BaseTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return loss and retrieval (recall at 1, 5, 10 and median rank in both directions) on `eval_dataset`."""
+        """Compute loss, recall at 1, 5 and 10, and median rank in both directions on `eval_dataset`."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = pairs_for("eval_dataset", eval_dataset, self.args)
-            check_tasks(self.model, self.train_dataset, eval_dataset)
+            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
+            training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
         with self.times.measure("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple:
-        """Return the loss of the batch's good pairs, the embeddings `(B, D)` of both sides, and the pairs' keys."""
+        """Return loss, predictions and labels of a batch of `B` pairs, see `predict_pairs`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**forward_inputs(model, inputs))
@@ -249,74 +241,75 @@ class DissectTrainer(BaseTrainer):
         return (prediction[0], None, None) if prediction_loss_only else prediction
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:
-        """Return the correlation of every readable pair under the current weights, see `join_correlations`."""
-        pairs = pairs_for("dataset", dataset, self.args)
-        check_tasks(self.model, self.train_dataset, pairs)
+        """Compute the correlation of all readable pairs under the current weights, see `join_correlations`."""
+        pairs = training_data.wrap_pairs("dataset", dataset, self.args)
+        training_data.check_tasks(self.model, self.train_dataset, pairs)
         scored = self.score_batches(self.get_eval_dataloader(pairs))
         return join_correlations(scored, self.accelerator.gather_for_metrics)
 
     def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
-        """Yield each batch of an evaluation loader on the device, with the scores under the current weights."""
+        """Yield each batch on the device of the model, with its scores under the current weights."""
         autocast = self.accelerator.autocast
         return score_batches(self.model, batches, kind=self.kind, prepare=self._prepare_inputs, autocast=autocast)
 
     # ---- the run ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> TrainOutput:
-        """Train as `BaseTrainer` does; a run that is not resumed may begin with the ledger of another one."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `BaseTrainer.train`, from the scores of `initial_ledger` unless the run is resumed."""
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        warn_if_warm_up_outlasts(self.train_dataset, list_warm_ups(self.strategy, self.objective), self.args)
+        warm_ups = training_data.list_warm_ups(self.strategy, self.objective)
+        training_data.warn_if_warm_up_outlasts(self.train_dataset, warm_ups, self.args)
         if self.args.initial_ledger is not None and not resume_from_checkpoint:
-            begin_with_initial_ledger(self.ledger, self.strategy, self.train_dataset, self.args)
-        return super().train(resume_from_checkpoint, **arguments)
+            training_data.begin_with_initial_ledger(self.ledger, self.strategy, self.train_dataset, self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _train(self, checkpoint: str | None, **arguments: Any) -> TrainOutput:
+    def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
         try:
-            output = super()._train(checkpoint, **arguments)
+            output = super()._train(checkpoint, *args, **kwargs)
         finally:
-            self.stream = self._stream_batches = None  # its workers end
+            self.stream = self._stream_batches = None  # ends its workers
             self.parts.pop("stream", None)
         self.selector.trace.close()
         return output
 
     def begin_epoch(self, epoch: float) -> None:
-        """Enter the epoch. The Trainer sees one epoch of a stream; there, the loader reports passes (`_agree`)."""
+        """Enter an epoch of map-style data; for a stream, `_agree` enters a new epoch with each pass."""
         if self.stream is None:
-            is_counted = num_pairs(self.train_dataset) is None
+            is_counted = training_data.count_pairs(self.train_dataset) is None
             self.enter_epoch(self.selector.epoch + 1 if is_counted else int(epoch + 1e-6))
 
     def enter_epoch(self, epoch: int) -> None:
-        """Begin an epoch of selector and objective, or continue in its middle."""
+        """Begin or continue an epoch of selector and objective."""
         self.selector.begin_epoch(epoch, renew=self.objective.update)
         self.objective.on_epoch_begin(epoch)
 
     def reset(self, step: int) -> None:
-        """Count epochs from the beginning, and discard the record of candidates from `step` on."""
+        """Count epochs from the beginning, and discard the record of selections from `step` on."""
         self.selector.reset(step)
 
     def save_extra(self, folder: Path) -> None:
-        """Write the ledger, the recipe, and what an adapter needs to be loaded."""
+        """Write the ledger, the recipe, the base of an adapter and the names of the tasks."""
         self.ledger.save(folder / LEDGER_FILE, {"epoch": self.selector.epoch, "strategy": self.strategy.name})
         super().save_extra(folder)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose processes each hold a part only
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # each process holds a part only
             save_base(self.model, folder)
         save_task_names(self.train_dataset, folder)
 
     def restore_extra(self, folder: str, has_state: bool) -> None:
         """Load the ledger and continue the epoch."""
-        load_ledger(self.ledger, folder, has_state)
+        training_data.load_ledger(self.ledger, folder, has_state)
         if has_state:
             self.enter_epoch(self.selector.epoch)
-            # Epochs of a foreign stream are counted as they begin, and this one begins again.
-            self.selector.epoch -= num_pairs(self.train_dataset) is None and self.stream is None
+            # The epoch of an iterable data set begins again, which counts it once more.
+            self.selector.epoch -= training_data.count_pairs(self.train_dataset) is None and self.stream is None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_base(self.model, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        restore_base(self.model, self.state.best_model_checkpoint)
+        restore_base(self.model, str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
     def final_figures(
@@ -326,14 +319,18 @@ class DissectTrainer(BaseTrainer):
         retrieval: bool = True,
         noise_detection: bool = True,
     ) -> dict[str, Any]:
-        """Evaluate the trained model on `test_dataset` (None for `eval_dataset`), and add the `more_figures`.
+        """Return the figures of the trained model by name; every rank calls this method.
 
-        With `noise_detection`, all training pairs are scored with the final model, where the truth is known.
+        Args:
+            test_dataset: Data of the retrieval figures; None for `eval_dataset`.
+            more_figures: Function that computes further figures; None for no others.
+            retrieval: True to compute the retrieval figures.
+            noise_detection: True to score the training pairs with the final model, if their truth is known.
         """
-        unlogged = {} if more_figures is None else more_figures()
+        unlogged: dict[str, Any] = {} if more_figures is None else more_figures()
         dataset, final = self.eval_dataset if test_dataset is None else test_dataset, {}
         if retrieval and dataset is not None:
-            final = without_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
+            final = drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
         if noise_detection and getattr(self.train_dataset, "knows_truth", False):
             with self.times.measure("evaluation"):
                 scored = self.score_pairs(self.train_dataset)
@@ -344,7 +341,8 @@ class DissectTrainer(BaseTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_KEYS, "task_id", "is_clean"]))
+        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "task_id", "is_clean"]
+        self._signature_columns = list(dict.fromkeys(names))  # type: ignore[assignment]  # transformers declares None
 
     def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:
         check_finite(values, name, sample_id, self.state.global_step, self.args.output_dir)

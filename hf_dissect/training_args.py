@@ -1,4 +1,4 @@
-"""The Trainer's arguments and those of online selection."""
+"""Training arguments of a run with online selection."""
 
 import json
 import math
@@ -11,20 +11,20 @@ from transformers import TrainingArguments
 from hf_dissect.objective import GscObjective, Objective
 from hf_dissect.recipe.schema import DataSection, GscSection, ModelSection, ObjectiveSection, SelectionSection
 from hf_dissect.selection import SelectionStrategy, make_strategy
-from hf_dissect.settings import check_values, declared, list_in_docstring, settings_of
+from hf_dissect.settings import check_values, declared, list_in_docstring, list_settings
 from hf_dissect.training.training_args import BaseTrainingArguments
 
 
 @list_in_docstring
 @dataclass
 class DissectTrainingArguments(BaseTrainingArguments):
-    """Arguments of `DissectTrainer`: all of `transformers.TrainingArguments`, and the ones below.
+    """Arguments of `DissectTrainer`: all of `transformers.TrainingArguments`, and the following.
 
-    `per_device_train_batch_size` is the number of candidates `B` a step and rank; `k = round(selection_ratio * B)` of
-    them train. Steps, epochs and schedules count candidate batches, as in the Trainer.
+    `per_device_train_batch_size` is the number `B` of candidates of a step on each rank. Of these,
+    `k = round(selection_ratio * B)` train. Steps, epochs and schedules count candidate batches.
 
     Raises:
-        ValueError: A value is impossible; the message names the argument, the value and what is allowed.
+        ValueError: A value is not allowed; the message names the argument, the value and the allowed ones.
     """
 
     selection_strategy: str = declared(SelectionSection, "strategy")
@@ -49,12 +49,10 @@ class DissectTrainingArguments(BaseTrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc"]
 
     def __post_init__(self) -> None:
-        self.selection_options = _options(
-            "selection_options", self.selection_options, such_as='{"variant": "momentum"}'
-        )
+        self.selection_options = self._read_selection_options()
         if self.gsc is not None:
-            defaults = {name: getattr(GscSection, name) for name in settings_of(GscSection)}
-            self.gsc = defaults | _options("gsc", self.gsc, such_as='{"gamma": 0.01}')
+            defaults = {name: getattr(GscSection, name) for name in list_settings(GscSection)}
+            self.gsc = defaults | _read_options("gsc", self.gsc, example='{"gamma": 0.01}')
             check_values(GscSection, self.gsc, "gsc: ")
         if isinstance(self.initial_ledger, os.PathLike):
             self.initial_ledger = os.fspath(self.initial_ledger)
@@ -94,13 +92,16 @@ class DissectTrainingArguments(BaseTrainingArguments):
                 "contrastive loss needs at least 2. Raise one of the two."
             )
 
+    def _read_selection_options(self) -> dict[str, Any]:
+        return _read_options("selection_options", self.selection_options, example='{"variant": "momentum"}')
+
     def num_selected(self, num_candidates: int) -> int:
         """Return `k = round(selection_ratio * B)` for `B` candidates."""
         return round(self.selection_ratio * num_candidates)
 
     def make_strategy(self) -> SelectionStrategy:
         """Build the strategy that the arguments describe."""
-        options = _options("selection_options", self.selection_options, such_as='{"variant": "momentum"}')
+        options = self._read_selection_options()
         if self.selection_strategy in ("dissect", "ncr"):
             options.setdefault("warmup_epochs", self.selection_warmup_epochs)
         if self.selection_strategy == "dissect":
@@ -125,21 +126,21 @@ class DissectTrainingArguments(BaseTrainingArguments):
             num_networks: Number of networks of the model, 2 for a `TwinDualEncoder`.
 
         Raises:
-            ValueError: the soft labels do not go with the model.
+            ValueError: The soft labels do not fit the model.
         """
         return Objective(kind, self.mask_false_negatives, self.make_gsc(), num_networks)
 
     def make_gsc(self) -> GscObjective | None:
-        """Build the objective with soft labels that the arguments describe; None without soft labels."""
+        """Build the objective of GSC that the arguments describe; None without soft labels."""
         if self.gsc is None:
             return None
         try:
-            return GscObjective(**{"seed": self.seed} | _options("gsc", self.gsc, such_as='{"gamma": 0.01}'))
+            return GscObjective(**{"seed": self.seed} | _read_options("gsc", self.gsc, example='{"gamma": 0.01}'))
         except TypeError as error:
             raise ValueError(f"gsc={self.gsc!r}: {error}.") from error
 
     def column_names(self) -> dict[str, str | None]:
-        """Return the column names as keywords of `hf_dissect.data.as_pairs`."""
+        """Return the names of the columns, as keyword arguments of `hf_dissect.data.as_pairs`."""
         return {
             "image": self.image_column,
             "caption": self.caption_column,
@@ -149,7 +150,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
         }
 
 
-def _options(name: str, given: Any, *, such_as: str) -> dict[str, Any]:
+def _read_options(name: str, given: Any, *, example: str) -> dict[str, Any]:
     options = {} if given is None or given == "" else given
     if isinstance(options, str):
         try:
@@ -157,5 +158,5 @@ def _options(name: str, given: Any, *, such_as: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             pass
     if not isinstance(options, dict):
-        raise ValueError(f"{name}={given!r}: must be a dict, or JSON of one, such as {such_as}.")
+        raise ValueError(f"{name}={given!r}: must be a dict, or JSON of one, such as {example}.")
     return dict(options)

@@ -1,4 +1,4 @@
-"""Brings data and arguments together, and checks that they fit each other before a training run starts."""
+"""Preparation of the training data, and checks that data, model and arguments fit before a run starts."""
 
 import logging
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.training_args import OptimizerNames
 
 from hf_dissect.data.images import is_feature_vector
 from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
@@ -15,7 +16,7 @@ from hf_dissect.data.tasks import number_tasks_alike
 from hf_dissect.data_collator import SelectionCollator, find_tokenizer
 from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
-from hf_dissect.models.loading import bare_model, check_dual_encoder, max_text_length, text_padding
+from hf_dissect.models.loading import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.mola import mola_routing
 from hf_dissect.objective import Objective
 from hf_dissect.selection import SampleLedger, SelectionStrategy
@@ -27,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_arguments(args: Any, data_collator: Any, processing_class: Any) -> None:
-    """Check that the arguments of a trainer are there and of the right type.
+    """Check the type of the training arguments, and that there is a collator or a processor.
 
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
-        ValueError: there is neither a collator nor a processor with a tokenizer.
+        ValueError: There is neither a collator nor a processor with a tokenizer.
     """
     if not isinstance(args, DissectTrainingArguments):
         raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
@@ -41,33 +42,48 @@ def check_arguments(args: Any, data_collator: Any, processing_class: Any) -> Non
         find_tokenizer(processing_class)
 
 
-def pairs_for(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
-    """Wrap a data set, or each of a dict of them, as pairs (see `as_pairs`); None stays None.
+def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
+    """Wrap a data set as pairs, see `as_pairs`.
+
+    Args:
+        argument: Name of the trainer argument with the data set, for errors.
+        dataset: Data set, a dict of several, or None.
+        args: Arguments of the run, with the names of the columns.
+
+    Returns:
+        Pairs, a dict of pairs, or None.
 
     Raises:
-        ValueError: the data set does not fit `args`; the message begins with the name of the trainer's `argument`.
+        ValueError: The data set does not fit the arguments.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
-        return {name: pairs_for(argument, part, args) for name, part in dataset.items()}
+        return {name: wrap_pairs(argument, part, args) for name, part in dataset.items()}
     try:
         return as_pairs(dataset, **args.column_names())
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
 
 
-def training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
-    """Wrap the training data as pairs, see `pairs_for`.
+def wrap_training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
+    """Wrap the training data as pairs, see `as_pairs`.
+
+    Args:
+        dataset: Data set, or None.
+        args: Arguments of the run, with the names of the columns.
+
+    Returns:
+        Pairs, or None.
 
     Raises:
-        ValueError: they do not fit `args`, are several data sets, or do not fill one batch of candidates on all
-            processes.
+        ValueError: The data do not fit the arguments, are several data sets, or do not fill a batch of candidates on
+            all processes.
     """
     if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
         raise ValueError(f"train_dataset holds several data sets ({', '.join(dataset)}); pass one of them.")
-    pairs = pairs_for("train_dataset", dataset, args)
-    count, batch = num_pairs(pairs), args.train_batch_size * args.world_size
+    pairs = wrap_pairs("train_dataset", dataset, args)
+    count, batch = count_pairs(pairs), args.train_batch_size * args.world_size
     if count is not None and count < batch:
         raise ValueError(
             f"train_dataset has {count} pairs, fewer than one batch of {batch} candidates "
@@ -78,12 +94,21 @@ def training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
 
 
 def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingArguments) -> tuple[Any, Any]:
-    """Return training and evaluation data as pairs, checked against the model if there is one already.
+    """Wrap training and evaluation data as pairs, and check that the training data fit the model.
+
+    Args:
+        model: Dual encoder; None if the trainer makes it later.
+        train: Training data, or None.
+        evaluation: Evaluation data, a dict of several, or None.
+        args: Arguments of the run.
+
+    Returns:
+        Training pairs and evaluation pairs.
 
     Raises:
-        ValueError: the data do not fit `args` or the model, or the model is not a dual encoder.
+        ValueError: The data do not fit the arguments or the model, or the model is not a dual encoder.
     """
-    train, evaluation = training_pairs(train, args), pairs_for("eval_dataset", evaluation, args)
+    train, evaluation = wrap_training_pairs(train, args), wrap_pairs("eval_dataset", evaluation, args)
     if model is not None:
         check_dual_encoder(model)
         check_images_fit(model, train)
@@ -91,21 +116,27 @@ def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingA
 
 
 def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
-    """Return the collator for a model and its processor."""
+    """Build the collator for a model and its processor."""
     return SelectionCollator(
-        processor, text_padding=text_padding(model), max_caption_length=caption_length(model, processor, args)
+        processor,
+        text_padding=find_text_padding(model),
+        max_caption_length=choose_caption_length(model, processor, args),
     )
 
 
 def check_images_fit(model: Any, pairs: Any) -> None:
-    """Make sure that a model of stored features gets vectors of its size, and any other model gets pictures.
+    """Check that the images are of the kind that a model reads: feature vectors of its size, or pictures.
 
-    Only the first pair of a map-style data set is looked at; a stream is not read ahead.
+    Only the first pair is checked; a stream is not read ahead.
+
+    Args:
+        model: Dual encoder, wrapped or not.
+        pairs: Training pairs, or None.
 
     Raises:
-        ValueError: the kind of images or the dimension is not the model's.
+        ValueError: The images are of another kind or dimension.
     """
-    if num_pairs(pairs) is None:
+    if count_pairs(pairs) is None:
         return
     image = pairs[0]["image"]
     tower = getattr(bare_model(model).config, "vision_config", None)
@@ -113,18 +144,22 @@ def check_images_fit(model: Any, pairs: Any) -> None:
     found = len(image) if is_feature_vector(image) else None
     if image is not None and found != wanted:
         raise ValueError(
-            f"image_column: the data hold {_images(found)}, the model ({type(bare_model(model)).__name__}) reads "
-            f"{_images(wanted)}. Name the right column with image_column, or choose the model to fit."
+            f"image_column: the data hold {_describe_images(found)}, the model ({type(bare_model(model)).__name__}) "
+            f"reads {_describe_images(wanted)}. Name the right column with image_column, or choose the model to fit."
         )
 
 
-def _images(dim: int | None) -> str:
+def _describe_images(dim: int | None) -> str:
     return "pictures" if dim is None else f"feature vectors of {dim} numbers"
 
 
-def caption_length(model: Any, processor: Any, args: DissectTrainingArguments) -> int:
-    """Tokens a caption is cut to: `max_caption_length`, else the model's limit (`ValueError` if beyond the limit)."""
-    limit = max_text_length(model, processor)
+def choose_caption_length(model: Any, processor: Any, args: DissectTrainingArguments) -> int:
+    """Choose the number of tokens after which captions are cut: `max_caption_length`, or the limit of the model.
+
+    Raises:
+        ValueError: `max_caption_length` is beyond the limit of the model.
+    """
+    limit = find_max_text_length(model, processor)
     if args.max_caption_length is not None and args.max_caption_length > limit:
         raise ValueError(
             f"max_caption_length={args.max_caption_length} is beyond the {limit} tokens that the model can read; "
@@ -133,8 +168,8 @@ def caption_length(model: Any, processor: Any, args: DissectTrainingArguments) -
     return args.max_caption_length or limit
 
 
-def stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArguments) -> StreamLoader:
-    """The batches of a stream for this process."""
+def make_stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArguments) -> StreamLoader:
+    """Build the loader of candidate batches of a stream for this process."""
     return StreamLoader(
         pairs,
         collator,
@@ -151,30 +186,47 @@ def stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArgumen
 
 
 def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluation: Any, uses_deepspeed: bool) -> None:
-    """Check that the model is a dual encoder that goes with arguments, tasks and DeepSpeed (`ValueError`)."""
+    """Check that a model is a dual encoder, and fits the arguments and the tasks of the pairs.
+
+    Args:
+        model: Model, wrapped or not.
+        args: Arguments of the run.
+        train: Training pairs, or None.
+        evaluation: Pairs, a dict of several, or None.
+        uses_deepspeed: True for a run with DeepSpeed.
+
+    Raises:
+        ValueError: The model is not a dual encoder, or does not fit.
+    """
     check_grad_cache(model, args, uses_deepspeed)
     check_dual_encoder(model)
     check_tasks(model, train, evaluation)
 
 
 def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed: bool) -> None:
-    """Make sure that several backward passes a step are possible where `grad_cache_chunk_size` asks for them.
+    """Check that a run with `grad_cache_chunk_size` can make several backward passes in a step.
+
+    Args:
+        model: Model, whose batch norm is warned of.
+        args: Arguments of the run.
+        uses_deepspeed: True for a run with DeepSpeed.
 
     Raises:
-        ValueError: they are not, for the reason that the message gives.
+        ValueError: DeepSpeed, `torch.nn.DataParallel` or the optimiser allows one backward pass only.
     """
     if args.grad_cache_chunk_size is None:
         return
+    optimizer = OptimizerNames(args.optim).value
     unfit = {
         "DeepSpeed": uses_deepspeed,
         "torch.nn.DataParallel": args.n_gpu > 1,
-        f"optim {args.optim.value}": "lomo" in args.optim.value,
+        f"optim {optimizer}": "lomo" in optimizer,
     }
     for name in (name for name, used in unfit.items() if used):
         raise ValueError(
-            f"grad_cache_chunk_size={args.grad_cache_chunk_size} makes several backward passes a step, which {name} "
-            "does not go with; use one process a GPU (accelerate launch, DDP or FSDP) and an optimiser that steps "
-            "once, or leave it out."
+            f"grad_cache_chunk_size={args.grad_cache_chunk_size} makes several backward passes in a step, which "
+            f"{name} does not allow; use one process for each GPU (accelerate launch, DDP or FSDP) and an optimiser "
+            "that steps once, or leave it out."
         )
     if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.modules()):
         logger.warning(
@@ -183,22 +235,22 @@ def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed:
 
 
 def list_warm_ups(strategy: SelectionStrategy, objective: Objective) -> dict[str, int]:
-    """Return, for each part of a run that warms up, what the steps of its warm-up do, and its number of epochs."""
-    warmup_epochs = {"train on a random subset": getattr(strategy, "warmup_epochs", 0)}
+    """Return the number of epochs of each warm-up of a run, by what the steps of the warm-up do."""
+    warmup_epochs: dict[str, int] = {"train on a random subset": getattr(strategy, "warmup_epochs", 0)}
     if objective.gsc is not None:
         warmup_epochs["train by the contrastive loss, without soft labels"] = objective.gsc.warmup_epochs
     return warmup_epochs
 
 
 def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args: DissectTrainingArguments) -> None:
-    """Warn when `max_steps` ends a run before a warm-up ends.
+    """Warn if `max_steps` ends a run before a warm-up ends.
 
     Args:
-        pairs: Training data; the length of an epoch of a stream is unknown.
-        warmup_epochs: Number of epochs of each warm-up, by what its steps do, see `list_warm_ups`.
+        pairs: Training pairs; a stream gives no warning, because the length of its epochs is unknown.
+        warmup_epochs: Number of epochs of each warm-up, see `list_warm_ups`.
         args: Arguments of the run.
     """
-    count = num_pairs(pairs)
+    count = count_pairs(pairs)
     if args.max_steps <= 0 or not count:
         return
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -213,7 +265,7 @@ def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args:
 
 
 def load_ledger(ledger: SampleLedger, folder: str, has_state: bool) -> None:
-    """Load the ledger of a checkpoint; warn of what a checkpoint of the plain Trainer does not have."""
+    """Load the ledger of a checkpoint, and warn if the checkpoint has no ledger, or no state of the selection."""
     file = Path(folder, LEDGER_FILE)
     if file.is_file():
         ledger.load(file)
@@ -226,35 +278,37 @@ def load_ledger(ledger: SampleLedger, folder: str, has_state: bool) -> None:
 def begin_with_initial_ledger(
     ledger: SampleLedger, strategy: SelectionStrategy, pairs: Any, args: DissectTrainingArguments
 ) -> None:
-    """Fill the ledger with the scores that `args.initial_ledger` names; called on all ranks.
+    """Fill the ledger with the scores that `args.initial_ledger` names; every rank calls this function.
 
     Raises:
-        FileNotFoundError: there are no scores.
-        HubError: the Hub has no such scores, or cannot be reached.
-        ValueError: the scores belong to other data.
+        FileNotFoundError: There are no scores.
+        HubError: The Hub does not have the scores, or cannot be reached.
+        ValueError: The scores belong to other data.
     """
+    source = str(args.initial_ledger)
     with args.main_process_first(local=True, desc="reading the initial ledger"):
-        scores = read_shared_scores(args.initial_ledger)
-    begin_with_scores(ledger, scores, strategy, args.initial_ledger, getattr(pairs, "sample_ids", None))
+        scores = read_shared_scores(source)
+    begin_with_scores(ledger, scores, strategy, source, getattr(pairs, "sample_ids", None))
 
 
-def num_pairs(pairs: Any) -> int | None:
-    """Number of pairs, None for a stream."""
+def count_pairs(pairs: Any) -> int | None:
+    """Return the number of pairs; None for a stream."""
     return len(pairs) if hasattr(pairs, "__len__") else None
 
 
 def check_tasks(model: torch.nn.Module, train: Any, evaluation: Any) -> None:
-    """Check that an adapter that routes by task gets the tasks and has an expert for each.
+    """Check that pairs have tasks if an adapter routes by task, and that the adapter has an expert for each task.
 
-    Named tasks of the evaluation data are numbered as in the training data (`number_tasks_alike`).
+    Named tasks of the evaluation data are renumbered as in the training data, see `number_tasks_alike`. The tasks of a
+    stream are not known.
 
     Args:
-        model: Model with or without an adapter.
+        model: Model, with or without an adapter.
         train: Training pairs, or None.
         evaluation: Pairs, a dict of several, or None.
 
     Raises:
-        ValueError: The training pairs have no tasks, or tasks exceed the experts, which is not known of a stream.
+        ValueError: The training pairs have no tasks, or the adapter lacks an expert for a task.
     """
     number_tasks_alike(train, evaluation)
     routing = mola_routing(model)
@@ -288,5 +342,5 @@ def _has_tasks(pairs: Any) -> bool:
     if isinstance(pairs, PairDataset | PairStream):
         return pairs.columns.task is not None
     if isinstance(pairs, torch.utils.data.IterableDataset):
-        return True  # not read ahead; the adapter itself refuses a batch without tasks
+        return True  # unknown before it is read; the adapter rejects a batch without tasks
     return "task_id" in pairs[0]

@@ -88,7 +88,7 @@ def test_figures_of_the_validation_split_are_told_as_such(tmp_path):
 
 def test_what_the_user_tells_stands_in_the_metadata(tmp_path):
     told = {"license": "mit", "language": "en", "tags": ["clip", "mine"], "datasets": "me/more"}
-    metadata, _ = card(tmp_path, recipe=recipe(data={"source": "hub", "path": "me/pairs"}), told_by_user=told)
+    metadata, _ = card(tmp_path, recipe=recipe(data={"source": "hub", "path": "me/pairs"}), given=told)
     assert (metadata["license"], metadata["language"]) == ("mit", "en")
     assert metadata["datasets"] == ["me/pairs", "me/more"]
     assert metadata["tags"].count("clip") == 1 and "mine" in metadata["tags"]

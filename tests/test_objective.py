@@ -10,7 +10,7 @@ from testing.faulty_run import make_trainer
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger
 from hf_dissect.data import as_pairs, shuffle_captions
-from hf_dissect.evaluation.selection_figures import label_figures
+from hf_dissect.evaluation.selection_figures import compute_label_figures
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.objective import GscObjective, Objective
@@ -50,7 +50,7 @@ def written_out(outputs, labels: torch.Tensor, masks: torch.Tensor, gamma: float
 
 def loss_of(objective: Objective, model, outputs, ledger, **batch) -> torch.Tensor:
     batch = {"sample_id": IDS, **batch}
-    return objective.loss(model, batch, outputs, *logit_scale_and_bias(model), ledger)
+    return objective.compute_loss(model, batch, outputs, *logit_scale_and_bias(model), ledger)
 
 
 def test_the_contrastive_loss_gives_way_to_that_of_the_soft_labels(clip, ledger):
@@ -79,14 +79,14 @@ def test_the_scale_of_the_model_is_left_alone_but_has_a_gradient(clip, ledger):
 
 def test_the_evidence_is_that_of_the_pairs_and_their_labels(clip, ledger):
     outputs = clip[1]
-    evidence = Objective("softmax", gsc=GscObjective(temperature=0.2)).evidence(outputs, IDS, ledger)
+    evidence = Objective("softmax", gsc=GscObjective(temperature=0.2)).compute_evidence(outputs, IDS, ledger)
     images, texts = outputs["image_embeds"].detach(), outputs["text_embeds"].detach()
     logits = texts @ images.T / 0.2
     agreement = (logits.softmax(1).diagonal() + logits.softmax(0).diagonal()) / 2
     masks = LABELS
     structure = F.cosine_similarity(images @ images.T * masks, texts @ texts.T * masks)
     torch.testing.assert_close(evidence, {"agreement": agreement, "structure": structure})
-    assert Objective("softmax").evidence(outputs, IDS, ledger) == {}
+    assert Objective("softmax").compute_evidence(outputs, IDS, ledger) == {}
 
 
 def test_impossible_settings_are_told():
@@ -294,5 +294,5 @@ def test_the_metrics_tell_how_well_the_labels_separate(tmp_path):
     ledger.write("y_cm", ids[:4], torch.tensor([0.9, 0.6, 0.9, 0.5]))
     ledger.write("y_im", ids[:4], torch.tensor([0.9, 0.7, 0.1, 0.8]))  # the minima: 0.9, 0.6, 0.1, 0.5
     ledger.write("p_clean", ids[[1, 2, 3]], torch.tensor([0.5, 0.9, 0.1]))
-    assert label_figures(ledger, ids, clean) == {"label_auroc": 1.0, "p_clean_auroc": 0.5}
-    assert label_figures(SampleLedger(6), ids, clean) == {}
+    assert compute_label_figures(ledger, ids, clean) == {"label_auroc": 1.0, "p_clean_auroc": 0.5}
+    assert compute_label_figures(SampleLedger(6), ids, clean) == {}

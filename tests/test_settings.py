@@ -13,7 +13,7 @@ from hf_dissect.objective import GscObjective
 from hf_dissect.recipe import Recipe, RecipeError
 from hf_dissect.recipe.schema import GscSection
 from hf_dissect.selection.options import OPTIONS
-from hf_dissect.settings import members_of, problem_with, setting_of, settings_of
+from hf_dissect.settings import describe_problem, find_setting, list_members, list_settings
 
 KINDS = {
     "selection": (Recipe, DissectTrainingArguments),
@@ -48,8 +48,8 @@ def sections_of(recipe: type) -> dict[str, type]:
 
     def visit(key: str, section: type) -> None:
         found[key] = section
-        for name, (expected, _) in settings_of(section).items():
-            for member in members_of(expected):
+        for name, (expected, _) in list_settings(section).items():
+            for member in list_members(expected):
                 if dataclasses.is_dataclass(member):
                     visit(f"{key}.{name}", member)
 
@@ -74,11 +74,11 @@ def limited(recipe: type) -> list[tuple[str, Any]]:
     """Dotted key and an impossible value of each setting with a range or choices, two where the range has two ends."""
     cases = []
     for key, section in sections_of(recipe).items():
-        for name, (expected, declaration) in settings_of(section).items():
+        for name, (expected, declaration) in list_settings(section).items():
             values = ["nonsense"] if declaration.choices else []
             if declaration.within:
                 low, high = map(float, declaration.within[1:-1].split(","))
-                kind = int if int in members_of(expected) or list[int] in members_of(expected) else float
+                kind = int if int in list_members(expected) or list[int] in list_members(expected) else float
                 values += [kind(low) if declaration.within[0] == "(" else kind(low) - 1]
                 values += (
                     [] if high == float("inf") else [kind(high) if declaration.within[-1] == ")" else kind(high) + 1]
@@ -94,7 +94,7 @@ def test_every_argument_has_one_declaration_and_repeats_its_type(kind):
     sections = sections_of(recipe)
     assert own_fields(arguments)
     for field in own_fields(arguments):
-        assert setting_of(field) is not None, field.name
+        assert find_setting(field) is not None, field.name
         if field.name == "save_run_folder":  # a recipe always writes it
             continue
         section, name = sources[field.name].rsplit(".", 1)
@@ -105,13 +105,13 @@ def test_every_argument_has_one_declaration_and_repeats_its_type(kind):
         declarations = [
             setting.argument
             for part in sections.values()
-            for _, setting in settings_of(part).values()
+            for _, setting in list_settings(part).values()
             if setting.argument == field.name
         ]
         assert len(declarations) == (0 if section == "distillation" else 1)
-        expected, repeated = settings_of(sections[section])[name][0], hints[field.name]
+        expected, repeated = list_settings(sections[section])[name][0], hints[field.name]
         if field.name in arguments._VALID_DICT_FIELDS:  # also as JSON, from the command line
-            assert {dict[str, Any], str} <= set(members_of(repeated)) <= {dict[str, Any], str, type(None)}
+            assert {dict[str, Any], str} <= set(list_members(repeated)) <= {dict[str, Any], str, type(None)}
         else:
             assert repeated == expected, field.name
 
@@ -123,7 +123,7 @@ def test_every_argument_is_explained_in_the_docstring_and_in_the_help(kind):
     shown = " ".join(HfArgumentParser(arguments).format_help().split())
     for field in own_fields(arguments):
         text = field.metadata["help"]
-        assert text == setting_of(field).help or text.startswith(f"{setting_of(field).help} Allowed: ")
+        assert text == find_setting(field).help or text.startswith(f"{find_setting(field).help} Allowed: ")
         assert text.endswith(".") and f" {field.name}: {text}" in documented and f"--{field.name}" in shown
         assert text.replace("-", "").replace(" ", "") in shown.replace("-", "").replace(" ", ""), field.name
     assert "Allowed: a number in" in documented and "Raises:" in documented
@@ -135,14 +135,14 @@ def test_every_setting_reaches_its_argument(kind, tmp_path):
     made, changed = recipe.from_dict(RECIPES[recipe]).training_arguments(), {}
     for argument, key in recipe.argument_sources().items():
         section, name = key.rsplit(".", 1)
-        expected, declaration = settings_of(sections_of(recipe)[section])[name]
+        expected, declaration = list_settings(sections_of(recipe)[section])[name]
         default = made[argument]
         candidates = [OTHER.get(key), *declaration.choices[::-1], not default, "other", 7, 0.75]
         changed[key] = next(
             value
             for value in candidates
             if value not in (None, default)
-            and not problem_with(value, expected, declaration.choices, declaration.within)
+            and not describe_problem(value, expected, declaration.choices, declaration.within)
         )
         arrived = recipe.from_dict(with_value(recipe, key, changed[key])).training_arguments()
         assert arrived.pop(argument) == changed[key] or argument == "gsc", key
@@ -177,7 +177,7 @@ def test_soft_labels_have_the_defaults_of_their_objective():
 
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_an_impossible_option_gets_the_same_verdict_in_a_recipe_and_in_the_arguments(strategy):
-    for name, (_, declaration) in settings_of(OPTIONS[strategy]).items():
+    for name, (_, declaration) in list_settings(OPTIONS[strategy]).items():
         value = "nonsense" if declaration.choices else -1
         selection = {"strategy": strategy, "options": {name: value}}
         with pytest.raises(RecipeError) as in_recipe:

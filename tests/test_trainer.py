@@ -266,7 +266,7 @@ def test_gradient_caching_decorrelates_the_router_over_the_whole_batch(tmp_path)
 
 
 def test_gradient_caching_is_refused_where_a_step_has_one_backward_pass(tmp_path):
-    with pytest.raises(ValueError, match="grad_cache_chunk_size=4 .* optim lomo does not go with"):
+    with pytest.raises(ValueError, match="grad_cache_chunk_size=4 .* optim lomo does not allow"):
         make_trainer(tmp_path, grad_cache_chunk_size=4, optim="lomo")
 
 

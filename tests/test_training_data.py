@@ -8,7 +8,7 @@ from testing import tiny_models
 
 from hf_dissect import DissectTrainingArguments, PairDataset
 from hf_dissect.data.streaming.pair_stream import PairStream
-from hf_dissect.training_data import num_pairs, pairs_for, training_pairs, warn_if_warm_up_outlasts
+from hf_dissect.training_data import count_pairs, warn_if_warm_up_outlasts, wrap_pairs, wrap_training_pairs
 
 
 def arguments(tmp_path, **settings) -> DissectTrainingArguments:
@@ -17,17 +17,17 @@ def arguments(tmp_path, **settings) -> DissectTrainingArguments:
 
 def test_tables_become_pairs(tmp_path):
     args = arguments(tmp_path)
-    several = pairs_for("train_dataset", tiny_models.tiny_pairs(6, captions_per_image=3), args)
-    assert isinstance(several, PairDataset) and num_pairs(several) == 18
-    assert pairs_for("train_dataset", several, args) is several
-    assert pairs_for("eval_dataset", None, args) is None
-    stream = pairs_for("train_dataset", tiny_models.tiny_pairs(6).to_iterable_dataset(), args)
-    assert isinstance(stream, PairStream) and num_pairs(stream) is None
+    several = wrap_pairs("train_dataset", tiny_models.tiny_pairs(6, captions_per_image=3), args)
+    assert isinstance(several, PairDataset) and count_pairs(several) == 18
+    assert wrap_pairs("train_dataset", several, args) is several
+    assert wrap_pairs("eval_dataset", None, args) is None
+    stream = wrap_pairs("train_dataset", tiny_models.tiny_pairs(6).to_iterable_dataset(), args)
+    assert isinstance(stream, PairStream) and count_pairs(stream) is None
 
 
 def test_each_of_several_evaluation_sets_becomes_pairs(tmp_path):
     sets = {"a": tiny_models.tiny_pairs(4), "b": tiny_models.tiny_pairs(5)}
-    assert {name: len(part) for name, part in pairs_for("eval_dataset", sets, arguments(tmp_path)).items()} == {
+    assert {name: len(part) for name, part in wrap_pairs("eval_dataset", sets, arguments(tmp_path)).items()} == {
         "a": 4,
         "b": 5,
     }
@@ -35,25 +35,25 @@ def test_each_of_several_evaluation_sets_becomes_pairs(tmp_path):
 
 def test_the_argument_is_named_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"^eval_dataset: .*\bphoto\b"):
-        pairs_for("eval_dataset", Dataset.from_dict({"photo": ["a.png"], "caption": ["a"]}), arguments(tmp_path))
+        wrap_pairs("eval_dataset", Dataset.from_dict({"photo": ["a.png"], "caption": ["a"]}), arguments(tmp_path))
     with pytest.raises(ValueError, match=r"^train_dataset: .*alt"):
-        pairs_for("train_dataset", tiny_models.tiny_pairs(4), arguments(tmp_path, caption_column="alt"))
+        wrap_pairs("train_dataset", tiny_models.tiny_pairs(4), arguments(tmp_path, caption_column="alt"))
 
 
 def test_columns_are_those_of_the_arguments(tmp_path):
     rows = tiny_models.tiny_pairs(4).rename_columns({"image": "photo", "caption": "alt"})
-    pairs = pairs_for("train_dataset", rows, arguments(tmp_path, image_column="photo", caption_column="alt"))
+    pairs = wrap_pairs("train_dataset", rows, arguments(tmp_path, image_column="photo", caption_column="alt"))
     assert pairs[3]["caption"] == rows[3]["alt"]
 
 
 def test_one_batch_of_candidates_is_the_least(tmp_path):
     args = arguments(tmp_path)
-    training_pairs(tiny_models.tiny_pairs(16), args)
-    training_pairs(tiny_models.tiny_pairs(2).to_iterable_dataset(), args)
+    wrap_training_pairs(tiny_models.tiny_pairs(16), args)
+    wrap_training_pairs(tiny_models.tiny_pairs(2).to_iterable_dataset(), args)
     with pytest.raises(
         ValueError, match=r"train_dataset has 15 pairs, fewer than one batch of 16 .*lower per_device_train_batch_size"
     ):
-        training_pairs(tiny_models.tiny_pairs(15), args)
+        wrap_training_pairs(tiny_models.tiny_pairs(15), args)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_run_that_ends_in_its_warm_up_is_told(max_steps, warmup_epochs, accumu
     args = arguments(
         tmp_path, max_steps=max_steps, gradient_accumulation_steps=accumulation, selection_strategy="random"
     )
-    pairs = pairs_for("train_dataset", tiny_models.tiny_pairs(64), args)
+    pairs = wrap_pairs("train_dataset", tiny_models.tiny_pairs(64), args)
     with caplog.at_level(logging.WARNING):
         warn_if_warm_up_outlasts(pairs, {"do this": warmup_epochs, "do that": 0}, args)
     assert (f"before the warm-up of {warmup_epochs} epochs does: all steps do this." in caplog.text) == warned

@@ -119,12 +119,12 @@ class PairDataset(torch.utils.data.Dataset):
 
     @property
     def knows_truth(self) -> bool:
-        """Whether each pair says if its caption belongs to its image."""
+        """True if each pair says whether its caption belongs to its image."""
         return self.columns.clean is not None
 
     @property
     def has_pictures(self) -> bool:
-        """Whether the table holds pictures; a model that is trained on stored features needs none."""
+        """True if the table holds pictures, which a model that is trained on stored features does not need."""
         return self._pictures is not None
 
     @property
@@ -177,7 +177,7 @@ class PairDataset(torch.utils.data.Dataset):
         ]
         if unknown:
             raise ValueError(
-                f"task_column={self.columns.task!r}: {unknown[0]!r} is no task of the training, which are "
+                f"task_column={self.columns.task!r}: {unknown[0]!r} is not a task of the training, which are "
                 f"{', '.join(names)}; drop these rows, or leave task_column out."
             )
         self.task_ids = np.array([place.get(name, -1) for name in self.task_names])[self.task_ids]
@@ -285,7 +285,8 @@ def _make_table(rows: list[Any]) -> datasets.Dataset:
 def _check_yields_pairs(dataset: Any) -> None:
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(
-            f"{type(dataset).__name__} is no data set; pass a datasets.Dataset, a list of dicts, or a torch data set."
+            f"{type(dataset).__name__} is not a data set; pass a datasets.Dataset, a list of dicts, or a torch "
+            "data set."
         )
     if len(dataset) == 0:
         raise ValueError(NO_ROWS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_dissect.distillation.terms import METHODS, TERMS, TermWeights
 from hf_dissect.recipe.schema import DataSection, SelectionSection
-from hf_dissect.settings import declared, problem_with, setting
+from hf_dissect.settings import declared, describe_problem, setting
 
 KINDS = ("array", "image", "text")
 
@@ -129,9 +129,9 @@ class DistillationSettings:
             problem = f"{self.term_weights!r} is not allowed; allowed: a mapping of {', '.join(TERMS)} to weights"
             yield "term_weights", problem
         for term, weight in self._term_weights().items():
-            if unknown := problem_with(term, str, TERMS):
+            if unknown := describe_problem(term, str, TERMS):
                 yield "term_weights", unknown
-            elif impossible := problem_with(weight, float, within="[0, inf)"):
+            elif impossible := describe_problem(weight, float, within="[0, inf)"):
                 yield f"term_weights.{term}", impossible
         if self.classification_weight == self.retrieval_weight == 0:
             problem = f"{self.classification_weight} with retrieval_weight {self.retrieval_weight} leaves no task"

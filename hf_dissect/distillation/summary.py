@@ -62,7 +62,7 @@ class DistillationSummary:
         self._processor = processor
         self._shape = shape
 
-    def metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
+    def collect_metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
         """Return method, modalities, diagnostics, rows and settings."""
         args = self._args
         return {
@@ -77,7 +77,7 @@ class DistillationSummary:
             "settings": {name: getattr(args, name) for name in SHOWN_SETTINGS},
         }
 
-    def gathered_metrics(self, ranks: Ranks) -> dict[str, Any]:
+    def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
         """Return the rows of all ranks that lack something."""
         return {"rows": join_over_ranks(self._rows, ranks).summary()}
 

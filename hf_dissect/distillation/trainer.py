@@ -29,7 +29,7 @@ from hf_dissect.distillation.training_data import (
 )
 from hf_dissect.hub.published_files import ENCODER_FOLDER
 from hf_dissect.training.non_finite import check_finite
-from hf_dissect.training.run_folder import without_speed
+from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import STATE_FILE, Part
 from hf_dissect.training.trainer import BaseTrainer
 
@@ -158,7 +158,7 @@ class DistillationTrainer(BaseTrainer):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self.rows.add(batch["row"].cpu(), batch["row_state"].cpu())
-        self.stop_request.grant_if(bool(self.ranks.table(self.stop_request.made).any()))
+        self.stop_request.grant_if(bool(self.ranks.gather_numbers(self.stop_request.made).any()))
         return batches, num_items
 
     def compute_loss(
@@ -187,8 +187,7 @@ class DistillationTrainer(BaseTrainer):
     ) -> torch.Tensor:
         """Do the Trainer's step, then train the discriminator on the features of the same forward pass."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        step, folder = self.state.global_step, cast(str, self.args.output_dir)
-        check_finite(loss, "the loss", inputs["row"].cpu(), step, folder)
+        check_finite(loss, "the loss", inputs["row"].cpu(), self.state.global_step, self.args.output_dir)
         if self.adversary is not None:
             accuracy = self.adversary.accumulate(
                 self._compute_discriminator_loss, 1 / self.current_gradient_accumulation_steps
@@ -289,7 +288,7 @@ class DistillationTrainer(BaseTrainer):
     def final_figures(self, test_dataset: Any, **options: Any) -> dict[str, float]:
         """Evaluate the trained networks on `test_dataset`, by default the `eval_dataset`."""
         dataset = self.eval_dataset if test_dataset is None else test_dataset
-        return {} if dataset is None else without_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
+        return {} if dataset is None else drop_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
 
     # ---- files ----
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from hf_dissect.distillation.schema import DistillationDataSection, DistillationSettings
-from hf_dissect.settings import declared, list_in_docstring, setting, settings_of
+from hf_dissect.settings import declared, list_in_docstring, list_settings, setting
 from hf_dissect.training.training_args import BaseTrainingArguments
 
 
@@ -33,5 +33,5 @@ class DistillationTrainingArguments(DistillationSettings, BaseTrainingArguments)
 AuxiliaryDistillationArguments = DistillationTrainingArguments
 """Former name of the arguments, which `training_args.bin` in earlier checkpoints holds."""
 
-OWN_FIELDS = tuple(settings_of(DistillationTrainingArguments))
+OWN_FIELDS = tuple(list_settings(DistillationTrainingArguments))
 """Names of the arguments that `transformers.TrainingArguments` lacks."""

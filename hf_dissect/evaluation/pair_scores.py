@@ -1,6 +1,6 @@
-"""Scores of whole data sets under the final weights, which show the pairs that the model takes for mismatched."""
+"""Scores of whole data sets under the current weights, which show the pairs that the model takes for mismatched."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -8,8 +8,7 @@ from torch import nn
 
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.selection.scoring import CandidateScores, score
-
-Batch = Mapping[str, torch.Tensor]
+from hf_dissect.selection.selector import Batch
 
 
 def score_batches(
@@ -27,7 +26,10 @@ def score_batches(
         batches: Batches of a `SelectionCollator`.
         kind: Loss of the model, "softmax" or "sigmoid".
         prepare: Function that moves a batch to the device.
-        autocast: Context of the forward pass.
+        autocast: Function that returns the context of mixed precision.
+
+    Yields:
+        Batch and scores.
     """
     for batch in batches:
         batch = prepare(batch)
@@ -36,21 +38,21 @@ def score_batches(
 
 def join_correlations(
     scored: Iterable[tuple[Batch, CandidateScores]],
-    gather: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    gather: Callable[[Batch], Batch],
 ) -> dict[str, torch.Tensor]:
-    """Return the correlation of every readable pair.
+    """Join the correlations of all readable pairs.
 
     Args:
         scored: Batches with their scores, see `score_batches`.
-        gather: Function that joins columns over the ranks, without the rows that fill up the last batch.
+        gather: Function that joins columns over the ranks and drops the rows that fill the last batch.
 
     Returns:
-        `sample_id` int64, `correlation` float32 and, where the truth is known, `is_clean` bool, each `(pairs,)` on the
-        CPU and the same on all ranks.
+        Columns `sample_id` int64, `correlation` float32 and, if the truth is known, `is_clean` bool, each `(pairs,)`,
+        on the CPU and the same on all ranks.
     """
     parts = []
     for batch, scores in scored:
-        part = {name: batch[name] for name in ("sample_id", "bad_reason", "is_clean") if name in batch}
+        part: Batch = {name: batch[name] for name in ("sample_id", "bad_reason", "is_clean") if name in batch}
         part["correlation"] = scores.correlation.to(batch["sample_id"].device)
         parts.append(gather(part))
     joined = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}

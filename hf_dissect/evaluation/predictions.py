@@ -1,4 +1,4 @@
-"""Predictions of a batch of pairs, and the retrieval figures of all that a Trainer's evaluation loop gathers."""
+"""Predictions for pairs, and the retrieval figures of the predictions that a Trainer gathers."""
 
 import logging
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 def predict_pairs(
     outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, kind: str
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """Return what a prediction step gives: loss, predictions and labels.
+    """Return the loss, the predictions and the labels of a prediction step.
 
     Args:
         outputs: Outputs of the model for `B` pairs.
-        batch: Batch of a `SelectionCollator`, some pairs of which may be unreadable.
+        batch: Batch of a `SelectionCollator`, with or without unreadable pairs.
         kind: Loss of the model, "softmax" or "sigmoid".
 
     Returns:
-        The mean loss of the good pairs; the embeddings of images and texts, float32 `(B, D)`; the image keys and the
-        reasons why a pair is bad, `(B,)`.
+        Mean loss `()` of the readable pairs; embeddings of images and texts, float32 `(B, D)` each; image keys and
+        reasons for unreadable pairs, `(B,)` each.
     """
     bad_reason = batch.get("bad_reason", torch.zeros_like(batch["sample_id"]))
     good = bad_reason == 0
@@ -34,17 +34,17 @@ def predict_pairs(
     return loss, embeds, (batch.get("image_key", batch["sample_id"]), bad_reason)
 
 
-def retrieval_of_predictions(predictions: EvalPrediction) -> dict[str, float]:
+def compute_retrieval(predictions: EvalPrediction) -> dict[str, float]:
     """Compute the retrieval metrics of all readable pairs.
 
     Args:
-        predictions: `predictions` are image and text embeddings `(pairs, D)`; `label_ids` are the image keys, equal
-            for pairs of one image, and the reason why a pair is bad, 0 for a good one, each `(pairs,)`.
+        predictions: Predictions and labels of `predict_pairs`, over all pairs: `predictions` holds image and text
+            embeddings `(pairs, D)`, `label_ids` holds image keys and reasons `(pairs,)`.
 
     Returns:
-        The figures of `retrieval_from_pairs`; empty if no pair is readable. A warning counts the unreadable pairs.
+        Figures of `retrieval_from_pairs`; empty if no pair is readable. A warning counts the unreadable pairs.
     """
-    outputs: Any = predictions.predictions  # transformers types both fields as tuples of one array
+    outputs: Any = predictions.predictions  # transformers types both fields as tuples of a single array
     labels: Any = predictions.label_ids
     image_embeds, text_embeds = outputs
     image_key, bad_reason = labels

@@ -7,12 +7,20 @@ import torch
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.monitor import SelectionMonitor
-from hf_dissect.selection.soft_labels import label_columns
+from hf_dissect.selection.soft_labels import find_label_columns
 
 
-def selection_figures(monitor: SelectionMonitor) -> dict[str, float]:
-    """Return figures of the kept pairs, of the run and its last epoch (`*_last_epoch`), with the ranking's AUROC."""
-    figures = dict(monitor.run.figures())
+def compute_selection_figures(monitor: SelectionMonitor) -> dict[str, float | None]:
+    """Compute the figures of a selection.
+
+    Args:
+        monitor: Monitor of the selections of a run.
+
+    Returns:
+        Figures of the kept and the dropped pairs over the run and, as `*_last_epoch`, over its last epoch. If the
+        truth is known, `ranking_auroc_last_epoch` says how well the ranking separates matched from mismatched pairs.
+    """
+    figures: dict[str, float | None] = dict(monitor.run.figures())
     last = monitor.last_epoch.sums.figures()
     figures.update({f"{key}_last_epoch": value for key, value in last.items()})
     if (ranking := monitor.ranking_truth()) is not None:
@@ -20,18 +28,23 @@ def selection_figures(monitor: SelectionMonitor) -> dict[str, float]:
     return figures
 
 
-def noise_figures(scored: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return how well the final model separates matched from mismatched pairs, as `noise_detection_*`.
+def compute_noise_figures(scored: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
+    """Compute the separation of matched from mismatched pairs by the final model.
 
     Args:
-        scored: `correlation` float32 and `is_clean` bool, `(n,)` each.
+        scored: Columns `correlation` float32 and `is_clean` bool, `(n,)` each.
+
+    Returns:
+        Figures of `noise_detection_metrics` as `noise_detection_*`.
     """
     metrics = noise_detection_metrics(scored["correlation"], scored["is_clean"])
     return {f"noise_detection_{key}": value for key, value in metrics.items()}
 
 
-def label_figures(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch.Tensor) -> dict[str, float | None]:
-    """Return how well the final labels separate matched from mismatched pairs; pairs without a label are left out.
+def compute_label_figures(
+    ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch.Tensor
+) -> dict[str, float | None]:
+    """Compute the separation of matched from mismatched pairs by the final labels, without the unlabelled pairs.
 
     Args:
         ledger: Ledger of the run.
@@ -39,19 +52,27 @@ def label_figures(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch
         is_clean: Truth, bool `(n,)`.
 
     Returns:
-        `label_auroc` of the soft labels (for two networks, of their mean) and `p_clean_auroc`, as far as the ledger
-        has the columns.
+        `label_auroc` of the soft labels (for two networks, of their mean) and `p_clean_auroc`, each if the ledger has
+        the columns.
     """
-    figures = {}
-    if (labels := soft_labels(ledger, sample_id)) is not None:
+    figures: dict[str, float | None] = {}
+    if (labels := read_soft_labels(ledger, sample_id)) is not None:
         figures["label_auroc"] = noise_detection_metrics(labels, is_clean)["auroc"]
     if "p_clean" in ledger.columns:
         figures["p_clean_auroc"] = noise_detection_metrics(ledger.read("p_clean", sample_id), is_clean)["auroc"]
     return figures
 
 
-def soft_labels(ledger: SampleLedger, sample_id: torch.Tensor) -> torch.Tensor | None:
-    """Return the soft labels `(n,)` of pairs `(n,)`, for two networks their mean; None if the ledger has none."""
-    if not (networks := label_columns(ledger)):
+def read_soft_labels(ledger: SampleLedger, sample_id: torch.Tensor) -> torch.Tensor | None:
+    """Return the soft labels of some pairs.
+
+    Args:
+        ledger: Ledger of the run.
+        sample_id: Sample ids, int64 `(n,)`.
+
+    Returns:
+        Labels, float32 `(n,)`, for two networks their mean; None if the ledger has none.
+    """
+    if not (networks := find_label_columns(ledger)):
         return None
     return torch.stack([torch.minimum(*(ledger.read(name, sample_id) for name in pair)) for pair in networks]).mean(0)

@@ -1,4 +1,4 @@
-"""Formats figures as text tables for a terminal: one run, or several next to each other with their spread."""
+"""Text tables of figures for a terminal: of one run, or of several runs with mean and spread."""
 
 import math
 import statistics
@@ -16,15 +16,15 @@ _NAMES = {
 
 
 def summarise_seeds(runs: Sequence[Mapping[str, object]]) -> dict[str, dict[str, float | None]]:
-    """Compute mean and spread of each figure over runs that differ in their seed only.
+    """Compute mean and spread of each figure over runs that differ in nothing but their seed.
 
     Args:
-        runs: One flat mapping of figures per run. Text and nested mappings are left out. None is a figure that the
-            run could not compute; a figure that it computed as NaN makes the mean NaN.
+        runs: Flat mappings of figures, one for each run. Text and nested mappings are left out. None stands for a
+            figure that the run could not compute; a NaN makes the mean NaN.
 
     Returns:
-        For each figure `{"mean", "std"}`: mean and sample standard deviation (divisor n - 1) of the runs that have it.
-        `std` is None if only one run has the figure; both are None if all runs hold None.
+        For each figure, `mean` and `std`: the mean and the sample standard deviation (divisor n - 1) over the runs
+        that have the figure. `std` is None if only one run has it; both are None if all runs hold None.
     """
     summary: dict[str, dict[str, float | None]] = {}
     for name in dict.fromkeys(name for run in runs for name in run):
@@ -42,16 +42,17 @@ def format_results_table(
     columns: Sequence[str] | Mapping[str, str],
     decimals: int | Mapping[str, int] = 2,
 ) -> str:
-    """Format rows as a plain text table: text to the left, numbers to the right, a rule under the headings.
+    """Format rows as a plain text table, with text to the left, numbers to the right and a rule under the headings.
 
     Args:
-        rows: One mapping per line. A value is text, a number, a (mean, std) tuple, a `{"mean", "std"}` mapping (both
-            printed as `mean ± std`, or as `mean` if std is None), or None. None and absent keys print as `-`.
-        columns: Keys to print, in order; a mapping gives each its heading.
+        rows: Mappings, one for each line. A value is text, a number, a tuple (mean, std), a mapping with `mean` and
+            `std`, or None. Mean and spread are printed as `mean ± std`, or as `mean` if std is None; None and absent
+            keys are printed as `-`.
+        columns: Keys to print, in order, or a mapping from keys to headings.
         decimals: Digits after the point of numbers that are not integers, for all columns or by key (2 by default).
 
     Returns:
-        The table, without a newline at its end.
+        Table, without a newline at its end.
     """
     headings = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
     printed = []
@@ -68,7 +69,7 @@ def format_results_table(
 
 
 def format_retrieval(figures: Mapping[str, float]) -> str:
-    """Format the figures of one dual encoder: recalls in per cent, and accuracies and the like below them."""
+    """Format the figures of one dual encoder, with recalls in per cent, and other figures below them."""
     rows = []
     for name, direction in (("image to text", "image_to_text"), ("text to image", "text_to_image")):
         keys = {f"R@{k}": f"{direction}_R@{k}" for k in (1, 5, 10)} | {"median rank": f"{direction}_median_rank"}

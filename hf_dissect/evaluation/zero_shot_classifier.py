@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from hf_dissect.data.images import UnusableImage, decode_image
 from hf_dissect.evaluation.accuracy import zero_shot_metrics
 from hf_dissect.evaluation.embeddings import check_positive_integer
-from hf_dissect.models.families import bare_model, check_dual_encoder, max_text_length, text_padding
+from hf_dissect.models.families import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.selection.scoring import evaluation_mode
 
 
@@ -148,9 +148,9 @@ def _move_to_device(inputs: Any, model: torch.nn.Module) -> dict[str, Tensor]:
 def _tokenize(model: torch.nn.Module, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
     inputs = tokenizer(
         texts,
-        padding=text_padding(model),
+        padding=find_text_padding(model),
         truncation=True,
-        max_length=max_text_length(model, tokenizer),
+        max_length=find_max_text_length(model, tokenizer),
         return_tensors="pt",
     )
     return _move_to_device(inputs, model)

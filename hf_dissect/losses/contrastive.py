@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 
-from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
+from hf_dissect.distributed import gather_last_dimension, gather_with_grad, get_rank_and_world_size
 from hf_dissect.losses.logit_rows import (
     compute_logits,
     compute_losses_in_blocks,
@@ -81,7 +81,7 @@ class ContrastiveLoss:
         keys = None
         if self.mask_false_negatives:
             keys = torch.stack([cast(torch.Tensor, image_key), cast(torch.Tensor, caption_key)])
-        if rank_and_world_size()[1] == 1 and "logits_per_text" in outputs:
+        if get_rank_and_world_size()[1] == 1 and "logits_per_text" in outputs:
             mask = None if keys is None else find_false_negatives(keys, keys)
             return _weighted_mean(per_pair_loss(outputs["logits_per_text"], kind=self.kind, mask=mask), weights)
         if scale is None:
@@ -110,7 +110,7 @@ class ContrastiveLoss:
         all_keys: torch.Tensor | None,
     ) -> torch.Tensor:
         """Compute the losses `(b,)` of the rank's own rows in one direction."""
-        offset = rank_and_world_size()[0] * len(embeds)
+        offset = get_rank_and_world_size()[0] * len(embeds)
 
         def losses_of(rows: slice) -> torch.Tensor:
             mask = None

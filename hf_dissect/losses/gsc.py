@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
+from hf_dissect.distributed import gather_last_dimension, gather_with_grad, get_rank_and_world_size
 from hf_dissect.losses.contrastive import MAX_LOGITS
 from hf_dissect.losses.logit_rows import compute_losses_in_blocks, promote_to_float32, softmax_losses
 
@@ -177,7 +177,7 @@ class _Pairs:
         return cls(
             *(own.images, own.texts, own.labels),
             *(gather_with_grad(own.images), gather_with_grad(own.texts), gather_last_dimension(own.labels[None])[0]),
-            first=rank_and_world_size()[0] * len(own.images),
+            first=get_rank_and_world_size()[0] * len(own.images),
         )
 
     def cross_modal(self, temperature: float, max_logits: int) -> tuple[torch.Tensor, torch.Tensor]:

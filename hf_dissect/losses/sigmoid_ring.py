@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_dissect.distributed import pass_to_next_rank, rank_and_world_size
+from hf_dissect.distributed import get_rank_and_world_size, pass_to_next_rank
 from hf_dissect.losses.logit_rows import compute_logits, find_false_negatives, sigmoid_losses, split_rows
 
 
@@ -58,7 +58,7 @@ class _SigmoidRing(torch.autograd.Function):
         loss = texts.new_zeros(())
         gradients = [torch.zeros_like(tensor) for tensor in (texts, images, scale, bias)]
         their_images, their_keys = images.detach(), keys
-        world_size = rank_and_world_size()[1]
+        world_size = get_rank_and_world_size()[1]
         for hop in range(world_size):
             for rows in split_rows(len(texts), len(images), max_logits):
                 mask = None if keys is None else find_false_negatives(keys[:, rows], cast(torch.Tensor, their_keys))

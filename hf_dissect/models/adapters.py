@@ -132,7 +132,7 @@ def describe_adapter(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def base_of_adapter(model: nn.Module) -> str | None:
+def find_base(model: nn.Module) -> str | None:
     """Return the name or path of the base of a model's adapter; None without an adapter or a name."""
     adapted = _find_peft_model(model)
     return None if adapted is None else adapted.peft_config[adapted.active_adapter].base_model_name_or_path or None
@@ -184,7 +184,7 @@ def save_base(model: nn.Module, folder: str | Path) -> None:
         folder: Folder of the adapter.
     """
     adapted = _find_peft_model(model)
-    if adapted is None or base_of_adapter(adapted):
+    if adapted is None or find_base(adapted):
         return
     base: Any = bare_model(adapted)
     with torch.device("meta"):

@@ -37,7 +37,7 @@ def bare_model(model: nn.Module) -> nn.Module:
     return bare
 
 
-def networks_of(model: nn.Module) -> tuple[nn.Module, ...]:
+def list_networks(model: nn.Module) -> tuple[nn.Module, ...]:
     """Return the dual encoders that the model, wrapped or not, consists of: itself, or the two of twins."""
     bare = bare_model(model)
     return getattr(bare, "networks", (bare,))
@@ -82,7 +82,7 @@ def freeze_tower(model: nn.Module, tower: str) -> int:
     """
     if tower not in TOWERS:
         raise ValueError(f"freeze must be one of {', '.join(TOWERS)} or None, got {tower!r}")
-    return sum(_freeze_tower(network, tower) for network in networks_of(model))
+    return sum(_freeze_tower(network, tower) for network in list_networks(model))
 
 
 def _freeze_tower(bare: nn.Module, tower: str) -> int:
@@ -104,12 +104,12 @@ def _stay_in_evaluation_mode(module: nn.Module, inputs: Any) -> None:
         module.eval()
 
 
-def contrastive_kind(model: nn.Module) -> str:
+def find_loss_kind(model: nn.Module) -> str:
     """Return `"sigmoid"` for a model with the bias of the sigmoid loss (SigLIP, SigLIP 2), otherwise `"softmax"`."""
     return "sigmoid" if isinstance(getattr(bare_model(model), "logit_bias", None), nn.Parameter) else "softmax"
 
 
-def text_padding(model_or_config: nn.Module | PreTrainedConfig) -> str:
+def find_text_padding(model_or_config: nn.Module | PreTrainedConfig) -> str:
     """Return the `padding` to call a tokenizer with, `"max_length"` or `"longest"`.
 
     SigLIP reads the embedding off the last position and sees no attention mask, so its captions must be padded to the
@@ -123,7 +123,7 @@ def text_padding(model_or_config: nn.Module | PreTrainedConfig) -> str:
     return "max_length" if types & PADDED_TO_MAX_LENGTH else "longest"
 
 
-def max_text_length(model_or_config: nn.Module | PreTrainedConfig, processor: Any = None) -> int:
+def find_max_text_length(model_or_config: nn.Module | PreTrainedConfig, processor: Any = None) -> int:
     """Return the largest number of tokens in a caption, special tokens included.
 
     Args:
@@ -195,8 +195,8 @@ def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         Two scalars with gradient; `(2,)` each for twins. The scale is 1 and the bias 0 in a model that does not learn
         them.
     """
-    if len(networks_of(model)) > 1:
-        scales, biases = zip(*map(logit_scale_and_bias, networks_of(model)), strict=True)
+    if len(list_networks(model)) > 1:
+        scales, biases = zip(*map(logit_scale_and_bias, list_networks(model)), strict=True)
         return torch.stack(scales), torch.stack(biases)
     bare, parameter = bare_model(model), logit_scale_parameter(model)
     is_divisor = getattr(bare, "temperature", None) is parameter
@@ -221,9 +221,9 @@ def clamp_logit_scale_(model: nn.Module) -> None:
     Args:
         model: Dual encoder, wrapped or not.
     """
-    for network in networks_of(model):
+    for network in list_networks(model):
         parameter = logit_scale_parameter(network)
-        if parameter is None or not parameter.requires_grad or contrastive_kind(network) == "sigmoid":
+        if parameter is None or not parameter.requires_grad or find_loss_kind(network) == "sigmoid":
             continue
         is_divisor = getattr(network, "temperature", None) is parameter
         if is_divisor:

@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from hf_dissect.models.families import count_reserved_positions, max_text_length, text_padding
+from hf_dissect.models.families import count_reserved_positions, find_max_text_length, find_text_padding
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.models.tokenizer_training import CLIP_TEXT_TOWERS, train_tokenizer
 
@@ -93,7 +93,7 @@ def build_model_and_processor(
     model_config = _build(lambda: config_class(**_without_type({**config, "text_config": text})), config)
     if max_caption_length is not None:
         tokenizer.model_max_length = max_caption_length
-    tokenizer.model_max_length = max_text_length(model_config, tokenizer)
+    tokenizer.model_max_length = find_max_text_length(model_config, tokenizer)
     if vision_class is PrecomputedFeaturesConfig:
         processor = tokenizer
     else:
@@ -218,7 +218,7 @@ def _image_processor(vision_config: PreTrainedConfig) -> CLIPImageProcessorPil |
 @torch.no_grad()
 def _check_forward(model: Any, processor: Any) -> None:
     tokenizer = getattr(processor, "tokenizer", processor)
-    padding = text_padding(model)
+    padding = find_text_padding(model)
     texts = tokenizer(["a " * tokenizer.model_max_length], padding=padding, truncation=True, return_tensors="pt")
     if processor is tokenizer:
         images = {"pixel_values": torch.ones(1, model.config.vision_config.hidden_size)}

@@ -29,13 +29,13 @@ from hf_dissect.models.families import (
     bare_model,
     check_dual_encoder,
     clamp_logit_scale_,
-    contrastive_kind,
+    find_loss_kind,
+    find_max_text_length,
+    find_text_padding,
     freeze_tower,
+    list_networks,
     logit_scale_and_bias,
     logit_scale_parameter,
-    max_text_length,
-    networks_of,
-    text_padding,
 )
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.models.from_scratch import build_model_and_processor
@@ -44,15 +44,15 @@ __all__ = [
     "bare_model",
     "check_dual_encoder",
     "clamp_logit_scale_",
-    "contrastive_kind",
+    "find_loss_kind",
     "freeze_tower",
     "load_model_and_processor",
     "logit_scale_and_bias",
     "logit_scale_parameter",
-    "max_text_length",
-    "networks_of",
-    "same_architecture",
-    "text_padding",
+    "find_max_text_length",
+    "list_networks",
+    "check_same_architecture",
+    "find_text_padding",
 ]
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, SafetensorError)
@@ -202,16 +202,16 @@ def _limit_captions(model: nn.Module, processor: Any, max_caption_length: int | 
             "use the model's own tokenizer, or train from scratch (config)"
         )
     if max_caption_length is not None:
-        limit = getattr(text_config, "max_position_embeddings", None) and max_text_length(model)
+        limit = getattr(text_config, "max_position_embeddings", None) and find_max_text_length(model)
         if limit is not None and max_caption_length > limit:
             raise ValueError(
                 f"max_caption_length must be at most {limit}, what the text tower can read, got {max_caption_length}"
             )
         tokenizer.model_max_length = max_caption_length
-    tokenizer.model_max_length = max_text_length(model, tokenizer)
+    tokenizer.model_max_length = find_max_text_length(model, tokenizer)
 
 
-def same_architecture(model: nn.Module, checkpoint_folder: str | Path) -> None:
+def check_same_architecture(model: nn.Module, checkpoint_folder: str | Path) -> None:
     """Check, before anything is loaded, that a checkpoint was written by a model like this one.
 
     Only the configuration and the headers of the weight files are read. Tensors are matched by name and shape; those

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from hf_dissect.models.families import check_dual_encoder, contrastive_kind, logit_scale_and_bias
+from hf_dissect.models.families import check_dual_encoder, find_loss_kind, logit_scale_and_bias
 
 
 class TwinDualEncoderConfig(PreTrainedConfig):
@@ -91,7 +91,7 @@ class TwinDualEncoder(PreTrainedModel):
         """
         for network in (first, second):
             check_dual_encoder(network)
-            if contrastive_kind(network) != "softmax":
+            if find_loss_kind(network) != "softmax":
                 raise ValueError(
                     f"{type(network).__name__} trains with the sigmoid loss, but twins need the softmax loss; choose "
                     "another network."
@@ -139,7 +139,7 @@ class TwinDualEncoder(PreTrainedModel):
         )
 
 
-def embeddings_of_networks(embeds: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+def split_embeddings(embeds: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """Split concatenated embeddings into those of each network.
 
     Args:

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from hf_dissect.recipe.fields import Faults
-from hf_dissect.settings import problem_with, show, suggest
+from hf_dissect.settings import describe_problem, show, suggest
 
 
 def read_adapter(given: Any, faults: Faults) -> dict[str, Any] | None:
@@ -40,7 +40,7 @@ def read_adapter(given: Any, faults: Faults) -> dict[str, Any] | None:
             faults.add(key, f"is set by the run (value {show(value)}); leave it out")
         elif name not in hints:
             faults.add_unknown(key, value, hints)
-        elif problem := problem_with(value, hints[name]):
+        elif problem := describe_problem(value, hints[name]):
             faults.add(key, problem)
         else:
             sound[name] = value

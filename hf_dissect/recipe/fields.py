@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hf_dissect.settings import members_of, nearest, problem_with, settings_of, show, suggest
+from hf_dissect.settings import describe_problem, find_nearest, list_members, list_settings, show, suggest
 
 _TRAINING_RANGES = {
     "per_device_train_batch_size": "[2, inf)",
@@ -60,7 +60,7 @@ class Faults:
         """Note a key that does not exist, and no longer check the one that it may have been meant for."""
         section, _, name = key.rpartition(".")
         known = list(known)
-        near = nearest(name, known)
+        near = find_nearest(name, known)
         allowed = allowed or ", ".join(known)
         self.add(key, f"unknown key (value {show(value)}); allowed: {allowed}{suggest(name, known)}")
         self._keys += [f"{section}.{near}".lstrip(".")] if near else []
@@ -87,7 +87,7 @@ def find_unusable_numbers(value: Any, key: str, faults: Faults) -> None:
 
 
 def entries_of(given: Any, where: str, faults: Faults) -> Iterator[tuple[str, str, Any]]:
-    """Yield dotted key, name and value of each setting of the section `where`; one that is no mapping is a fault."""
+    """Yield dotted key, name and value of each setting of the section `where`; only a mapping has settings."""
     if isinstance(given, dict):
         yield from ((f"{where}.{name}", name, value) for name, value in given.items())
     elif given is not None:  # null: a section whose lines are all commented out
@@ -106,7 +106,7 @@ def read_section(
         faults: Receives unknown keys, wrong types and impossible values.
         elsewhere: Key that sets a trainer argument, by the argument; a setting of that name belongs there.
     """
-    known, elsewhere, values = settings_of(section), elsewhere or {}, {}
+    known, elsewhere, values = list_settings(section), elsewhere or {}, {}
     for key, name, value in entries_of(given, where, faults):
         if name in elsewhere and name not in known:
             faults.add_misplaced(key, value, elsewhere[name])
@@ -115,12 +115,12 @@ def read_section(
             faults.add_unknown(key, value, known)
             continue
         expected, declaration = known[name]
-        nested = [item for item in members_of(expected) if isinstance(item, type) and dataclasses.is_dataclass(item)]
+        nested = [item for item in list_members(expected) if isinstance(item, type) and dataclasses.is_dataclass(item)]
         if nested and value is not None:
             values[name] = read_section(nested[0], value, key, faults)
         elif faults.concern(key):
             continue
-        elif problem := problem_with(value, expected, declaration.choices, declaration.within):
+        elif problem := describe_problem(value, expected, declaration.choices, declaration.within):
             faults.add(key, problem)
         else:
             values[name] = value
@@ -166,7 +166,7 @@ def read_training(given: Any, faults: Faults, elsewhere: Mapping[str, str]) -> d
         expected, _, choices = known[name]
         if faults.concern(key):
             continue
-        if problem := problem_with(value, expected, choices, _TRAINING_RANGES.get(name, "")):
+        if problem := describe_problem(value, expected, choices, _TRAINING_RANGES.get(name, "")):
             faults.add(key, problem)
         else:
             sound[name] = value

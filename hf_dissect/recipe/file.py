@@ -15,7 +15,7 @@ from hf_dissect.recipe.fields import (
 )
 from hf_dissect.recipe.rules import Fault, run_conflicts
 from hf_dissect.recipe.yaml import format_yaml, parse_yaml
-from hf_dissect.settings import nearest, problem_with, settings_of, show
+from hf_dissect.settings import describe_problem, find_nearest, list_settings, show
 
 MAX_BYTES = 1_000_000
 
@@ -72,7 +72,7 @@ class RecipeFile:
                 values[key] = readers[key](value, faults)
             elif key in sections:
                 values[key] = read_section(sections[key], value, key, faults, sources)
-            elif problem := problem_with(value, fields[key]):
+            elif problem := describe_problem(value, fields[key]):
                 faults.add(key, problem)
             else:
                 values[key] = value
@@ -90,7 +90,7 @@ class RecipeFile:
         return {
             declaration.argument: f"{key}.{name}"
             for key, section in cls._sections().items()
-            for name, (_, declaration) in settings_of(section).items()
+            for name, (_, declaration) in list_settings(section).items()
             if declaration.argument
         }
 
@@ -123,7 +123,7 @@ class RecipeFile:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings, defaults included, as plain data in the order of the file."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     def training_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the trainer's arguments, gathered from the sections."""
@@ -203,7 +203,7 @@ def _read_bytes(path: Path) -> bytes:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         shipped = list(shipped_recipes())
-        near = nearest(path.stem, shipped)
+        near = find_nearest(path.stem, shipped)
         meant = f"; did you mean {near}?" if near else ""
         raise RecipeError(str(path), [f"no such file; shipped recipes: {', '.join(shipped)}{meant}"]) from error
     except IsADirectoryError as error:

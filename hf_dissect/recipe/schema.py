@@ -4,10 +4,10 @@ import dataclasses
 from typing import Any
 
 from hf_dissect.selection.options import OPTIONS, SCOPES
-from hf_dissect.settings import setting, settings_of
+from hf_dissect.settings import list_settings, setting
 
 STRATEGIES: dict[str, tuple[str, ...]] = {
-    name: settings_of(options)["variant"][1].choices if hasattr(options, "variant") else ()
+    name: list_settings(options)["variant"][1].choices if hasattr(options, "variant") else ()
     for name, options in OPTIONS.items()
 }
 """Variants of each strategy, the default first."""

@@ -15,7 +15,7 @@ from hf_dissect.recipe.schema import (
     parse_strategy,
 )
 from hf_dissect.selection.options import OPTIONS
-from hf_dissect.settings import find_problems, settings_of, show
+from hf_dissect.settings import find_problems, list_settings, show
 
 
 def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:
@@ -49,7 +49,7 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
 def option_conflicts(selection: SelectionSection) -> Iterator[Fault]:
     """Yield the faults of the strategy's options."""
     strategy, options = selection.strategy, OPTIONS[selection.strategy]
-    known = settings_of(options)
+    known = list_settings(options)
     for name, value in selection.options.items():
         keys = (f"selection.options.{name}", "selection.strategy")
         if not known:

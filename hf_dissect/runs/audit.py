@@ -27,7 +27,7 @@ from hf_dissect.recipe.recipe import DataSection, Recipe
 from hf_dissect.runs.evaluate import make_evaluating_trainer
 from hf_dissect.runs.output_folder import find_free_folder
 from hf_dissect.runs.saved_model import adapt_section, choose_data, fetch_model, load_recipe, load_split
-from hf_dissect.selection import correlation_of
+from hf_dissect.selection import compute_correlation
 from hf_dissect.selection.ledger import LEDGER_FILE
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def _score(
         progress=progress,
     )
     scores = {
-        "correlation": correlation_of(image, text),
+        "correlation": compute_correlation(image, text),
         "score": matches.score,
         "p_mismatched": estimate_mismatched_probability(matches),
     }
@@ -211,7 +211,7 @@ def _compute_auroc(embeddings: PairEmbeddings, score: torch.Tensor) -> float | N
 
 
 def _read_ledger_columns(ledger: Any, embeddings: PairEmbeddings, pairs: PairDataset) -> dict[str, torch.Tensor]:
-    correlation = correlation_of(embeddings.image, embeddings.text)
+    correlation = compute_correlation(embeddings.image, embeddings.text)
     by_row = pairs.num_samples is not None
     return read_ledger_columns(ledger, embeddings.sample_id, correlation, by_row=by_row)
 

@@ -19,7 +19,7 @@ from hf_dissect.runs.evaluate_student import evaluate_student
 from hf_dissect.runs.run import compute_zero_shot_figures
 from hf_dissect.runs.saved_model import adapt_section, choose_data, fetch_model, load_recipe, load_split
 from hf_dissect.trainer import DissectTrainer
-from hf_dissect.training.run_folder import without_speed
+from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training_args import DissectTrainingArguments
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -103,7 +103,7 @@ def evaluate_checkpoint(
     figures: dict[str, float] = {}
     if _has_captions(rows, section.caption_column):
         with make_evaluating_trainer(checkpoint, model, processor, rows, section, batch_size, num_workers) as trainer:
-            figures |= without_speed(trainer.evaluate(metric_key_prefix="test"), "test")
+            figures |= drop_speed(trainer.evaluate(metric_key_prefix="test"), "test")
     if names := classes or _find_class_names(rows, label_column):
         shown = templates or DEFAULT_TEMPLATES
         image_column = section.image_column or "image"

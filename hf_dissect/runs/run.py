@@ -10,7 +10,7 @@ import transformers
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.adapters import add_adapter
-from hf_dissect.models.loading import freeze_tower, load_model_and_processor, networks_of
+from hf_dissect.models.loading import freeze_tower, list_networks, load_model_and_processor
 from hf_dissect.models.twin_encoder import TwinDualEncoder
 from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
 from hf_dissect.runs.saved_model import load_split
@@ -148,7 +148,7 @@ def _load_section(section: ModelSection, captions: Iterable[str] | None = None) 
 
 def _make_twins(first: Any, section: ModelSection) -> Any:
     """Return the model together with a second one that starts differently; saved twins are returned as they are."""
-    if len(networks_of(first)) == 2:
+    if len(list_networks(first)) == 2:
         return first
     if section.config is not None:
         second = type(first)(first.config).eval()

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from hf_dissect.selection.ledger import SampleLedger as SampleLedger
     from hf_dissect.selection.options import SCOPES as SCOPES
     from hf_dissect.selection.scoring import CandidateScores as CandidateScores
+    from hf_dissect.selection.scoring import compute_correlation as compute_correlation
     from hf_dissect.selection.scoring import correlation_of as correlation_of
     from hf_dissect.selection.scoring import score as score
     from hf_dissect.selection.selector import LoopHooks as LoopHooks
@@ -28,6 +29,7 @@ _HOMES = {
     "Selection": "strategy",
     "SelectionStrategy": "strategy",
     "SoftLabels": "soft_labels",
+    "compute_correlation": "scoring",
     "correlation_of": "scoring",
     "make_strategy": "strategies",
     "score": "scoring",

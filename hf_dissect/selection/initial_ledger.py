@@ -1,7 +1,9 @@
-"""Begin of a run with the scores of another one, in place of a warm-up of its own."""
+"""Scores of an earlier run at the beginning of a run, in place of a warm-up."""
 
 import logging
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger, SavedLedger
@@ -9,23 +11,27 @@ from hf_dissect.selection.strategy import SelectionStrategy
 
 logger = logging.getLogger(__name__)
 
-_FEW = 0.5
+_FEW = 0.5  # share of the pairs
 
 
 def begin_with_scores(
-    ledger: SampleLedger, scores: SavedLedger, strategy: SelectionStrategy, source: str, known: object = None
+    ledger: SampleLedger,
+    scores: SavedLedger,
+    strategy: SelectionStrategy,
+    source: str,
+    known: torch.Tensor | np.ndarray | Sequence[int] | None = None,
 ) -> None:
-    """Fill the ledger of a run with the scores of another one.
+    """Fill the ledger of a run with the scores of another run.
 
     Args:
         ledger: Ledger to fill.
         scores: Scores of the same pairs.
         strategy: Strategy of the run.
         source: Name of the scores in messages.
-        known: Ids of the training pairs `(n,)`, if they are not the row numbers and are known; else None.
+        known: Ids of the training pairs, int64 `(n,)`; None for row numbers, or if the ids are unknown.
 
     Raises:
-        ValueError: the scores belong to other data, or none of their columns is of use.
+        ValueError: The scores belong to other data, or the run uses none of their columns.
     """
     check_same_pairs(source, scores, ledger, known)
     taken = fill_ledger(ledger, scores, strategy.stand_ins)
@@ -44,11 +50,22 @@ def begin_with_scores(
         )
 
 
-def check_same_pairs(source: str, scores: SavedLedger, ledger: SampleLedger, known: object = None) -> None:
-    """Check that scores belong to the pairs that train; see `begin_with_scores` for the arguments.
+def check_same_pairs(
+    source: str,
+    scores: SavedLedger,
+    ledger: SampleLedger,
+    known: torch.Tensor | np.ndarray | Sequence[int] | None = None,
+) -> None:
+    """Check that scores belong to the training pairs.
+
+    Args:
+        source: Name of the scores in messages.
+        scores: Scores to check.
+        ledger: Ledger of the run.
+        known: Ids of the training pairs, int64 `(n,)`; None for row numbers, or if the ids are unknown.
 
     Raises:
-        ValueError: the ids are of another kind, the numbers of pairs differ, or no id is known.
+        ValueError: The ids are of another kind, the numbers of pairs differ, or no id is shared.
     """
     if (scores.num_samples is None) != (ledger.num_samples is None):
         kinds = ("keys (data.id_column)", "row numbers")
@@ -74,18 +91,21 @@ def check_same_pairs(source: str, scores: SavedLedger, ledger: SampleLedger, kno
         logger.warning("selection.ledger: only %.0f %% of the training pairs have scores in %s.", 100 * shared, source)
 
 
-def fill_ledger(ledger: SampleLedger, scores: SavedLedger, stand_ins: dict[str, str]) -> list[str]:
-    """Write scores into a ledger and return the columns that were written.
+def fill_ledger(ledger: SampleLedger, scores: SavedLedger, stand_ins: Mapping[str, str]) -> list[str]:
+    """Write scores into a ledger.
 
     Args:
         ledger: Ledger to fill.
         scores: Scores of the same pairs, see `check_same_pairs`.
-        stand_ins: For a column, the one that is taken for it where `scores` lack it.
+        stand_ins: Columns of `scores` to use for columns that `scores` do not have, by the name of the latter.
+
+    Returns:
+        Names of the columns that were written.
     """
     taken = []
     for name in ledger.columns:
-        given = name if name in scores.columns else stand_ins.get(name)
-        if given in scores.columns:
-            ledger.write(name, scores.ids, scores.columns[given])
+        source = name if name in scores.columns else stand_ins.get(name)
+        if source in scores.columns:
+            ledger.write(name, scores.ids, scores.columns[source])
             taken.append(name)
     return taken

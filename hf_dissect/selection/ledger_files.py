@@ -1,4 +1,4 @@
-"""Scores of pairs as Parquet files, written from the ledger of a run and read from any place on this machine."""
+"""Scores of pairs as Parquet files, written from the ledger of a run and read from any folder or file."""
 
 import json
 import os
@@ -19,9 +19,16 @@ _HEADER = b"hf_dissect.ledger"
 
 
 def write_tables(ledger: SavedLedger, folder: Path) -> list[Path]:
-    """Write `train-*.parquet` files with `sample_id` int64 and the columns, float32, null where never scored.
+    """Write a ledger as files `train-*.parquet`, in the order of the ids and without pairs that have no score.
 
-    Pairs are written in the order of their ids; those without any score are left out.
+    The files have a column `sample_id` int64 and the columns of the ledger, float32, null for a missing score.
+
+    Args:
+        ledger: Ledger to write.
+        folder: Folder to write to, created if it does not exist.
+
+    Returns:
+        Paths of the files.
     """
     (places,) = find_scored(ledger).nonzero(as_tuple=True)
     places = places[ledger.ids[places].argsort()]
@@ -43,7 +50,7 @@ def write_tables(ledger: SavedLedger, folder: Path) -> list[Path]:
 
 
 def find_scored(ledger: SavedLedger) -> torch.Tensor:
-    """Return a mask of the pairs that have any score, bool `(n,)`."""
+    """Return a mask of the pairs with a score in any column, bool `(n,)`."""
     return torch.stack([~values.isnan() for values in ledger.columns.values()]).any(0)
 
 
@@ -52,11 +59,11 @@ def read_scores(path: str | os.PathLike, name: str | None = None) -> SavedLedger
 
     Args:
         path: Folder or file.
-        name: Name of the scores in errors; `path` by default.
+        name: Name of the scores in errors; None for `path`.
 
     Raises:
-        FileNotFoundError: There is no ledger.
-        ValueError: The ledger is damaged or something else, or its ids repeat.
+        FileNotFoundError: There are no scores.
+        ValueError: The files are damaged or hold something else, or ids are repeated.
     """
     name, path = str(path) if name is None else name, Path(path).expanduser()
     if (path / LEDGER_FILE).is_file() or path.suffix == ".safetensors":
@@ -64,7 +71,7 @@ def read_scores(path: str | os.PathLike, name: str | None = None) -> SavedLedger
     files = [path] if path.suffix == ".parquet" else sorted(_parquet_files(path))
     if not files or not files[0].is_file():
         raise FileNotFoundError(
-            f"selection.ledger {name!r}: there is no {LEDGER_FILE} and no Parquet file of scores; name the folder "
+            f"selection.ledger {name!r}: found neither {LEDGER_FILE} nor a Parquet file of scores; name the folder "
             "of a run, or a data set that hf-dissect push-ledger published (hub:USER/REPO)."
         )
     return _read_tables(name, files)

@@ -1,21 +1,21 @@
-"""The names, scopes and options of the strategies, declared apart from their code so that recipes need no torch."""
+"""Names, scopes and options of the strategies, declared apart from their code so that recipes need no torch."""
 
 from dataclasses import dataclass
 
 from hf_dissect.settings import setting
 
 SCOPES = ("local", "global")
-"""Candidates a strategy chooses among when several processes train: each process its own, or the union of all."""
+"""Candidates that a process chooses among when several processes train: its own, or those of all processes."""
 
 
 @dataclass
 class NoOptions:
-    """Keywords of a strategy without any."""
+    """Keywords of a strategy without options."""
 
 
 @dataclass
 class DissectOptions:
-    """Keywords of `Dissect` that a recipe may set; its others follow from further settings of the run."""
+    """Keywords of `Dissect` that a recipe may set; further settings of the run determine the others."""
 
     variant: str = setting(
         "warmup",
@@ -42,7 +42,7 @@ class GscOptions:
 
 @dataclass
 class NcrOptions:
-    """Keywords of `Ncr` that a recipe may set; its others follow from further settings of the run."""
+    """Keywords of `Ncr` that a recipe may set; further settings of the run determine the others."""
 
     seed: int = setting(0, "Seed of the mixture's start.", within="[0, 4294967295]")
 

@@ -1,4 +1,4 @@
-"""Among which candidates a strategy chooses when several processes train: each among its own, or all among all."""
+"""Scope of a selection by several processes: each rank chooses among its own candidates, or all ranks among all."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,20 +8,20 @@ import torch
 
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection.ledger import SampleLedger
-from hf_dissect.selection.scoring import CandidateScores, losses_of_rows
+from hf_dissect.selection.scoring import CandidateScores, compute_row_losses
 from hf_dissect.selection.strategy import SelectionStrategy
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Which of its readable candidates a rank keeps.
+    """Choice of a rank among its `n` readable candidates.
 
     Attributes:
-        indices: int64 `(c,)`, positions among the rank's `n` readable candidates, ascending.
-        weights: float32 `(c,)` of the per-pair losses, or None for equal weights.
-        priority: float32 `(n,)`, the value the rule ranked by; None when it ranked by nothing.
-        counts: how many each rank keeps.
-        measured: what the strategy measured of the `n` candidates, `(n,)` each, under the same names on every rank.
+        indices: Positions of the `c` kept candidates, int64 `(c,)`, ascending.
+        weights: Weights of their losses, float32 `(c,)`; None for equal weights.
+        priority: Values that the strategy ranked by, float32 `(n,)`; None for a strategy without a ranking.
+        counts: Number of kept candidates of each rank.
+        measured: Further measurements of the strategy, `(n,)` each, under the same names on every rank.
     """
 
     indices: torch.Tensor
@@ -38,19 +38,23 @@ def select_from_own(
     sizes: list[int],
     num_selected: Callable[[int], int],
 ) -> Kept:
-    """Each rank keeps `k` of its own candidates, by the number of the rank that has the fewest.
+    """Select among the candidates of this rank, as many on every rank.
 
     Args:
-        strategy, ledger: of the run.
-        candidates: the `n` readable ones of this rank.
-        sizes: `n` of each rank.
-        num_selected: tells `k` for a number of candidates.
+        strategy: Strategy of the run.
+        candidates: Scores of the `n` readable candidates of this rank.
+        ledger: Ledger of the run.
+        sizes: Number `n` of each rank; the smallest one decides how many every rank keeps.
+        num_selected: Function from a number of candidates to the number of pairs to keep.
+
+    Returns:
+        Choice of this rank.
     """
     fewest = min(sizes)
     if not fewest:
-        return _nothing(sizes)
+        return _keep_nothing(sizes)
     selection = strategy.select(candidates, ledger, num_selected(fewest))
-    # Equal numbers on all ranks, also where all candidates train.
+    # A strategy that keeps all candidates returns as many as its rank has.
     kept = slice(fewest)
     weights = None if selection.weights is None else selection.weights[kept]
     indices = selection.indices[kept]
@@ -66,14 +70,24 @@ def select_from_all(
     num_selected: Callable[[int], int],
     ranks: Ranks,
 ) -> Kept:
-    """All ranks keep the same `k` of the union of their candidates; see `select_from_own` for the arguments.
+    """Select among the candidates of all ranks, as one process would select from their union.
 
-    Every rank makes the same choice, which is that of one process with the candidates of all, in the order of the
-    ranks. A rest that cannot be shared out equally is left: at most one pair fewer than there are ranks.
+    All ranks make the same choice. The number of kept pairs is rounded down to a multiple of the number of ranks.
+
+    Args:
+        strategy: Strategy of the run.
+        candidates: Scores of the `n` readable candidates of this rank.
+        ledger: Ledger of the run.
+        sizes: Number `n` of each rank.
+        num_selected: Function from a number of candidates to the number of pairs to keep.
+        ranks: Processes of the run.
+
+    Returns:
+        Choice of this rank, its part of the common choice; the ranks may keep different numbers.
     """
     share = num_selected(sum(sizes)) // len(sizes)
     if not share:
-        return _nothing(sizes)
+        return _keep_nothing(sizes)
     everyone = GatheredScores(candidates, sizes, ranks)
     selection = strategy.select(everyone, ledger, share * len(sizes))
     equal = slice(len(selection.indices) // len(sizes) * len(sizes))
@@ -95,11 +109,18 @@ def select_from_all(
 def gather_selection(
     candidates: CandidateScores, kept: Kept, is_clean: torch.Tensor | None, sizes: list[int], ranks: Ranks
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What every rank is to know of the candidates of all, `(sum of sizes,)` each, in one exchange.
+    """Gather the choices of all ranks, with the scores of their candidates, in one exchange.
+
+    Args:
+        candidates: Scores of the `n` readable candidates of this rank.
+        kept: Choice of this rank.
+        is_clean: Truth of the candidates, bool `(n,)`; None if it is unknown.
+        sizes: Number `n` of each rank.
+        ranks: Processes of the run.
 
     Returns:
-        `sample_id`, `kept`, `priority` (NaN where the rule ranked by nothing), and where they are known `correlation`
-        and `is_clean`; and what the strategy measured.
+        Columns `(sum(sizes),)`: `sample_id`, `kept`, `priority` (NaN for a strategy without a ranking) and, if they
+        are known, `correlation` and `is_clean`. Further measurements of the strategy, `(sum(sizes),)` each.
     """
     size = candidates.num_candidates
     columns = {
@@ -112,25 +133,31 @@ def gather_selection(
     if is_clean is not None:
         columns["is_clean"] = is_clean
     measured = {f"measured.{name}": values for name, values in kept.measured.items()}
-    told = ranks.gather_columns(columns | measured, sizes)
-    return {name: told[name] for name in columns}, {name: told[f"measured.{name}"] for name in kept.measured}
+    gathered = ranks.gather_columns(columns | measured, sizes)
+    return {name: gathered[name] for name in columns}, {name: gathered[f"measured.{name}"] for name in kept.measured}
 
 
 def _are_scored(candidates: CandidateScores) -> bool:
     return candidates.image_embeds is not None
 
 
-def _nothing(sizes: list[int]) -> Kept:
+def _keep_nothing(sizes: list[int]) -> Kept:
     return Kept(torch.zeros(0, dtype=torch.int64), None, None, [0] * len(sizes))
 
 
 class GatheredScores(CandidateScores):
-    """Scores of the candidates of all ranks, in the order of the ranks; each part is exchanged when it is asked for.
+    """Scores of the candidates of all ranks, in the order of the ranks.
 
-    Strategies do the same on all ranks, so all ranks ask for the same parts.
+    Embeddings and losses are exchanged when they are first read. A strategy does the same on all ranks, so all of them
+    take part in the exchange.
+
+    Args:
+        own: Scores of the candidates of this rank.
+        sizes: Number of candidates of each rank.
+        ranks: Processes of the run.
     """
 
-    def __init__(self, own: CandidateScores, sizes: list[int], ranks: Ranks):
+    def __init__(self, own: CandidateScores, sizes: list[int], ranks: Ranks) -> None:
         self._own, self._sizes, self._ranks = own, sizes, ranks
         self.logit_scale, self.logit_bias, self.kind = own.logit_scale, own.logit_bias, own.kind
         columns = {"sample_id": own.sample_id}
@@ -142,23 +169,23 @@ class GatheredScores(CandidateScores):
             self.__dict__["correlation"] = columns["correlation"]
 
     @cached_property
-    def image_embeds(self) -> torch.Tensor | None:
+    def image_embeds(self) -> torch.Tensor | None:  # type: ignore[override]  # a plain attribute of the base class
+        """Embeddings of the images, float32 `(sum(sizes), D)` of unit length; None without scores."""
         embeds = self._own.image_embeds
         return None if embeds is None else self._ranks.gather_rows(embeds, self._sizes)
 
     @cached_property
-    def text_embeds(self) -> torch.Tensor | None:
+    def text_embeds(self) -> torch.Tensor | None:  # type: ignore[override]  # a plain attribute of the base class
+        """Embeddings of the captions, float32 `(sum(sizes), D)` of unit length; None without scores."""
         embeds = self._own.text_embeds
         return None if embeds is None else self._ranks.gather_rows(embeds, self._sizes)
 
     @cached_property
     def loss(self) -> torch.Tensor:
-        """Contrastive loss of each pair among the candidates of all ranks; each rank computes that of its own."""
-        own = losses_of_rows(
-            self._own.image_embeds,
-            self._own.text_embeds,
-            self.image_embeds,
-            self.text_embeds,
+        """Contrastive loss of each pair among the candidates of all ranks, float32 `(sum(sizes),)` on the CPU."""
+        own = compute_row_losses(
+            *self._own.get_embeds(),
+            *self.get_embeds(),
             offset=sum(self._sizes[: self._ranks.own]),
             scale=self.logit_scale,
             bias=self.logit_bias,
@@ -170,21 +197,22 @@ class GatheredScores(CandidateScores):
 def rebalance(
     batch: Mapping[str, torch.Tensor], counts: list[int], ranks: Ranks, padding: Mapping[str, tuple[int, str]]
 ) -> dict[str, torch.Tensor]:
-    """Move kept pairs from ranks that have too many to those that have too few, until all have the same number.
+    """Move kept pairs between ranks until all ranks have the same number.
 
     Args:
-        batch: the kept pairs of this rank: tensors `(c, ...)`.
-        counts: `c` of each rank; their sum divides by their number.
-        padding: of keys whose second dimension may differ between ranks (captions padded to the longest of a batch):
-            the value to pad with, and the side, "left" or "right"; 0 on the right where a key is not told.
+        batch: Kept pairs of this rank, tensors `(c, ...)`.
+        counts: Number `c` of each rank; their sum is a multiple of the number of ranks.
+        ranks: Processes of the run.
+        padding: Value and side ("left" or "right") of the padding by key, for tensors whose second dimension may
+            differ between ranks, such as captions padded to the longest of a batch; 0 on the right for other keys.
 
     Returns:
-        The batch with the same number of pairs on each rank; what came from others stands behind the own.
+        The batch, with the same number of pairs on each rank; pairs from other ranks come last.
     """
     if len(set(counts)) == 1:
         return dict(batch)
     to_ranks, from_ranks = plan_moves(counts, ranks.own)
-    batch = _equally_long(batch, ranks, padding)
+    batch = _pad_to_longest(batch, ranks, padding)
     stay = counts[ranks.own] - sum(to_ranks)
     return {
         name: torch.cat([value[:stay], ranks.send_rows(value[stay:], to_ranks, from_ranks)])
@@ -193,9 +221,16 @@ def rebalance(
 
 
 def plan_moves(counts: list[int], rank: int) -> tuple[list[int], list[int]]:
-    """Pairs that a rank sends to each other rank and gets from each, until all have the mean: as few as possible.
+    """Plan the fewest moves of pairs between ranks that leave the same number on all of them.
 
-    Surplus and lack are laid side by side in the order of the ranks; where two of them overlap, pairs move.
+    Surplus and lack are laid side by side in the order of the ranks. Where a surplus overlaps a lack, pairs move.
+
+    Args:
+        counts: Number of pairs of each rank; their sum is a multiple of the number of ranks.
+        rank: Rank to plan for.
+
+    Returns:
+        Numbers of pairs that it sends to each rank, and that it receives from each rank.
     """
     above = torch.tensor(counts) - sum(counts) // len(counts)
     surplus, lack = above.clamp_min(0), (-above).clamp_min(0)
@@ -208,11 +243,11 @@ def plan_moves(counts: list[int], rank: int) -> tuple[list[int], list[int]]:
     return to_ranks, overlaps(lack_end[rank], lack[rank], surplus_end, surplus)
 
 
-def _equally_long(
+def _pad_to_longest(
     batch: Mapping[str, torch.Tensor], ranks: Ranks, padding: Mapping[str, tuple[int, str]]
 ) -> dict[str, torch.Tensor]:
     names = [name for name, value in batch.items() if value.dim() == 2]
-    longest = ranks.table(*(batch[name].shape[1] for name in names)).amax(0).tolist() if names else []
+    longest = ranks.gather_numbers(*(batch[name].shape[1] for name in names)).amax(0).tolist() if names else []
     padded = dict(batch)
     for name, length in zip(names, longest, strict=True):
         value, side = padding.get(name, (0, "right"))

@@ -41,7 +41,7 @@ class CandidateScores:
     @cached_property
     def correlation(self) -> torch.Tensor:
         """Correlation `max(100 cos(image, text), 0)` of each pair, float32 `(B,)` on the CPU (DISSect)."""
-        return correlation_of(*self.get_embeds()).cpu()
+        return compute_correlation(*self.get_embeds()).cpu()
 
     @cached_property
     def loss(self) -> torch.Tensor:
@@ -77,13 +77,17 @@ class CandidateScores:
         )
 
 
-def correlation_of(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+def compute_correlation(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """Compute `max(100 cos(image, text), 0)`, float32 `(B,)`, of embeddings `(B, D)` of unit length."""
     return ((image_embeds * text_embeds).sum(-1).float() * 100).clamp_min(0)
 
 
+correlation_of = compute_correlation
+"""Former name of `compute_correlation`."""
+
+
 @torch.no_grad()
-def losses_of_rows(
+def compute_row_losses(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
     all_image_embeds: torch.Tensor,

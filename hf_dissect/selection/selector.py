@@ -1,4 +1,4 @@
-"""Online selection in any training loop: a batch of candidates goes in, the pairs worth a gradient come out."""
+"""Online selection for any training loop: a batch of candidates goes in, the pairs worth a gradient come out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,17 +13,18 @@ from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import key_hash
 from hf_dissect.distributed import Ranks
-from hf_dissect.models.loading import contrastive_kind
+from hf_dissect.models.loading import find_loss_kind
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.options import SCOPES
 from hf_dissect.selection.scope import Kept, gather_selection, rebalance, select_from_all, select_from_own
-from hf_dissect.selection.scoring import CandidateScores, correlation_of, score
+from hf_dissect.selection.scoring import CandidateScores, compute_correlation, score
 from hf_dissect.selection.strategies import make_strategy
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
 
-Batch = Mapping[str, torch.Tensor]
+Batch = dict[str, torch.Tensor]
+"""Batch of pairs as `SelectionCollator` makes it: tensors `(B, ...)` by name."""
 
 
 def _check_nothing(values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:
@@ -32,15 +33,16 @@ def _check_nothing(values: torch.Tensor, name: str, sample_id: torch.Tensor) -> 
 
 @dataclass(frozen=True)
 class LoopHooks:
-    """Functions of the loop around a selector; each default suits a plain loop.
+    """Functions of the loop around a selector; the defaults suit a plain loop.
 
     Args:
-        agree: Exchange the number of readable candidates of this rank for that of every rank, a list. A loop that has
-            more to agree on before each selection does it in the same exchange.
-        prepare: Move a batch to the device of the model.
-        autocast: Context of the scoring forward pass.
-        measure: Context that charges its time to a part of the run, by name.
-        check_finite: Raise an error when scores are not finite; takes the scores, their name, and the sample ids.
+        agree: Function from the number of readable candidates of this rank to the list of those of all ranks. A loop
+            can exchange more values between the ranks in the same call, which comes before each selection.
+        prepare: Function that moves a batch to the device of the model.
+        autocast: Function that returns the context of mixed precision.
+        measure: Function from the name of a part of the run to a context that measures its time.
+        check_finite: Function that raises an error if scores are not finite, from the scores, their name in the error,
+            and the sample ids.
     """
 
     agree: Callable[[int], list[int]] | None = None
@@ -51,11 +53,10 @@ class LoopHooks:
 
 
 class OnlineSelector:
-    """Keeps, of each batch of candidates, the pairs that its strategy selects, and records the scores of all.
+    """Selector that keeps the pairs that a strategy chooses from each batch, and records the scores of all candidates.
 
-    A selector knows no Trainer: `DissectTrainer` uses one, and so can any PyTorch loop. Before each epoch call
-    `begin_epoch`; for each batch of a `SelectionCollator` call `select`, train on what it returns, and pass the
-    outputs to `record_training`.
+    It works in any PyTorch loop; `DissectTrainer` uses one. Call `begin_epoch` before each epoch. For each batch of a
+    `SelectionCollator`, call `select`, train on the batch that it returns, and pass the outputs to `record_training`.
 
     Args:
         strategy: Name of a strategy, or a `SelectionStrategy`.
@@ -64,22 +65,22 @@ class OnlineSelector:
         columns: Further columns of the ledger, such as those of an objective.
         scope: "local" (each rank selects from its own candidates) or "global" (from those of all ranks).
         seed: Seed of the random choices.
-        kind: Loss of the model, "softmax" or "sigmoid"; None to recognise it.
+        kind: Loss of the model, "softmax" or "sigmoid"; None to recognise it from the model.
         scoring_batch_size: Candidates in one scoring forward pass; None for all.
-        scores_all: Score the candidates even if the strategy does not need it.
+        scores_all: True to score the candidates even if the strategy needs no scores.
         padding: Value and side of the padding of tokenised captions, see `SelectionCollator.padding`.
-        ranks: Processes of the run; None for those of `accelerate`.
+        ranks: Processes of the run; None for the processes that `accelerate` sees.
         bad_rows: Counter of unreadable rows; None for one that never stops the run.
-        trace: Record of the selections; None for figures alone.
-        hooks: Functions of the loop.
+        trace: Trace of the selections; None for figures without a record.
+        hooks: Functions of the loop around the selector.
         options: Keyword arguments of the strategy, if it is given by name.
 
     Attributes:
         ledger: `SampleLedger` with the last correlation of each pair and the columns of the strategy.
-        strategy: `SelectionStrategy` in use.
-        bad_rows: `BadRows` met so far.
+        strategy: `SelectionStrategy` of the run.
+        bad_rows: `BadRows`, the unreadable rows so far.
         epoch: Current epoch, counted from 0.
-        updated_epoch: Last epoch for which strategy and objective renewed what holds for an epoch.
+        updated_epoch: Last epoch that began with an update of strategy and objective.
 
     Raises:
         ValueError: `ratio` or `scope` is not allowed, or the strategy does not exist.
@@ -103,7 +104,7 @@ class OnlineSelector:
         trace: SelectionTrace | None = None,
         hooks: LoopHooks = LoopHooks(),  # noqa: B008 (immutable)
         **options: Any,
-    ):
+    ) -> None:
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio={ratio!r}: must be above 0 and at most 1.")
         if scope not in SCOPES:
@@ -127,12 +128,11 @@ class OnlineSelector:
         self._step = 0
 
     def begin_epoch(self, epoch: int, renew: Callable[[SampleLedger], None] | None = None) -> None:
-        """Begin an epoch, or continue in its middle after a resume.
+        """Begin an epoch, or continue an epoch in its middle after a resume.
 
         Args:
-            epoch: Number of the epoch, from 0. What holds for a whole epoch is renewed when it begins, not when it is
-                continued.
-            renew: Function of the ledger that renews what else holds for an epoch, such as the labels of an objective.
+            epoch: Number of the epoch, from 0. The strategy is updated when an epoch begins, not when it continues.
+            renew: Function of the ledger that is called with the update, such as one that renews soft labels.
         """
         self.epoch = epoch
         if epoch > self.updated_epoch:
@@ -145,20 +145,20 @@ class OnlineSelector:
     def select(
         self, model: nn.Module, batch: Batch, *, step: int | None = None, micro_step: int = 0
     ) -> dict[str, torch.Tensor]:
-        """Return the part of a candidate batch that is worth a gradient, the same number of pairs on each rank.
+        """Select the pairs of a candidate batch that are worth a gradient, as many on every rank.
 
         Args:
             model: Dual encoder, wrapped or not, with the current weights.
-            batch: `B` candidates as `SelectionCollator` makes them.
+            batch: Batch of `B` candidates from a `SelectionCollator`.
             step: Number of the optimiser step, part of the seed of random choices; None to count the calls.
-            micro_step: Number of the batch within the step, when gradients are accumulated.
+            micro_step: Number of the batch within the step, if gradients are accumulated.
 
         Returns:
-            The kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)` where the strategy
-            weights them.
+            Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)` if the strategy has
+            weights.
 
         Raises:
-            TooManyBadRows: more rows are unreadable than `bad_rows` allows.
+            TooManyBadRows: More rows are unreadable than `bad_rows` allows.
         """
         step, self._step = self._step if step is None else step, self._step + 1
         sample_id = batch["sample_id"].cpu()
@@ -173,13 +173,16 @@ class OnlineSelector:
     def score(
         self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, good: torch.Tensor | None = None
     ) -> CandidateScores:
-        """Score `B` candidates by a forward pass without gradient, if this epoch needs scores.
+        """Score `B` candidates by a forward pass without gradient, if the current epoch needs scores.
 
         Args:
             model: Dual encoder, wrapped or not.
             batch: Candidates on the device of the model.
             sample_id: Sample ids, int64 `(B,)`, on the CPU.
-            good: Positions of the readable candidates, int64; only their scores must be finite. None for all.
+            good: Positions of the readable candidates, int64 `(n,)`, whose scores must be finite; None for all.
+
+        Returns:
+            Scores of the candidates; without embeddings if the current epoch needs no scores.
         """
         if not self.scores_candidates:
             return CandidateScores(sample_id)
@@ -188,12 +191,12 @@ class OnlineSelector:
                 model,
                 forward_inputs(model, batch),
                 sample_id,
-                kind=self.kind or contrastive_kind(model),
+                kind=self.kind or find_loss_kind(model),
                 chunk_size=self.scoring_batch_size,
                 autocast=self.hooks.autocast,
             )
-            good = slice(None) if good is None else good
-            self.hooks.check_finite(scores.correlation[good], "the correlation", sample_id[good])
+            readable = slice(None) if good is None else good
+            self.hooks.check_finite(scores.correlation[readable], "the correlation", sample_id[readable])
         return scores
 
     @property
@@ -203,7 +206,7 @@ class OnlineSelector:
 
     @property
     def scores_candidates(self) -> bool:
-        """Whether the candidates of the current epoch are scored before the selection."""
+        """True if the candidates of the current epoch are scored before the selection."""
         return self.scores_all or self.strategy.needs_scores(self.epoch)
 
     def record_training(
@@ -212,7 +215,7 @@ class OnlineSelector:
         outputs: Mapping[str, torch.Tensor],
         more: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Record what the training forward pass shows of its pairs: a history without a further forward pass.
+        """Record the correlations of the trained pairs, if their candidates were not scored, and further columns.
 
         Args:
             sample_id: Sample ids of the `b` trained pairs, int64 `(b,)`.
@@ -220,11 +223,12 @@ class OnlineSelector:
             more: Further columns `(b,)` to exchange between the ranks.
 
         Returns:
-            The columns of the pairs of all ranks, with `sample_id`; empty when there was nothing to record.
+            Columns of the pairs of all ranks with `sample_id`, `(b * world size,)` each; empty without a column to
+            record.
         """
         columns = {"sample_id": sample_id, **(more or {})}
         if not self.scores_candidates:
-            columns["correlation"] = correlation_of(outputs["image_embeds"], outputs["text_embeds"]).detach()
+            columns["correlation"] = compute_correlation(outputs["image_embeds"], outputs["text_embeds"]).detach()
         if len(columns) == 1:
             return {}
         gathered = self.ranks.gather_columns(columns, [len(sample_id)] * self.ranks.count)
@@ -233,16 +237,16 @@ class OnlineSelector:
         return gathered
 
     def pop_logs(self) -> dict[str, float]:
-        """Return the figures since the last call, as `selection_*`."""
+        """Return the figures of the selections since the last call, as `selection_*`."""
         return self.monitor.pop_logs()
 
     def reset(self, step: int = 0) -> None:
-        """Count epochs from the beginning again, and discard what was traced of steps from `step` on."""
+        """Count epochs from the beginning again, and discard the record of selections from step `step` on."""
         self.epoch, self.updated_epoch, self._step = -1, 0, step
         self.trace.restart(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return epochs and figures; the ledger has a file of its own."""
+        """Return the epochs and the figures; the ledger is saved in its own file."""
         self.trace.flush()
         return {
             "epoch": self.epoch,
@@ -259,7 +263,7 @@ class OnlineSelector:
     def _agree(self, num_good: int) -> list[int]:
         if self.hooks.agree is not None:
             return self.hooks.agree(num_good)
-        return self.ranks.table(num_good).flatten().tolist()
+        return self.ranks.gather_numbers(num_good).flatten().tolist()
 
     def _prepare(self, model: nn.Module, batch: Batch) -> Batch:
         if self.hooks.prepare is not None:
@@ -282,7 +286,7 @@ class OnlineSelector:
     def _note(
         self, batch: Batch, candidates: CandidateScores, good: torch.Tensor, kept: Kept, sizes: list[int], step: int
     ) -> None:
-        """Show the choice to the trace and the ledger of every rank."""
+        """Write the choice to the trace, and the scores to the ledger, both on every rank."""
         is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
         columns, measured = gather_selection(candidates, kept, is_clean, sizes, self.ranks)
         self.trace.observe(self.epoch, step, columns)

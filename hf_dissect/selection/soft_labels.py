@@ -22,7 +22,7 @@ NETWORK_SUFFIXES = ("", "_2")
 """Suffixes of the ledger columns of each network."""
 
 
-def label_columns(ledger: SampleLedger) -> list[tuple[str, ...]]:
+def find_label_columns(ledger: SampleLedger) -> list[tuple[str, ...]]:
     """Return the ledger columns that hold soft labels, whose minimum counts; one entry for each network."""
     columns = [SoftLabels(suffix=suffix).label_columns for suffix in NETWORK_SUFFIXES]
     return [names for names in columns if set(names) <= set(ledger.columns)]

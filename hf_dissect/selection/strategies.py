@@ -1,4 +1,4 @@
-"""The strategies by the names that recipes and arguments use."""
+"""Strategies, by the names that recipes and arguments use."""
 
 from typing import Any
 
@@ -16,10 +16,14 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
 
 
 def make_strategy(name: str, **options: Any) -> SelectionStrategy:
-    """Build a strategy by its name, e.g. `make_strategy("dissect", variant="momentum")`.
+    """Build a strategy by its name, such as `make_strategy("dissect", variant="momentum")`.
+
+    Args:
+        name: Name of the strategy, a key of `STRATEGIES`.
+        options: Keyword arguments of the strategy.
 
     Raises:
-        ValueError: The name is unknown, or the strategy does not take one of the options.
+        ValueError: The name is unknown, or the strategy does not accept one of the options.
     """
     if name not in STRATEGIES:
         raise ValueError(f"selection_strategy={name!r}: choose one of {', '.join(STRATEGIES)}.")

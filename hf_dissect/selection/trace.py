@@ -1,4 +1,4 @@
-"""Trace of the selections of a run: figures for the logs and, where asked for, a record of every choice."""
+"""Trace of the selections of a run: figures for the logs and, on request, a record of every choice."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ class SelectionTrace:
     """Observer of each selection.
 
     Args:
-        folder: Run folder to write `selection.parquet` to; None for figures alone.
+        folder: Run folder to write `selection.parquet` to; None for figures without a record.
 
     Attributes:
-        monitor: `SelectionMonitor` with the figures.
+        monitor: Figures of the selections.
     """
 
-    def __init__(self, folder: str | Path | None = None):
+    def __init__(self, folder: str | Path | None = None) -> None:
         self.monitor = SelectionMonitor()
         self._recorder = None if folder is None else SelectionRecorder(folder)
 
@@ -30,24 +30,25 @@ class SelectionTrace:
             epoch: Epoch of the selection, from 0.
             step: Optimiser step of the selection, from 0.
             candidates: Columns of the candidates of all ranks, `(n,)` each: `sample_id`, `kept`, `priority` (NaN for a
-                strategy that ranks by nothing), and where they are known `correlation` and `is_clean`.
+                strategy without a ranking) and, if they are known, `correlation` and `is_clean`. A record needs the
+                correlation.
         """
         sample_id, kept, correlation = candidates["sample_id"], candidates["kept"], candidates.get("correlation")
         self.monitor.observe(epoch, sample_id, kept, correlation, candidates["priority"], candidates.get("is_clean"))
         if self._recorder is not None:
-            self._recorder.add(epoch, step, sample_id, correlation, kept)
+            self._recorder.add(epoch, step, sample_id, candidates["correlation"], kept)
 
     def restart(self, step: int) -> None:
-        """Discard what was recorded from `step` on, since these steps come again."""
+        """Discard the record from optimiser step `step` on, because a resumed run repeats these steps."""
         if self._recorder is not None:
             self._recorder.restart(step)
 
     def flush(self) -> None:
-        """Write what was recorded so far."""
+        """Write the record so far to the disk."""
         if self._recorder is not None:
             self._recorder.flush()
 
     def close(self) -> None:
-        """Finish the record."""
+        """Complete the file of the record."""
         if self._recorder is not None:
             self._recorder.close()

@@ -1,1 +1,1 @@
-"""What every run shares, whatever it trains: checkpoints, resuming, interruption, run folder and card."""
+"""Parts that all kinds of runs share: checkpoints, resuming, interruption, run folder and card."""

@@ -1,4 +1,4 @@
-"""Callback that keeps the model card of a run current: at each save, before each push, and with the results."""
+"""Callback that writes the model card of a run: at each save, before each push, and with the results."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_dissect.training.run_folder import without_speed
+from hf_dissect.training.run_folder import drop_speed
 
 logger = logging.getLogger(__name__)
 
@@ -15,21 +15,21 @@ CARD = "README.md"
 
 
 class ModelCardCallback(TrainerCallback):
-    """Writer of the card of a run into its folder; a subclass says which files in `write_files`.
+    """Callback that writes the card of a run to its folder; a subclass writes the files in `write_files`.
 
     Args:
-        run_metrics: Function from the final figures to the content of `metrics.json`, as far as this process knows it.
-        describe: Function without arguments that gives what else the card shows, keyword arguments of `write_files`.
+        run_metrics: Function from the final figures to the content of `metrics.json` on this process.
+        describe: Function that returns the further content of the card, as keyword arguments of `write_files`.
     """
 
     def __init__(
         self,
-        run_metrics: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        run_metrics: Callable[[dict[str, Any]], Mapping[str, Any]],
         describe: Callable[[], Mapping[str, Any]],
-    ):
+    ) -> None:
         self._run_metrics = run_metrics
         self._describe = describe
-        self._results: tuple[Mapping[str, Any], str] | None = None  # metrics of a finished run, and their split
+        self._results: tuple[Mapping[str, Any], str] | None = None  # metrics and split of a finished run
         self._given: dict[str, Any] = {}
 
     def write_files(
@@ -43,16 +43,16 @@ class ModelCardCallback(TrainerCallback):
         given: Mapping[str, Any],
         **described: Any,
     ) -> None:
-        """Write the card and what it shows.
+        """Write the card, and the pictures that it shows.
 
         Args:
             folder: Run folder.
             state: State of the Trainer, with the logs.
-            metrics: Content of `metrics.json`, as far as it is known.
+            metrics: Content of `metrics.json` so far.
             evaluated: Split of the figures, "validation" or "test".
-            progress: How far a run has come that is not finished, such as "step 40 of 200".
+            progress: Progress of an unfinished run, such as "step 40 of 200"; None for a finished one.
             given: `license`, `language`, `tags` and `datasets` from the user.
-            described: What `describe` gave.
+            described: Further content, from `describe`.
         """
         raise NotImplementedError
 
@@ -73,12 +73,19 @@ class ModelCardCallback(TrainerCallback):
         self._try_to_write(args, state)
 
     def finish(self, args: TrainingArguments, state: TrainerState, metrics: Mapping[str, Any], evaluated: str) -> None:
-        """Write the card of the finished run: from now on, it shows these metrics of the split `evaluated`."""
+        """Write the card of the finished run, and keep its results for later writes.
+
+        Args:
+            args: Arguments of the run.
+            state: State of the Trainer.
+            metrics: Content of `metrics.json`.
+            evaluated: Split of the figures, "validation" or "test".
+        """
         self._results = metrics, evaluated
         self.write(args, state)
 
     def write(self, args: TrainingArguments, state: TrainerState, **given: Any) -> None:
-        """Write the card as things stand; on the process that saves, and on no other.
+        """Write the card in its present state, on the process that saves only.
 
         Args:
             args: Arguments of the run.
@@ -91,7 +98,7 @@ class ModelCardCallback(TrainerCallback):
         metrics, evaluated = self._results or (self._run_metrics(_last_evaluation(state)), "validation")
         progress = None if self._results else f"step {state.global_step:,} of {state.max_steps:,}"
         self.write_files(
-            Path(args.output_dir),
+            Path(str(args.output_dir)),
             state,
             metrics=metrics,
             evaluated=evaluated,
@@ -103,11 +110,11 @@ class ModelCardCallback(TrainerCallback):
     def _try_to_write(self, args: TrainingArguments, state: TrainerState) -> None:
         try:
             self.write(args, state)
-        except OSError as error:  # training is worth more than its card
+        except OSError as error:  # training must not end for the sake of its card
             logger.warning("The model card could not be written (%s); training continues.", error)
 
 
 def _last_evaluation(state: TrainerState) -> dict[str, Any]:
     evaluations = (entry for entry in reversed(state.log_history) if "eval_loss" in entry)
     last = {key: value for key, value in next(evaluations, {}).items() if key.startswith("eval_")}
-    return without_speed(last, "eval")
+    return drop_speed(last, "eval")

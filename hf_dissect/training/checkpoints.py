@@ -1,4 +1,4 @@
-"""Checkpoints that exist wholly or not at all, and the last one that a run can resume from."""
+"""Checkpoints that exist completely or not at all, and the search for the last one to resume from."""
 
 import json
 import logging
@@ -16,23 +16,23 @@ from hf_dissect.distributed import Ranks
 logger = logging.getLogger(__name__)
 
 UNFINISHED_FOLDER = "unfinished_checkpoints"
-"""Folder, inside a run folder, that checkpoints are written to before they get their names."""
+"""Folder, inside a run folder, of checkpoints that are not complete yet."""
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """Error of a checkpoint that could not be written; earlier checkpoints are unchanged."""
 
 
 @contextmanager
 def explain_unwritable(name: str, run_folder: str | Path) -> Iterator[None]:
-    """Turn the error of any of the writers inside the block into one that says what to do.
+    """Replace an error of writing inside the block by one that says what to do.
 
     Args:
-        name: Name of what is written, such as "The checkpoint of step 40".
+        name: Name of the files in the message, such as "The checkpoint of step 40".
         run_folder: Folder of the run.
 
     Raises:
-        CheckpointError: something could not be written.
+        CheckpointError: A file could not be written.
     """
     try:
         yield
@@ -42,40 +42,44 @@ def explain_unwritable(name: str, run_folder: str | Path) -> Iterator[None]:
         free = shutil.disk_usage(run_folder).free / 2**20
         raise CheckpointError(
             f"{name} could not be written ({error}); {free:,.0f} MiB are free. Make room in {run_folder} and resume; "
-            f"the last complete checkpoint is {last_complete_checkpoint(run_folder) or 'none'}."
+            f"the last complete checkpoint is {find_last_checkpoint(run_folder) or 'none'}."
         ) from error
 
 
 def _is_about_writing(error: Exception) -> bool:
-    # What is not written in Python reports a full disk in words: torch in its own, tokenizers in those of Rust.
+    # The writers of torch (C++) and tokenizers (Rust) raise no OSError; their messages are recognised by these words.
     words = ("PytorchStreamWriter", "inline_container", "iostream", "(os error ")
     return isinstance(error, OSError | SafetensorError) or any(part in str(error) for part in words)
 
 
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest `checkpoint-N` in a run folder that was written to its end, None without one."""
-    checkpoints = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _number(path) is not None]
-    for checkpoint in sorted(checkpoints, key=_number, reverse=True):
+def find_last_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest complete `checkpoint-N` of a run folder, None without one."""
+    paths = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = [(number, path) for path in paths if (number := _find_number(path)) is not None]
+    for _, checkpoint in sorted(numbered, reverse=True):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
         except (OSError, ValueError):
-            logger.warning("%s was not written to its end and is passed over.", checkpoint)
+            logger.warning("%s was not written to its end and is skipped.", checkpoint)
         else:
             return checkpoint
     return None
 
 
 @contextmanager
-def write_whole(final: Path, ranks: Ranks, names_it: bool) -> Iterator[Path]:
-    """Give the folder to write a checkpoint to; give it its name when the block ends without an error.
+def write_whole(final: Path, ranks: Ranks, *, publishes: bool) -> Iterator[Path]:
+    """Yield a temporary folder for a checkpoint, and rename it at the end of the block if there was no error.
 
     Args:
-        final: Folder that the checkpoint gets at the end.
-        ranks: Processes of the run; all of them have written before the checkpoint gets its name.
-        names_it: Whether this process gives it its name: the first one of each node.
+        final: Folder of the complete checkpoint.
+        ranks: Processes of the run, all of which must have written before the folder is renamed.
+        publishes: True for the process that renames the folder, the first one of each node.
+
+    Yields:
+        Folder to write to.
 
     Raises:
-        CheckpointError: something could not be written.
+        CheckpointError: A file could not be written.
     """
     run_folder = final.parent
     written = run_folder / UNFINISHED_FOLDER / final.name
@@ -84,27 +88,35 @@ def write_whole(final: Path, ranks: Ranks, names_it: bool) -> Iterator[Path]:
         with explain_unwritable(f"The checkpoint of step {step}", run_folder):
             yield written
             ranks.wait()
-            if names_it:
+            if publishes:
                 publish(written, final)
             ranks.wait()
     finally:
-        if names_it:
+        if publishes:
             remove_unfinished(run_folder)
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """Return the last complete checkpoint of a run folder (`ValueError` if there is none)."""
-    checkpoint = last_complete_checkpoint(folder)
+    """Return the last complete checkpoint of a run folder to resume from.
+
+    Raises:
+        ValueError: The folder has no complete checkpoint.
+    """
+    checkpoint = find_last_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"No checkpoint to resume from in {folder}.")
     return checkpoint
 
 
 def publish(unfinished: Path, final: Path) -> None:
-    """Give a checkpoint that was written to its end its name, replacing an earlier one of that name.
+    """Rename the folder of a complete checkpoint, and remove an earlier checkpoint of that name.
 
-    The files reach the disk before the name does, so that a machine that loses its power finds it whole or not at all.
-    On a file system that several nodes share, one of them does it, and the others find it done.
+    The files reach the disk before the new name, so that a power failure leaves a complete checkpoint or none. On a
+    file system that several nodes share, one node renames the folder, and the others find it renamed.
+
+    Args:
+        unfinished: Folder that the checkpoint was written to.
+        final: Folder of the complete checkpoint.
     """
     replaced = unfinished.with_name(unfinished.name + ".replaced")
     try:
@@ -121,22 +133,28 @@ def publish(unfinished: Path, final: Path) -> None:
 
 
 def remove_surplus(folder: str | Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, never the best one."""
+    """Remove the oldest checkpoints of a run folder.
+
+    Args:
+        folder: Run folder.
+        limit: Number of checkpoints to keep; None for all.
+        best: Checkpoint that is never removed; None without one.
+    """
     rotate_checkpoints(output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove from a run folder what was left of checkpoints whose writing was cut short."""
+    """Remove the remains of checkpoints whose writing was interrupted from a run folder."""
     place = Path(folder) / UNFINISHED_FOLDER
     for replaced in place.glob("*.replaced"):
-        # The run was killed between the two renames of `publish`: the old checkpoint is still a whole one.
+        # The run was killed between the two renames of `publish`, and the old checkpoint is complete.
         final = Path(folder) / replaced.name.removesuffix(".replaced")
         if not final.exists():
             os.replace(replaced, final)
     shutil.rmtree(place, ignore_errors=True)
 
 
-def _number(checkpoint: Path) -> int | None:
+def _find_number(checkpoint: Path) -> int | None:
     number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(number) if number.isdecimal() else None
 

@@ -1,4 +1,4 @@
-"""Callback that keeps the logit scale of softmax models within its limits after each step."""
+"""Callback that keeps the logit scale of softmax models within its limits."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hf_dissect.models.loading import clamp_logit_scale_
 
 
 class ClampLogitScale(TrainerCallback):
-    """Callback that clamps the logit scale of the model, which the Trainer does not."""
+    """Callback that clamps the logit scale of the model after each optimiser step."""
 
     def on_optimizer_step(
         self,
@@ -19,5 +19,6 @@ class ClampLogitScale(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Clamp the scale, in place."""
-        clamp_logit_scale_(model)
+        """Clamp the logit scale in place."""
+        if model is not None:
+            clamp_logit_scale_(model)

@@ -1,4 +1,4 @@
-"""State files that earlier versions wrote, brought into the present form."""
+"""Conversion of state files of earlier versions to the current format."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,15 +6,18 @@ from typing import Any
 import torch
 
 FORMAT = 2
-"""Number of the form that is written now."""
+"""Number of the current format."""
 
 
 def upgrade(state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the state of version 0.1, of a selection or a distillation, in the present form.
+    """Convert the state of a selection or a distillation from version 0.1 to the current format.
 
     Args:
-        state: Content of the JSON file, which had no number of a form.
-        tensors: Content of the file of tensors.
+        state: Content of the JSON file, which had no number of a format.
+        tensors: Content of the file of tensors, by name.
+
+    Returns:
+        State in the current format, with tensors in place.
     """
     parts: dict[str, Any] = {"times": state["times"]}
     if "watch" in state:

@@ -1,4 +1,4 @@
-"""Loss since the last log, which the Trainer forgets on resuming."""
+"""Loss since the last log, which the Trainer does not save."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -15,14 +15,16 @@ class LossSum(Protocol):
 
 
 class LossSinceLog:
-    """Sum of this rank's losses since the last log, and the step of that log, as state of a run.
+    """Sum of the losses of this rank since the last log, and the step of that log.
+
+    The Trainer sets the sum to zero when training begins, after the checkpoint was read. A loaded state therefore
+    waits for `apply`.
 
     Args:
-        trainer: Trainer that sums the losses. It sets the sum to zero when training begins, after the checkpoint was
-            read: a loaded state waits until `apply`.
+        trainer: Trainer that adds the losses.
     """
 
-    def __init__(self, trainer: LossSum):
+    def __init__(self, trainer: LossSum) -> None:
         self._trainer = trainer
         self._waiting: tuple[float, int] | None = None
 
@@ -35,10 +37,10 @@ class LossSinceLog:
         self._waiting = state["loss"], state["step"]
 
     def apply(self) -> None:
-        """Give the trainer the loaded state, if there is one."""
+        """Add the loaded state to that of the trainer, if there is one."""
         if self._waiting is None:
             return
         loss, self._trainer._globalstep_last_logged = self._waiting
         self._trainer._tr_loss += loss
-        self._trainer._total_loss_scalar -= loss  # the mean of this call is that of its own steps
+        self._trainer._total_loss_scalar -= loss  # so that the mean of this training counts its own steps only
         self._waiting = None

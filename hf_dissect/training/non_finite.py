@@ -1,33 +1,33 @@
-"""The error of a run that diverged, raised before the weights are touched."""
+"""Errors of a run that diverged, raised before the weights change or are saved."""
 
 import torch
 
-from hf_dissect.training.checkpoints import last_complete_checkpoint
+from hf_dissect.training.checkpoints import find_last_checkpoint
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or a score became NaN or infinite; the weights were not stepped with it."""
+    """Error of a loss, a score or a weight that is NaN or infinite."""
 
 
 def check_finite(values: torch.Tensor, what: str, sample_id: torch.Tensor, step: int, output_dir: str) -> None:
-    """Make sure that all of `values` are finite.
+    """Check that all values of a step are finite.
 
     Args:
-        values: one for all pairs `()`, or one each `(B,)`.
-        what: name of the values in the error.
-        sample_id: int64 `(B,)` of the pairs.
-        step: optimiser step, from 0.
-        output_dir: where checkpoints are.
+        values: One value for all pairs `()`, or one for each pair `(B,)`.
+        what: Name of the values in the error, such as "the loss".
+        sample_id: Ids of the pairs, int64 `(B,)`.
+        step: Optimiser step, counted from 0.
+        output_dir: Folder of the run, with its checkpoints.
 
     Raises:
-        NonFiniteLossError: naming the step, the pairs and the last checkpoint.
+        NonFiniteLossError: A value is not finite; the message names the step, the pairs and the last checkpoint.
     """
     finite = torch.isfinite(values)
     if finite.all():
         return
     concerned = sample_id if finite.ndim == 0 else sample_id[~finite]
     shown = ", ".join(map(str, concerned.tolist()[:8]))
-    checkpoint = last_complete_checkpoint(output_dir)
+    checkpoint = find_last_checkpoint(output_dir)
     raise NonFiniteLossError(
         f"At step {step} {what} is not finite (first sample ids: {shown}); the weights were not changed by it. Last "
         f"checkpoint: {checkpoint or 'none yet'}. Try a smaller learning rate, a longer learning-rate warm-up, "
@@ -36,21 +36,21 @@ def check_finite(values: torch.Tensor, what: str, sample_id: torch.Tensor, step:
 
 
 def check_finite_weights(model: torch.nn.Module, step: int, output_dir: str) -> None:
-    """Make sure that all weights are finite, before they are saved over good ones.
+    """Check that all weights are finite before they are saved.
 
     Args:
-        model: of which each process may hold a part only (FSDP).
-        step: optimiser steps made.
-        output_dir: where checkpoints are.
+        model: Model; with FSDP, each process checks the part that it holds.
+        step: Number of optimiser steps so far.
+        output_dir: Folder of the run, with its checkpoints.
 
     Raises:
-        NonFiniteLossError: naming the step, the weights and the last checkpoint.
+        NonFiniteLossError: A weight is not finite; the message names the step, the weights and the last checkpoint.
     """
     parts = ((name, getattr(weight, "_local_tensor", weight)) for name, weight in model.named_parameters())
     wrong = [name for name, part in parts if part.is_floating_point() and not torch.isfinite(part).all()]
     if wrong:
         raise NonFiniteLossError(
             f"After step {step} {len(wrong)} weights are not finite (first: {', '.join(wrong[:3])}); they are not "
-            f"saved. Last checkpoint: {last_complete_checkpoint(output_dir) or 'none yet'}. Resume from it with a "
+            f"saved. Last checkpoint: {find_last_checkpoint(output_dir) or 'none yet'}. Resume from it with a "
             "smaller learning rate, a longer learning-rate warm-up, max_grad_norm, or bf16 instead of fp16."
         )

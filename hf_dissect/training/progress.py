@@ -1,8 +1,11 @@
-"""One progress bar a run that shows what matters while it trains, instead of a line of figures every few steps."""
+"""Progress bar that shows loss and selection, instead of a line of figures every few steps."""
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 _POSTFIX = {
@@ -15,26 +18,37 @@ _SHARES = {"selection_kept_share", "selection_noise_kept", "selection_scoring_ti
 
 
 class RunProgress(ProgressCallback):
-    """The Trainer's bar with loss and selection behind it, and a line for each evaluation."""
+    """Progress bar of the Trainer, with loss and selection behind it and a line for each evaluation."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar, from the step that the run is resumed at."""
         self.current_step = state.global_step
         if state.is_world_process_zero:
-            # In a log file each refresh is a line: there, one in half a minute is enough.
-            pause = 0.1 if sys.stderr.isatty() else 30
+            # In a log file each refresh is a new line, so it is refreshed twice a minute only.
+            interval = 0.1 if sys.stderr.isatty() else 30
             self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, mininterval=pause
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, mininterval=interval
             )
 
     def close(self) -> None:
-        """Leave the bars as they are, when training ends early."""
+        """Leave the bars in their state when training ends early."""
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
         self.prediction_bar = self.training_bar = None
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or "loss" not in (logs or {}):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the logged figures of training behind the bar."""
+        if self.training_bar is None or logs is None or "loss" not in logs:
             return
         shown = {name: logs[key] for key, name in _POSTFIX.items() if key in logs}
         shares = {_POSTFIX[key] for key in _SHARES}
@@ -45,11 +59,19 @@ class RunProgress(ProgressCallback):
             refresh=sys.stderr.isatty(),
         )
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a line with the figures of an evaluation above the bar."""
         if self.prediction_bar is not None:
             self.prediction_bar.leave = False
         super().on_evaluate(args, state, control, **kwargs)
-        if self.training_bar is not None and "eval_recall_sum" in (metrics or {}):
+        if self.training_bar is not None and metrics is not None and "eval_recall_sum" in metrics:
             self.training_bar.write(
                 f"epoch {state.epoch:.1f}: recall sum {metrics['eval_recall_sum']:.1f}, "
                 f"image to text R@1 {metrics['eval_image_to_text_R@1']:.1f}, "

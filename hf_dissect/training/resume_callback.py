@@ -1,4 +1,4 @@
-"""Callback that passes on when epochs begin, and lets a checkpoint wait for the logs of its epoch."""
+"""Callback that reports the beginning of epochs, and delays a checkpoint until the logs of its epoch are written."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from hf_dissect.training.loss_since_log import LossSinceLog
 
 
 class ResumeCallback(TrainerCallback):
-    """Callback of a trainer that can end after any step and be resumed.
+    """Callback of a trainer that can stop after any step and be resumed.
 
     Args:
         stop_request: Request to end the run.
-        loss_since_log: Loss that is restored when training begins.
-        begin_epoch: Function that takes the Trainer's count of epochs when one begins or continues.
+        loss_since_log: Loss to restore when training begins.
+        begin_epoch: Function that is called with the Trainer's epoch, from 0, when an epoch begins or continues.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class ResumeCallback(TrainerCallback):
         self._stop_request = stop_request
         self._loss_since_log = loss_since_log
         self._begin_epoch = begin_epoch
-        self._saves_later = False  # when the epoch ends or is cut short
+        self._saves_later = False  # at the end of the epoch, or when it is interrupted
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,15 +35,15 @@ class ResumeCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Pass the epoch on."""
+        """Report the epoch that begins or continues."""
         self._begin_epoch(state.epoch)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put off a checkpoint that ends an epoch until the epoch's figures are logged; end the run if asked."""
+        """Delay the checkpoint at the end of an epoch until its figures are logged, and stop the run on request."""
         stops, ends_epoch = self._stop_request.granted, state.epoch % 1 == 0
-        # What is logged at the end of an epoch belongs into its last checkpoint, as a resumed run begins behind it.
+        # A resumed run begins with the next epoch, so the last checkpoint must hold the logs at the end of this one.
         logs_later = ends_epoch and "epoch" in (args.eval_strategy, args.logging_strategy)
         self._saves_later = stops or (control.should_save and logs_later)
         control.should_save = control.should_save and not self._saves_later
@@ -52,9 +52,8 @@ class ResumeCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save a checkpoint that was put off."""
-        if (
-            self._stop_request.granted and state.epoch % 1
-        ):  # cut short: its figures are due when the resumed run ends it
+        """Save a delayed checkpoint."""
+        if self._stop_request.granted and state.epoch % 1:
+            # The epoch was interrupted: the resumed run logs its figures at its end.
             control.should_log = control.should_evaluate = False
         control.should_save = control.should_save or self._saves_later

@@ -1,4 +1,4 @@
-"""State that a checkpoint holds next to the Trainer's own files, so that a resumed run equals an uninterrupted one."""
+"""State that a checkpoint holds next to the Trainer's files, so that a resumed run equals an uninterrupted one."""
 
 import copy
 import json
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "dissect_state.json"
 TENSORS_FILE = "dissect_state.safetensors"
 _TENSOR = "tensor of"
-"""Key of the mapping that stands in the JSON file for a tensor."""
+"""Key of the mapping that takes the place of a tensor in the JSON file."""
 
 
 class Stateful(Protocol):
-    """Object with a state of plain data and tensors, under the names that torch gave the two methods."""
+    """Object whose state of plain data and tensors can be saved and loaded, by methods named as in torch."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
@@ -34,10 +34,10 @@ class Stateful(Protocol):
 
 
 class Joinable(Stateful, Protocol):
-    """Object whose states on several ranks can be joined to one."""
+    """Object whose states on several ranks can be joined."""
 
     def join_states(self, states: Sequence[dict[str, Any]], rank: int = 0) -> dict[str, Any]:
-        """Join the states of all ranks for one of them."""
+        """Join the states of all ranks to the state of one of them."""
 
 
 JoinableT = TypeVar("JoinableT", bound=Joinable)
@@ -49,9 +49,9 @@ class Part:
 
     Args:
         stateful: Object that holds the state.
-        each_rank: Whether each rank has a state of its own; otherwise that of the first is saved for all.
-        join: Function of the states of all ranks and the own rank that gives the state to load when the checkpoint was
-            written by another number of processes; None to begin again then.
+        each_rank: True to save the state of each rank; False to save that of the first rank for all.
+        join: Function from the states of all ranks and the own rank to the state to load, for a checkpoint of another
+            number of processes; None to load no state then.
     """
 
     stateful: Stateful
@@ -61,12 +61,12 @@ class Part:
 
 @dataclass(frozen=True)
 class SavedState:
-    """State as a checkpoint holds it.
+    """State in a checkpoint.
 
     Attributes:
-        candidates_per_update: Candidates that one optimiser step looked at.
-        parts: State by name of the part, for the parts that are the same on all ranks.
-        ranks: For each rank, state by name of the part, for the parts that differ.
+        candidates_per_update: Number of candidates of an optimiser step, on all ranks.
+        parts: States by name, of the parts that are the same on all ranks.
+        ranks: States by name for each rank, of the parts that differ.
     """
 
     candidates_per_update: int
@@ -75,7 +75,7 @@ class SavedState:
 
 
 def save_state(folder: str | Path, parts: Mapping[str, Part], args: TrainingArguments, ranks: Ranks) -> None:
-    """Write the state of all parts to a checkpoint; called on all ranks.
+    """Write the state of all parts to a checkpoint; every rank calls this function.
 
     Args:
         folder: Folder of the checkpoint.
@@ -92,7 +92,7 @@ def save_state(folder: str | Path, parts: Mapping[str, Part], args: TrainingArgu
     state = {
         "format": FORMAT,
         "processes": ranks.count,
-        "candidates_per_update": candidates_per_update(args, ranks),
+        "candidates_per_update": count_candidates(args, ranks),
         "parts": {name: part.stateful.state_dict() for name, part in parts.items() if not part.each_rank},
         "ranks": everyone,
     }
@@ -101,12 +101,12 @@ def save_state(folder: str | Path, parts: Mapping[str, Part], args: TrainingArgu
 
 
 def read_state(folder: str | Path) -> SavedState | None:
-    """Read the state in a checkpoint, that of earlier versions as well; None without one."""
+    """Read the state in a checkpoint of this version or an earlier one; None for a checkpoint without it."""
     path = Path(folder, STATE_FILE)
     if not path.is_file():
         return None
     state = json.loads(path.read_text(encoding="utf-8"))
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in Path(folder).glob("*_state.safetensors"):
         tensors |= load_file(file)
     if state.get("format") != FORMAT:
@@ -116,7 +116,13 @@ def read_state(folder: str | Path) -> SavedState | None:
 
 
 def restore_state(saved: SavedState, parts: Mapping[str, Part], ranks: Ranks) -> None:
-    """Load the saved state into all parts, as exactly as the number of processes allows."""
+    """Load a saved state into the parts of a run.
+
+    Args:
+        saved: State of the checkpoint, possibly of another number of processes.
+        parts: Parts by name; those without a saved state are left unchanged.
+        ranks: Processes of the run.
+    """
     for name, part in parts.items():
         if not part.each_rank:
             state = saved.parts.get(name)
@@ -130,36 +136,36 @@ def restore_state(saved: SavedState, parts: Mapping[str, Part], ranks: Ranks) ->
             part.stateful.load_state_dict(state)
 
 
-def candidates_per_update(args: TrainingArguments, ranks: Ranks) -> int:
-    """Return the number of candidates of all ranks that one optimiser step looks at."""
+def count_candidates(args: TrainingArguments, ranks: Ranks) -> int:
+    """Return the number of candidates of an optimiser step, on all ranks."""
     return args.train_batch_size * args.gradient_accumulation_steps * ranks.count
 
 
 def join_over_ranks(counts: JoinableT, ranks: Ranks) -> JoinableT:
-    """Return counts of rows with those of all ranks added; called on all of them."""
+    """Return a copy of an object with the joined state of all ranks; every rank calls this function."""
     joined = copy.copy(counts)
     joined.load_state_dict(counts.join_states(ranks.gather_objects(counts.state_dict())))
     return joined
 
 
-def moved_step(
+def find_moved_step(
     saved: SavedState | None, state: TrainerState, args: TrainingArguments, ranks: Ranks, steps_per_epoch: int
 ) -> int | None:
-    """Return the step at which a run continues when a step looks at another number of candidates than before.
+    """Find the step to resume at if the number of candidates of a step has changed, and warn of the change.
 
     Args:
-        saved: State of the checkpoint.
-        state: The Trainer's state, read from the checkpoint.
+        saved: State of the checkpoint; None for a checkpoint without it.
+        state: State of the Trainer, read from the checkpoint.
         args: Arguments of the run.
         ranks: Processes of the run.
-        steps_per_epoch: Optimiser steps of an epoch now.
+        steps_per_epoch: Number of optimiser steps of an epoch now.
 
     Returns:
-        The step at the checkpoint's epoch; None when it need not move.
+        Step at the epoch of the checkpoint; None to resume at the step of the checkpoint.
     """
     if saved is None:
         return None
-    before, now = saved.candidates_per_update, candidates_per_update(args, ranks)
+    before, now = saved.candidates_per_update, count_candidates(args, ranks)
     if len(saved.ranks) != ranks.count:
         logger.warning(
             "The checkpoint was written by %d processes, this run has %d: the history of the pairs is kept, and "
@@ -185,7 +191,7 @@ def moved_step(
 
 
 def _without_tensors(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return plain data for JSON; tensors go to `tensors`, named by their place."""
+    """Return plain data for JSON, and move its tensors to `tensors`, named by their place."""
     if isinstance(value, torch.Tensor):
         tensors[place] = value.detach().cpu().contiguous()
         return {_TENSOR: place}

@@ -1,4 +1,4 @@
-"""Contract of the object that reports a run: its part of `metrics.json`, its report, and what its card shows."""
+"""Contract of the object that reports a run in `metrics.json`, in its report and on its card."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,16 +9,16 @@ from hf_dissect.distributed import Ranks
 
 
 class Summary(Protocol):
-    """Reporter of one kind of run, made by its trainer."""
+    """Reporter of one kind of run."""
 
-    def metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
-        """Return what `metrics.json` holds of this kind of run, with a `name`, as far as this process knows it."""
+    def collect_metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
+        """Return the entries of `metrics.json` for this kind of run, with a `name`, without exchange between ranks."""
 
-    def gathered_metrics(self, ranks: Ranks) -> dict[str, Any]:
-        """Return the part of `metrics.json` that takes all ranks; called on all of them."""
+    def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
+        """Return the entries of `metrics.json` that need an exchange; every rank calls this method."""
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """Return what the card shows next to the metrics, keyword arguments of its `write_files`."""
+        """Return the content of the card next to the metrics, as keyword arguments of its `write_files`."""
 
     def write_report(self, folder: Path, metrics: dict[str, Any], log_history: list[dict]) -> None:
-        """Write the report of the finished run; called on the process that saves."""
+        """Write the report of the finished run; the process that saves calls this method."""

@@ -1,4 +1,4 @@
-"""Wall-clock time of the parts of a run, so that selection is charged with what it costs."""
+"""Wall-clock time of the parts of a run, which shows the cost of the selection."""
 
 import time
 from collections import defaultdict
@@ -7,7 +7,13 @@ from contextlib import contextmanager
 
 
 class TimeSpent:
-    """Seconds by part ("data", "scoring", ...); time measured inside another part counts for the inner one only."""
+    """Seconds of each part of a run, such as "data" or "scoring".
+
+    Time that is measured inside another part counts for the inner part only.
+
+    Attributes:
+        seconds: Seconds of the finished measurements, by part.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -15,7 +21,7 @@ class TimeSpent:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Charge the time of the block to `part`."""
+        """Add the time of the block to `part`."""
         self._open.append([part, time.perf_counter(), 0.0])
         try:
             yield
@@ -29,8 +35,8 @@ class TimeSpent:
     def __getitem__(self, part: str) -> float:
         return self.seconds.get(part, 0.0)
 
-    def so_far(self) -> dict[str, float]:
-        """Return seconds by part, including what is under way."""
+    def measure_so_far(self) -> dict[str, float]:
+        """Return the seconds by part, including unfinished measurements."""
         seconds = defaultdict(float, self.seconds)
         end = time.perf_counter() if self._open else 0.0
         for part, start, inside in reversed(self._open):
@@ -40,14 +46,14 @@ class TimeSpent:
 
     @property
     def total(self) -> float:
-        """Seconds of everything measured, including what is under way."""
-        return sum(self.so_far().values())
+        """Seconds of all parts, including unfinished measurements."""
+        return sum(self.measure_so_far().values())
 
     def state_dict(self) -> dict[str, float]:
-        """Return the seconds so far."""
-        return self.so_far()
+        """Return the seconds by part so far."""
+        return self.measure_so_far()
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Add what the run took before it was resumed."""
+        """Add the seconds of the run before it was resumed."""
         for part, spent in state.items():
             self.seconds[part] += spent

@@ -1,7 +1,8 @@
-"""The arguments that every trainer of ours shares, and their check against the declarations of the settings."""
+"""Training arguments that all trainers of the package share, checked against the declarations of the settings."""
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainingArguments
@@ -12,7 +13,10 @@ from hf_dissect.settings import check_values, declared, setting
 
 @dataclass
 class BaseTrainingArguments(TrainingArguments):
-    """Base of our arguments: all of `transformers.TrainingArguments`, and what both kinds of run share."""
+    """Base of the training arguments: all of `transformers.TrainingArguments`, and those of both kinds of runs."""
+
+    if TYPE_CHECKING:
+        output_dir: str = ""  # `TrainingArguments` replaces None
 
     max_bad_fraction: float = declared(SelectionSection, "max_bad_fraction")
     save_run_folder: bool = setting(
@@ -23,14 +27,14 @@ class BaseTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if is_one_of_several_without_accelerator():
-            self.use_cpu = True  # else each process would train alone, and write over the others
+            self.use_cpu = True  # otherwise each process would train alone and overwrite the files of the others
         super().__post_init__()
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it each epoch
+            self.dataloader_pin_memory = False  # pinning has no use here, and torch warns of it in each epoch
         check_values(type(self), vars(self))
 
 
 def is_one_of_several_without_accelerator() -> bool:
-    """Return whether processes were started together where torch sees no accelerator: they must use CPUs."""
+    """Return True for one of several processes on a machine without an accelerator, which must use the CPU."""
     chosen = "ACCELERATE_TORCH_DEVICE" in os.environ
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not chosen and not torch.accelerator.is_available()

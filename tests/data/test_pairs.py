@@ -265,7 +265,7 @@ def test_a_torch_data_set_of_pairs_stays():
         (Rows([{"image": 1, "caption": "a"}]), "Rows yields without sample_id; a torch data set yields"),
         (Rows([(1, 2)]), "Rows yields tuple"),
         ("train", "str yields str"),
-        (5, "int is no data set"),
+        (5, "int is not a data set"),
     ],
 )
 def test_what_is_no_data_set_is_told(dataset, message):

@@ -19,7 +19,7 @@ from torch import nn
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
 from hf_dissect.models.loading import logit_scale_and_bias, logit_scale_parameter
-from hf_dissect.models.tasks import representations
+from hf_dissect.models.tasks import select_representations
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -61,7 +61,7 @@ def test_each_chunk_draws_the_same_dropout_twice_and_the_random_state_moves_on_o
     inputs = forward_inputs(model, batch)
     torch.manual_seed(5)
     parts = [
-        representations(model, model(**{name: value[rows] for name, value in inputs.items()}))
+        select_representations(model, model(**{name: value[rows] for name, value in inputs.items()}))
         for rows in (slice(0, 3), slice(3, 6), slice(6, 10))
     ]
     outputs = {name: torch.cat([part[name] for part in parts]) for name in ("image_embeds", "text_embeds")}

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.models.loading import logit_scale_and_bias
-from hf_dissect.models.tasks import representations
+from hf_dissect.models.tasks import select_representations
 
 CASES = [
     ("tiny_clip", None, False),
@@ -39,7 +39,7 @@ def gradients_on_rank() -> dict[tuple, dict[str, torch.Tensor]]:
         model = DistributedDataParallel(model.train(), find_unused_parameters=finds_unused)
         exchanges = []
         model.register_comm_hook(None, lambda _, bucket: (exchanges.append(1), allreduce_hook(None, bucket))[1])  # noqa: B023
-        outputs = representations(model, model(**forward_inputs(model, batch)))
+        outputs = select_representations(model, model(**forward_inputs(model, batch)))
         loss_of_batch(model, batch, outputs, *logit_scale_and_bias(model)).backward()
         pop_gradients(model)
         for_a_plain_step = len(exchanges)

@@ -16,13 +16,13 @@ from hf_dissect import DissectTrainer, DissectTrainingArguments, load_model_and_
 from hf_dissect.cli import main
 from hf_dissect.models.adapters import (
     add_adapter,
-    base_of_adapter,
     check_same_adapter,
     describe_adapter,
+    find_base,
     restore_base,
     save_base,
 )
-from hf_dissect.models.loading import same_architecture
+from hf_dissect.models.loading import check_same_architecture
 from hf_dissect.mola import mola_routing
 from hf_dissect.runs.evaluate import evaluate_checkpoint
 from hf_dissect.runs.run import build_trainer, run_recipe
@@ -182,7 +182,7 @@ def test_an_adapter_saved_without_a_processor_takes_that_of_its_base(tiny_clip, 
     with_lora(base).save_pretrained(tmp_path / "adapter")
     loaded, found = load_model_and_processor(name_or_path=str(tmp_path / "adapter"))
     assert found.tokenizer("red")["input_ids"] == processor.tokenizer("red")["input_ids"]
-    assert base_of_adapter(Wrapper(loaded)) == str(tmp_path / "base")
+    assert find_base(Wrapper(loaded)) == str(tmp_path / "base")
 
 
 @pytest.mark.parametrize("family", ["tiny_clip", "tiny_siglip", "tiny_dual_encoder", "tiny_align"])
@@ -210,24 +210,24 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny_clip, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     adapted = with_lora(model)
     adapted.save_pretrained(tmp_path / "lora")
-    same_architecture(Wrapper(adapted), tmp_path / "lora")
+    check_same_architecture(Wrapper(adapted), tmp_path / "lora")
     plain, _ = tiny_models.tiny_clip()
     with pytest.raises(ValueError, match="holds an adapter, but the model to be trained has none"):
-        same_architecture(plain, tmp_path / "lora")
+        check_same_architecture(plain, tmp_path / "lora")
     with pytest.raises(ValueError, match="is of another model"):
-        same_architecture(adapted, tmp_path / "whole")
+        check_same_architecture(adapted, tmp_path / "whole")
     mola = with_mola(plain)
     with pytest.raises(ValueError, match="holds an adapter of type LORA, but .* is of type MOLA"):
-        same_architecture(mola, tmp_path / "lora")
+        check_same_architecture(mola, tmp_path / "lora")
     mola.save_pretrained(tmp_path / "mola")
     check_same_adapter(mola, tmp_path / "mola")
     wider = with_mola(tiny_models.tiny_clip()[0], num_experts=3)
     with pytest.raises(ValueError, match=r"holds an adapter of another shape than .*first base_model.*\[[23][\], ]"):
-        same_architecture(wider, tmp_path / "mola")
+        check_same_architecture(wider, tmp_path / "mola")
     weights = tmp_path / "mola" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OSError, match="cannot be read"):
-        same_architecture(mola, tmp_path / "mola")
+        check_same_architecture(mola, tmp_path / "mola")
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
@@ -252,7 +252,7 @@ def test_an_adapter_that_does_not_fit_names_the_section(tiny_clip):
 
 
 def test_a_model_without_adapter_is_described_as_none(tiny_clip):
-    assert describe_adapter(tiny_clip[0]) is None and base_of_adapter(tiny_clip[0]) is None
+    assert describe_adapter(tiny_clip[0]) is None and find_base(tiny_clip[0]) is None
     described = describe_adapter(Wrapper(with_mola(tiny_clip[0])))
     assert described["settings"]["variant"] == "router" and described["settings"]["num_experts"] == 2
     assert described["settings"]["target_modules"] == ["fc1", "q_proj", "query"]

@@ -13,20 +13,20 @@ from hf_dissect.models.loading import (
     bare_model,
     check_dual_encoder,
     clamp_logit_scale_,
-    contrastive_kind,
+    find_loss_kind,
+    find_max_text_length,
+    find_text_padding,
     freeze_tower,
     load_model_and_processor,
     logit_scale_and_bias,
     logit_scale_parameter,
-    max_text_length,
-    text_padding,
 )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scale_and_bias_make_the_models_own_logits_of_cosines(family):
     model, processor = getattr(tiny_models, family)()
-    if contrastive_kind(model) == "sigmoid":
+    if find_loss_kind(model) == "sigmoid":
         nn.init.constant_(model.logit_bias, -3.0)
         nn.init.constant_(model.logit_scale, 1.5)
     outputs = model(**tiny_inputs(model, processor, CAPTIONS[:4]))
@@ -54,8 +54,8 @@ def test_only_siglip_trains_with_the_sigmoid_loss_and_is_padded_to_the_full_leng
     facts = {}
     for family in FAMILIES:
         model, processor = getattr(tiny_models, family)()
-        facts[family] = (contrastive_kind(model), text_padding(model), text_padding(model.config))
-        assert max_text_length(model, processor) == processor.tokenizer.model_max_length
+        facts[family] = (find_loss_kind(model), find_text_padding(model), find_text_padding(model.config))
+        assert find_max_text_length(model, processor) == processor.tokenizer.model_max_length
     sigmoid = {family for family, found in facts.items() if found == ("sigmoid", "max_length", "max_length")}
     softmax = {family for family, found in facts.items() if found == ("softmax", "longest", "longest")}
     assert sigmoid == {"tiny_siglip", "tiny_siglip2"}
@@ -65,9 +65,9 @@ def test_only_siglip_trains_with_the_sigmoid_loss_and_is_padded_to_the_full_leng
 def test_the_position_table_and_the_tokenizer_limit_the_caption(tiny_clip):
     model, processor = tiny_clip
     processor.tokenizer.model_max_length = 9
-    assert max_text_length(model, processor) == 9
+    assert find_max_text_length(model, processor) == 9
     processor.tokenizer.model_max_length = int(1e30)
-    assert max_text_length(model, processor.tokenizer) == tiny_models.MAX_LENGTH
+    assert find_max_text_length(model, processor.tokenizer) == tiny_models.MAX_LENGTH
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_dual_encoder_is_recognised_through_wrappers(wrap, tiny_clip):
     wrapped = wrap(model)
     check_dual_encoder(wrapped)
     assert bare_model(wrapped) is model
-    assert contrastive_kind(wrapped) == "softmax"
+    assert find_loss_kind(wrapped) == "softmax"
     assert logit_scale_parameter(wrapped) is model.logit_scale
 
 

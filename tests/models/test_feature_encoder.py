@@ -10,7 +10,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 import hf_dissect.models.feature_encoder
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig, PrecomputedFeaturesModel
-from hf_dissect.models.loading import freeze_tower, load_model_and_processor, same_architecture
+from hf_dissect.models.loading import check_same_architecture, freeze_tower, load_model_and_processor
 
 FEATURES = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) * 7 + 1
 CONFIG = {
@@ -88,7 +88,7 @@ def test_it_saves_and_loads(tmp_path):
     with torch.no_grad():
         expected = model(**batch, pixel_values=FEATURES).logits_per_image
         assert torch.equal(loaded(**again, pixel_values=FEATURES).logits_per_image, expected)
-    same_architecture(model, tmp_path)
+    check_same_architecture(model, tmp_path)
 
 
 def test_the_tower_has_nothing_to_freeze():

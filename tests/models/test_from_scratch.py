@@ -10,10 +10,10 @@ from tokenizers import processors
 from transformers import CLIPTokenizer
 
 from hf_dissect.models.loading import (
+    check_same_architecture,
+    find_max_text_length,
     load_model_and_processor,
     logit_scale_and_bias,
-    max_text_length,
-    same_architecture,
 )
 
 CONFIGS = tiny_configs()
@@ -30,7 +30,7 @@ def test_a_model_from_scratch_trains_saves_and_loads(model_type, tmp_path):
     model, processor = from_scratch(model_type)
     batch = tiny_inputs(model, processor, CAPTIONS[:4])
     assert batch["input_ids"].max() < model.config.text_config.vocab_size <= 600
-    assert max_text_length(model, processor) == 24
+    assert find_max_text_length(model, processor) == 24
     model.train()
     model(**batch, return_loss=True).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
@@ -38,13 +38,13 @@ def test_a_model_from_scratch_trains_saves_and_loads(model_type, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded, loaded_processor = load_model_and_processor(name_or_path=str(tmp_path))
-    assert max_text_length(loaded, loaded_processor) == 24
+    assert find_max_text_length(loaded, loaded_processor) == 24
     again = tiny_inputs(loaded, loaded_processor, CAPTIONS[:4])
     assert batch.keys() == again.keys()
     assert all(torch.equal(batch[key], again[key]) for key in batch)
     with torch.no_grad():
         assert torch.equal(loaded(**again).logits_per_image, model(**batch).logits_per_image)
-    same_architecture(model, tmp_path)
+    check_same_architecture(model, tmp_path)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -122,7 +122,7 @@ def test_a_clip_text_tower_in_a_dual_encoder_gets_clips_tokenizer():
     model, processor = load_model_and_processor(config=config, captions=CAPTIONS, vocab_size=600)
     assert type(processor.tokenizer) is CLIPTokenizer
     assert model.config.text_config.eos_token_id == processor.tokenizer.eos_token_id
-    assert max_text_length(model, processor) == 77
+    assert find_max_text_length(model, processor) == 77
 
 
 def test_a_roberta_text_tower_is_given_the_positions_it_skips():
@@ -133,7 +133,7 @@ def test_a_roberta_text_tower_is_given_the_positions_it_skips():
     config = {"model_type": "vision-text-dual-encoder", "projection_dim": 16, **towers}
     arguments = {"captions": CAPTIONS, "vocab_size": 300, "max_caption_length": 12}
     model, processor = load_model_and_processor(config=config, **arguments)
-    assert max_text_length(model, processor) == 12
+    assert find_max_text_length(model, processor) == 12
     with torch.no_grad():
         model(**tiny_inputs(model, processor, ["red " * 50] * 4))
 

@@ -9,7 +9,7 @@ from testing import tiny_models
 from testing.tiny_models import CAPTIONS, FAMILIES, Wrapper, tiny_configs, tiny_inputs, with_lora
 from transformers import AutoModel, AutoProcessor
 
-from hf_dissect.models.loading import check_dual_encoder, load_model_and_processor, same_architecture
+from hf_dissect.models.loading import check_dual_encoder, check_same_architecture, load_model_and_processor
 
 TEXT = tiny_models.TRANSFORMER
 VISION = tiny_configs()["clip"]["vision_config"]
@@ -28,7 +28,7 @@ def test_a_saved_model_loads_with_its_processor_and_computes_the_same(family, tm
     assert torch.equal(found.logits_per_image, expected.logits_per_image)
     assert not loaded.training
     assert type(loaded) is type(model)
-    same_architecture(loaded, tmp_path)
+    check_same_architecture(loaded, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_weights_are_loaded_in_float32_whatever_they_were_saved_in(tiny_clip, tm
 def test_a_checkpoint_of_another_model_is_refused(tiny_clip, tiny_siglip, tmp_path):
     model, _ = tiny_clip
     model.save_pretrained(tmp_path / "clip")
-    same_architecture(Wrapper(model), tmp_path / "clip")
+    check_same_architecture(Wrapper(model), tmp_path / "clip")
     with pytest.raises(ValueError, match="holds a model of type clip.*is of type siglip"):
-        same_architecture(tiny_siglip[0], tmp_path / "clip")
+        check_same_architecture(tiny_siglip[0], tmp_path / "clip")
     wider, _ = load_model_and_processor(
         config=tiny_configs()["clip"], captions=CAPTIONS, vocab_size=700, max_caption_length=16
     )
@@ -161,30 +161,30 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_clip, tiny_siglip, tmp_pa
         r"is of another model: it has text_model.embeddings.token_embedding.weight \[\d+, 32\] where.*\[\d+, 32\]"
     )
     with pytest.raises(ValueError, match=message):
-        same_architecture(wider, tmp_path / "clip")
+        check_same_architecture(wider, tmp_path / "clip")
 
 
 def test_a_checkpoint_in_several_files_is_read_as_one(tiny_clip, tmp_path):
     tiny_clip[0].save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    same_architecture(tiny_clip[0], tmp_path)
+    check_same_architecture(tiny_clip[0], tmp_path)
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused(tiny_clip, tmp_path):
     with pytest.raises(OSError, match="no readable config.json"):
-        same_architecture(tiny_clip[0], tmp_path)
+        check_same_architecture(tiny_clip[0], tmp_path)
     tiny_clip[0].save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:3000])
     with pytest.raises(OSError, match="model.safetensors.*cannot be read"):
-        same_architecture(tiny_clip[0], tmp_path)
+        check_same_architecture(tiny_clip[0], tmp_path)
     weights.unlink()
     with pytest.raises(OSError, match="has no model.safetensors"):
-        same_architecture(tiny_clip[0], tmp_path)
+        check_same_architecture(tiny_clip[0], tmp_path)
 
 
 def test_an_adapter_folder_is_left_to_peft(tiny_clip, tmp_path):
     adapted = with_lora(tiny_clip[0])
     adapted.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
-    assert same_architecture(adapted, tmp_path) is None
+    assert check_same_architecture(adapted, tmp_path) is None

@@ -209,7 +209,7 @@ def test_names_of_tasks_are_numbered_as_in_the_training_data(tmp_path, caplog):
     seen = forwards_of(trainer)
     trainer.evaluate(pairs_with_tasks(4, tasks=("photo",)))
     assert torch.cat(seen).tolist() == [1] * 4
-    with pytest.raises(ValueError, match="'sketch' is no task of the training, which are art, photo"):
+    with pytest.raises(ValueError, match="'sketch' is not a task of the training, which are art, photo"):
         trainer.evaluate(pairs_with_tasks(4, tasks=("sketch",)))
     save_task_names(train, tmp_path)
     photos = as_pairs(pairs_with_tasks(4, tasks=("photo",)), task="task")

@@ -9,10 +9,10 @@ from transformers import AutoModel, CLIPModel
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, SampleLedger, TwinDualEncoder
 from hf_dissect.data import shuffle_captions
-from hf_dissect.evaluation.selection_figures import label_figures
+from hf_dissect.evaluation.selection_figures import compute_label_figures
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.gsc import GscLoss, gsc_evidence
-from hf_dissect.models.loading import check_dual_encoder, clamp_logit_scale_, contrastive_kind, freeze_tower
+from hf_dissect.models.loading import check_dual_encoder, clamp_logit_scale_, find_loss_kind, freeze_tower
 from hf_dissect.models.loading import logit_scale_and_bias as scale_and_bias
 from hf_dissect.objective import GscObjective, Objective
 from hf_dissect.recipe.recipe import RecipeError
@@ -55,7 +55,7 @@ def test_similarities_are_the_means_of_those_of_the_two(answers):
 def test_twins_are_dual_encoders_with_two_scales():
     twins, _ = tiny_twins()
     check_dual_encoder(twins)
-    assert contrastive_kind(twins) == "softmax"
+    assert find_loss_kind(twins) == "softmax"
     scale, bias = scale_and_bias(twins)
     torch.testing.assert_close(scale, torch.stack([network.logit_scale.exp() for network in twins.networks]))
     assert bias.tolist() == [0, 0]
@@ -137,7 +137,7 @@ def test_each_network_trains_with_the_labels_of_the_other(answers, ledger):
     weights = torch.tensor([1.0, 2.0, 0.0, 1.0])
 
     def loss(**batch):
-        return objective.loss(twins, {"sample_id": IDS, **batch}, both, *scale_and_bias(twins), ledger)
+        return objective.compute_loss(twins, {"sample_id": IDS, **batch}, both, *scale_and_bias(twins), ledger)
 
     for given in (None, weights):
         contrastive = sum(ContrastiveLoss()(output, weights=given) for output in alone)
@@ -146,15 +146,15 @@ def test_each_network_trains_with_the_labels_of_the_other(answers, ledger):
     gsc, embeds = GscLoss(gamma=0.5), [(output.image_embeds, output.text_embeds) for output in alone]
     expected = gsc(*embeds[0], SECOND) + gsc(*embeds[1], FIRST)
     torch.testing.assert_close(loss(), expected)
-    evidence = objective.evidence(both, IDS, ledger)
-    torch.testing.assert_close(evidence, objective.evidence(both, IDS, ledger))  # without a loss before it
+    evidence = objective.compute_evidence(both, IDS, ledger)
+    torch.testing.assert_close(evidence, objective.compute_evidence(both, IDS, ledger))  # without a loss before it
     own, other = gsc_evidence(*embeds[0], SECOND), gsc_evidence(*embeds[1], FIRST)
     torch.testing.assert_close(
         evidence, own | {"agreement_2": other["agreement"], "structure_2": other["structure"]}, rtol=1e-4, atol=1e-6
     )
     weighted = gsc(*embeds[0], SECOND * weights) + gsc(*embeds[1], FIRST * weights)
     torch.testing.assert_close(loss(pair_weight=weights), weighted)
-    torch.testing.assert_close(objective.evidence(both, IDS, ledger), evidence, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(objective.compute_evidence(both, IDS, ledger), evidence, rtol=1e-4, atol=1e-6)
 
 
 def test_the_evidence_of_each_network_is_recorded_by_itself(ledger):
@@ -168,8 +168,8 @@ def test_the_evidence_of_each_network_is_recorded_by_itself(ledger):
 
 def test_the_labels_of_both_tell_matched_from_mismatched(ledger):
     # The means of the minima: 0.5, 0.4, 0.65, 0.15.
-    assert label_figures(ledger, IDS, torch.tensor([True, False, True, False])) == {"label_auroc": 1.0}
-    assert label_figures(ledger, IDS, torch.tensor([True, True, False, False])) == {"label_auroc": 0.5}
+    assert compute_label_figures(ledger, IDS, torch.tensor([True, False, True, False])) == {"label_auroc": 1.0}
+    assert compute_label_figures(ledger, IDS, torch.tensor([True, True, False, False])) == {"label_auroc": 0.5}
 
 
 def test_one_network_where_two_are_meant_is_refused_and_the_reverse():

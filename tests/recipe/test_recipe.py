@@ -26,7 +26,7 @@ from hf_dissect.recipe.recipe import (
     parse_strategy,
 )
 from hf_dissect.recipe.schema import SCOPES, SOURCES
-from hf_dissect.settings import settings_of
+from hf_dissect.settings import list_settings
 
 MINIMAL = {"name": "small", "model": {"config": {"model_type": "clip"}}}
 DISTILLATION = ("amid-clip", "amid-utd-mhad")
@@ -683,7 +683,7 @@ def test_the_schema_says_what_the_code_it_describes_says():
     assert list(STRATEGIES) == list(OPTIONS) == list(RULES)
     assert STRATEGIES["dissect"] == ("warmup", "momentum") and DissectOptions().variant == STRATEGIES["dissect"][0]
     for name, options in OPTIONS.items():
-        assert set(settings_of(options)) <= set(inspect.signature(RULES[name]).parameters)
+        assert set(list_settings(options)) <= set(inspect.signature(RULES[name]).parameters)
     assert SCOPES == RULE_SCOPES and SOURCES == loading.SOURCES
     defaults = {name: item.default for name, item in inspect.signature(loading.load_splits).parameters.items()}
     assert defaults == dataclasses.asdict(DataSection())

@@ -130,7 +130,7 @@ def test_scores_of_other_columns_only(tmp_path):
 
 
 def test_what_is_no_ledger(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no ledger.safetensors and no Parquet file of scores"):
+    with pytest.raises(FileNotFoundError, match="found neither ledger.safetensors nor a Parquet file of scores"):
         read_scores(str(tmp_path))
     pq.write_table(pa.table({"sample_id": [1]}), tmp_path / "foreign.parquet")
     with pytest.raises(ValueError, match="foreign.parquet holds no scores as hf-dissect push-ledger writes them"):

@@ -13,7 +13,7 @@ import hf_dissect.selection.selector as selector_module
 from hf_dissect import DissectTrainer, DissectTrainingArguments, OnlineSelector, SelectionCollator, forward_inputs
 from hf_dissect.data import as_pairs, shuffle_captions
 from hf_dissect.data.bad_rows import BadRows, TooManyBadRows
-from hf_dissect.selection import LoopHooks, correlation_of
+from hf_dissect.selection import LoopHooks, compute_correlation
 
 B = 16
 
@@ -78,7 +78,7 @@ def test_what_is_not_scored_is_recorded_in_training():
     assert not selector.ledger.column("correlation").isfinite().any()
     outputs = model(**forward_inputs(model, batch))
     selector.record_training(batch["sample_id"], outputs)
-    expected = correlation_of(outputs.image_embeds, outputs.text_embeds).detach()
+    expected = compute_correlation(outputs.image_embeds, outputs.text_embeds).detach()
     torch.testing.assert_close(selector.ledger.read("correlation", batch["sample_id"]), expected)
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.losses import ContrastiveLoss, grad_cached_backward
-from hf_dissect.models.loading import contrastive_kind, logit_scale_and_bias, text_padding
-from hf_dissect.models.tasks import Decorrelation, representations
+from hf_dissect.models.loading import find_loss_kind, find_text_padding, logit_scale_and_bias
+from hf_dissect.models.tasks import Decorrelation, select_representations
 from testing import tiny_models
 
 PAIRS = 10
@@ -22,7 +22,7 @@ ADAPTERS = {
 def model_and_batch(family: str, adapter: str | None = None, dtype=torch.float64) -> tuple[nn.Module, dict]:
     """A model in evaluation mode, and a batch as the collator and the selection make it."""
     model, processor = getattr(tiny_models, family)()
-    padding = text_padding(model)
+    padding = find_text_padding(model)
     model = ADAPTERS[adapter](model) if adapter else model
     if family == "tiny_clip":
         with torch.no_grad():  # where the model is born, its gradients are too small to compare
@@ -43,7 +43,7 @@ def model_and_batch(family: str, adapter: str | None = None, dtype=torch.float64
 
 def loss_of_batch(model, batch, outputs, scale, bias, plain=False) -> torch.Tensor:
     """What the trainer computes, all of it: masked, weighted, and decorrelated where there is a router."""
-    loss = ContrastiveLoss(contrastive_kind(model), mask_false_negatives=True)(
+    loss = ContrastiveLoss(find_loss_kind(model), mask_false_negatives=True)(
         outputs,
         scale=scale,
         bias=bias,
@@ -67,7 +67,7 @@ def cached_step(model, batch, chunk_size, **settings) -> torch.Tensor:
         forward_inputs(model, batch),
         partial(loss_of_batch, model, batch),
         chunk_size=chunk_size,
-        representations=partial(representations, model),
+        representations=partial(select_representations, model),
         **settings,
     )
 

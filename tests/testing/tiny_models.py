@@ -41,7 +41,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from hf_dissect import MolaConfig
-from hf_dissect.models.loading import max_text_length, text_padding
+from hf_dissect.models.loading import find_max_text_length, find_text_padding
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 16
@@ -273,7 +273,7 @@ def tiny_pairs(num_rows: int = 64, seed: int = 0, captions_per_image: int = 1, n
 
 def tiny_inputs(model: PreTrainedModel, processor: ProcessorMixin, captions: list[str]) -> dict[str, torch.Tensor]:
     """What the collator makes of four pictures and of captions."""
-    padding, length = text_padding(model), max_text_length(model, processor)
+    padding, length = find_text_padding(model), find_max_text_length(model, processor)
     texts = processor.tokenizer(captions, padding=padding, truncation=True, max_length=length, return_tensors="pt")
     pictures = [tiny_picture(index)[0] for index in range(4)]
     return {**texts, **processor.image_processor(images=pictures, return_tensors="pt")}

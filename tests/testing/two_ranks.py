@@ -25,7 +25,7 @@ def check_exchange() -> None:
     accelerator = Accelerator(cpu=True)
     ranks, rank = Ranks(accelerator), accelerator.process_index
     assert not ranks.alone and accelerator.num_processes == 2
-    assert ranks.table(7 - rank, True).tolist() == [[7, 1], [6, 1]]
+    assert ranks.gather_numbers(7 - rank, True).tolist() == [[7, 1], [6, 1]]
     assert ranks.gather(torch.tensor([rank, 10 + rank])).tolist() == [0, 10, 1, 11]
     assert ranks.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     # Rank 0 has one row, rank 1 has three; then rank 0 has none; then neither has any.

@@ -17,7 +17,7 @@ from hf_dissect.distributed import Ranks
 
 def test_alone_everything_stays_as_it_is():
     ranks = Ranks(Accelerator(cpu=True))
-    assert ranks.alone and ranks.table(3, 5).tolist() == [[3, 5]] and ranks.gather_objects("a") == ["a"]
+    assert ranks.alone and ranks.gather_numbers(3, 5).tolist() == [[3, 5]] and ranks.gather_objects("a") == ["a"]
     values = torch.tensor([3.0, 1.0])
     assert torch.equal(ranks.gather(values), values) and torch.equal(ranks.gather_rows(values, [2]), values)
     assert torch.equal(ranks.gather_columns({"a": values}, [2])["a"], values)

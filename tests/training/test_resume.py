@@ -26,7 +26,7 @@ from hf_dissect.cli import main
 from hf_dissect.training.checkpoints import (
     UNFINISHED_FOLDER,
     CheckpointError,
-    last_complete_checkpoint,
+    find_last_checkpoint,
     publish,
     remove_unfinished,
 )
@@ -56,7 +56,7 @@ def interrupt() -> None:
 
 def outcome(trainer: DissectTrainer) -> dict:
     """All that a run leaves behind and that does not depend on the clock."""
-    metrics = {**trainer.run_metrics({}), **trainer.summary.gathered_metrics(trainer.ranks)}
+    metrics = {**trainer.run_metrics({}), **trainer.summary.gather_metrics(trainer.ranks)}
     tensors = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     tensors |= {f"ledger {name}": trainer.ledger.column(name).clone() for name in trainer.ledger.columns}
     if trainer.ledger.ids is not None:
@@ -136,7 +136,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(case, tmp_path):
     mean_loss = trainer.train(resume_from_checkpoint=True).training_loss
     assert outcome(trainer) == whole
     assert whole["metrics"]["bad_rows"]["count"] == settings.get("bad_row", 0)
-    spent = trainer.times.so_far()
+    spent = trainer.times.measure_so_far()
     assert all(spent[part] > seconds > 0 for part, seconds in state["parts"]["times"].items()), (spent, state["parts"])
     # The loss that `train` returns is that of its own steps; the logs, each of 4 steps, are those of the whole run.
     logged = sum(4 * entry["loss"] for entry in whole["logs"] if entry["step"] > 9 and "loss" in entry)
@@ -201,15 +201,15 @@ def test_killed_between_taking_an_old_checkpoint_away_and_naming_the_new_one(tmp
     unfinished = tmp_path / UNFINISHED_FOLDER
     checkpoint(unfinished / "checkpoint-5.replaced", '"old"')
     checkpoint(unfinished / "checkpoint-5", '"new"')
-    assert last_complete_checkpoint(tmp_path) is None
+    assert find_last_checkpoint(tmp_path) is None
     remove_unfinished(tmp_path)
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
     assert (tmp_path / "checkpoint-5" / "trainer_state.json").read_text() == '"old"'
     assert not unfinished.exists()
 
 
 def test_the_last_complete_checkpoint_is_not_a_damaged_one(tmp_path, caplog):
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    assert find_last_checkpoint(tmp_path / "nowhere") is None
     checkpoint(tmp_path / "checkpoint-9")
     checkpoint(tmp_path / "checkpoint-10")
     checkpoint(tmp_path / "checkpoint-100", '{"cut sho')
@@ -218,7 +218,7 @@ def test_the_last_complete_checkpoint_is_not_a_damaged_one(tmp_path, caplog):
     checkpoint(tmp_path / "checkpoint-best")
     checkpoint(tmp_path / "checkpoint-500-copy")
     checkpoint(tmp_path / UNFINISHED_FOLDER / "checkpoint-400")
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     passed_over = {record.args[0].name for record in caplog.records}
     assert passed_over == {"checkpoint-100", "checkpoint-200", "checkpoint-300"}
 
@@ -374,14 +374,14 @@ def test_sigterm_behind_the_last_step_still_leaves_a_checkpoint(tmp_path):
     trainer.add_callback(AtTheEnd())
     with pytest.raises(StoppedBySignal, match="checkpoint-"):
         trainer.train()
-    assert last_complete_checkpoint(tmp_path).name == f"checkpoint-{trainer.state.max_steps}"
+    assert find_last_checkpoint(tmp_path).name == f"checkpoint-{trainer.state.max_steps}"
 
 
 def test_a_second_sigterm_ends_at_once():
     child = os.fork()
     if child == 0:
         request = StopRequest()
-        with request.listening():
+        with request.listen():
             os.kill(os.getpid(), signal.SIGTERM)
             survived = request.made
             os.kill(os.getpid(), signal.SIGTERM)
@@ -485,12 +485,12 @@ def test_the_command_goes_on_after_the_death_of_a_data_worker_and_after_sigterm(
     monkeypatch.chdir(tmp_path)
     write_tiny_recipe(tmp_path / "tiny.yaml")
     status, told = train_until("epoch 0.2", [], lambda process: process.children()[0].kill())
-    checkpoint = last_complete_checkpoint("run")
+    checkpoint = find_last_checkpoint("run")
     assert status == 2 and "A data worker died" in told and f"Resume from the last checkpoint: {checkpoint}." in told
     assert 4 <= int(checkpoint.name.split("-")[1]) < 40
     without_saving = ["--resume", "training.save_strategy=no"]
     status, told = train_until("epoch 0.4", without_saving, lambda process: process.terminate())
-    checkpoint = last_complete_checkpoint("run")
+    checkpoint = find_last_checkpoint("run")
     assert status == 143 and f"Stopped by SIGTERM; the run can be resumed from {checkpoint}." in told, told
     assert 12 <= int(checkpoint.name.split("-")[1]) < 40
     assert main(["train", "tiny.yaml", *STREAMED, "--output-dir", "run", "--resume"]) == 0

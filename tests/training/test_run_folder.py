@@ -9,8 +9,8 @@ from testing import tiny_models
 from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.data import shuffle_captions
 from hf_dissect.summary import SHOWN_SETTINGS
-from hf_dissect.training.checkpoints import last_complete_checkpoint
-from hf_dissect.training.run_folder import changed_settings, write_json
+from hf_dissect.training.checkpoints import find_last_checkpoint
+from hf_dissect.training.run_folder import list_changed_settings, write_json
 
 METRICS = {
     "name",
@@ -98,7 +98,7 @@ def test_settings_are_those_that_differ_and_hold_no_paths_or_tokens():
     args = DissectTrainingArguments(
         "/home/me/runs/x", learning_rate=0.25, selection_ratio=0.3, hub_token="hf_secret", run_name="mine"
     )
-    settings = changed_settings(args, SHOWN_SETTINGS)
+    settings = list_changed_settings(args, SHOWN_SETTINGS)
     assert settings["learning_rate"] == 0.25 and settings["selection_strategy"] == "dissect"
     assert settings["selection_ratio"] == 0.3 and "weight_decay" not in settings
     assert "hf_secret" not in json.dumps(settings) and "/home/me" not in json.dumps(settings)
@@ -106,12 +106,12 @@ def test_settings_are_those_that_differ_and_hold_no_paths_or_tokens():
 
 
 def test_the_last_checkpoint_is_the_last_complete_one(tmp_path):
-    assert last_complete_checkpoint(tmp_path / "none") is None
+    assert find_last_checkpoint(tmp_path / "none") is None
     for name, state in {"9": "{}", "10": "{}", "100": '{"global_step": 1', "best": "{}"}.items():
         (tmp_path / f"checkpoint-{name}").mkdir()
         (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-200").mkdir()
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path):

@@ -110,7 +110,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether the scene shows a combination that training never sees."""
+        """True if the scene shows a combination that training never sees."""
         shapes = [item.shape for item in self.objects]
         relations = {(first, self.layout, second) for i, first in enumerate(shapes) for second in shapes[i + 1 :]}
         pairs = {(item.colour, item.shape) for item in self.objects}

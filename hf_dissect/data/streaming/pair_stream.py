@@ -47,7 +47,7 @@ class PairStream(torch.utils.data.IterableDataset):
 
     @property
     def knows_truth(self) -> bool:
-        """Whether each pair says if its caption belongs to its image."""
+        """True if each pair says whether its caption belongs to its image."""
         return self.columns.clean is not None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

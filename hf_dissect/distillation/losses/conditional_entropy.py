@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_dissect.distillation.losses.mean_over_rows import mean_over_rows
-from hf_dissect.distributed import rank_and_world_size
+from hf_dissect.distributed import get_rank_and_world_size
 
 
 class Discriminator(nn.Module):
@@ -154,7 +154,7 @@ class Adversary:
 
     def step(self) -> None:
         """Average the gradients over the ranks and update the weights."""
-        world_size = rank_and_world_size()[1]
+        world_size = get_rank_and_world_size()[1]
         for gradient in (parameter.grad for parameter in self.discriminator.parameters()):
             if world_size > 1 and gradient is not None:
                 dist.all_reduce(gradient)

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from hf_dissect.distributed import rank_and_world_size
+from hf_dissect.distributed import get_rank_and_world_size
 
 
 def mean_over_rows(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def mean_over_rows(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         A scalar with gradient; 0 if no rank counts a row.
     """
     number = counted.sum().to(values.dtype)
-    world_size = rank_and_world_size()[1]
+    world_size = get_rank_and_world_size()[1]
     if world_size > 1:
         dist.all_reduce(number)
     return torch.where(counted, values, 0).sum() * world_size / number.clamp_min(1)

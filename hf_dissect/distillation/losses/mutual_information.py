@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_dissect.distillation.losses.mean_over_rows import mean_over_rows
-from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
+from hf_dissect.distributed import gather_last_dimension, gather_with_grad, get_rank_and_world_size
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def information_loss(
     """
     with torch.autocast(compared.device.type, enabled=False):
         compared = compared.float()
-        first = rank_and_world_size()[0] * compared.shape[1]
+        first = get_rank_and_world_size()[0] * compared.shape[1]
         true = torch.arange(first, first + compared.shape[1], device=compared.device)
         present = gather_last_dimension(counted.to(torch.uint8)[None])[0].bool()
         # x and y travel in one tensor, so that one exchange is enough.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_dissect.distillation.losses.mean_over_rows import mean_over_rows
-from hf_dissect.distributed import gather_last_dimension, gather_with_grad, rank_and_world_size
+from hf_dissect.distributed import gather_last_dimension, gather_with_grad, get_rank_and_world_size
 
 
 def classification_loss(
@@ -40,7 +40,7 @@ def retrieval_loss(
         embeds = embeds.float()
         columns = gather_with_grad(embeds)
         keys = gather_last_dimension(torch.stack([labels, counted.long()]))
-        places = rank_and_world_size()[0] * len(embeds) + torch.arange(len(embeds), device=embeds.device)
+        places = get_rank_and_world_size()[0] * len(embeds) + torch.arange(len(embeds), device=embeds.device)
         others = keys[1].bool() & (torch.arange(len(columns), device=embeds.device) != places[:, None])
         positives = others & (labels[:, None] == keys[0])
         logits = (embeds @ columns.T / temperature).masked_fill(~others, -1e9)
