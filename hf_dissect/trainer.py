@@ -336,7 +336,7 @@ class DissectTrainer(BaseTrainer):
                 scored = self.score_pairs(self.train_dataset)
             unlogged = unlogged | self.summary.evaluate_noise(scored)
         if unlogged:
-            self.log({f"test_{key}": float(value) for key, value in unlogged.items()})
+            self.log({f"test_{key}": float(value) for key, value in unlogged.items() if value is not None})
         return final | unlogged
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -112,6 +112,22 @@ def test_run_folder_holds_all_that_is_promised(tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*/trainer_state.json"))) == 3
 
 
+def test_a_truth_without_mismatched_pairs_has_no_auroc(tmp_path):
+    pairs = tiny_models.tiny_pairs(32)
+    settings = {"clean_column": "all_match", "selection_strategy": "random", "max_steps": 1, "save_run_folder": False}
+    model, processor = tiny_models.tiny_clip()
+    trainer = DissectTrainer(
+        model,
+        arguments(tmp_path, **settings),
+        train_dataset=pairs.add_column("all_match", [True] * len(pairs)),
+        processing_class=processor,
+    )
+    trainer.train()
+    figures = trainer.final_figures(None, retrieval=False)
+    assert figures["noise_detection_auroc"] is None and figures["noise_detection_num_scored"] == 32
+    assert "test_noise_detection_auroc" not in trainer.state.log_history[-1]
+
+
 def test_selection_is_recorded_row_by_row(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=3, record_selection=True, save_run_folder=False)
     trainer.train()
