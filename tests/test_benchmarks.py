@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import multiprocessing
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     yield
     torch.set_num_threads(1)
     transformers.utils.logging.enable_progress_bar()
+    logging.disable(logging.NOTSET)
 
 
 def test_ledger():
