@@ -56,43 +56,21 @@ class ModelFacts:
 class SelectionCard(ModelCardCallback):
     """Callback that writes the card of a `DissectTrainer`, and its picture."""
 
-    def write_files(
-        self,
-        folder: Path,
-        state: TrainerState,
-        *,
-        metrics: Mapping[str, Any],
-        evaluated: str,
-        progress: str | None,
-        given: Mapping[str, Any],
-        histogram: dict | None = None,
-        **described: Any,
-    ) -> None:
+    def write_files(self, folder: Path, state: TrainerState, content: dict[str, Any]) -> None:
         """Write `README.md` and `report.png`.
 
         Args:
             folder: Run folder.
             state: State of the Trainer, with the logs.
-            metrics: Content of `metrics.json` so far.
-            evaluated: Split of the figures, "validation" or "test".
-            progress: Progress of an unfinished run, such as "step 40 of 200"; None for a finished one.
-            given: `license`, `language`, `tags` and `datasets` from the user.
-            histogram: Histogram of the scores in the last epoch; None without scores.
-            described: Further arguments of `write_model_card`.
+            content: Arguments of `write_model_card`, and `histogram`, that of the scores in the last epoch.
         """
-        picture_text = draw_run(folder / PICTURE, state.log_history, histogram)
-        card: dict[str, Any] = {
-            "metrics": metrics,
-            "evaluated": evaluated,
-            "progress": progress,
-            "given": given,
-            **described,
-        }
+        card = {name: value for name, value in content.items() if name != "histogram"}
+        picture_text = draw_run(folder / PICTURE, state.log_history, content["histogram"])
         picture = {} if picture_text is None else {"picture": PICTURE, "picture_text": picture_text}
         write_model_card(folder / CARD, **card | picture)
         # PEFT writes a card next to each adapter that names the local folder of the base model.
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / CARD
-        if progress is not None and checkpoint.is_file():
+        if card["progress"] is not None and checkpoint.is_file():
             write_model_card(checkpoint, **card)
 
 

@@ -30,21 +30,9 @@ _SHOWN_LABELS = 20
 class StudentCard(ModelCardCallback):
     """Card of a `DistillationTrainer`."""
 
-    def write_files(
-        self,
-        folder: Path,
-        state: TrainerState,
-        *,
-        metrics: Mapping[str, Any],
-        evaluated: str,
-        progress: str | None,
-        given: Mapping[str, Any],
-        **described: Any,
-    ) -> None:
-        """Write `README.md`; `described` are arguments of `write_student_card`."""
-        write_student_card(
-            folder / CARD, metrics=metrics, evaluated=evaluated, progress=progress, given=given, **described
-        )
+    def write_files(self, folder: Path, state: TrainerState, content: dict[str, Any]) -> None:
+        """Write `README.md`; `content` are arguments of `write_student_card`."""
+        write_student_card(folder / CARD, **content)
 
 
 def write_student_card(

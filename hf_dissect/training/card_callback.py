@@ -19,7 +19,7 @@ class ModelCardCallback(TrainerCallback):
 
     Args:
         run_metrics: Function from the final figures to the content of `metrics.json` on this process.
-        describe: Function that returns the further content of the card, as keyword arguments of `write_files`.
+        describe: Function that returns the further content of the card, see `write_files`.
     """
 
     def __init__(
@@ -32,27 +32,16 @@ class ModelCardCallback(TrainerCallback):
         self._results: tuple[Mapping[str, Any], str] | None = None  # metrics and split of a finished run
         self._given: dict[str, Any] = {}
 
-    def write_files(
-        self,
-        folder: Path,
-        state: TrainerState,
-        *,
-        metrics: Mapping[str, Any],
-        evaluated: str,
-        progress: str | None,
-        given: Mapping[str, Any],
-        **described: Any,
-    ) -> None:
+    def write_files(self, folder: Path, state: TrainerState, content: dict[str, Any]) -> None:
         """Write the card, and the pictures that it shows.
 
         Args:
             folder: Run folder.
             state: State of the Trainer, with the logs.
-            metrics: Content of `metrics.json` so far.
-            evaluated: Split of the figures, "validation" or "test".
-            progress: Progress of an unfinished run, such as "step 40 of 200"; None for a finished one.
-            given: `license`, `language`, `tags` and `datasets` from the user.
-            described: Further content, from `describe`.
+            content: Content of the card: `metrics`, the content of `metrics.json` so far; `evaluated`, the split of
+                the figures, "validation" or "test"; `progress` of an unfinished run, such as "step 40 of 200", None
+                for a finished one; `given`, the `license`, `language`, `tags` and `datasets` from the user; and what
+                `describe` returned.
         """
         raise NotImplementedError
 
@@ -97,15 +86,8 @@ class ModelCardCallback(TrainerCallback):
             return
         metrics, evaluated = self._results or (self._run_metrics(_last_evaluation(state)), "validation")
         progress = None if self._results else f"step {state.global_step:,} of {state.max_steps:,}"
-        self.write_files(
-            Path(str(args.output_dir)),
-            state,
-            metrics=metrics,
-            evaluated=evaluated,
-            progress=progress,
-            given=self._given,
-            **self._describe(),
-        )
+        content = {"metrics": metrics, "evaluated": evaluated, "progress": progress, "given": self._given}
+        self.write_files(Path(str(args.output_dir)), state, {**content, **self._describe()})
 
     def _try_to_write(self, args: TrainingArguments, state: TrainerState) -> None:
         try:
