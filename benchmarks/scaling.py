@@ -84,7 +84,7 @@ def work(options: argparse.Namespace) -> None:
     trainer = build_trainer(Recipe.load("quickstart", [f"{key}={value}" for key, value in settings.items()]))
     trainer.args.save_run_folder = False
     times, clock = trainer.times, Clock(trainer.times)
-    for name in ("gather_columns", "table"):
+    for name in ("gather_columns", "gather_numbers"):
         charge(Ranks, name, times, "exchange of scores")
     for name in ("forward", "backward"):
         charge(distributed._GatherWithGrad, name, times, "feature exchange")

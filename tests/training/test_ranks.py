@@ -73,9 +73,10 @@ def test_two_processes_train_compare_and_agree(tmp_path):
     lines = [line for rank in range(2) for line in (tmp_path / f"printed-{rank}.txt").read_text().splitlines()]
     assert [line for line in lines if line.startswith("[")] == ["[1/2] none", "[2/2] dissect"]
     assert len([line for line in lines if line.startswith("report ")]) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {
+    # Where the processes met is removed by torch, or left, as it happens.
+    assert {path.name for path in tmp_path.iterdir()} - {"store-2"} == {
         *("trainer", "router", "grad", "global", "labels", "alone", "stream", "one-process"),
-        *("compared", "tiny-0.yaml", "tiny-1.yaml", "printed-0.txt", "printed-1.txt", "store-2", "result-2.pt"),
+        *("compared", "tiny-0.yaml", "tiny-1.yaml", "printed-0.txt", "printed-1.txt", "result-2.pt"),
     }
     check_global_scope(tmp_path)
     check_soft_labels(tmp_path)
