@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, Image
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
@@ -72,11 +71,6 @@ class ModalityRows(TorchDataset):
         else:
             values = {name: self._columns[name][row] for name in self.modalities}
         return {name: values[name] for name in self.modalities} | {"label": self._label[row], "row": int(row)}
-
-    @property
-    def label_numbers(self) -> torch.Tensor:
-        """Number of the class of each row, int64 `(n,)`; -1 if the label is missing."""
-        return torch.tensor(self._label)
 
 
 def list_columns(columns: Columns) -> list[str]:

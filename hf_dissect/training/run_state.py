@@ -91,7 +91,6 @@ def save_state(folder: str | Path, parts: Mapping[str, Part], args: TrainingArgu
     tensors: dict[str, torch.Tensor] = {}
     state = {
         "format": FORMAT,
-        "processes": ranks.count,
         "candidates_per_update": count_candidates(args, ranks),
         "parts": {name: part.stateful.state_dict() for name, part in parts.items() if not part.each_rank},
         "ranks": everyone,
@@ -101,7 +100,11 @@ def save_state(folder: str | Path, parts: Mapping[str, Part], args: TrainingArgu
 
 
 def read_state(folder: str | Path) -> SavedState | None:
-    """Read the state in a checkpoint of this version or an earlier one; None for a checkpoint without it."""
+    """Read the state in a checkpoint of this version or an earlier one; None for a checkpoint without it.
+
+    Raises:
+        ValueError: A later version wrote the state.
+    """
     path = Path(folder, STATE_FILE)
     if not path.is_file():
         return None
@@ -109,8 +112,13 @@ def read_state(folder: str | Path) -> SavedState | None:
     tensors: dict[str, torch.Tensor] = {}
     for file in Path(folder).glob("*_state.safetensors"):
         tensors |= load_file(file)
-    if state.get("format") != FORMAT:
+    if "format" not in state:
         state = upgrade(state, tensors)
+    elif state["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has the form {state['format']}, and this version reads forms up to {FORMAT}; resume with the "
+            "version of hf_dissect that wrote it, or a later one."
+        )
     state = _with_tensors(state, tensors)
     return SavedState(state["candidates_per_update"], state["parts"], state["ranks"])
 
