@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_dissect.data import load_splits
+from hf_dissect.data.shards.files import is_shard_name
 from hf_dissect.distillation.recipe import DistillationDataSection
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import RECIPE_FILE
@@ -76,7 +77,7 @@ def choose_data(checkpoint: str, data: str | None, recipe: Recipe | None) -> Dat
         return recipe.data
     if data == "scenes":
         return DataSection(source="scenes", scenes_train=1)
-    if data.endswith(".tar"):
+    if is_shard_name(data):
         return DataSection(source="webdataset", path=data)
     local = Path(data).expanduser().exists() or data.startswith((".", "/", "~"))
     return DataSection(source="folder" if local else "hub", path=data)
