@@ -81,6 +81,8 @@ def read_members(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Memb
                 return
     except BadShard:
         raise
+    except tarfile.ReadError as error:
+        raise BadShard(f"the file is cut off within a member, before byte {stream.tell() + 1}") from error
     except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk or the connection, not the content
             raise

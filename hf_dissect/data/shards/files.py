@@ -140,21 +140,25 @@ def _find_remote_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
 def _match_addresses(path: str, pattern: str) -> list[str]:
     """Return the shards that fit a pattern; its server is only asked if the pattern leaves something open."""
     web = pattern.startswith(_WEB)
-    if (".tar" in pattern or is_shard_name(pattern)) and not any(mark in pattern for mark in ("*" if web else _GLOB_MARKS)):
+    if (".tar" in pattern or is_shard_name(pattern)) and not any(
+        mark in pattern for mark in ("*" if web else _GLOB_MARKS)
+    ):
         return [pattern]
     if web:
         raise ValueError(
             f"data.path {path!r}: a web server does not tell which files it has; name the shards with braces, such as "
             "https://host/train-{000..123}.tar."
         )
-    patterns = (
-        [pattern]
-        if any(mark in pattern for mark in _GLOB_MARKS)
-        else [f"{pattern}/{folder}*{ending}" for folder in ("", "*/") for ending in ENDINGS]
-    )
+    is_open = any(mark in pattern for mark in _GLOB_MARKS)
+    patterns = [pattern] if is_open else [f"{pattern}/*", f"{pattern}/*/*"]
     try:
         files = fsspec.core.url_to_fs(pattern)[0]
-        return [files.unstrip_protocol(name) for each in patterns for name in sorted(files.glob(each))]
+        return [
+            files.unstrip_protocol(name)
+            for each in patterns
+            for name in sorted(files.glob(each))
+            if is_open or is_shard_name(name)
+        ]
     except FileNotFoundError:
         return []
     except Exception as error:  # clients and connections raise errors of many kinds, with the same way out

@@ -55,7 +55,9 @@ def choose_layout(
         taken.add(image)
     wanted = [name for name in types if name not in taken]
     if streaming:
-        truths = [name for name in CLEAN_COLUMNS if name not in survey.without and types.get(name) in ("bool", "int64")]
+        truths = [
+            name for name in CLEAN_COLUMNS if name not in survey.without and types.get(name) in ("bool", "int64")
+        ]
         required = [*required, *(name for name in truths if name not in required)]
         shown = {*required, CLASS_MEMBER, *([image] if member == "" else [])}
         wanted = [name for name in wanted if name in shown]

@@ -31,15 +31,43 @@ def split_name(name: str, at_last_dot: bool = False) -> tuple[str, str] | None:
 def group_samples(members: Iterable[Member], at_last_dot: bool = False) -> Iterator[Sample]:
     """Yield the samples of a shard: members with the same key that are next to each other.
 
-    Where all members of a key repeat in the same order (`x.jpg x.txt x.jpg x.txt`), each round is a sample.
+    Where all members of a key repeat in the same order (`x.jpg x.txt x.jpg x.txt`), each round is a sample. The last
+    sample before a damaged place is left out, unless it has the same members as the one before.
 
     Args:
-        members: Members in order.
+        members: Members in order, whose reader may raise a `BadShard`.
         at_last_dot: See `split_name`.
 
     Raises:
-        BadShard: If a member repeats in any other way, so that nobody can tell what belongs together.
+        BadShard: If the shard is damaged, or a member repeats in any other way, so that nobody can tell what belongs
+            together. What came before has been yielded.
     """
+    damage: list[BadShard] = []
+    shape: set[str] | None = None
+    waiting: Sample | None = None
+    repetition: BadShard | None = None
+    try:
+        for sample in _group_by_key(_stop_at_damage(members, damage), at_last_dot):
+            if waiting is not None:
+                yield waiting
+                shape = set(waiting[1])
+            waiting = sample
+    except BadShard as error:
+        repetition = error
+    if waiting is not None and (not damage or repetition or set(waiting[1]) == shape):
+        yield waiting
+    if damage or repetition:
+        raise damage[0] if damage else repetition  # type: ignore[misc]  # one of both is there
+
+
+def _stop_at_damage(members: Iterable[Member], damage: list[BadShard]) -> Iterator[Member]:
+    try:
+        yield from members
+    except BadShard as error:
+        damage.append(error)
+
+
+def _group_by_key(members: Iterable[Member], at_last_dot: bool) -> Iterator[Sample]:
     named = ((split_name(member.name, at_last_dot), member) for member in members if not member.is_link)
     files = ((name, member) for name, member in named if name is not None)
     for (_, key), run in itertools.groupby(files, key=lambda item: (item[1].archive, item[0][0])):

@@ -58,6 +58,14 @@ def read_description(rows: datasets.Dataset) -> dict[str, str]:
     return skipped
 
 
+def describe_all_skipped(skipped: Mapping[str, str]) -> str:
+    """Return why there are no rows, to be added to an error message; empty if no shard was skipped."""
+    if not skipped:
+        return ""
+    shard, reason = next(iter(skipped.items()))
+    return f" {len(skipped)} shards were skipped, as data.skip_bad_shards is true, such as {shard!r} ({reason})."
+
+
 def summarize_skipped(skipped: Mapping[str, str]) -> dict[str, Any]:
     """Return `count` and the reasons by `shards`, named without the folders they lie in, for `metrics.json`."""
     names = [shard.rsplit("/", 1)[-1] for shard in skipped]

@@ -183,11 +183,11 @@ def survey_members(
         problem: Reason of the damage after these members, if any.
     """
     surveys = NamedSurveys()
-    surveys.first_dot, repeated = _survey_samples(shard, members, asked, at_end, False)
-    surveys.last_dot, last_repeated = surveys.first_dot, repeated
+    surveys.first_dot, first_problem = _survey_samples(shard, members, asked, at_end, False, problem)
+    surveys.last_dot, last_problem = surveys.first_dot, first_problem
     if any(member.name.rpartition("/")[2].count(".") > 1 for member in members):
-        surveys.last_dot, last_repeated = _survey_samples(shard, members, asked, at_end, True)
-    return surveys, (last_repeated if surveys.better[1] else repeated) or problem
+        surveys.last_dot, last_problem = _survey_samples(shard, members, asked, at_end, True, problem)
+    return surveys, last_problem if surveys.better[1] else first_problem
 
 
 def look_ahead(
@@ -228,9 +228,7 @@ def look_ahead(
     return total, damaged
 
 
-def _read_some(
-    reader: Iterator[Member], members: list[Member], count: int
-) -> tuple[list[Member], str | None, bool]:
+def _read_some(reader: Iterator[Member], members: list[Member], count: int) -> tuple[list[Member], str | None, bool]:
     """Return members and further ones up to a number, the reason if there is damage, and whether these are all."""
     members = list(members)
     try:
@@ -244,13 +242,12 @@ def _read_some(
 
 
 def _survey_samples(
-    shard: str, members: list[Member], asked: Asked, at_end: bool, at_last_dot: bool
+    shard: str, members: list[Member], asked: Asked, at_end: bool, at_last_dot: bool, problem: str | None
 ) -> tuple[Survey, str | None]:
     survey = Survey(links=sum(member.is_link for member in members))
     samples: list[Sample] = []
-    problem = None
     try:
-        for sample in group_samples(members, at_last_dot):
+        for sample in group_samples(_read_again(members, problem), at_last_dot):
             samples.append(sample)
         if not at_end:
             samples = samples[:-1]
@@ -259,3 +256,9 @@ def _survey_samples(
     for sample in samples:
         survey.add(shard, sample, asked)
     return survey, problem
+
+
+def _read_again(members: list[Member], problem: str | None) -> Iterator[Member]:
+    yield from members
+    if problem is not None:
+        raise BadShard(problem)
