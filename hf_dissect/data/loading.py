@@ -11,8 +11,8 @@ from hf_dissect.data.files import find_image_column, read_folder, read_image_fol
 from hf_dissect.data.image_features import add_image_features
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
 from hf_dissect.data.scenes.drawing import make_scenes, scenes_features, scenes_generator
-from hf_dissect.data.split_files import summarize_error
 from hf_dissect.data.shards.reading import read_tar_shards
+from hf_dissect.data.split_files import summarize_error
 
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
 

@@ -68,7 +68,7 @@ class DataSection:
     streaming: bool = setting(False, "Read while training instead of before it; needs training.max_steps.")
     skip_bad_shards: bool = setting(
         False,
-        "Of a shard that is damaged, cut off or unreachable, train on the pairs before this place and count the shard, "
+        "Of a shard that is damaged, cut off or unreachable, train on the pairs before this place and count it, "
         "instead of an error.",
     )
     image_column: str | None = setting(

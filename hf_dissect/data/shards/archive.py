@@ -1,8 +1,8 @@
 """Read the members of a tar archive from its first to its last byte, and report where it is damaged.
 
-`tarfile` parses the headers. It takes a block of zeros, a damaged header and the end of the file all for the end of the
-archive: a download that stopped, or a hole of zeros in the middle, would be a smaller archive. Here, an archive ends
-with its end blocks and nothing else.
+`tarfile` parses the headers. It takes a block of zeros, a damaged header and the end of the file all for the end of
+the archive: a download that stopped, or a hole of zeros in the middle, would be a smaller archive. Here, an archive
+ends with its end blocks and nothing else.
 """
 
 import bz2
@@ -38,10 +38,10 @@ class BadShard(ValueError):
 
 
 class Member(NamedTuple):
-    """A file in an archive.
+    r"""A file in an archive.
 
     Args:
-        name: Name with its folders; bytes that are not UTF-8 are written as `\\xNN`.
+        name: Name with its folders; bytes that are not UTF-8 are written as `\xNN`.
         content: Content. For a file that is not wanted, one byte, or none if it is empty.
         archive: Number of the archive in the file, from 0: archives may be appended to each other.
         is_link: True for a link, which has no content of its own.
@@ -141,21 +141,24 @@ class _Header(tarfile.TarInfo):
     """Header of a member that says what is wrong, where `tarfile` would end the archive."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":  # type: ignore[override]  # the name is tarfile's
-        place = cast(BinaryIO, archive.fileobj).tell()
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # a block of zeros
-            raise
-        except tarfile.EmptyHeaderError:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        stream = cast(_ForwardFile, archive.fileobj)
+        place = stream.tell()
+        block = stream.read(BLOCK)
+        stream.put_back(block)
+        if not block:
             raise BadShard(
                 f"the file ends at byte {place} without the blocks of zeros that end an archive, so it was cut off; "
                 "if its writer leaves them out, append 1,024 zero bytes"
                 if place
                 else "the file is empty (0 bytes)"
-            ) from None
-        except tarfile.TruncatedHeaderError:
-            raise BadShard(f"the file is cut off in the header at byte {place}") from None
+            )
+        if len(block) < BLOCK:
+            raise BadShard(f"the file is cut off in the header at byte {place}")
+        if not block.strip(b"\0"):
+            return super().fromtarfile(archive)  # raises what ends the archive for `tarfile`
+        try:
+            return super().fromtarfile(archive)
         except tarfile.HeaderError as error:
             what = f"the header at byte {place} is damaged" if place else "the file does not begin with a header"
             raise BadShard(f"{what}: {error}") from None
@@ -167,7 +170,7 @@ def _read_archive(stream: _ForwardFile, wanted: Callable[[str], bool], number: i
         fileobj=cast(BinaryIO, stream), tarinfo=_Header, encoding="utf-8", errors="surrogateescape"
     )
     while (header := archive.next()) is not None:
-        archive.members.clear()  # they would add up over the whole shard
+        archive.members.clear()  # type: ignore[attr-defined]  # they would add up over the whole shard
         name = header.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         if header.issym() or header.islnk():
             yield Member(name, b"", number, True)

@@ -34,7 +34,8 @@ class Layout:
         asked_caption: Member or JSON field with the caption; None for the first that is not empty.
         several: Whether the captions are a list.
         fields: Names and types of further columns: values of the JSON member or the text of a member.
-        required: Fields of which every sample needs a value.
+        required: Fields of which every sample with a caption needs a value.
+        truths: Fields with the truth, false where there is no caption that could belong to the picture.
         has_json: Whether there is a column with the JSON member as text.
         at_last_dot: See `split_name`.
     """
@@ -46,6 +47,7 @@ class Layout:
     several: bool
     fields: tuple[tuple[str, str], ...]
     required: tuple[str, ...] = ()
+    truths: tuple[str, ...] = ()
     has_json: bool = False
     at_last_dot: bool = False
 
@@ -95,6 +97,8 @@ def make_row(shard: str, key: str, members: Mapping[str, bytes], layout: Layout)
     row[KEY_COLUMN] = key
     for name, kind in layout.fields:
         value = find_field(members, record, name)
+        if value is None and name in layout.truths and not captions:
+            value = 0 if kind == "int64" else False  # a pair that will be skipped
         if value is None and name in layout.required and captions:
             raise ValueError(
                 f"Sample {key!r} of {shard!r} has no value {name!r}; it has {list_names(members, record)}. Add it, or "
@@ -104,8 +108,8 @@ def make_row(shard: str, key: str, members: Mapping[str, bytes], layout: Layout)
             row[name] = _convert(value, kind)
         except TypeError:
             raise ValueError(
-                f"Field {name!r} of sample {key!r} of {shard!r} is {_shorten(value)}, but the samples at the beginning "
-                f"of the stream have {kind}. Write values of one type, or name another column."
+                f"Field {name!r} of sample {key!r} of {shard!r} is {_shorten(value)}, but the samples at the "
+                f"beginning of the stream have {kind}. Write values of one type, or name another column."
             ) from None
     if layout.has_json:
         row[JSON_COLUMN] = members["json"].decode("utf-8-sig", errors="replace") if "json" in members else None

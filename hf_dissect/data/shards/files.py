@@ -14,8 +14,8 @@ from typing import BinaryIO, cast
 
 import fsspec
 
-from hf_dissect.data.split_files import group_by_split, join_names, list_folder, require_path, summarize_error
 from hf_dissect.data.shards.web_file import WebFile
+from hf_dissect.data.split_files import group_by_split, join_names, list_folder, require_path, summarize_error
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """Ends of the names of shards; compression is recognised by the content."""

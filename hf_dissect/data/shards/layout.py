@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 
-from hf_dissect.data.pair_columns import CLEAN_COLUMNS
 from hf_dissect.data.shards.columns import (
     CLASS_MEMBER,
     IMAGE_MEMBERS,
@@ -53,11 +52,11 @@ def choose_layout(
     taken = {KEY_COLUMN, JSON_COLUMN, caption, *(JSON_CAPTIONS if asked.caption is None else ())} - set(required)
     if member != "":
         taken.add(image)
+    # A truth that nobody asked for and that not every sample has would only stop the run.
+    truths = [name for name in asked.truths if name not in survey.without and types.get(name) in ("bool", "int64")]
+    taken |= {*asked.truths} - {*truths, *required}
     wanted = [name for name in types if name not in taken]
     if streaming:
-        truths = [
-            name for name in CLEAN_COLUMNS if name not in survey.without and types.get(name) in ("bool", "int64")
-        ]
         required = [*required, *(name for name in truths if name not in required)]
         shown = {*required, CLASS_MEMBER, *([image] if member == "" else [])}
         wanted = [name for name in wanted if name in shown]
@@ -69,19 +68,20 @@ def choose_layout(
         several=several,
         fields=tuple((name, kind) for name in wanted if (kind := types[name]) is not None),
         required=tuple(required) if streaming else (),
+        truths=tuple(truths),
         has_json=streaming and "json" in survey.members,
         at_last_dot=at_last_dot,
     )
 
 
-def check_complete(surveys: NamedSurveys, asked: Asked) -> None:
+def check_complete(surveys: NamedSurveys, required: Sequence[str]) -> None:
     """Check that every sample has the fields that settings name.
 
     Raises:
         ValueError: If one does not; the message names field, shard and key.
     """
     survey, _ = surveys.better
-    for name in asked.fields:
+    for name in required:
         if name in survey.without:
             shard, key = survey.without[name]
             raise ValueError(
@@ -90,13 +90,19 @@ def check_complete(surveys: NamedSurveys, asked: Asked) -> None:
             )
 
 
-def warn_of_choices(path: str, surveys: NamedSurveys, asked: Asked) -> None:
-    """Warn of what is read in one of several possible ways, and of links."""
+def warn_of_choices(path: str, surveys: NamedSurveys, asked: Asked, layout: Layout) -> None:
+    """Warn of what is read in one of several possible ways or not at all."""
     survey, at_last_dot = surveys.better
+    for name in asked.truths:
+        if name in survey.kinds and name not in layout.features:
+            logger.warning(
+                "%s: the field %r is left out, since it is not true or false in every sample, as the truth would be.",
+                *(path, name),
+            )
     if at_last_dot:
         logger.warning(
-            "%s: names of members are split at their last dot, since %d pairs come about that way, and %d at the first "
-            "dot, which is the rule of WebDataset.",
+            "%s: names of members are split at their last dot, which gives %d pairs; the first dot, which is the rule of "
+            "WebDataset, gives %d.",
             *(path, survey.pairs, surveys.first_dot.pairs),
         )
     if survey.hidden_lists:

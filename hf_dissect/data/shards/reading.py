@@ -63,8 +63,8 @@ def read_tar_shards(
         skip_bad_shards: Whether to skip the rest of a damaged shard, which is warned of and recorded (see `skipped`).
 
     Returns:
-        Rows by split, with the columns `image` and `caption` (or `captions`, if a JSON member has a list) or those that
-        were asked for, and `__key__`. A table also has the plain values of the JSON members; a stream has those that
+        Rows by split, with the columns `image` and `caption` (or `captions`, if a JSON member has a list) or those
+        that were asked for, and `__key__`. A table also has the plain values of the JSON members; a stream has those that
         were asked for, and the whole JSON member as text in `__json__`. A missing image or caption is None.
 
     Raises:
@@ -80,13 +80,11 @@ def read_tar_shards(
     named = tuple(name for name in (id_column, task_column, clean_column) if name and name != "__key__")
     splits: dict[str, Dataset | IterableDataset] = {}
     for split, shards in find_shards(path, split_names).items():
-        if streaming:
-            watched = CLEAN_COLUMNS if clean_column is None else ()
-            asked = Asked(image_column, caption_column, (*named, *watched))
-            splits[split] = _make_stream(path, shards, asked, named, skip_bad_shards)
-        else:
-            asked = Asked(image_column, caption_column, named)
-            splits[split] = _make_table(path, shards, asked, skip_bad_shards)
+        # The usual names of the truth are looked for as well, but not every sample needs them.
+        truths = CLEAN_COLUMNS if clean_column is None else (clean_column,)
+        asked = Asked(image_column, caption_column, tuple(dict.fromkeys((*named, *truths))), truths)
+        make = _make_stream if streaming else _make_table
+        splits[split] = make(path, shards, asked, named, skip_bad_shards)
     return splits
 
 
@@ -98,23 +96,23 @@ def _make_stream(
         shard, reason = next(iter(damaged.items()))
         raise ValueError(describe_bad_shard(shard, reason))
     layout = choose_layout(path, surveys, asked, named, streaming=True)
-    warn_of_choices(path, surveys, asked)
+    warn_of_choices(path, surveys, asked, layout)
     given = {"shards": [_identify(shard) for shard in shards], "layout": layout, "skip_bad_shards": skip_bad_shards}
     return IterableDataset.from_generator(_stream_rows, features=layout.features, gen_kwargs=given)
 
 
-def _make_table(path: str, shards: list[str], asked: Asked, skip_bad_shards: bool) -> Dataset:
+def _make_table(path: str, shards: list[str], asked: Asked, named: tuple[str, ...], skip_bad_shards: bool) -> Dataset:
     unreadable = _find_unreadable(shards)
     readable = [_identify(shard) for shard in shards if shard not in unreadable]
     surveys, damaged = _survey_table(path, readable, asked) if readable else (NamedSurveys(), {})
-    skipped = {shard: reason for shard, reason in (unreadable | damaged).items()}
+    skipped = unreadable | damaged
     for shard, reason in skipped.items():
         if not skip_bad_shards:
             raise ValueError(describe_bad_shard(shard, reason))
         note_skipped(shard, reason)
-    layout = choose_layout(path, surveys, asked, asked.fields, streaming=False)
-    check_complete(surveys, asked)
-    warn_of_choices(path, surveys, asked)
+    layout = choose_layout(path, surveys, asked, named, streaming=False)
+    check_complete(surveys, named)
+    warn_of_choices(path, surveys, asked, layout)
     parts = [(*identity, identity[0] in damaged) for identity in readable]
     given = {"shards": parts, "layout": layout, "version": _VERSION}
     return describe_in(_generate(path, _table_rows, layout.features, given), skipped)

@@ -11,7 +11,6 @@ from hf_dissect.data.shards.columns import (
     IMAGE_MEMBERS,
     JSON_CAPTIONS,
     TEXT_MEMBERS,
-    Layout,
     describe_kind,
     find_captions,
     find_field,
@@ -34,11 +33,13 @@ class Asked:
         image: Name of the picture; None recognises it.
         caption: Name of the captions; None recognises them.
         fields: Names of further values.
+        truths: Those of them that say whether the caption belongs to the picture, which a sample without one lacks.
     """
 
     image: str | None = None
     caption: str | None = None
     fields: tuple[str, ...] = ()
+    truths: tuple[str, ...] = ()
 
     @property
     def image_name(self) -> str | None:
@@ -112,7 +113,7 @@ class Survey:
             if (kind := describe_kind(value)) not in kinds:
                 kinds.append(kind)
         for name in asked.fields:
-            if values.get(name) is None:
+            if values.get(name) is None and (captions or name not in asked.truths):
                 self.without.setdefault(name, [shard, key])
 
     def merge(self, other: "Survey") -> None:

@@ -3,10 +3,12 @@
 import json
 import tarfile
 
+import numpy as np
 import pytest
 from datasets import List, Value
 from testing.tar_files import write_tar
 
+from hf_dissect.auditing.export import export_clean
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs
 from hf_dissect.data.shards.files import find_shards
@@ -274,3 +276,24 @@ def test_a_member_that_repeats(tmp_path):
     for streaming in (False, True):
         with pytest.raises(ValueError, match=r"'.*/0\.tar' is not .*the key 'y' has more than one member 'txt'"):
             list(load(tmp_path, streaming=streaming))
+
+
+@both_ways
+def test_a_truth_that_nobody_asked_for_does_not_stop_a_run(tmp_path, streaming, caplog):
+    write_records(
+        tmp_path / "0.tar", {"caption": "a", "clean": True}, {"caption": "b"}, {"caption": "c", "is_clean": "x"}
+    )
+    rows = load(tmp_path, streaming=streaming)
+    assert [pair["caption"] for pair in as_pairs(rows)] == ["a", "b", "c"] and (
+        streaming or "'clean' is left out" in caplog.text
+    )
+    with pytest.raises(ValueError, match=r"Sample '001' of '.*0\.tar' has no value 'clean'"):
+        list(load(tmp_path, streaming=streaming, clean_column="clean"))
+
+
+def test_an_export_has_the_values_of_the_shards(tmp_path):
+    write_records(tmp_path / "0.tar", *({"caption": str(row), "similarity": [0, 0.31][row % 2]} for row in range(12)))
+    rows = load(tmp_path)
+    export_clean(tmp_path / "clean", rows, as_pairs(rows), np.arange(12) != 4)
+    exported = load_splits(source="folder", path=str(tmp_path / "clean"))["train"]
+    assert exported["similarity"] == [[0, 0.31][row % 2] for row in range(12) if row != 4]

@@ -1,4 +1,4 @@
-"""With `data.skip_bad_shards`, the rest of a damaged shard is skipped, warned of, and recorded in the figures of a run."""
+"""With `data.skip_bad_shards`, the rest of a damaged shard is skipped, warned of and recorded in the figures."""
 
 import itertools
 import json
