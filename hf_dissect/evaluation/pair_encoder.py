@@ -181,14 +181,24 @@ def _embeds_alike(
 
 
 def _are_close(values: torch.Tensor, expected: torch.Tensor) -> bool:
-    is_exact = expected.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(expected.device.type)
-    tolerance = 1e-4 if is_exact else 5e-2
+    tolerance = 1e-4 if _find_precision(expected) in (torch.float32, torch.float64) else 5e-2
     return values.shape == expected.shape and torch.allclose(
         values.double(), expected.double(), rtol=tolerance, atol=tolerance
     )
 
 
+def _find_precision(values: torch.Tensor) -> torch.dtype:
+    """Return the type in which values were computed: accelerate returns those of mixed precision as float32."""
+    if values.dtype == torch.float32:
+        halves = (dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(values.to(dtype).float(), values))
+        return next(halves, torch.float32)
+    return values.dtype
+
+
 def _compute_logits(model: nn.Module, embeds: Mapping[str, Any]) -> torch.Tensor:
     """Compute the logits `(B, B)` of each caption with each image, as the model does from its embeddings."""
     scale, bias = logit_scale_and_bias(model)
-    return embeds["text_embeds"] @ embeds["image_embeds"].t() * scale.mean() + bias.mean()
+    texts, images = (embeds[side] for side in ("text_embeds", "image_embeds"))
+    precision = _find_precision(texts)
+    logits = texts.to(precision) @ images.to(precision).t() * scale.mean() + bias.mean()
+    return logits.to(texts.dtype)
