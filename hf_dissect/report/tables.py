@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_dissect.evaluation.tables import describe_repeats
 from hf_dissect.report.plots import to_finite
 
 MISSING = "–"
@@ -117,11 +116,6 @@ def select_final_figures(metrics: Mapping) -> dict[str, Any]:
     """Return the final figures of one run without the counts that they rest on, and what bounds them."""
     final = {str(key): value for key, value in as_mapping(metrics.get("final")).items()}
     return {key: value for key, value in final.items() if not _COUNT.fullmatch(key)}
-
-
-def describe_final_figures(metrics: Mapping) -> str | None:
-    """Return a sentence that the figures of `select_final_figures` are read with; None if there is nothing to say."""
-    return describe_repeats(as_mapping(metrics.get("final")))
 
 
 def collect_run_figures(metrics: Mapping) -> dict[str, Any]:

@@ -234,10 +234,10 @@ def _choose_class_names(rows: Any, classes: Sequence[str] | None, label_column: 
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
     if label_column is not None:
+        fault = "is not a column" if feature is None else "does not name its classes"
         raise ValueError(
-            f"--label-column {label_column!r} {'is not a column' if feature is None else 'does not name its classes'}; "
-            f"the data have {', '.join(_list_columns(rows))}. Name the column of the labels, and the classes with "
-            "--classes."
+            f"--label-column {label_column!r} {fault}; the data have {', '.join(_list_columns(rows))}. Name the "
+            "column of the labels, and the classes with --classes."
         )
     return None
 

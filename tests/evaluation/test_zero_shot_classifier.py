@@ -229,10 +229,14 @@ def test_stored_features_are_classified_without_a_processor_of_images(feature_mo
 
 
 def test_images_of_another_kind_than_the_model_reads_are_named(feature_model, tiny_clip) -> None:
-    with pytest.raises(ValueError, match=r"'image' holds pictures, but the model \(Vision.*\) reads feature vectors of 6"):
+    with pytest.raises(
+        ValueError, match=r"'image' holds pictures, but the model \(Vision.*\) reads feature vectors of 6"
+    ):
         evaluate_zero_shot(*feature_model, labelled(), NAMES, TEMPLATES)
     vectors = Dataset.from_dict({"image": [[1.0, 2.0]] * 6, "label": range(6)})
-    with pytest.raises(ValueError, match=r"'image' holds feature vectors of 2 numbers, but the model \(CLIPModel\) reads"):
+    with pytest.raises(
+        ValueError, match=r"'image' holds feature vectors of 2 numbers, but the model \(CLIPModel\) reads"
+    ):
         evaluate_zero_shot(*tiny_clip, vectors, NAMES, TEMPLATES)
     with pytest.raises(ValueError, match="feature vectors of 2 numbers, .* reads feature vectors of 6 numbers"):
         evaluate_zero_shot(*feature_model, vectors, NAMES, TEMPLATES)

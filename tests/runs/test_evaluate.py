@@ -267,9 +267,7 @@ def test_tasks_of_an_adapter_are_those_of_its_training(run, tmp_path):
     (tmp_path / "styled").mkdir()
     styled.to_parquet(tmp_path / "styled" / "x.parquet")
     given = {"classes": names, "templates": ["a {}"]}
-    found = evaluate_checkpoint(
-        str(tmp_path / "model"), data=str(tmp_path / "styled"), task_column="style", **given
-    )
+    found = evaluate_checkpoint(str(tmp_path / "model"), data=str(tmp_path / "styled"), task_column="style", **given)
     numbered = rows.add_column("number", tasks.tolist())
     saved, processor = load_model_and_processor(name_or_path=str(tmp_path / "model"))
     expected = evaluate_zero_shot(saved, processor, numbered, names, ["a {}"], task_column="number")

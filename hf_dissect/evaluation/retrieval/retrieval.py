@@ -22,7 +22,7 @@ Args:
     image_embeds: embedding of the image of each (image, caption) pair, (num_pairs, dim), any scale.
     text_embeds: embedding of its caption, (num_pairs, dim), any scale.
     image_ids: integer or string of each pair, equal where pairs share an image; (num_pairs,). An image is kept once.
-    text_ids: integer or string of each pair, equal where pairs have the same caption (the captions themselves will do);
+    text_ids: integer or string of each pair, equal where pairs have the same caption, such as the captions themselves;
         (num_pairs,). Without it, no two captions count as equal.
     block_size: similarities are computed in blocks of block_size x block_size (1024).
 Returns:
@@ -30,9 +30,9 @@ Returns:
     text_to_image_R@1, text_to_image_R@5, text_to_image_R@10: in per cent.
     image_to_text_median_rank, text_to_image_median_rank: counted from 1.
     recall_sum: sum of the six recalls, at most 600.
-    repeated_captions: with text_ids, number of captions that several images share; if there are any, also
-        image_to_text_own_ceiling@1, @5, @10 and text_to_image_own_ceiling@1, @5, @10: the best recall in per cent where
-        only a pair's own caption or image counts as right.
+    repeated_captions: with text_ids, number of captions that several images share, left out if there are none; and
+        image_to_text_own_ceiling@1, @5, @10 and text_to_image_own_ceiling@1, @5, @10: the best recall in per cent
+        where only a pair's own caption or image counts as right.
 Examples:
     >>> from hf_dissect.evaluation import load
     >>> retrieval = load("retrieval")
@@ -89,7 +89,7 @@ class Retrieval(evaluate.Metric):
         super().add_batch(**columns)
 
     def compute(self, **columns: Any) -> dict[str, float] | None:
-        """Compute the metrics of the pairs that were added, and of those given here, see `EvaluationModule.compute`."""
+        """Compute the metrics of the pairs that were added, and of those given here; None on other processes."""
         if "image_embeds" in columns:
             columns.setdefault("text_ids", None)
         return super().compute(**columns)
