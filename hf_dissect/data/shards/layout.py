@@ -101,7 +101,7 @@ def warn_of_choices(path: str, surveys: NamedSurveys, asked: Asked, layout: Layo
             )
     if at_last_dot:
         logger.warning(
-            "%s: names of members are split at their last dot, which gives %d pairs; the first dot, which is the rule of "
+            "%s: names of members are split at their last dot, which gives %d pairs; the first dot, the rule of "
             "WebDataset, gives %d.",
             *(path, survey.pairs, surveys.first_dot.pairs),
         )

@@ -64,8 +64,8 @@ def read_tar_shards(
 
     Returns:
         Rows by split, with the columns `image` and `caption` (or `captions`, if a JSON member has a list) or those
-        that were asked for, and `__key__`. A table also has the plain values of the JSON members; a stream has those that
-        were asked for, and the whole JSON member as text in `__json__`. A missing image or caption is None.
+        that were asked for, and `__key__`. A table also has the plain values of the JSON members; a stream has those
+        that were asked for, and the whole JSON member as text in `__json__`. A missing image or caption is None.
 
     Raises:
         FileNotFoundError: If there is no shard.
