@@ -4,13 +4,16 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from datasets import Features, Image, List, Value
 
 KEY_COLUMN = "__key__"
 JSON_COLUMN = "__json__"
 CLASS_MEMBER = "cls"
+LABEL_FIELDS = (CLASS_MEMBER, "label", "labels", "class", "category", "target")
+"""Usual names of a label, which a stream has as columns of their own, for classification."""
+
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pnm", "pbm")
 TEXT_MEMBERS = ("txt", "caption", "text")
 JSON_CAPTIONS = ("captions", "text", "caption")
@@ -107,6 +110,9 @@ def make_row(shard: str, key: str, members: Mapping[str, bytes], layout: Layout)
         try:
             row[name] = _convert(value, kind)
         except TypeError:
+            if name not in layout.required:  # the whole value is in the JSON as text
+                row[name] = None
+                continue
             raise ValueError(
                 f"Field {name!r} of sample {key!r} of {shard!r} is {_shorten(value)}, but the samples at the "
                 f"beginning of the stream have {kind}. Write values of one type, or name another column."
@@ -114,6 +120,39 @@ def make_row(shard: str, key: str, members: Mapping[str, bytes], layout: Layout)
     if layout.has_json:
         row[JSON_COLUMN] = members["json"].decode("utf-8-sig", errors="replace") if "json" in members else None
     return row
+
+
+class Halves:
+    """Check that picture and caption of a sample do not lie in two places of a shard.
+
+    Args:
+        shard: Name of the shard, for the message.
+        layout: Columns of its rows.
+    """
+
+    def __init__(self, shard: str, layout: Layout) -> None:
+        self._shard = shard
+        self._image, self._caption = layout.image, layout.caption
+        self._has_both = layout.image_member != "" and layout.caption is not None
+        self._has_picture: dict[str, bool] = {}
+
+    def check(self, key: str, row: Mapping[str, Any]) -> None:
+        """Check the next row of the shard.
+
+        Raises:
+            ValueError: If it has the picture of an earlier row without one, whose caption it lacks, or the opposite.
+        """
+        if not self._has_both:
+            return
+        has_picture = row[self._image] is not None
+        if has_picture == bool(row[cast(str, self._caption)]):
+            return
+        if self._has_picture.setdefault(key, has_picture) != has_picture:
+            raise ValueError(
+                f"Sample {key!r} of {self._shard!r} lies in two places, the picture in one and the caption in "
+                "another. The members of a sample are next to each other: write the shard again in the order of the "
+                "names (tar --sort=name)."
+            )
 
 
 def find_image(members: Mapping[str, bytes], name: str | None) -> bytes | None:

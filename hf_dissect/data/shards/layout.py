@@ -1,25 +1,32 @@
 """Choose the columns of the rows by what the samples have, and refuse shards that do not make pairs."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hf_dissect.data.shards.columns import (
-    CLASS_MEMBER,
     IMAGE_MEMBERS,
     JSON_CAPTIONS,
     JSON_COLUMN,
     KEY_COLUMN,
+    LABEL_FIELDS,
     Layout,
     choose_type,
     list_names,
 )
+from hf_dissect.data.shards.skipped import describe_all_skipped
 from hf_dissect.data.shards.survey import Asked, NamedSurveys, Survey
 
 logger = logging.getLogger(__name__)
 
 
 def choose_layout(
-    path: str, surveys: NamedSurveys, asked: Asked, required: Sequence[str], *, streaming: bool
+    path: str,
+    surveys: NamedSurveys,
+    asked: Asked,
+    required: Sequence[str],
+    skipped: Mapping[str, str],
+    *,
+    streaming: bool,
 ) -> Layout:
     """Choose the columns of the rows.
 
@@ -28,13 +35,14 @@ def choose_layout(
         surveys: Surveys of all samples, or of the first ones of a stream.
         asked: Settings that name members or fields.
         required: Fields of which every sample needs a value.
+        skipped: Shards that were not read to their end, with the reason, for messages.
         streaming: Whether the rows are a stream, which has the fields that were asked for and the others as text.
 
     Raises:
         ValueError: If there are no samples, pictures never meet captions, or what was asked for is not there.
     """
     survey, at_last_dot = surveys.better
-    _check_pairs(path, survey, asked)
+    _check_pairs(path, survey, asked, describe_all_skipped(skipped))
     image = asked.image or "image"
     member: str | None = None
     if asked.image_name is not None:
@@ -58,7 +66,7 @@ def choose_layout(
     wanted = [name for name in types if name not in taken]
     if streaming:
         required = [*required, *(name for name in truths if name not in required)]
-        shown = {*required, CLASS_MEMBER, *([image] if member == "" else [])}
+        shown = {*required, *LABEL_FIELDS, *([image] if member == "" else [])}
         wanted = [name for name in wanted if name in shown]
     return Layout(
         image=image,
@@ -115,18 +123,18 @@ def warn_of_choices(path: str, surveys: NamedSurveys, asked: Asked, layout: Layo
         logger.warning("%s: %d members are links, which hold no data and are not read.", path, survey.links)
 
 
-def _check_pairs(path: str, survey: Survey, asked: Asked) -> None:
+def _check_pairs(path: str, survey: Survey, asked: Asked, skipped: str) -> None:
     names = list_names(survey.members, survey.kinds)
     links = f" {survey.links} members are links: write the shards with tar --dereference." if survey.links else ""
     if not survey.samples:
         raise ValueError(
-            f"data.path {path!r} holds no samples. A shard holds members such as 000.jpg and 000.txt.{links}"
+            f"data.path {path!r} holds no samples. A shard holds members such as 000.jpg and 000.txt.{skipped}{links}"
         )
     if not survey.images:
         wanted = f"no image member ({', '.join(IMAGE_MEMBERS)})"
         if asked.image_name is not None:
             wanted = f"no picture {asked.image!r}, which data.image_column names"
-        raise ValueError(f"data.path {path!r} holds {wanted}, only {names}.{links}")
+        raise ValueError(f"data.path {path!r} holds {wanted}, only {names}.{skipped}{links}")
     if asked.caption is not None and not survey.captions:
         raise ValueError(
             f"data.caption_column {asked.caption!r}: no sample of {path!r} has a caption of this name; they have "

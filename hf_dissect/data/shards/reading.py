@@ -17,10 +17,10 @@ from datasets.exceptions import DatasetGenerationError
 
 from hf_dissect.data.pair_columns import CLEAN_COLUMNS
 from hf_dissect.data.shards.archive import BadShard, Member, read_members
-from hf_dissect.data.shards.columns import Layout, make_row
+from hf_dissect.data.shards.columns import Halves, Layout, make_row
 from hf_dissect.data.shards.files import find_shards, is_remote, open_shard
 from hf_dissect.data.shards.layout import check_complete, choose_layout, warn_of_choices
-from hf_dissect.data.shards.samples import Sample, group_samples
+from hf_dissect.data.shards.samples import group_samples
 from hf_dissect.data.shards.skipped import describe_in, note_skipped
 from hf_dissect.data.shards.survey import Asked, NamedSurveys, look_ahead, survey_shard
 from hf_dissect.data.split_files import summarize_error
@@ -95,7 +95,7 @@ def _make_stream(
     if damaged and not skip_bad_shards:
         shard, reason = next(iter(damaged.items()))
         raise ValueError(describe_bad_shard(shard, reason))
-    layout = choose_layout(path, surveys, asked, named, streaming=True)
+    layout = choose_layout(path, surveys, asked, named, damaged, streaming=True)
     warn_of_choices(path, surveys, asked, layout)
     given = {"shards": [_identify(shard) for shard in shards], "layout": layout, "skip_bad_shards": skip_bad_shards}
     return IterableDataset.from_generator(_stream_rows, features=layout.features, gen_kwargs=given)
@@ -110,7 +110,7 @@ def _make_table(path: str, shards: list[str], asked: Asked, named: tuple[str, ..
         if not skip_bad_shards:
             raise ValueError(describe_bad_shard(shard, reason))
         note_skipped(shard, reason)
-    layout = choose_layout(path, surveys, asked, named, streaming=False)
+    layout = choose_layout(path, surveys, asked, named, skipped, streaming=False)
     check_complete(surveys, named)
     warn_of_choices(path, surveys, asked, layout)
     parts = [(*identity, identity[0] in damaged) for identity in readable]
@@ -169,8 +169,7 @@ def _survey_rows(shards: list[Identity], asked: Asked, version: int) -> Iterator
 def _table_rows(shards: list[tuple[str, int, int, bool]], layout: Layout, version: int) -> Iterator[dict[str, Any]]:
     for shard, _, _, is_damaged in shards:
         try:
-            for key, members in _read_samples(shard, layout):
-                yield make_row(shard, key, members, layout)
+            yield from _make_rows(shard, layout)
         except BadShard as error:
             if not is_damaged:
                 raise ValueError(describe_bad_shard(shard, str(error))) from error
@@ -179,16 +178,25 @@ def _table_rows(shards: list[tuple[str, int, int, bool]], layout: Layout, versio
 def _stream_rows(shards: list[Identity], layout: Layout, skip_bad_shards: bool) -> Iterator[dict[str, Any]]:
     for shard, _, _ in shards:
         try:
-            for key, members in _read_samples(shard, layout):
-                yield make_row(shard, key, members, layout)
+            yield from _make_rows(shard, layout)
         except BadShard as error:
             if not skip_bad_shards:
                 raise ValueError(describe_bad_shard(shard, str(error))) from error
             note_skipped(shard, str(error))
 
 
-def _read_samples(shard: str, layout: Layout) -> Iterator[Sample]:
-    return group_samples(_open_members(shard, layout.is_wanted), layout.at_last_dot)
+def _make_rows(shard: str, layout: Layout) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a shard.
+
+    Raises:
+        BadShard: If it cannot be read to its end.
+        ValueError: If a row cannot be made (see `make_row`), or a sample lies in two places.
+    """
+    halves = Halves(shard, layout)
+    for key, members in group_samples(_open_members(shard, layout.is_wanted), layout.at_last_dot):
+        row = make_row(shard, key, members, layout)
+        halves.check(key, row)
+        yield row
 
 
 def _open_members(shard: str, wanted: Callable[[str], bool]) -> Iterator[Member]:

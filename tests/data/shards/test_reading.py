@@ -89,6 +89,14 @@ def test_a_stream_has_what_is_asked_for_and_the_rest_as_text(tmp_path):
     assert [pair["task_id"] for pair in pairs] == [0, 1, 0] and all(pair["is_clean"] for pair in pairs)
 
 
+def test_a_stream_has_labels_of_the_usual_names(tmp_path):
+    write_records(tmp_path / "0.tar", {"label": 1, "caption": "a", "x": 2}, {"label": 0})
+    write_records(tmp_path / "1.tar", {"label": "text"})
+    rows = load(tmp_path, streaming=True)
+    assert list(rows.features) == ["image", "caption", "__key__", "label", "__json__"]
+    assert column(rows, "label") == [1, 0, None] and json.loads(list(rows)[2]["__json__"]) == {"label": "text"}
+
+
 def test_fields_that_are_asked_for_are_named_with_shard_and_key(tmp_path):
     write_records(tmp_path / "0.tar", {"caption": "a", "uid": 1}, {"caption": "b", "uid": 2}, {"caption": "c"})
     write_records(tmp_path / "1.tar", {"caption": "a", "uid": "text"})
@@ -207,6 +215,19 @@ def test_pictures_and_captions_that_never_meet(tmp_path, streaming, names):
         ValueError, match=rf"never meet\. {count} samples have a picture, .*{count} have a caption.*sort"
     ):
         load(tmp_path, streaming=streaming)
+
+
+@both_ways
+def test_a_sample_in_two_places_is_named(tmp_path, streaming):
+    """`tar` writes the files of a folder in any order unless it is asked to sort them."""
+    pairs = [f"{row}.{e}" for row in range(30) for e in ("jpg", "txt")]
+    for names in (["x.txt", *pairs, "x.jpg"], [*pairs, "x.jpg", "y.jpg", "y.txt", "x.txt"]):
+        write_tar(tmp_path / "0.tar", dict.fromkeys(names, b"x"))
+        with pytest.raises(ValueError, match=r"Sample 'x' of '.*0\.tar' lies in two places.*tar --sort=name"):
+            list(load(tmp_path, streaming=streaming))
+    lonely = dict.fromkeys([*pairs, "x.jpg", "y.jpg", "y.txt", "z.txt"], b"x")
+    write_tar(tmp_path / "0.tar", lonely)
+    assert sum(row["image"] is None or row["caption"] is None for row in load(tmp_path, streaming=streaming)) == 2
 
 
 @both_ways

@@ -147,6 +147,16 @@ def test_the_figures_of_a_run_name_the_shards(shards, tmp_path, streaming):
     assert "Shards not read to their end" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_shards_that_are_all_damaged(tmp_path):
+    write_tar(tmp_path / "0.tar", {})
+    (tmp_path / "1.tar").write_bytes(b"<html>" * 200)
+    for streaming in (False, True):
+        with pytest.raises(
+            ValueError, match=r"holds no samples.* 1 shards were skipped, .*1\.tar' \(the file does not"
+        ):
+            load(tmp_path, streaming=streaming, skip_bad_shards=True)
+
+
 def test_shards_of_the_same_name_are_told_apart():
     given = {"/x/a/0.tar": "one", "/x/b/0.tar": "two"}
     assert summarize_skipped(given) == {"count": 2, "shards": {"a/0.tar": "one", "b/0.tar": "two"}}
