@@ -14,10 +14,12 @@ from transformers.trainer_utils import TrainOutput
 from hf_dissect import training_data
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pair_sample import sample_pairs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
+from hf_dissect.evaluation.passes import show_pass
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
@@ -244,7 +246,8 @@ class DissectTrainer(BaseTrainer):
         """Compute the correlation of all readable pairs under the current weights, see `join_correlations`."""
         pairs = training_data.wrap_pairs("dataset", dataset, self.args)
         training_data.check_tasks(self.model, self.train_dataset, pairs)
-        scored = self.score_batches(self.get_eval_dataloader(pairs))
+        batches = show_pass(self.get_eval_dataloader(pairs), "scoring pairs", shown=not self.args.disable_tqdm)
+        scored = self.score_batches(batches)
         return join_correlations(scored, self.accelerator.gather_for_metrics)
 
     def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
@@ -312,32 +315,33 @@ class DissectTrainer(BaseTrainer):
         restore_base(self.model, str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
-    def final_figures(
+    def compute_figures(
         self,
         test_dataset: Any,
         more_figures: Callable[[], dict[str, float]] | None = None,
         retrieval: bool = True,
         noise_detection: bool = True,
-    ) -> dict[str, Any]:
-        """Return the figures of the trained model by name; every rank calls this method.
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the figures of the trained model by name, part by part; every rank calls this method.
 
         Args:
             test_dataset: Data of the retrieval figures; None for `eval_dataset`.
             more_figures: Function that computes further figures; None for no others.
             retrieval: True to compute the retrieval figures.
-            noise_detection: True to score the training pairs with the final model, if their truth is known.
+            noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
-        unlogged: dict[str, Any] = {} if more_figures is None else more_figures()
-        dataset, final = self.eval_dataset if test_dataset is None else test_dataset, {}
+        dataset, unlogged = self.eval_dataset if test_dataset is None else test_dataset, {}
         if retrieval and dataset is not None:
-            final = drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
+            yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
+        if more_figures is not None:
+            yield (unlogged := more_figures())
         if noise_detection and getattr(self.train_dataset, "knows_truth", False):
             with self.times.measure("evaluation"):
-                scored = self.score_pairs(self.train_dataset)
-            unlogged = unlogged | self.summary.evaluate_noise(scored)
+                scored = self.score_pairs(sample_pairs(self.train_dataset, self.args.max_train_pairs))
+            unlogged = unlogged | (found := self.summary.evaluate_noise(scored))
+            yield found
         if unlogged:
             self.log({f"test_{key}": float(value) for key, value in unlogged.items() if value is not None})
-        return final | unlogged
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -1,0 +1,37 @@
+"""A progress bar for each pass over data that takes more than a few seconds."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+from hf_dissect.distributed import get_rank_and_world_size
+
+DELAY = 2.0
+"""Seconds until the bar appears; a shorter pass shows none."""
+
+_Item = TypeVar("_Item")
+
+
+def show_pass(
+    items: Iterable[_Item], name: str, *, total: int | None = None, unit: str = "batch", shown: bool = True
+) -> Iterator[_Item]:
+    """Yield items, with a progress bar on the first process if it takes more than `DELAY` seconds.
+
+    Args:
+        items: Items to pass over.
+        name: Name of the pass.
+        total: Number of items; None for their length, if they have one.
+        unit: Word for an item.
+        shown: False to show no bar.
+
+    Yields:
+        The items.
+    """
+    # In a log file each refresh is a new line.
+    interval = 0.1 if sys.stderr.isatty() else 5.0
+    off = not shown or get_rank_and_world_size()[0] != 0
+    yield from tqdm(
+        items, name, total, unit=unit, dynamic_ncols=True, delay=DELAY, mininterval=interval, leave=False, disable=off
+    )
