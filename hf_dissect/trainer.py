@@ -20,7 +20,6 @@ from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_encoder import PairEncoder
 from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
-from hf_dissect.evaluation.passes import show_pass
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
@@ -117,7 +116,6 @@ class DissectTrainer(BaseTrainer):
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
-        records = args.record_selection and self.is_world_process_zero()
         return OnlineSelector(
             strategy,
             **args.selector_settings(),
@@ -127,7 +125,7 @@ class DissectTrainer(BaseTrainer):
             padding=getattr(self.data_collator, "padding", {}),
             ranks=self.ranks,
             bad_rows=BadRows(args.max_bad_fraction, training_data.count_pairs(pairs)),
-            trace=SelectionTrace(args.output_dir if records else None),
+            trace=SelectionTrace(args.output_dir if args.record_selection and self.is_world_process_zero() else None),
             hooks=LoopHooks(self._agree, self._prepare_inputs, autocast, self.times.measure, self._check_finite),
         )
 
@@ -240,21 +238,22 @@ class DissectTrainer(BaseTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self.encoder(model, inputs)
-        prediction = predict_pairs(outputs, inputs, kind=self.kind, mask_false_negatives=self.args.mask_false_negatives)
+        prediction = predict_pairs(
+            outputs, inputs, kind=self.kind, mask_false_negatives=self.args.mask_false_negatives
+        )
         return (prediction[0], None, None) if prediction_loss_only else prediction
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:
         """Compute the correlation of all readable pairs under the current weights, see `join_correlations`."""
         pairs = training_data.wrap_pairs("dataset", dataset, self.args)
         training_data.check_tasks(self.model, self.train_dataset, pairs)
-        batches = show_pass(self.get_eval_dataloader(pairs), "scoring pairs", shown=not self.args.disable_tqdm)
-        scored = self.score_batches(batches)
+        scored = self.score_batches(self.get_eval_dataloader(pairs))
         return join_correlations(scored, self.accelerator.gather_for_metrics)
 
     def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
         """Yield each batch on the device of the model, with its scores under the current weights."""
-        autocast = self.accelerator.autocast
-        return score_batches(self.model, batches, kind=self.kind, prepare=self._prepare_inputs, autocast=autocast)
+        steps = {"prepare": self._prepare_inputs, "autocast": self.accelerator.autocast}
+        return score_batches(self.model, batches, kind=self.kind, shown=not self.args.disable_tqdm, **steps)
 
     # ---- the run ----
 
@@ -323,7 +322,7 @@ class DissectTrainer(BaseTrainer):
         retrieval: bool = True,
         noise_detection: bool = True,
     ) -> Iterator[dict[str, Any]]:
-        """Yield the figures of the trained model by name, part by part; every rank calls this method.
+        """Yield the final figures by name, part by part; every rank calls this method.
 
         Args:
             test_dataset: Data of the retrieval figures; None for `eval_dataset`.
@@ -339,8 +338,8 @@ class DissectTrainer(BaseTrainer):
         if noise_detection and getattr(self.train_dataset, "knows_truth", False):
             with self.times.measure("evaluation"):
                 scored = self.score_pairs(sample_pairs(self.train_dataset, self.args.max_train_pairs))
-            unlogged = unlogged | (found := self.summary.evaluate_noise(scored))
-            yield found
+            yield (noise := self.summary.evaluate_noise(scored))
+            unlogged = {**unlogged, **noise}
         if unlogged:
             self.log({f"test_{key}": float(value) for key, value in unlogged.items() if value is not None})
 

@@ -39,10 +39,12 @@ def add_parser(commands: "Commands") -> None:
     parser.add_argument("--batch-size", type=parse_positive, default=64, help="pairs or rows at a time (default: 64)")
     parser.add_argument("--num-workers", type=parse_not_negative, default=0, help="processes that decode (default: 0)")
     parser.add_argument("--output", help="also write the figures to this JSON file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --output if it exists")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     quiet_libraries()
+    _check_output(options.output, options.overwrite)
     from hf_dissect.evaluation.tables import format_distillation, format_retrieval
     from hf_dissect.runs.evaluate import evaluate_checkpoint
 
@@ -67,6 +69,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(format_distillation(figures) if of_student else format_retrieval(figures))
     if options.output:
         Path(options.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_output(output: str | None, overwrite: bool) -> None:
+    """Raise a ValueError if the figures could not be written, or would replace a file unasked."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder to write it to; name a file in an existing folder.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"--output {output} exists; name another file, or add --overwrite.")
 
 
 def _read_names(text: str | None) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""The end of a run: the model, its figures as they come, report and card, so that no fault and no signal loses them."""
+"""The end of a run: model, figures as they come, report and card, so that no fault and no signal loses them."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

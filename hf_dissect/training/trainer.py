@@ -24,7 +24,7 @@ from hf_dissect.training.interruption import StoppedBySignal, StopRequest, expla
 from hf_dissect.training.loss_since_log import LossSinceLog
 from hf_dissect.training.non_finite import check_finite_weights
 from hf_dissect.training.resume_callback import ResumeCallback
-from hf_dissect.training.run_folder import list_times, list_versions, replace_non_finite
+from hf_dissect.training.run_folder import check_not_foreign, list_times, list_versions, replace_non_finite
 from hf_dissect.training.run_state import Part, find_moved_step, read_state, restore_state, save_state
 from hf_dissect.training.summary import Summary
 from hf_dissect.training.time_spent import TimeSpent
@@ -132,6 +132,7 @@ class BaseTrainer(Trainer):
         found = checkpoints.find_checkpoint(output_dir) if source is True else source
         checkpoint = str(found) if found else None
         if checkpoint is None:
+            check_not_foreign(output_dir, self.args.save_run_folder)
             self.reset(step=0)
         else:
             self.check_checkpoint(checkpoint)
