@@ -316,17 +316,13 @@ class DissectTrainer(BaseTrainer):
         super()._load_best_model()
 
     def compute_figures(
-        self,
-        test_dataset: Any,
-        more_figures: Callable[[], dict[str, float]] | None = None,
-        retrieval: bool = True,
-        noise_detection: bool = True,
+        self, test_dataset: Any, more_figures: Any = None, retrieval: bool = True, noise_detection: bool = True
     ) -> Iterator[dict[str, Any]]:
         """Yield the final figures by name, part by part; every rank calls this method.
 
         Args:
             test_dataset: Data of the retrieval figures; None for `eval_dataset`.
-            more_figures: Function that computes further figures; None for no others.
+            more_figures: Function that returns further figures by name; None for no others.
             retrieval: True to compute the retrieval figures.
             noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """

@@ -66,8 +66,8 @@ class Faults:
         section, _, name = key.rpartition(".")
         known = list(known)
         places = [place for place in self._places.get(name, ()) if place != key]
-        near = None if places else find_nearest(name, known)
-        meant = f"; did you mean {' or '.join(map(repr, places))}?" if places else suggest(name, known)
+        near = find_nearest(name, known)
+        meant = suggest(name, known) or (f"; did you mean {' or '.join(map(repr, places))}?" if places else "")
         allowed = allowed or ", ".join(known)
         self.add(key, f"unknown key (value {show(value)}); allowed: {allowed}{meant}")
         self._keys += [f"{section}.{near}".lstrip(".")] if near else []

@@ -256,7 +256,7 @@ def explain_no_override(word: str) -> tuple[str, str]:
         key, value = match.groups()
         return key, f"{show(word)} is not an override; write {key}={value or 'VALUE'}, with = in place of :"
     if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", word):
-        return word, f"no value is given; write {word}=VALUE, as one word without spaces"
+        return word, f"{show(word)} is not an override; allowed: section.key=value, such as {word}=VALUE"
     return word or "override", f"{show(word)} is not an override; allowed: section.key=value"
 
 

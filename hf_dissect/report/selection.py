@@ -241,21 +241,16 @@ def _describe_noise(runs: Sequence[RunSummary]) -> str:
     for run in runs:
         kept = to_finite(as_mapping(run.metrics.get("selection")).get("noise_kept"))
         if kept is not None:
-            candidates = format_number(_find_candidate_noise(run), "noise_candidates")
-            parts.append(
-                f"{run.name}: {format_number(kept, 'noise_kept')} of the kept, {candidates} of the candidates"
-            )
+            shown = format_number(kept, "noise_kept"), format_number(_find_candidate_noise(run), "noise_candidates")
+            parts.append(f"{run.name}: {shown[0]} of the kept, {shown[1]} of the candidates")
     return "; ".join(parts)
 
 
 def _list_samples(runs: Sequence[RunSummary]) -> list[str]:
     """Return a note for each run whose training pairs were scored in part."""
     counts = [(run.name, run.metrics.get("scored_train_pairs"), run.metrics.get("num_pairs")) for run in runs]
-    return [
-        f"{name}: {count:,}" + (f" of {total:,}" if total else "")
-        for name, count, total in counts
-        if count is not None
-    ]
+    known = [(name, count, f" of {total:,}" if total else "") for name, count, total in counts if count is not None]
+    return [f"{name}: {count:,}{of_all}" for name, count, of_all in known]
 
 
 def _list_bad_rows(run: RunSummary) -> dict[str, Any]:

@@ -46,10 +46,9 @@ def load_labelled_images(section: ZeroShotSection, recipe: Recipe) -> Dataset:
                 recipe.data.scenes_test, seed=recipe.data.scenes_seed, image_size=recipe.data.scenes_image_size
             )
         else:
+            is_usual = section.split == _USUAL_SPLIT
             source = cast(str, section.source)  # a checked recipe with a path has one
-            rows = load_split(
-                DataSection(source=source, path=section.path), section.split, whole=section.split == _USUAL_SPLIT
-            )
+            rows = load_split(DataSection(source=source, path=section.path), section.split, whole=is_usual)
         check_class_names(rows, section.classes, section.label_column)
         images = LabelledImages(rows, section.classes, section.image_column, section.label_column)
         _check_first_images(images)
@@ -142,11 +141,7 @@ def _name_key(message: str, section: ZeroShotSection) -> str:
     key = f"{KEY}.{begin[1]}"
     value = getattr(section, begin[1])
     shown = "" if isinstance(value, list) else f" {value!r}"
-    for argument, name in (
-        ("class_names", "classes"),
-        ("data.path", f"{KEY}.path"),
-        ("--split", f"{KEY}.split"),
-        ("data.source", f"{KEY}.source"),
-    ):
-        message = message.replace(argument, name)
+    words = {"class_names": "classes", "data.path": f"{KEY}.path", "data.source": f"{KEY}.source"}
+    for word, name in (words | {"--split": f"{KEY}.split"}).items():
+        message = message.replace(word, name)
     return f"{key}{shown}: {message}"
