@@ -29,9 +29,19 @@ def show_pass(
     Yields:
         The items.
     """
+    if not shown or get_rank_and_world_size()[0] != 0:
+        yield from items
+        return
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with make_bar(name, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def make_bar(name: str, total: int | None, unit: str = "batch") -> tqdm:
+    """Return a progress bar that appears after `DELAY` seconds and goes when it is closed."""
     # In a log file each refresh is a new line.
     interval = 0.1 if sys.stderr.isatty() else 5.0
-    off = not shown or get_rank_and_world_size()[0] != 0
-    yield from tqdm(
-        items, name, total, unit=unit, dynamic_ncols=True, delay=DELAY, mininterval=interval, leave=False, disable=off
-    )
+    return tqdm(desc=name, total=total, unit=unit, dynamic_ncols=True, delay=DELAY, mininterval=interval, leave=False)

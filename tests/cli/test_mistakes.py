@@ -146,7 +146,10 @@ def test_classes_in_another_case_but_in_order_are_right(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     classes = json.dumps([name.title() for name in CLASSES])
     settings = ["training.max_steps=1", "data.scenes_train=16", *AS_NUMBERS.split()]
-    assert main(["train", "tiny.yaml", "--output-dir", "titles", *settings, f"evaluation.zero_shot.classes={classes}"]) == 0
+    assert (
+        main(["train", "tiny.yaml", "--output-dir", "titles", *settings, f"evaluation.zero_shot.classes={classes}"])
+        == 0
+    )
     assert json.loads((workplace / "titles/metrics.json").read_text())["final"]["zero_shot_num_images"] == 96
 
 
@@ -155,4 +158,7 @@ def test_a_folder_that_may_not_be_written(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     Path("closed").mkdir(mode=0o500)
     assert main(["train", "tiny.yaml", "--output-dir", "closed/run"]) == 2
-    assert "training.output_dir 'closed/run': no folder can be written there (Permission denied)" in capsys.readouterr().err
+    assert (
+        "training.output_dir 'closed/run': no folder can be written there (Permission denied)"
+        in capsys.readouterr().err
+    )
