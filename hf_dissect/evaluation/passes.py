@@ -1,7 +1,7 @@
 """A progress bar for each pass over data that takes more than a few seconds."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -32,7 +32,7 @@ def show_pass(
     if not shown or get_rank_and_world_size()[0] != 0:
         yield from items
         return
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with make_bar(name, total, unit) as bar:
         for item in items:

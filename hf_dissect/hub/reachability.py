@@ -11,7 +11,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from hf_dissect.hub.address import PREFIX, is_repo_id
 
-CONNECT_S, ANSWER_S = 3.0, 4.0
+CONNECT_S, ANSWER_S = 2.0, 3.0
 """Seconds within which the Hub must accept a connection, and answer."""
 
 _OUTAGES = {"ConnectError", "ConnectTimeout", "ReadTimeout", "WriteTimeout", "PoolTimeout", "ProxyError"}

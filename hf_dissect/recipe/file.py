@@ -228,8 +228,7 @@ def _apply_override(settings: dict[str, Any], override: str, faults: Faults) -> 
     key = key.strip()
     *sections, name = key.split(".")
     if not equals or not name or not all(sections):
-        place, problem = explain_no_override(override)
-        faults.add(place, problem)
+        faults.add(*explain_no_override(override))
         return
     try:
         value = parse_yaml(text)

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -119,7 +119,7 @@ def check_optimizer(args: TrainingArguments, model: torch.nn.Module) -> None:
     """
     check_scheduler(args)
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, model)
+        Trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, model))
     except ImportError as error:
         raise ValueError(f"training.optim={OptimizerNames(args.optim).value}: {error}") from error
 
@@ -131,7 +131,7 @@ def check_scheduler(args: TrainingArguments) -> None:
         ValueError: It has not; the message names the key of the recipe.
     """
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    kind, options = SchedulerType(args.lr_scheduler_type), dict(args.lr_scheduler_kwargs or {})
+    kind, options = SchedulerType(args.lr_scheduler_type), cast(dict[str, Any], args.lr_scheduler_kwargs or {})
     try:
         get_scheduler(kind, optimizer, 1, 10, scheduler_specific_kwargs=options)
     except (ValueError, TypeError) as error:

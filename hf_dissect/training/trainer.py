@@ -104,7 +104,7 @@ class BaseTrainer(Trainer):
         """Check that a checkpoint fits the model; raise a `ValueError` if not."""
         check_same_architecture(self.model, folder)
 
-    def compute_figures(self, test_dataset: Any, **options: Any) -> Iterator[dict[str, Any]]:
+    def compute_figures(self, test_dataset: Any, *args: Any, **options: Any) -> Iterator[dict[str, Any]]:
         """Yield the figures of the trained model by name, part by part; every rank calls this method."""
         raise NotImplementedError
 

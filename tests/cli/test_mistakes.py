@@ -1,4 +1,4 @@
-"""Typical mistakes: each ends within seconds, before any training, in one line with the recipe's key and the way out."""
+"""Typical mistakes: each ends within seconds, before training, in one line with the recipe's key and the way out."""
 
 import json
 import os
@@ -48,7 +48,7 @@ MISTAKES = {
     "train tabs.yaml": "YAML is indented by spaces, never by tabs",
     "train two.yaml": "a file holds one recipe, without a line ---",
     "train list.yaml": "a recipe is a mapping of sections",
-    "train quoted.yaml": "training.learning_rate: '5e-5' is not allowed; allowed: a number, at least 0; write 5e-5 without",
+    "train quoted.yaml": "training.learning_rate: '5e-5' is not allowed; allowed: a number, at least 0; write 5e-5",
     "train folder": "folder: is a folder; did you mean folder/recipe.yaml?",
     # device and packages
     "train tiny.yaml training.fp16=true": "training.fp16: true needs a GPU",
@@ -123,8 +123,10 @@ def test_a_mistake_is_one_line_with_the_way_out(line, workplace, monkeypatch, ca
     monkeypatch.chdir(workplace)
     upper = [name.upper() for name in CLASSES]
     lists = {"CLASSES": CLASSES, "UPPER": upper, "SWAPPED": [*upper[1::-1], *upper[2:]]}
-    words = [word if (name := word.rpartition("=")[2]) not in lists else word.replace(name, json.dumps(lists[name])) for
-             word in line.split()]  # fmt: skip
+    words = []
+    for word in line.split():
+        key, equals, value = word.rpartition("=")
+        words.append(f"{key}{equals}{json.dumps(lists[value])}" if value in lists else word)
     start = time.monotonic()
     assert main(words) == 2
     shown = capsys.readouterr()

@@ -33,7 +33,7 @@ def test_a_result_of_any_kind_takes_a_folder(file, tmp_path, caplog):
     path.write_text("kept")
     with caplog.at_level(logging.WARNING):
         assert choose_free_output_dir(tiny_recipe(tmp_path / "run")).output_dir == str(tmp_path / "run-2")
-    assert f"already holds" in caplog.text and file.split("/")[0] in caplog.text
+    assert "already holds" in caplog.text and file.split("/")[0] in caplog.text
 
 
 @pytest.mark.parametrize("file", ["notes.txt", "pictures/a.png", "data.parquet", "events.out.tfevents.1"])
