@@ -100,7 +100,7 @@ class SelectionCollator:
         """Process each image once, and repeat it for the other readable pairs that share it."""
         shared = list(zip(image_keys, reasons, strict=True))
         first_row = {key: row for row, key in reversed(list(enumerate(shared)))}
-        if len(first_row) == len(rows):
+        if len(first_row) == len(rows) or any(is_feature_vector(row["image"]) for row in rows):
             return self._process_images(rows, reasons)
         first = sorted(first_row.values())
         place_of_row = {row: place for place, row in enumerate(first)}

@@ -238,9 +238,7 @@ class DissectTrainer(BaseTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self.encoder(model, inputs)
-        prediction = predict_pairs(
-            outputs, inputs, kind=self.kind, mask_false_negatives=self.args.mask_false_negatives
-        )
+        prediction = predict_pairs(outputs, inputs, self.objective.contrastive_loss)
         return (prediction[0], None, None) if prediction_loss_only else prediction
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:

@@ -86,8 +86,8 @@ def _check_images(dataset: Dataset, image_column: str) -> None:
     holds_paths = isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
     if not (isinstance(feature, Image) or holds_paths or is_list(dataset.data.schema.field(image_column).type)):
         raise ValueError(
-            f"image_column {image_column!r} holds {feature}, but must hold pictures (a datasets.Image, paths or bytes) "
-            "or feature vectors; name the column of the images."
+            f"image_column {image_column!r} holds {feature}, but must hold pictures (a datasets.Image, paths or "
+            "bytes) or feature vectors; name the column of the images."
         )
 
 

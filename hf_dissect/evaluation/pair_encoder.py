@@ -28,8 +28,8 @@ class PairEncoder:
     whole, but with the distinct images and captions of a batch, which may be of different numbers. A model for which
     that gives other embeddings or logits than the pairs do is called with the pairs: where a caption affects the
     embedding of its image (as in a MoLA router that reads both), where experts are chosen by the tasks of the pairs,
-    where a batch is split over devices (`torch.nn.DataParallel`), and where each size of a batch is compiled. So is any
-    model with batches that do not have the keys of a `SelectionCollator`, or in which nothing repeats.
+    where a batch is split over devices (`torch.nn.DataParallel`), and where each size of a batch is compiled. So is
+    any model with batches that do not have the keys of a `SelectionCollator`, or in which nothing repeats.
 
     Args:
         max_remembered: Largest number of images, and of captions, to remember; the first are forgotten first.
@@ -138,7 +138,10 @@ def _must_see_pairs(model: nn.Module) -> bool:
 def _divide_inputs(model: nn.Module, inputs: Mapping[str, Any], size: int) -> dict[str, set[str]] | None:
     """Return the names of the inputs of each side; None if an input is not one of a single side, a row for a pair."""
     network: Any = list_networks(model)[0]
-    methods: dict[str, Callable] = {"image_embeds": network.get_image_features, "text_embeds": network.get_text_features}
+    methods: dict[str, Callable] = {
+        "image_embeds": network.get_image_features,
+        "text_embeds": network.get_text_features,
+    }
     names = {side: inputs.keys() & inspect.signature(method).parameters for side, method in methods.items()}
     image, text = names.values()
     if image & text or image | text != inputs.keys() or not image or not text:

@@ -8,27 +8,21 @@ import torch
 from transformers import EvalPrediction
 
 from hf_dissect.evaluation.recall import retrieval_from_pairs
-from hf_dissect.losses.contrastive import per_pair_loss
+from hf_dissect.losses.contrastive import ContrastiveLoss, per_pair_loss
 from hf_dissect.losses.logit_rows import find_false_negatives
 
 logger = logging.getLogger(__name__)
 
 
 def predict_pairs(
-    outputs: Mapping[str, torch.Tensor],
-    batch: Mapping[str, torch.Tensor],
-    *,
-    kind: str,
-    mask_false_negatives: bool = False,
+    outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], contrastive_loss: ContrastiveLoss
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return the loss, the predictions and the labels of a prediction step.
 
     Args:
         outputs: Outputs of the model for `B` pairs.
         batch: Batch of a `SelectionCollator`, with or without unreadable pairs.
-        kind: Loss of the model, "softmax" or "sigmoid".
-        mask_false_negatives: True to leave pairs that share an image or a caption out of each other's negatives, as in
-            training.
+        contrastive_loss: Loss of the run, for its kind and its mask of false negatives.
 
     Returns:
         Mean loss `()` of the readable pairs; embeddings of images and texts, float32 `(B, D)` each; image keys,
@@ -39,8 +33,9 @@ def predict_pairs(
     image_key, caption_key = (batch.get(name, sample_id) for name in ("image_key", "caption_key"))
     good = bad_reason == 0
     keys = torch.stack([image_key, caption_key])[:, good]
-    mask = find_false_negatives(keys, keys) if mask_false_negatives else None
-    loss = per_pair_loss(outputs["logits_per_text"][good][:, good], kind=kind, mask=mask).mean().detach()
+    mask = find_false_negatives(keys, keys) if contrastive_loss.mask_false_negatives else None
+    logits = outputs["logits_per_text"][good][:, good]
+    loss = per_pair_loss(logits, kind=contrastive_loss.kind, mask=mask).mean().detach()
     embeds = (outputs["image_embeds"].detach().float(), outputs["text_embeds"].detach().float())
     return loss, embeds, (image_key, bad_reason, caption_key)
 

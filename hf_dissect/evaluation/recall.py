@@ -46,7 +46,7 @@ def retrieval_metrics(
         `image_to_text_R@1`, `@5`, `@10` and `text_to_image_R@1`, `@5`, `@10` in per cent; `image_to_text_median_rank`
         and `text_to_image_median_rank`, counted from 1; and `recall_sum`, the sum of the six recalls (at most 600). A
         candidate that ties with the right one counts as ranked before it, so that equal embeddings gain nothing. With
-        `text_key`, also the figures of `count_repeats`.
+        `text_key`, also the figures of `count_repeats` if any caption is repeated.
 
     Raises:
         ValueError: If embeddings are empty, not finite or misshapen, or `image_of_text` or `text_key` does not match
@@ -65,7 +65,8 @@ def retrieval_metrics(
     metrics["recall_sum"] = recall_sum
     if text_key is not None:
         owner = np.arange(len(text_embeds)) if image_of_text is None else image_of_text
-        metrics |= count_repeats(owner, text_key)
+        repeats = count_repeats(owner, text_key)
+        metrics |= repeats if repeats["repeated_captions"] else {}
     return metrics
 
 

@@ -176,7 +176,7 @@ def _embed_images(
 
 def _find_feature_dim(model: Any) -> int | None:
     """Return the size of the feature vectors that a model reads; None for a model of pictures."""
-    tower = getattr(model.config, "vision_config", None)
+    tower = getattr(getattr(model, "config", None), "vision_config", None)
     return tower.hidden_size if isinstance(tower, PrecomputedFeaturesConfig) else None
 
 

@@ -100,15 +100,16 @@ def check_class_names(rows: Any, classes: list[str], label_column: str | None) -
         return
     if set(labels) <= set(classes):
         return
-    as_written = {_fold(label): label for label in labels}
+    as_written = {_fold(label): label for label in labels} | {label: label for label in labels}
     for place, name in enumerate(classes):
-        meant = as_written.get(_fold(name), name)
-        if meant != name and not (in_order and labels[place] == meant):
-            listed = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
-            raise ValueError(
-                f"class_names has {name!r}, which the labels in {label_column!r} write {meant!r}; write the classes "
-                f"as the data do: {listed}."
-            )
+        meant = as_written.get(name, as_written.get(_fold(name)))
+        if meant is None or (labels[place] == meant if in_order else name == meant):
+            continue
+        listed = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+        fault = f", which the labels in {label_column!r} write {meant!r}"
+        if name == meant:
+            fault = f" where the labels in {label_column!r} have {labels[place]!r}"
+        raise ValueError(f"class_names has {name!r}{fault}; write the classes as the data do: {listed}.")
 
 
 def _fold(name: str) -> str:

@@ -161,7 +161,9 @@ def test_experts_of_tasks_serve_each_pair_by_its_own_task(tmp_path):
     data = flat_pairs(8, 3)
     data = data.add_column("style", [index % 2 for index in range(24)])  # an image has pairs of both tasks
     figures = compare_with_all_pairs(make_trainer(tmp_path, model, processor, data, task_column="style"))
-    other = make_trainer(tmp_path, model, processor, data.map(lambda row: {"style": 1 - row["style"]}), task_column="style")
+    other = make_trainer(
+        tmp_path, model, processor, data.map(lambda row: {"style": 1 - row["style"]}), task_column="style"
+    )
     assert other.evaluate()["eval_loss"] != pytest.approx(figures["eval_loss"], abs=1e-4)
 
 
@@ -239,5 +241,5 @@ def test_a_stream_and_batches_of_another_collator(tmp_path):
         name: value for name, value in collator(rows).items() if name not in ("image_key", "caption_key", "bad_reason")
     }
     images.rows = 0
-    assert trainer.evaluate()["eval_repeated_captions"] == 0
+    assert "eval_repeated_captions" not in trainer.evaluate()
     assert images.rows == 18
