@@ -77,7 +77,8 @@ MISTAKES = {
     "compare tiny.yaml --output-dir file": "training.output_dir 'file': no folder",
     "train tiny.yaml --resume --output-dir empty": "No checkpoint to resume from in empty.",
     "evaluate folder --output absent/figures.json": "--output absent/figures.json: there is no folder",
-    "evaluate folder --output tiny.yaml": "--output tiny.yaml exists; name another file, or add --overwrite.",
+    "evaluate folder --output tiny.yaml": "--output tiny.yaml exists and does not hold the figures of an evaluation;",
+    "evaluate folder --output config.json": "--output config.json exists and does not hold the figures",
     # what the recipe names
     "train tiny.yaml selection.ledger=nowhere": "selection.ledger 'nowhere'",
     "train tiny.yaml model.config=null model.name_or_path=./nowhere": "'./nowhere' could not be loaded",
@@ -105,6 +106,7 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "file").write_text("not a folder")
     (folder / "folder").mkdir()
     (folder / "folder" / "recipe.yaml").write_text(tiny)
+    (folder / "config.json").write_text('{"model_type": "clip", "projection_dim": 16}')
     (folder / "empty.yaml").write_text("")
     (folder / "tabs.yaml").write_text("name: x\nmodel:\n\tname_or_path: y\n")
     (folder / "two.yaml").write_text("name: x\n---\nname: y\n")
