@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_dissect import training_data
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pair_sample import sample_pairs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
@@ -115,7 +116,6 @@ class DissectTrainer(BaseTrainer):
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
-        records = args.record_selection and self.is_world_process_zero()
         return OnlineSelector(
             strategy,
             **args.selector_settings(),
@@ -125,7 +125,7 @@ class DissectTrainer(BaseTrainer):
             padding=getattr(self.data_collator, "padding", {}),
             ranks=self.ranks,
             bad_rows=BadRows(args.max_bad_fraction, training_data.count_pairs(pairs)),
-            trace=SelectionTrace(args.output_dir if records else None),
+            trace=SelectionTrace(args.output_dir if args.record_selection and self.is_world_process_zero() else None),
             hooks=LoopHooks(self._agree, self._prepare_inputs, autocast, self.times.measure, self._check_finite),
         )
 
@@ -250,8 +250,8 @@ class DissectTrainer(BaseTrainer):
 
     def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
         """Yield each batch on the device of the model, with its scores under the current weights."""
-        autocast = self.accelerator.autocast
-        return score_batches(self.model, batches, kind=self.kind, prepare=self._prepare_inputs, autocast=autocast)
+        steps = {"prepare": self._prepare_inputs, "autocast": self.accelerator.autocast}
+        return score_batches(self.model, batches, kind=self.kind, shown=not self.args.disable_tqdm, **steps)
 
     # ---- the run ----
 
@@ -313,32 +313,29 @@ class DissectTrainer(BaseTrainer):
         restore_base(self.model, str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
-    def final_figures(
-        self,
-        test_dataset: Any,
-        more_figures: Callable[[], dict[str, float]] | None = None,
-        retrieval: bool = True,
-        noise_detection: bool = True,
-    ) -> dict[str, Any]:
-        """Return the figures of the trained model by name; every rank calls this method.
+    def compute_figures(
+        self, test_dataset: Any, more_figures: Any = None, retrieval: bool = True, noise_detection: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the final figures by name, part by part; every rank calls this method.
 
         Args:
             test_dataset: Data of the retrieval figures; None for `eval_dataset`.
-            more_figures: Function that computes further figures; None for no others.
+            more_figures: Function that returns further figures by name; None for no others.
             retrieval: True to compute the retrieval figures.
-            noise_detection: True to score the training pairs with the final model, if their truth is known.
+            noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
-        unlogged: dict[str, Any] = {} if more_figures is None else more_figures()
-        dataset, final = self.eval_dataset if test_dataset is None else test_dataset, {}
+        dataset, unlogged = self.eval_dataset if test_dataset is None else test_dataset, {}
         if retrieval and dataset is not None:
-            final = drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
+            yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
+        if more_figures is not None:
+            yield (unlogged := more_figures())
         if noise_detection and getattr(self.train_dataset, "knows_truth", False):
             with self.times.measure("evaluation"):
-                scored = self.score_pairs(self.train_dataset)
-            unlogged = unlogged | self.summary.evaluate_noise(scored)
+                scored = self.score_pairs(sample_pairs(self.train_dataset, self.args.max_train_pairs))
+            yield (noise := self.summary.evaluate_noise(scored))
+            unlogged = {**unlogged, **noise}
         if unlogged:
             self.log({f"test_{key}": float(value) for key, value in unlogged.items() if value is not None})
-        return final | unlogged
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -1,5 +1,6 @@
 """Turn the rows of any image-text table into numbered (image, caption) pairs, with undecoded images."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -159,6 +160,19 @@ class PairDataset(torch.utils.data.Dataset):
         if self.columns.clean is not None:
             columns["is_clean"] = list(map(bool, self._pick_by_pair(batch[self.columns.clean], numbers)))
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def select(self, indices: np.ndarray) -> "PairDataset":
+        """Return some of the pairs with their ids.
+
+        Args:
+            indices: Indices of the pairs, int `(n,)`.
+        """
+        chosen = copy.copy(self)
+        chosen.__dict__.pop("_order", None)  # the cached order of the ids of all pairs
+        chosen._row = self.row_of_pair[indices]
+        chosen._caption = None if self._caption is None else self._caption[indices]
+        chosen.sample_ids = np.asarray(indices) if self.sample_ids is None else self.sample_ids[indices]
+        return chosen
 
     def number_tasks(self, names: Sequence[str]) -> None:
         """Renumber named tasks by their place in other names, such as those of the training data.

@@ -221,6 +221,12 @@ class EvaluationSection:
 
     retrieval: bool = setting(True, "Recall at 1, 5 and 10 in both directions.")
     noise_detection: bool = setting(True, "Separation of mismatched pairs by the scores, where the truth is known.")
+    max_train_pairs: int | None = setting(
+        10_000,
+        "Training pairs, chosen at random, that are scored for noise_detection when training has ended; null: all.",
+        within="[2, inf)",
+        argument="max_train_pairs",
+    )
     zero_shot: ZeroShotSection | None = setting(None, "Zero-shot classification; null: none.")
     batch_size: int | None = setting(
         None, "Pairs a device at evaluation; null: training.per_device_eval_batch_size.", within="[1, inf)"

@@ -29,6 +29,7 @@ from hf_dissect.runs.saved_model import (
     load_split,
     trains_with_mask,
 )
+from hf_dissect.runs.zero_shot import check_class_names
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training_args import DissectTrainingArguments
@@ -263,5 +264,6 @@ def _prepare_images(
                 "it with --max-rows, or name files of this machine with --data."
             )
         rows = datasets.Dataset.from_list(list(rows), features=rows.features)
+    check_class_names(rows, list(names), find_label_column(rows.column_names, label_column))
     LabelledImages(rows, names, _find_image_column(section), label_column, section.task_column)
     return rows

@@ -15,6 +15,7 @@ from hf_dissect.distillation.recipe import DistillationDataSection
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import RECIPE_FILE
 from hf_dissect.hub.pull import download_model, pull_recipe
+from hf_dissect.hub.reachability import HubNeed, check_reachable, is_on_hub
 from hf_dissect.recipe.file import read_settings
 from hf_dissect.recipe.recipe import DataSection, Recipe, RecipeError
 
@@ -29,8 +30,11 @@ def fetch_model(checkpoint: str) -> str:
     """Download the model at `hub:USER/REPO` and return its folder; return any other checkpoint as it is.
 
     Raises:
-        HubError: The Hub has no such model, or cannot be reached.
+        HubError: The Hub has no such model.
+        HubUnreachable: The model is on the Hub, which does not answer.
     """
+    if is_on_hub(checkpoint):
+        check_reachable([HubNeed("model", checkpoint)])
     return str(download_model(HubAddress.parse(checkpoint))) if is_hub_address(checkpoint) else checkpoint
 
 
@@ -92,6 +96,12 @@ def choose_data(checkpoint: str, data: str | None, recipe: Recipe | None) -> Dat
         return recipe.data
     if data == "scenes":
         return DataSection(source="scenes", scenes_train=1)
+    if data.endswith(".tar"):
+        return DataSection(source="webdataset", path=data)
+    local = Path(data).expanduser().exists() or data.startswith((".", "/", "~"))
+    if not local:
+        check_reachable([HubNeed("data", data, "dataset", "name a local file or folder")])
+    return DataSection(source="folder" if local else "hub", path=data)
     source = recognise_source(data)
     return DataSection(source=source, path=data, streaming=source == "webdataset" and is_remote(data))
 

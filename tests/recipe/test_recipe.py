@@ -558,6 +558,7 @@ def test_training_arguments_gather_the_sections():
         "output_dir": "runs/small",
         "selection_strategy": "dissect",
         "selection_ratio": 0.3,
+        "max_train_pairs": 10_000,
         "selection_scope": "global",
         "selection_warmup_epochs": 1,
         "selection_options": {"variant": "momentum"},

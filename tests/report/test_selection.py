@@ -278,3 +278,22 @@ def test_import_is_light():
     heavy = "('torch', 'matplotlib', 'numpy')"
     code = f"import sys, hf_dissect.report.selection; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_short_run_shows_what_it_knows_without_a_log(tmp_path):
+    run = make_run()
+    run.log_history = []
+    run.metrics["selection"] = {"kept_share": 0.5, "noise_kept": 0.25, "noise_candidates": 0.4}
+    page = report(tmp_path, [run])
+    assert "Not known" not in page.text and "No curve: the run ended before its first log" in page.text
+    assert "25.0 % of the kept, 40.0 % of the candidates" in page.text
+    assert "Mismatched among candidates40.0 %" in page.text  # among the facts at the top
+    run.metrics["selection"] = {"kept_share": 0.5}
+    assert "Not known: the data does not say which captions are mismatched" in report(tmp_path, [run]).text
+
+
+def test_figures_of_a_sample_are_named_as_such(tmp_path):
+    run = make_run()
+    assert "random sample of the training pairs" not in report(tmp_path, [run]).text
+    run.metrics |= {"scored_train_pairs": 10_000, "num_pairs": 29_000}
+    assert f"{run.name}: 10,000 of 29,000" in report(tmp_path, [run]).text
