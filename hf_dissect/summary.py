@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_dissect.data.shards.skipped import summarize_skipped
 from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation.selection_figures import (
     compute_label_figures,
@@ -76,8 +77,11 @@ class SelectionSummary:
         return self._num_scored is not None and limit is not None and (count is None or count > limit)
 
     def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
-        """Return the unreadable rows of all ranks; every rank calls this method."""
-        return {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
+        """Return the unreadable rows and skipped shards of all ranks; every rank calls this method."""
+        figures = {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
+        everyone = ranks.gather_objects(getattr(self._dataset, "skipped_shards", {}))
+        skipped = {shard: reason for record in everyone for shard, reason in record.items()}
+        return {**figures, **({"skipped_shards": summarize_skipped(skipped)} if skipped else {})}
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Return the recipe, the facts of the model, its base model, and the scores of the last epoch."""

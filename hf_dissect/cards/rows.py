@@ -47,8 +47,14 @@ def tabulate_data(metrics: Mapping[str, Any], recipe: "Recipe | None") -> Rows:
     """Tabulate the pairs that the model was trained on, and the noise that was put into them."""
     rows = [] if recipe is None else _tabulate_source(recipe)
     bad = as_mapping(metrics.get("bad_rows")).get("count")
+    shards = as_mapping(metrics.get("skipped_shards")).get("count")
     return format_rows(
-        [*rows, ("Training pairs", _format_count(metrics.get("num_pairs"))), ("Unreadable rows skipped", bad or None)]
+        [
+            *rows,
+            ("Training pairs", _format_count(metrics.get("num_pairs"))),
+            ("Unreadable rows skipped", bad or None),
+            ("Shards not read to their end", shards or None),
+        ]
     )
 
 

@@ -84,3 +84,5 @@ def _print_selection(metrics: dict[str, Any]) -> None:
     )
     if count := metrics["bad_rows"]["count"]:
         print(f"{count} rows could not be read and were skipped; see metrics.json for their ids")
+    if shards := metrics.get("skipped_shards"):
+        print(f"{shards['count']} shards were not read to their end; see metrics.json for their names")

@@ -11,8 +11,8 @@ from hf_dissect.data.files import find_image_column, read_folder, read_image_fol
 from hf_dissect.data.image_features import add_image_features
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
 from hf_dissect.data.scenes.drawing import make_scenes, scenes_features, scenes_generator
+from hf_dissect.data.shards.reading import read_tar_shards
 from hf_dissect.data.split_files import summarize_error
-from hf_dissect.data.tar_shards import read_tar_shards
 
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
 
@@ -26,6 +26,7 @@ def load_splits(
     validation_split: str | None = "validation",
     test_split: str | None = "test",
     streaming: bool = False,
+    skip_bad_shards: bool = False,
     image_column: str | None = None,
     caption_column: str | None = None,
     id_column: str | None = None,
@@ -61,11 +62,12 @@ def load_splits(
         validation_split: Name of the validation split in the source; None leaves it out.
         test_split: Name of the test split in the source; None leaves it out.
         streaming: Whether to read while training instead of before.
+        skip_bad_shards: Whether to skip the rest of a damaged shard of "webdataset", with a warning.
         image_column: Column with the images; None recognises the usual names. It keeps its name.
         caption_column: Column with the captions; None recognises the usual names. It keeps its name.
-        id_column: Not used; accepted so that the whole section can be passed.
-        task_column: Not used, like `id_column`.
-        clean_column: Column for the truth about injected noise, `clean` if None.
+        id_column: Used by "webdataset" only, which looks for it; accepted so that the whole section can be passed.
+        task_column: Used like `id_column`.
+        clean_column: Column for the truth about injected noise, `clean` if None; also used like `id_column`.
         image_features: `.npz` file with one `(rows, dim)` array per split, named like the split, for the float32
             column `image_features`. A relative path starts here or, if there is no such file, at `path`.
         max_train_rows: Number of rows of the train split to keep, from the first; None keeps all.
@@ -73,8 +75,8 @@ def load_splits(
         noise_rate: Share of the pairs to mismatch, see `shuffle_captions`.
         noise_seed: Seed of the mismatches.
         noise_permutation: `.npy` file for `apply_caption_order`, found like `image_features`.
-        num_workers: Not used, like `id_column`.
-        shuffle_buffer: Not used, like `id_column`.
+        num_workers: Not used; accepted so that the whole section can be passed.
+        shuffle_buffer: Not used, like `num_workers`.
         scenes_train: Number of train rows of the "scenes" source.
         scenes_validation: Number of its validation rows; 0 leaves the split out.
         scenes_test: Number of its test rows; 0 leaves the split out.
@@ -91,6 +93,8 @@ def load_splits(
     """
     _check_arguments(source, path, streaming, image_features, noise_rate, noise_permutation)
     address = path or ""  # an empty one was refused for the sources that read it
+    if skip_bad_shards and source != "webdataset":
+        raise ValueError(f"data.skip_bad_shards is true, but data.source is {source!r}, which has no shards.")
     _check_limits(max_train_rows=max_train_rows, max_eval_rows=max_eval_rows)
     split_names = {"train": train_split, "validation": validation_split, "test": test_split}
     if source == "scenes":
@@ -103,7 +107,17 @@ def load_splits(
     elif source == "imagefolder":
         splits = read_image_folder(address, split_names, image_column)
     else:
-        splits = read_tar_shards(address, split_names, streaming)
+        splits = read_tar_shards(
+            address,
+            split_names,
+            streaming,
+            image_column=image_column,
+            caption_column=caption_column,
+            id_column=id_column,
+            task_column=task_column,
+            clean_column=clean_column,
+            skip_bad_shards=skip_bad_shards,
+        )
     splits = {split: _stop_decoding(rows, image_column) for split, rows in splits.items()}
     if streaming and source in ("folder", "imagefolder"):
         # These rows already lie in Arrow files: streaming only changes the order in which they are read.

@@ -25,6 +25,7 @@ from hf_dissect.data.pair_columns import (
     read_task_numbers,
     select_undecoded,
 )
+from hf_dissect.data.shards.skipped import read_description
 from hf_dissect.data.streaming.pair_stream import PairStream
 
 __all__ = [
@@ -127,6 +128,11 @@ class PairDataset(torch.utils.data.Dataset):
     def has_pictures(self) -> bool:
         """True if the table holds pictures, which a model that is trained on stored features does not need."""
         return self._pictures is not None
+
+    @property
+    def skipped_shards(self) -> dict[str, str]:
+        """Shards that were not read to their end, with the reason."""
+        return read_description(self.rows)
 
     @property
     def row_of_pair(self) -> np.ndarray:

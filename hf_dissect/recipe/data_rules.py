@@ -42,6 +42,11 @@ def data_conflicts(data: DataSection, training: Mapping[str, Any]) -> Iterator[F
             ("data.streaming", "data.path"),
             f"false, but the shards of {show(data.path)} lie elsewhere; set it to true, or copy them here first",
         )
+    if data.skip_bad_shards and data.source != "webdataset":
+        yield (
+            ("data.skip_bad_shards", "data.source"),
+            f"true is only for data.source webdataset, not {data.source}; set it to false",
+        )
     if data.streaming and data.image_features:
         yield (
             ("data.image_features", "data.streaming"),

@@ -66,12 +66,18 @@ class DataSection:
     validation_split: str | None = setting("validation", "Split evaluated during training; null: none.")
     test_split: str | None = setting("test", "Split of the final figures; null: none.")
     streaming: bool = setting(False, "Read while training instead of before it; needs training.max_steps.")
+    skip_bad_shards: bool = setting(
+        False,
+        "Of a shard that is damaged, cut off or unreachable, train on the pairs before this place and count it, "
+        "instead of an error.",
+    )
     image_column: str | None = setting(
         None, "Column of the images; null: recognised by its name, such as image.", argument="image_column"
     )
     caption_column: str | None = setting(
         None,
-        "Column of the caption or the list of captions; null: recognised by its name, such as caption.",
+        "Column of the caption or the list of captions; null: recognised by its name, such as caption. Of shards, a "
+        "member such as txt, or a field of the JSON.",
         argument="caption_column",
     )
     id_column: str | None = setting(

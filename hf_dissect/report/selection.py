@@ -270,4 +270,5 @@ def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
         "reasons": as_mapping(bad.get("reasons")),
         "ids": ids[:MAX_BAD_IDS],
         "more_ids": len(ids) > MAX_BAD_IDS,
+        "shards": as_mapping(as_mapping(run.metrics.get("skipped_shards")).get("shards")),
     }

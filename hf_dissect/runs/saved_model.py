@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from hf_dissect.data import load_splits
 from hf_dissect.data.files import FILE_NAME_COLUMN, METADATA_NAMES, TABLE_FORMATS
-from hf_dissect.data.shard_files import is_remote
+from hf_dissect.data.shards.files import is_remote, is_shard_name
 from hf_dissect.distillation.recipe import DistillationDataSection
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import RECIPE_FILE
@@ -21,7 +21,6 @@ from hf_dissect.recipe.recipe import DataSection, Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 
-_TARS = (".tar", ".tar.gz", ".tgz")
 _Section = TypeVar("_Section", DataSection, DistillationDataSection)
 _Rows = TypeVar("_Rows")
 
@@ -113,12 +112,12 @@ def recognise_source(data: str) -> str:
     tables than those that describe them a "webdataset".
     """
     place = Path(data).expanduser()
-    if data.endswith(_TARS):
+    if is_shard_name(data):
         return "webdataset"
     if not place.exists() and not data.startswith((".", "/", "~")):
         return "hub"
     files = [file for pattern in ("*", "*/*") for file in place.glob(pattern) if not file.name.startswith(".")]
-    shards = {file.name.partition(".")[0] for file in files if file.name.endswith(_TARS)}
+    shards = {file.name.partition(".")[0] for file in files if is_shard_name(file.name)}
     tables = {file.stem for file in files if file.suffix.lower() in TABLE_FORMATS and not _describes_shard(file.stem)}
     if shards and tables <= shards:
         return "webdataset"

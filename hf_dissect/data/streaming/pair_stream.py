@@ -9,6 +9,7 @@ import torch
 
 from hf_dissect.data.images import image_content, is_feature_vector
 from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, key_hash, select_undecoded
+from hf_dissect.data.shards.skipped import record_skipped
 
 
 class PairStream(torch.utils.data.IterableDataset):
@@ -20,6 +21,10 @@ class PairStream(torch.utils.data.IterableDataset):
     Args:
         rows: Stream of images and captions.
         columns: Columns of the stream that make a pair.
+
+    Attributes:
+        skipped_shards: Shards that were not read to their end so far, with the reason; those that a worker of a
+            `StreamLoader` met are added with its batches.
     """
 
     num_samples = None
@@ -27,6 +32,7 @@ class PairStream(torch.utils.data.IterableDataset):
     def __init__(self, rows: datasets.IterableDataset, columns: PairColumns) -> None:
         self.columns = columns
         self.rows = select_undecoded(rows, columns)
+        self.skipped_shards: dict[str, str] = {}
 
     @classmethod
     def from_dataset(cls, dataset: datasets.IterableDataset, **names: str | None) -> "PairStream":
@@ -57,7 +63,7 @@ class PairStream(torch.utils.data.IterableDataset):
             ValueError: If the stream has no rows.
         """
         empty = True
-        for row in self.rows:
+        for row in record_skipped(iter(self.rows), self.skipped_shards):
             empty = False
             yield from self.make_pairs(row)
         if empty and torch.utils.data.get_worker_info() is None:  # one of several workers may be left without rows
