@@ -228,7 +228,8 @@ def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed:
             f"{name} does not allow; use one process for each GPU (accelerate launch, DDP or FSDP) and an optimiser "
             "that steps once, or leave it out."
         )
-    if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+    norms = (part for part in model.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm))
+    if any(all(weight.requires_grad for weight in norm.parameters()) for norm in norms):
         logger.warning(
             "The model has batch norm, which with grad_cache_chunk_size normalises over a chunk of a batch."
         )
