@@ -21,7 +21,7 @@ from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
-from hf_dissect.models.adapters import restore_base, save_base
+from hf_dissect.models.adapters import restore_adapter, save_base
 from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias
 from hf_dissect.models.tasks import select_representations
 from hf_dissect.objective import Objective
@@ -305,12 +305,12 @@ class DissectTrainer(BaseTrainer):
             self.selector.epoch -= training_data.count_pairs(self.train_dataset) is None and self.stream is None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_base(self.model, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not restore_adapter(self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        restore_base(self.model, str(self.state.best_model_checkpoint))
-        super()._load_best_model()
+        if not restore_adapter(self.model, str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
 
     def final_figures(
         self,
