@@ -32,6 +32,7 @@ from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 from hf_dissect.training.non_finite import check_finite
+from hf_dissect.training.reload_check import ReloadCheck
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
@@ -111,6 +112,7 @@ class DissectTrainer(BaseTrainer):
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
         self.add_callback(ClampLogitScale())
+        self.add_callback(ReloadCheck(self.data_collator, self.train_dataset))
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast

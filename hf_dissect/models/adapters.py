@@ -248,9 +248,28 @@ def restore_adapter(model: nn.Module, folder: str | Path) -> bool:
     return True
 
 
+def list_unsaved_weights(model: nn.Module, reloaded: nn.Module) -> list[str]:
+    """Return the names of the weights that train and that saving and loading does not bring back.
+
+    Args:
+        model: Model, with or without an adapter.
+        reloaded: Model that was loaded from its files.
+    """
+    trained = {name: part for name, part in bare_model(model).named_parameters() if part.requires_grad}
+    adapted = find_adapted(model)
+    if adapted is None:
+        return sorted(trained.keys() - bare_model(reloaded).state_dict(keep_vars=True).keys())
+    saved = get_peft_model_state_dict(adapted, adapter_name=get_active_adapter(adapted)).values()
+    places = {tensor.data_ptr() for tensor in saved}
+    if not find_base(adapted):  # the base is saved, too
+        loaded = {_strip_wrappers(name) for name in bare_model(reloaded).state_dict()}
+        trained = {name: part for name, part in trained.items() if _strip_wrappers(name) not in loaded}
+    return sorted(name for name, part in trained.items() if part.data_ptr() not in places)
+
+
 def _strip_wrappers(name: str) -> str:
     """Return the name of a tensor in the base alone, without the layers that PEFT put around it."""
-    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+    return re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)", "", name)
 
 
 def check_same_adapter(model: nn.Module, folder: str | Path) -> None:
