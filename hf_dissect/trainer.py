@@ -30,9 +30,8 @@ from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
-from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 from hf_dissect.training.non_finite import check_finite
-from hf_dissect.training.reload_check import ReloadCheck
+from hf_dissect.training.reload_check import make_callbacks
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
@@ -85,7 +84,7 @@ class DissectTrainer(BaseTrainer):
         **trainer_arguments: Any,
     ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
-        training_data.check_arguments(args, data_collator, processing_class)
+        training_data.check_arguments(args, data_collator, processing_class, eval_dataset, trainer_arguments)
         train_dataset, eval_dataset = training_data.prepare_data(model, train_dataset, eval_dataset, args)
         trainer_arguments.setdefault("compute_metrics", compute_retrieval)
         super().__init__(
@@ -111,8 +110,8 @@ class DissectTrainer(BaseTrainer):
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
-        self.add_callback(ClampLogitScale())
-        self.add_callback(ReloadCheck(self.data_collator, self.train_dataset))
+        for callback in make_callbacks(self.data_collator, self.train_dataset):
+            self.add_callback(callback)
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
@@ -222,13 +221,19 @@ class DissectTrainer(BaseTrainer):
 
     # ---- evaluation ----
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the loader of data to evaluate or to predict, with all rows."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
+            training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    get_test_dataloader = get_eval_dataloader
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Compute loss, recall at 1, 5 and 10, and median rank in both directions on `eval_dataset`."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
-            training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
         with self.times.measure("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -239,15 +244,13 @@ class DissectTrainer(BaseTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**forward_inputs(model, inputs))
-        prediction = predict_pairs(outputs, inputs, kind=self.kind)
+        prediction = predict_pairs(outputs, inputs, kind=self.kind, scale_and_bias=logit_scale_and_bias(model))
         return (prediction[0], None, None) if prediction_loss_only else prediction
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:
         """Compute the correlation of all readable pairs under the current weights, see `join_correlations`."""
-        pairs = training_data.wrap_pairs("dataset", dataset, self.args)
-        training_data.check_tasks(self.model, self.train_dataset, pairs)
-        scored = self.score_batches(self.get_eval_dataloader(pairs))
-        return join_correlations(scored, self.accelerator.gather_for_metrics)
+        batches = self.get_eval_dataloader(dataset)
+        return join_correlations(self.score_batches(batches), self.accelerator.gather_for_metrics)
 
     def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
         """Yield each batch on the device of the model, with its scores under the current weights."""
@@ -258,10 +261,7 @@ class DissectTrainer(BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `BaseTrainer.train`, from the scores of `initial_ledger` unless the run is resumed."""
-        if self.train_dataset is None:
-            raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        warm_ups = training_data.list_warm_ups(self.strategy, self.objective)
-        training_data.warn_if_warm_up_outlasts(self.train_dataset, warm_ups, self.args)
+        training_data.begin(self.train_dataset, self.objective, self.strategy, self.args, self.hp_search_backend)
         if self.args.initial_ledger is not None and not resume_from_checkpoint:
             training_data.begin_with_initial_ledger(self.ledger, self.strategy, self.train_dataset, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)

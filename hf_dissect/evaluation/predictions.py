@@ -9,12 +9,17 @@ from transformers import EvalPrediction
 
 from hf_dissect.evaluation.recall import retrieval_from_pairs
 from hf_dissect.losses.contrastive import per_pair_loss
+from hf_dissect.models.families import check_outputs
 
 logger = logging.getLogger(__name__)
 
 
 def predict_pairs(
-    outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, kind: str
+    outputs: Mapping[str, torch.Tensor],
+    batch: Mapping[str, torch.Tensor],
+    *,
+    kind: str,
+    scale_and_bias: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return the loss, the predictions and the labels of a prediction step.
 
@@ -22,14 +27,20 @@ def predict_pairs(
         outputs: Outputs of the model for `B` pairs.
         batch: Batch of a `SelectionCollator`, with or without unreadable pairs.
         kind: Loss of the model, "softmax" or "sigmoid".
+        scale_and_bias: Factor and summand of the logits, `()` each, for a model that returns no logits.
 
     Returns:
         Mean loss `()` of the readable pairs; embeddings of images and texts, float32 `(B, D)` each; image keys and
         reasons for unreadable pairs, `(B,)` each.
     """
+    check_outputs(outputs)
     bad_reason = batch.get("bad_reason", torch.zeros_like(batch["sample_id"]))
     good = bad_reason == 0
-    loss = per_pair_loss(outputs["logits_per_text"][good][:, good], kind=kind).mean().detach()
+    logits = outputs.get("logits_per_text")
+    if logits is None:
+        scale, bias = scale_and_bias
+        logits = outputs["text_embeds"] @ outputs["image_embeds"].T * scale + bias
+    loss = per_pair_loss(logits[good][:, good], kind=kind).mean().detach()
     embeds = (outputs["image_embeds"].detach().float(), outputs["text_embeds"].detach().float())
     return loss, embeds, (batch.get("image_key", batch["sample_id"]), bad_reason)
 

@@ -27,6 +27,7 @@ from hf_dissect.models.families import bare_model
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.selection.scoring import evaluation_mode
 from hf_dissect.training.checkpoints import UNFINISHED_FOLDER
+from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,16 @@ class ReloadCheck(TrainerCallback):
             )
 
 
+def make_callbacks(collator: Any, dataset: Any) -> list[TrainerCallback]:
+    """Return the callbacks of a selection run that look after its model.
+
+    Args:
+        collator: Collator of the run.
+        dataset: Training pairs.
+    """
+    return [ClampLogitScale(), ReloadCheck(collator, dataset)]
+
+
 def find_reload_problem(model: nn.Module, inputs: dict[str, torch.Tensor] | None, place: Path) -> str | None:
     """Save a model, load it as `AutoModel` and this package do, and compare the two.
 
@@ -99,8 +110,8 @@ def find_reload_problem(model: nn.Module, inputs: dict[str, torch.Tensor] | None
     """
     if not isinstance(bare_model(model), PreTrainedModel):
         return (
-            f"{type(model).__name__} is not a transformers.PreTrainedModel, so that only its weights are saved; derive "
-            "it from PreTrainedModel, and register it with AutoModel.register"
+            f"{type(model).__name__} is not a transformers.PreTrainedModel, so that only its weights are saved; "
+            "derive it from PreTrainedModel, and register it with AutoModel.register"
         )
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -142,18 +153,17 @@ def _compare(model: nn.Module, reloaded: nn.Module, inputs: dict[str, torch.Tens
     causes = _find_other_classes(model, reloaded) + _find_patches(model)
     if lost := list_unsaved_weights(model, reloaded):
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        return (
-            f"these weights train and are not saved, or not loaded: {', '.join(lost[:3])}{more}; "
-            + (
-                "name their modules in modules_to_save of the adapter, or freeze them (requires_grad_(False))"
-                if find_adapted(model) is not None
-                else _name_ways_out(model, causes)
-            )
+        return f"these weights train and are not saved, or not loaded: {', '.join(lost[:3])}{more}; " + (
+            "name their modules in modules_to_save of the adapter, or freeze them (requires_grad_(False))"
+            if find_adapted(model) is not None
+            else _name_ways_out(model, causes)
         )
     if inputs is not None:
         own, others = _embed(model, inputs), _embed(reloaded, inputs)
         dtype = next(bare_model(model).parameters()).dtype
-        differences = {name: (own[name] - others[name]).norm(dim=-1).max().item() for name in own.keys() & others.keys()}
+        differences = {
+            name: (own[name] - others[name]).norm(dim=-1).max().item() for name in own.keys() & others.keys()
+        }
         name, largest = max(differences.items(), key=lambda item: item[1], default=("", 0.0))
         if not largest <= LARGEST_DIFFERENCE.get(dtype, LARGEST_DIFFERENCE_IN_HALF):
             cosine = 1 - largest**2 / 2
@@ -171,8 +181,8 @@ def _name_ways_out(model: nn.Module, causes: list[str] | None = None) -> str:
     way_out = (
         "save the base as it is now with save_pretrained, and load it from there before the adapter is added"
         if adapted and not causes
-        else "register the class with AutoConfig.register and AutoModel.register under a model_type of its own, or save "
-        "the trained model yourself and load it with its own class"
+        else "register the class with AutoConfig.register and AutoModel.register under a model_type of its own, or "
+        "save the trained model yourself and load it with its own class"
     )
     return reason + way_out
 
@@ -183,7 +193,9 @@ def _find_other_classes(model: nn.Module, reloaded: nn.Module) -> list[str]:
     for name, module in bare_model(model).named_modules():
         other = others.get(name)
         if other is not None and type(other) is not type(module):
-            causes.append(f"{name or 'the model'} is a {type(module).__name__} and is loaded as {type(other).__name__}")
+            causes.append(
+                f"{name or 'the model'} is a {type(module).__name__} and is loaded as {type(other).__name__}"
+            )
     return causes
 
 

@@ -119,7 +119,9 @@ def test_a_subclass_that_loads_as_its_parent_is_named_with_the_difference(tmp_pa
     warning = train(model, processor, tmp_path / "run", caplog)
     assert "text_model is a MeanBert and is loaded as BertModel" in warning and "check_reload=False" in warning
     # The number is the largest distance of the embeddings of the first pairs.
-    inputs = make_trainer(model, processor, tmp_path / "run").data_collator([{**row, "sample_id": 0} for row in tiny_pairs(4)])
+    inputs = make_trainer(model, processor, tmp_path / "run").data_collator(
+        [{**row, "sample_id": 0} for row in tiny_pairs(4)]
+    )
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     start, _ = dual_encoder_of_means()
     plain, _ = tiny_models.tiny_dual_encoder()
@@ -249,7 +251,9 @@ def test_the_check_leaves_no_trace_in_the_run(streams, tmp_path):
         settings = {"max_steps": 3, "check_reload": checks, "selection_strategy": "random", "selection_ratio": 0.5}
         trainer = make_trainer(model, processor, tmp_path / str(checks), data=data, **settings)
         trainer.train()
-        weights.append({**trainer.model.state_dict(), "random": torch.rand(3), "numpy": torch.tensor(np.random.rand())})
+        weights.append(
+            {**trainer.model.state_dict(), "random": torch.rand(3), "numpy": torch.tensor(np.random.rand())}
+        )
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
