@@ -228,7 +228,7 @@ class DissectTrainer(BaseTrainer):
             training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
-    get_test_dataloader = get_eval_dataloader
+    get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]  # another name of the argument
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from hf_dissect.objective import GscObjective, Objective
 from hf_dissect.recipe.schema import DataSection, GscSection, ModelSection, ObjectiveSection, SelectionSection
 from hf_dissect.selection import SelectionStrategy, make_strategy
-from hf_dissect.settings import check_values, declared, list_in_docstring, list_settings, setting
+from hf_dissect.settings import check_values, declared, list_in_docstring, list_settings
 from hf_dissect.training.training_args import BaseTrainingArguments
 
 
@@ -45,11 +45,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     clean_column: str | None = declared(DataSection, "clean_column")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
-    check_reload: bool = setting(
-        True,
-        "Before training, save the model to a temporary folder, load it, and warn if its embeddings differ. Models of "
-        "more than a billion weights are not checked.",
-    )
+    check_reload: bool = declared(ModelSection, "check_reload")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc"]
 

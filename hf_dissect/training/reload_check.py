@@ -73,7 +73,7 @@ class ReloadCheck(TrainerCallback):
         try:
             with _leave_no_trace():
                 batch = _make_batch(model, self._collator, self._dataset)
-                problem = find_reload_problem(model, batch, Path(args.output_dir) / UNFINISHED_FOLDER)
+                problem = find_reload_problem(model, batch, Path(args.output_dir or ".") / UNFINISHED_FOLDER)
         except Exception as error:  # the check must not end a run
             logger.info("Whether the saved model can be loaded again could not be checked: %r", error)
             return
@@ -82,7 +82,7 @@ class ReloadCheck(TrainerCallback):
             logger.warning(
                 "What is saved will not be what is trained: %s. Training continues, but evaluate, audit, push and "
                 "from_pretrained will use the saved model. Repair this before you train, or silence the check with "
-                "check_reload=False.",
+                "check_reload=False (model.check_reload in a recipe).",
                 problem,
             )
 
@@ -201,7 +201,7 @@ def _find_other_classes(model: nn.Module, reloaded: nn.Module) -> list[str]:
 
 def _find_patches(model: nn.Module) -> list[str]:
     """Describe the methods that somebody replaced on an object or on a class of transformers."""
-    causes = {}
+    causes: dict[str, None] = {}  # each once, in order
     for name, module in bare_model(model).named_modules():
         for method in _METHODS:
             own = vars(module).get(method)

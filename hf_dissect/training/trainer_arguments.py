@@ -58,11 +58,11 @@ def check_trainer_arguments(args: Any, given: Mapping[str, Any]) -> None:
             "DissectTrainer, which also gets the ids and weights of the pairs."
         )
     if given.get("compute_metrics") is None:
-        for name, (allowed, reason) in _FOR_OWN_METRICS.items():
-            if getattr(args, name) != allowed:
+        for name, (needed, reason) in _FOR_OWN_METRICS.items():
+            if getattr(args, name) != needed:
                 raise ValueError(
-                    f"{name}={not allowed} cannot be used with the retrieval figures: {reason}. Leave it at "
-                    f"{allowed}, or pass compute_metrics."
+                    f"{name}={not needed} cannot be used with the retrieval figures: {reason}. Leave it at "
+                    f"{needed}, or pass compute_metrics."
                 )
 
 
