@@ -23,7 +23,7 @@ from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
-from hf_dissect.models.adapters import restore_base, save_base
+from hf_dissect.models.adapters import restore_adapter, save_base
 from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias
 from hf_dissect.models.tasks import select_representations
 from hf_dissect.objective import Objective
@@ -32,8 +32,8 @@ from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
-from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 from hf_dissect.training.non_finite import check_finite
+from hf_dissect.training.reload_check import make_callbacks
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
@@ -86,7 +86,7 @@ class DissectTrainer(BaseTrainer):
         **trainer_arguments: Any,
     ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
-        training_data.check_arguments(args, data_collator, processing_class)
+        training_data.check_arguments(args, data_collator, processing_class, eval_dataset, trainer_arguments)
         train_dataset, eval_dataset = training_data.prepare_data(model, train_dataset, eval_dataset, args)
         trainer_arguments.setdefault("compute_metrics", compute_retrieval)
         super().__init__(
@@ -112,7 +112,8 @@ class DissectTrainer(BaseTrainer):
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
-        self.add_callback(ClampLogitScale())
+        for callback in make_callbacks(self.data_collator, self.train_dataset):
+            self.add_callback(callback)
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
@@ -221,13 +222,19 @@ class DissectTrainer(BaseTrainer):
 
     # ---- evaluation ----
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the loader of data to evaluate or to predict, with all rows."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
+            training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]  # another name of the argument
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Compute loss, recall at 1, 5 and 10, and median rank in both directions on `eval_dataset`."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
-            training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
         with self.times.measure("evaluation"), self.encoder.remember():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -238,15 +245,14 @@ class DissectTrainer(BaseTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self.encoder(model, inputs)
-        prediction = predict_pairs(outputs, inputs, self.objective.contrastive_loss)
+        scale_and_bias = logit_scale_and_bias(model)
+        prediction = predict_pairs(outputs, inputs, self.objective.contrastive_loss, scale_and_bias)
         return (prediction[0], None, None) if prediction_loss_only else prediction
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:
         """Compute the correlation of all readable pairs under the current weights, see `join_correlations`."""
-        pairs = training_data.wrap_pairs("dataset", dataset, self.args)
-        training_data.check_tasks(self.model, self.train_dataset, pairs)
-        scored = self.score_batches(self.get_eval_dataloader(pairs))
-        return join_correlations(scored, self.accelerator.gather_for_metrics)
+        batches = self.get_eval_dataloader(dataset)
+        return join_correlations(self.score_batches(batches), self.accelerator.gather_for_metrics)
 
     def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
         """Yield each batch on the device of the model, with its scores under the current weights."""
@@ -257,10 +263,7 @@ class DissectTrainer(BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `BaseTrainer.train`, from the scores of `initial_ledger` unless the run is resumed."""
-        if self.train_dataset is None:
-            raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        warm_ups = training_data.list_warm_ups(self.strategy, self.objective)
-        training_data.warn_if_warm_up_outlasts(self.train_dataset, warm_ups, self.args)
+        training_data.begin(self.train_dataset, self.objective, self.strategy, self.args, self.hp_search_backend)
         if self.args.initial_ledger is not None and not resume_from_checkpoint:
             training_data.begin_with_initial_ledger(self.ledger, self.strategy, self.train_dataset, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -306,12 +309,12 @@ class DissectTrainer(BaseTrainer):
             self.selector.epoch -= training_data.count_pairs(self.train_dataset) is None and self.stream is None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_base(self.model, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not restore_adapter(self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        restore_base(self.model, str(self.state.best_model_checkpoint))
-        super()._load_best_model()
+        if not restore_adapter(self.model, str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
 
     def compute_figures(
         self, test_dataset: Any, more_figures: Any = None, retrieval: bool = True, noise_detection: bool = True

@@ -53,6 +53,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     clean_column: str | None = declared(DataSection, "clean_column")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
+    check_reload: bool = declared(ModelSection, "check_reload")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc"]
 

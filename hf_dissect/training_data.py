@@ -1,38 +1,54 @@
 """Preparation of the training data, and checks that data, model and arguments fit before a run starts."""
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.training_args import OptimizerNames
 
 from hf_dissect.data.images import is_feature_vector
 from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import number_tasks_alike
 from hf_dissect.data_collator import SelectionCollator, find_tokenizer
+from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
+from hf_dissect.models.families import check_tokens
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
 from hf_dissect.models.loading import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.mola import mola_routing
-from hf_dissect.objective import Objective
 from hf_dissect.selection import SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.training.trainer_arguments import (
+    check_best_metric,
+    check_grad_cache,
+    check_trainable,
+    check_trainer_arguments,
+    refuse_search,
+)
+from hf_dissect.training.warm_up import list_warm_ups, warn_if_warm_up_outlasts
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-def check_arguments(args: Any, data_collator: Any, processing_class: Any) -> None:
-    """Check the type of the training arguments, and that there is a collator or a processor.
+def check_arguments(
+    args: Any, data_collator: Any, processing_class: Any, evaluation: Any, given: Mapping[str, Any]
+) -> None:
+    """Check the training arguments, and that there is a collator or a processor.
+
+    Args:
+        args: Arguments of the run.
+        data_collator: Collator, or None.
+        processing_class: Processor, or None.
+        evaluation: Evaluation data, a dict of several, or None.
+        given: Further arguments of `transformers.Trainer`, by name.
 
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
-        ValueError: There is neither a collator nor a processor with a tokenizer.
+        ValueError: There is neither a collator nor a processor with a tokenizer, or an argument cannot be used.
     """
     if not isinstance(args, DissectTrainingArguments):
         raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
@@ -40,6 +56,8 @@ def check_arguments(args: Any, data_collator: Any, processing_class: Any) -> Non
         raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
     if data_collator is None:
         find_tokenizer(processing_class)
+    check_trainer_arguments(args, given)
+    check_best_metric(args, given, RETRIEVAL_FIGURES, evaluation)
 
 
 def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
@@ -116,7 +134,8 @@ def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingA
 
 
 def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
-    """Build the collator for a model and its processor."""
+    """Build the collator for a model and its processor; raise a `ValueError` if tokens have no embedding."""
+    check_tokens(model, find_tokenizer(processor))
     return SelectionCollator(
         processor,
         text_padding=find_text_padding(model),
@@ -200,68 +219,27 @@ def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluati
     """
     check_grad_cache(model, args, uses_deepspeed)
     check_dual_encoder(model)
+    check_trainable(model, args)
     check_tasks(model, train, evaluation)
 
 
-def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed: bool) -> None:
-    """Check that a run with `grad_cache_chunk_size` can make several backward passes in a step.
+def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> None:
+    """Check that there are data to train on and no search, and warn if the run ends before a warm-up does.
 
     Args:
-        model: Model, whose batch norm is warned of.
+        pairs: Training pairs, or None.
+        objective: Objective of the run.
+        strategy: Strategy of the run.
         args: Arguments of the run.
-        uses_deepspeed: True for a run with DeepSpeed.
+        search: Backend of a hyper-parameter search, or None.
 
     Raises:
-        ValueError: DeepSpeed, `torch.nn.DataParallel` or the optimiser allows one backward pass only.
+        ValueError: There are no data, or there is a search.
     """
-    if args.grad_cache_chunk_size is None:
-        return
-    optimizer = OptimizerNames(args.optim).value
-    unfit = {
-        "DeepSpeed": uses_deepspeed,
-        "torch.nn.DataParallel": args.n_gpu > 1,
-        f"optim {optimizer}": "lomo" in optimizer,
-    }
-    for name in (name for name, used in unfit.items() if used):
-        raise ValueError(
-            f"grad_cache_chunk_size={args.grad_cache_chunk_size} makes several backward passes in a step, which "
-            f"{name} does not allow; use one process for each GPU (accelerate launch, DDP or FSDP) and an optimiser "
-            "that steps once, or leave it out."
-        )
-    if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.modules()):
-        logger.warning(
-            "The model has batch norm, which with grad_cache_chunk_size normalises over a chunk of a batch."
-        )
-
-
-def list_warm_ups(strategy: SelectionStrategy, objective: Objective) -> dict[str, int]:
-    """Return the number of epochs of each warm-up of a run, by what the steps of the warm-up do."""
-    warmup_epochs: dict[str, int] = {"train on a random subset": getattr(strategy, "warmup_epochs", 0)}
-    if objective.gsc is not None:
-        warmup_epochs["train by the contrastive loss, without soft labels"] = objective.gsc.warmup_epochs
-    return warmup_epochs
-
-
-def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args: DissectTrainingArguments) -> None:
-    """Warn if `max_steps` ends a run before a warm-up ends.
-
-    Args:
-        pairs: Training pairs; a stream gives no warning, because the length of its epochs is unknown.
-        warmup_epochs: Number of epochs of each warm-up, see `list_warm_ups`.
-        args: Arguments of the run.
-    """
-    count = count_pairs(pairs)
-    if args.max_steps <= 0 or not count:
-        return
-    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    epochs = args.max_steps / math.ceil(count / batch)
-    for deed, warmup in warmup_epochs.items():
-        if 0 < warmup and epochs <= warmup:
-            logger.warning(
-                "max_steps=%d ends after %.1f epochs, before the warm-up of %d epochs does: all steps %s. "
-                "Train longer, or warm up shorter.",
-                *(args.max_steps, epochs, warmup, deed),
-            )
+    if pairs is None:
+        raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
+    refuse_search(search)
+    warn_if_warm_up_outlasts(pairs, list_warm_ups(strategy, objective), args)
 
 
 def load_ledger(ledger: SampleLedger, folder: str, has_state: bool) -> None:

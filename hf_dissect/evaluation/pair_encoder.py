@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.distributed import get_rank_and_world_size
+from hf_dissect.models.families import check_outputs
 from hf_dissect.models.loading import list_networks, logit_scale_and_bias
 from hf_dissect.mola import mola_routing
 
@@ -18,7 +19,7 @@ MAX_REMEMBERED = 2**17
 
 _SIDES = {"image_embeds": "image_key", "text_embeds": "caption_key"}
 _UNREADABLE = -1  # keys are not negative
-_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError)
 
 
 class PairEncoder:
@@ -90,6 +91,7 @@ class PairEncoder:
         return {**embeds, "logits_per_text": _compute_logits(model, embeds)}
 
     def _keep(self, outputs: Mapping[str, Any], keys: Mapping[str, list[int]], rows: Mapping[str, list[int]]) -> None:
+        check_outputs(outputs)
         for side, memory in cast(dict, self._memory).items():
             for row, embedding in zip(rows[side], outputs[side].detach(), strict=True):
                 memory[keys[side][row]] = embedding
@@ -179,7 +181,7 @@ def _embeds_alike(
                 (_compute_logits(model, pairs), pairs["logits_per_text"]),
             )
         )
-    except _ERRORS:  # of a model that reads as many images as captions
+    except _ERRORS:  # of a model that reads as many images as captions, or returns no logits
         return False
 
 

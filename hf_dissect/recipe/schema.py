@@ -45,6 +45,12 @@ class ModelSection:
         "Hub id or folder that the second network of objective.gsc.dual starts from; null: with config, one more of "
         "random weights.",
     )
+    check_reload: bool = setting(
+        True,
+        "Before training, save the model to a temporary folder, load it, and warn if it gives other embeddings; "
+        "models of more than a billion weights are not checked.",
+        argument="check_reload",
+    )
 
 
 @dataclasses.dataclass

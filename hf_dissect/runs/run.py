@@ -166,7 +166,7 @@ def _load_model_and_processor(recipe: Recipe, captions: Iterable[str]) -> tuple[
 
 def _load_section(section: ModelSection, captions: Iterable[str] | None = None) -> tuple[Any, Any]:
     arguments = dataclasses.asdict(section)
-    del arguments["second_name_or_path"]
+    del arguments["second_name_or_path"], arguments["check_reload"]
     return load_model_and_processor(**arguments, captions=captions)
 
 

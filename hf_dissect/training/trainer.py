@@ -17,6 +17,7 @@ from hf_dissect.hub.publisher import Publisher
 from hf_dissect.hub.push import Push
 from hf_dissect.models.loading import check_same_architecture
 from hf_dissect.models.sharding import ShardableScalars
+from hf_dissect.mola.frozen_statistics import keep_frozen_statistics
 from hf_dissect.training import checkpoints
 from hf_dissect.training.card_callback import ModelCardCallback
 from hf_dissect.training.final_figures import RunWriter
@@ -273,6 +274,7 @@ class BaseTrainer(Trainer):
         return epochs, steps * self.args.gradient_accumulation_steps
 
     def _prepare_for_training(self, *arguments: Any) -> Any:
+        keep_frozen_statistics(self.model)
         if self._scalars is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._scalars = ShardableScalars(self.model)
         return super()._prepare_for_training(*arguments)
