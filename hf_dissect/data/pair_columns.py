@@ -12,8 +12,19 @@ import xxhash
 
 from hf_dissect.data.arrow_columns import is_list, list_lengths
 
-IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path")
-CAPTION_COLUMNS = ("caption", "text", "captions")
+# The last ones are those of open_clip; a table that has another usual name means something else by them.
+IMAGE_COLUMNS = (
+    "image",
+    "image_features",
+    "jpg",
+    "img",
+    "image_path",
+    "filepath",
+    "file_path",
+    "file_name",
+    "filename",
+)
+CAPTION_COLUMNS = ("caption", "text", "captions", "title")
 CLEAN_COLUMNS = ("clean", "is_clean")
 LARGEST_ID = 2**63 - 1
 NO_ROWS = "The data set has no rows; check the path, the split and any filter."
