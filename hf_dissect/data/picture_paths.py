@@ -37,12 +37,14 @@ def make_paths_absolute(rows: Dataset, column: str, folder: Path) -> Dataset:
 
 
 def resolve_path(path: str, folder: str) -> str:
-    """Return a path with its folder; one of Windows takes the slashes of this machine if it is no file as it stands.
+    """Return a path with its folder; one of Windows takes the slashes of this machine unless a file has that name.
 
     Args:
         path: Path, absolute or relative; an address with a protocol is returned as it is.
         folder: Folder to which it is relative.
     """
+    if ":" not in path and "\\" not in path and path[:1] not in ("/", "~"):
+        return f"{folder}{os.sep}{path}" if path else folder
     if path.startswith("file://"):
         path = path.removeprefix("file://")
     if "://" in path:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_dissect.data.pair_columns import CAPTION_COLUMNS, CLEAN_COLUMNS, IMAGE_COLUMNS
+from hf_dissect.data.pair_columns import CAPTION_COLUMNS, CLEAN_COLUMNS, IMAGE_COLUMNS, OPEN_CLIP_COLUMNS
 from hf_dissect.data.tables.delimited import read_separator
 from hf_dissect.data.tables.text_file import check_encoding
 
@@ -40,7 +40,7 @@ class ReadingOptions:
     @property
     def text_columns(self) -> set[str]:
         """Names of the columns that hold text, whatever it looks like."""
-        return {*_given(self.image_column, self.caption_column), *IMAGE_COLUMNS, *CAPTION_COLUMNS}
+        return {*_given(self.image_column, self.caption_column), *IMAGE_COLUMNS, *CAPTION_COLUMNS, *OPEN_CLIP_COLUMNS}
 
     @property
     def name_columns(self) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from hf_dissect.data import as_pairs
-from hf_dissect.data.pair_columns import CAPTION_COLUMNS
+from hf_dissect.data.pair_columns import find_usual_caption_column
 from hf_dissect.data.tasks import number_tasks_as_saved
 from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.evaluation import evaluate_zero_shot
@@ -154,7 +154,7 @@ def make_evaluating_trainer(
 
 
 def _has_captions(rows: Any, caption_column: str | None) -> bool:
-    return caption_column is not None or any(name in rows.column_names for name in CAPTION_COLUMNS)
+    return caption_column is not None or find_usual_caption_column(rows.column_names) is not None
 
 
 def _find_class_names(rows: Any, label_column: str) -> list[str] | None:

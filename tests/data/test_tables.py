@@ -298,6 +298,36 @@ def test_text_that_knows_no_quoting(tmp_path, caplog):
     assert read(tmp_path, "\n".join(["image\tcaption", *rows[1:]]), "train.tsv")["caption"][0] == '"left open'
 
 
+def test_captions_of_open_clip_can_be_exchanged(tmp_path):
+    rows = "".join(f"{row}.jpg\tcaption {row}\n" for row in range(20))
+    train = read(tmp_path, "filepath\ttitle\n" + rows, noise_rate=0.5)
+    assert sum(train["clean"]) == 10 and sorted(train["title"]) == sorted(f"caption {row}" for row in range(20))
+    with pytest.raises(ValueError, match="No column named caption"):
+        as_pairs(read(tmp_path, "image\ttitle\n0.jpg\ta\n"))  # a title may be anything
+
+
+def test_metadata_made_on_windows(tmp_path):
+    text = "\ufefffile_name;caption\r\ntrain\\a b.png;NA\r\ntest\\b.png;é\r\n"
+    for encoding in ("utf-8", "utf-16-le"):
+        write(tmp_path, text, "metadata.csv", encoding)
+        splits = load_splits(source="imagefolder", path=str(tmp_path))
+        assert {split: list(rows["caption"]) for split, rows in splits.items()} == {"train": ["NA"], "test": ["é"]}
+        assert splits["train"][0]["image"]["path"] == str(tmp_path / "train/a b.png")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
+def test_cache_and_stream_give_the_same_rows(tmp_path, streaming, name):
+    text = "image,caption,label\n" + "".join(f"{row}.png,{row:03},{row}\n" for row in range(30))
+    if name == "train.jsonl":
+        text = "".join(f'{{"image": "{row}.png", "caption": "{row:03}", "label": {row}}}\n' for row in range(30))
+    path = write(tmp_path, text, name)
+    for _ in range(2):
+        rows = list(load(path, streaming=streaming)["train"])
+        assert [row["caption"] for row in rows] == [f"{row:03}" for row in range(30)]
+        assert [row["label"] for row in rows] == list(range(30))
+
+
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_column_twice(tmp_path, separator):
     text = separator.join(["image", "caption", "caption"]) + "\n" + separator.join(["0.png", "a", "b"]) + "\n"

@@ -31,36 +31,37 @@ class TextColumnType:
         self._possible = {"text": [], "names": ["int64"], "any": ["int64", "float64", "bool"]}[kind]
         self._seen = False
 
-    def add(self, values: list[str]) -> None:
-        """Take note of some values of the column."""
+    def add(self, column: pa.ChunkedArray) -> None:
+        """Take note of the strings of a part of the column."""
         if not self._possible:
             return
-        column = self._leave_out_missing(pc.unique(pa.array(values, pa.string()))).drop_null()
-        if len(column):
+        present = self._leave_out_missing(pc.unique(column)).drop_null()
+        if len(present):
             self._seen = True
-            self._possible = [name for name in self._possible if _fits(column, name)]
+            self._possible = [name for name in self._possible if _fits(present, name)]
 
     @property
     def feature(self) -> Value:
         """The narrowest type that holds all values, as a feature of a data set."""
         return Value(self._possible[0] if self._seen and self._possible else "string")
 
-    def convert(self, values: list[str]) -> pa.Array:
-        """Return values of the column in its type; an empty field is None."""
-        column, kind = pa.array(values, pa.string()), self.feature.pa_type
+    def convert(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Return the strings of a part of the column in its type."""
+        kind = self.feature.pa_type
         if pa.types.is_string(kind):
-            return pc.if_else(pc.equal(column, ""), None, column)
+            return column
         present = self._leave_out_missing(column)
         if pa.types.is_boolean(kind):
-            return pa.array([_TRUTHS.get(value) for value in present.to_pylist()], pa.bool_())
+            truths = [pa.array([_TRUTHS.get(value) for value in chunk.to_pylist()], kind) for chunk in present.chunks]
+            return pa.chunked_array(truths, kind)
         return present.cast(kind)
 
-    def _leave_out_missing(self, column: pa.Array) -> pa.Array:
+    def _leave_out_missing(self, column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         """Return the column with None where a number would be missing."""
-        if self._kind == "any":
-            column = pc.utf8_trim_whitespace(column)
-        absent = pa.array(["", *MISSING] if self._kind == "any" else [""])
-        return pc.if_else(pc.is_in(column, absent), None, column)
+        if self._kind != "any":
+            return column
+        trimmed = pc.utf8_trim_whitespace(column)
+        return pc.if_else(pc.is_in(trimmed, pa.array(["", *MISSING])), None, trimmed)
 
 
 def _fits(column: pa.Array, name: str) -> bool:

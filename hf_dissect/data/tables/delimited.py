@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from hf_dissect.data.tables.text_file import reading_text
+from hf_dissect.data.tables.text_file import holds_byte, reading_text
 
 SEPARATORS = (",", "\t", ";", "|")
 _WRITTEN_OUT = {"\\t": "\t", "tab": "\t"}
@@ -109,8 +109,12 @@ def _reading_rows(file: Path, layout: Layout, encoding: str | None) -> Iterator[
         with reading_text(file, encoding) as text:
             for _ in range(layout.skipped):
                 text.readline()
-            quoting = csv.QUOTE_MINIMAL if layout.quoted else csv.QUOTE_NONE
-            reader = csv.reader(text, delimiter=layout.separator, quoting=quoting, strict=True)
+            reader = csv.reader(
+                text,
+                delimiter=layout.separator,
+                quoting=csv.QUOTE_MINIMAL if layout.quoted else csv.QUOTE_NONE,
+                strict=True,
+            )
             yield _check_rows(file, layout, reader)
     finally:
         csv.field_size_limit(limit)
@@ -189,6 +193,8 @@ def _find_quoting(file: Path, layout: Layout, encoding: str | None) -> Layout:
     must not swallow the rows up to the next one. They are recognised by lines that all have the fields of the header
     without quotes, but not with them.
     """
+    if not holds_byte(file, b'"'):
+        return layout
     fault, several_lines = None, False
     try:
         with _reading_rows(file, layout, encoding) as rows:

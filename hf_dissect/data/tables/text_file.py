@@ -58,10 +58,6 @@ def reading_text(file: Path, encoding: str | None) -> Iterator[TextIO]:
     try:
         with open_bytes(file) as stream, io.TextIOWrapper(stream, encoding=actual, newline="") as text:
             yield text
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{str(file)!r} is not a whole .gz file ({error}). It may be cut off: copy it again."
-        ) from error
     except UnicodeError as error:
         raise ValueError(_describe_wrong_encoding(file, actual, error)) from error
 
@@ -72,9 +68,27 @@ def read_text(file: Path, encoding: str | None) -> str:
         return text.read()
 
 
-def open_bytes(file: Path) -> BinaryIO:
-    """Open a file, decompressed."""
-    return cast(BinaryIO, gzip.open(file, "rb")) if file.suffix.lower() == COMPRESSED else open(file, "rb")
+def holds_byte(file: Path, byte: bytes) -> bool:
+    """Return whether a byte occurs in a file, decompressed."""
+    with open_bytes(file) as stream:
+        return any(byte in block for block in iter(lambda: stream.read(1 << 20), b""))
+
+
+@contextmanager
+def open_bytes(file: Path) -> Iterator[BinaryIO]:
+    """Open a file, decompressed.
+
+    Raises:
+        ValueError: If it is compressed and damaged.
+    """
+    compressed = file.suffix.lower() == COMPRESSED
+    try:
+        with cast(BinaryIO, gzip.open(file, "rb")) if compressed else open(file, "rb") as stream:
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{str(file)!r} is not a whole .gz file ({error}). It may be cut off: copy it again."
+        ) from error
 
 
 def find_encoding(file: Path, encoding: str | None) -> str:
@@ -83,11 +97,8 @@ def find_encoding(file: Path, encoding: str | None) -> str:
     Raises:
         ValueError: If the text would hold zero bytes, as UTF-16 does when it is read as something else.
     """
-    try:
-        with open_bytes(file) as stream:
-            head = stream.read(_LOOKED_AT)
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        return encoding or "utf-8"  # reported where the file is read
+    with open_bytes(file) as stream:
+        head = stream.read(_LOOKED_AT)
     for mark, name in _MARKS:
         if head.startswith(mark):
             return name
