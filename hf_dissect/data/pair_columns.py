@@ -12,8 +12,10 @@ import xxhash
 
 from hf_dissect.data.arrow_columns import is_list, list_lengths
 
-IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path")
+IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path", "filepath", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "captions")
+OPEN_CLIP_COLUMNS = ("filepath", "title")
+"""Columns of the image and the caption in the tables of open_clip; alone, a title may be anything."""
 CLEAN_COLUMNS = ("clean", "is_clean")
 LARGEST_ID = 2**63 - 1
 NO_ROWS = "The data set has no rows; check the path, the split and any filter."
@@ -65,7 +67,9 @@ class PairColumns:
                 raise ValueError(f"{argument}={name!r}: no such column; the data has {', '.join(available)}.")
         return cls(
             image=image or _find_usual_name(IMAGE_COLUMNS, available, "image_column"),
-            caption=caption or _find_usual_name(CAPTION_COLUMNS, available, "caption_column"),
+            caption=caption
+            or find_usual_caption_column(available)
+            or _find_usual_name(CAPTION_COLUMNS, available, "caption_column"),
             sample_id=sample_id,
             task=task,
             clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
@@ -76,6 +80,12 @@ class PairColumns:
         """The columns in use, each once."""
         names = (self.image, self.caption, self.sample_id, self.task, self.clean)
         return list(dict.fromkeys(name for name in names if name))
+
+
+def find_usual_caption_column(available: Sequence[str]) -> str | None:
+    """Return the column with a usual name of captions, or None."""
+    usual = next((name for name in CAPTION_COLUMNS if name in available), None)
+    return usual or (OPEN_CLIP_COLUMNS[1] if set(OPEN_CLIP_COLUMNS) <= set(available) else None)
 
 
 def _find_usual_name(names: Sequence[str], available: Sequence[str], argument: str) -> str:

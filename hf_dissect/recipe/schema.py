@@ -93,6 +93,18 @@ class DataSection:
     clean_column: str | None = setting(
         None, "Column that is true where the caption belongs to the image; null: clean.", argument="clean_column"
     )
+    separator: str | None = setting(
+        None, "Character between the fields of .csv and .tsv files (tab for a tab); null: the one in the header."
+    )
+    encoding: str | None = setting(
+        None, "Encoding of text files, such as cp1252 or utf-16; null: UTF-8, or what their byte order mark says."
+    )
+    image_root: str | None = setting(
+        None, "Folder to which the paths of pictures in a table are relative; null: the folder of the table."
+    )
+    class_template: str = setting(
+        "a photo of a {}", "Caption of a picture in a class folder; {} or {class} stands for the name of the folder."
+    )
     image_features: str | None = setting(
         None, ".npz with one (rows, dim) array a split, read by the vision tower instead of the images."
     )

@@ -116,7 +116,8 @@ def load_columns(section: DistillationDataSection) -> dict[str, Columns]:
     if section.source == "npz":
         splits: dict[str, Columns] = {"train": read_arrays(cast(str, section.path))}  # a checked recipe has a path
     else:
-        names = ("source", "path", "name", "train_split", "validation_split", "test_split")
+        names = ["source", "path", "name", "train_split", "validation_split", "test_split"]
+        names += ["separator", "encoding", "image_root"]
         given = {name: getattr(section, name) for name in names}
         if section.group_column is not None:
             given |= {"validation_split": None, "test_split": None}
