@@ -24,7 +24,10 @@ _MEASURES = {
     # column: (name on the page, digits, True for the highest first)
     "score": ("score", 2, False),
     "p_mismatched": ("p(mismatched)", 3, True),
+    "local_fdr": ("local fdr", 3, True),
     "correlation": ("correlation", 2, False),
+    "earlier_correlation": ("correlation before training", 2, False),
+    "fold": ("fold", 0, False),
     "row": ("row in the data", 0, False),
 }
 _LEDGER_MEASURES = {
