@@ -60,7 +60,7 @@ class FitSettings:
         dropout: Share of features set to zero in training.
     """
 
-    models: int = 3
+    models: int = 2
     epochs: int = 20
     max_steps: int = 6000
     batch_size: int = 512
@@ -188,7 +188,7 @@ def _train(
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": [model.log_scale], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)))
     mean = torch.optim.swa_utils.AveragedModel(model)
     channel = _NoisyChannel()

@@ -25,8 +25,8 @@ class TwoGroups:
     Attributes:
         share: Median of the share of mismatched pairs, in [0, 1].
         interval: Ends between which the share lies with a probability of 95 %.
-        separation: Mean of the probability that a pair that belongs together scores above a stranger: an AUROC that
-            needs no truth. 0.5 means that the scores know nothing.
+        separation: Probability that a pair that belongs together scores above a stranger: an AUROC that needs no truth,
+            only `share`. 0.5 means that the scores know nothing.
         p_mismatched: Probabilities of the pairs to be mismatched, float64 `(n,)`, never rising with the score.
         local_fdr: Local false discovery rates, float64 `(n,)`, see `estimate_local_fdr`.
     """
@@ -59,7 +59,7 @@ def fit_two_groups(scores: MatchScores) -> TwoGroups:
     return TwoGroups(
         share=share,
         interval=(posterior.find_quantile(_TAIL), posterior.find_quantile(1 - _TAIL)),
-        separation=posterior.separation,
+        separation=_estimate_separation(score.numpy(), chance.numpy(), posterior.mean_share),
         p_mismatched=make_falling(posterior.compute_p_mismatched(deviate).numpy(), score.numpy()),
         local_fdr=estimate_local_fdr(score.numpy(), chance.numpy(), share),
     )
@@ -75,7 +75,9 @@ class _Posterior:
 
     def __init__(self, null: torch.Tensor, counts: torch.Tensor) -> None:
         mean, spread = (grid.flatten() for grid in torch.meshgrid(_MEANS, _SPREADS, indexing="ij"))
-        below = ndtr((_EDGES - mean[:, None]) / spread[:, None])
+        # Where strangers have ties, the ends of the bins are not those that were asked for.
+        edges = ndtri(null.cumsum(0)[:-1].clamp(0, 1))
+        below = ndtr((edges - mean[:, None]) / spread[:, None])
         ends = torch.zeros(len(mean), 1, dtype=torch.float64), torch.ones(len(mean), 1, dtype=torch.float64)
         matched = torch.cat([ends[0], below, ends[1]], 1).diff(dim=1)
         # Counts where the fit has no probability must not decide alone: a floor, as for every table of counts.
@@ -93,17 +95,26 @@ class _Posterior:
         return float(_SHARES[min(int(torch.searchsorted(reached, level)), len(_SHARES) - 1)])
 
     @property
-    def separation(self) -> float:
-        """Mean of the AUROC of pairs that belong together against strangers."""
-        auroc = ndtr(self._mean / (1 + self._spread**2).sqrt())
-        return float((self._weight.sum(0) * auroc).sum())
+    def mean_share(self) -> float:
+        """Mean of the share."""
+        return float((self._weight.sum(1) * _SHARES).sum())
 
     def compute_p_mismatched(self, deviate: torch.Tensor) -> torch.Tensor:
         """Return the probability to be mismatched at each deviate, at the mean of the posterior."""
-        share = (self._weight.sum(1) * _SHARES).sum()
+        share = torch.tensor(self.mean_share, dtype=torch.float64)
         mean, spread = ((self._weight.sum(0) * values).sum() for values in (self._mean, self._spread))
         evidence = ((deviate - mean) / spread).square() / 2 + spread.log() - deviate.square() / 2
         return torch.sigmoid((share / (1 - share)).log() + evidence)
+
+
+def _estimate_separation(score: np.ndarray, chance: np.ndarray, share: float) -> float:
+    """Return the AUROC of pairs that belong together against strangers, from that of all pairs.
+
+    The latter is a mean: mismatched pairs, `share` of all, have an AUROC of 1/2 against strangers.
+    """
+    below = (np.searchsorted(chance, score, "left") + np.searchsorted(chance, score, "right")) / 2
+    auroc = float(below.mean()) / len(chance)
+    return min(1.0, max(0.5, 0.5 + (auroc - 0.5) / max(1 - share, 1e-3)))
 
 
 def estimate_local_fdr(score: np.ndarray, chance: np.ndarray, share: float) -> np.ndarray:
