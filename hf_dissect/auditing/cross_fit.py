@@ -181,7 +181,7 @@ def _choose_batch_size(pairs: int, settings: FitSettings) -> int:
 def _train(
     inputs: PairInputs, pairs: torch.Tensor, settings: FitSettings, steps: int, device: torch.device, bar: tqdm
 ) -> _DualEncoder:
-    """Train a dual encoder by the noisy-channel rule; return the mean of its weights over the last 3/4 of the steps."""
+    """Train a dual encoder by the noisy-channel rule; return the mean of its weights after the first quarter."""
     model = _DualEncoder(inputs, pairs, settings).to(device).train()
     decayed = [weight for name, weight in model.named_parameters() if name != "log_scale"]
     groups = [
@@ -215,7 +215,7 @@ def _train(
 
 
 def _find_related(inputs: PairInputs, batch: torch.Tensor) -> torch.Tensor:
-    """Return which other pairs of a batch share a pair's image or caption and are no strangers to it, bool `(B, B)`."""
+    """Compare the pairs of a batch: True for another pair that shares image or caption, bool `(B, B)`."""
     keys = torch.stack([inputs.image_key[batch], inputs.caption_key[batch]])
     return find_false_negatives(keys, keys).fill_diagonal_(False)
 
@@ -224,7 +224,7 @@ class _NoisyChannel:
     """Loss under the assumption that a caption belongs to its image with a probability, and is any other otherwise.
 
     The weight of a pair is a power of its posterior probability to belong together,
-    `sigmoid(logit(share) + log B - l)`, with its loss `l` among `B` pairs; the share is a moving mean of the posteriors.
+    `sigmoid(logit(share) + log B - l)`, `l` its loss among `B` pairs; the share is a moving mean of posteriors.
     The likelihood has the power 1; a higher one is more careful with pairs that can be learnt by heart.
     """
 

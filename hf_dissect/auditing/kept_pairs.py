@@ -51,11 +51,15 @@ class ExportSettings:
             both = "both" if len(chosen) == 2 else "all"
             raise ValueError(f"{' and '.join(chosen)} {both} choose the pairs to keep; give one of them.")
         if self.keep is not None and not 0 < self.keep <= 1:
-            raise ValueError(f"--keep {self.keep} is not allowed; allowed: a share of the pairs, above 0 and at most 1.")
+            raise ValueError(
+                f"--keep {self.keep} is not allowed; allowed: a share of the pairs, above 0 and at most 1."
+            )
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold {self.threshold} is not allowed; allowed: a probability, from 0 to 1.")
         if self.max_fdr is not None and not 0 < self.max_fdr < 1:
-            raise ValueError(f"--max-fdr {self.max_fdr} is not allowed; allowed: a share of the pairs, between 0 and 1.")
+            raise ValueError(
+                f"--max-fdr {self.max_fdr} is not allowed; allowed: a share of the pairs, between 0 and 1."
+            )
         if self.folder is not None:
             check_folder(self.folder)
 
@@ -79,8 +83,8 @@ class ExportSettings:
             low, high = groups.interval
             reason = (
                 f"the model separates these pairs from recombined ones with an AUROC of {groups.separation:.2f} only "
-                f"(at least {LEAST_SEPARATION} is asked for), so that anything between {low:.0%} and {high:.0%} of them "
-                "may be mismatched"
+                f"(at least {LEAST_SEPARATION} is asked for), so that anything between {low:.0%} and {high:.0%} "
+                "of them may be mismatched"
             )
         if reason is not None:
             raise ValueError(
@@ -114,6 +118,6 @@ class ExportSettings:
         if not kept.any():
             raise ValueError(
                 f"--max-fdr {self.max_fdr}: no set of pairs has so low an expected share of mismatched ones; the best "
-                f"pair has {groups.local_fdr.min():.3f}. Give a higher one, or use a model that knows such data better."
+                f"pair has {groups.local_fdr.min():.3f}. Give a higher one, or a model that knows such data better."
             )
         return kept

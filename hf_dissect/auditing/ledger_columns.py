@@ -111,7 +111,12 @@ def read_earlier_scores(
         if not values.isnan().all():
             return EarlierScores(values, f"last correlation before training, from {RECORD_FILE}")
     is_warmup = selection.get("strategy") == "dissect" and _find_variant(selection) == "warmup"
-    if is_warmup and selection.get("warmup_epochs") == 1 and not selection.get("ledger") and "history" in ledger.columns:
+    if (
+        is_warmup
+        and selection.get("warmup_epochs") == 1
+        and not selection.get("ledger")
+        and "history" in ledger.columns
+    ):
         values = ledger.read("history", sample_id)
         if not values.isnan().all():
             return EarlierScores(values, "correlation at the first visit, the history in the ledger")

@@ -37,8 +37,8 @@ def build_score_table(
 
     Returns:
         Table with `rank` (from 1), `sample_id`, `row` (of the data set), `place` (of the caption among those of the
-        row), the columns of `sources`, `caption`, the scores, `is_clean` where the truth is known, the columns of `more`, and `problem`, the
-        reason why a pair cannot be read. Missing values are null.
+        row), the columns of `sources`, `caption`, the scores, `is_clean` where the truth is known, the columns of
+        `more`, and `problem`, the reason why a pair cannot be read. Missing values are null.
     """
     reasons = embeddings.bad_reason.numpy()
     (good,) = np.nonzero(reasons == BadReason.GOOD)

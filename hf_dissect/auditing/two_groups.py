@@ -25,8 +25,8 @@ class TwoGroups:
     Attributes:
         share: Median of the share of mismatched pairs, in [0, 1].
         interval: Ends between which the share lies with a probability of 95 %.
-        separation: Probability that a pair that belongs together scores above a stranger: an AUROC that needs no truth,
-            only `share`. 0.5 means that the scores know nothing.
+        separation: Probability that a pair that belongs together scores above a stranger: an AUROC that needs no
+            truth, only `share`. 0.5 means that the scores know nothing.
         p_mismatched: Probabilities of the pairs to be mismatched, float64 `(n,)`, never rising with the score.
         local_fdr: Local false discovery rates, float64 `(n,)`, see `estimate_local_fdr`.
     """

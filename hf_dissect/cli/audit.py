@@ -25,7 +25,9 @@ def add_parser(commands: "Commands") -> None:
     parser.add_argument("checkpoint", nargs="?", help="run folder, checkpoint folder or Hub id")
     parser.add_argument("--data", help="folder, file, tar shards, Hub data set id or scenes (default: the run's)")
     parser.add_argument(
-        "--fit", metavar="DATA", help="audit these data without a checkpoint, by small encoders fitted to parts of them"
+        "--fit",
+        metavar="DATA",
+        help="audit these data without a checkpoint, by small encoders fitted to parts of them",
     )
     parser.add_argument("--folds", type=parse_positive, help="parts of the data for --fit, at least 2 (default: 2)")
     parser.add_argument("--model", help="model whose image encoder --fit uses (default: stored features, or none)")

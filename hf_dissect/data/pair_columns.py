@@ -89,13 +89,15 @@ def _find_usual_name(names: Sequence[str], available: Sequence[str], argument: s
 
 
 def find_truth_column(rows: datasets.Dataset | datasets.IterableDataset, named: str | None = None) -> str | None:
-    """Return the column with the truth: the named one, or else the first usual one that holds true and false, or 0 and 1.
+    """Return the column with the truth: the named one, or the first usual one that holds true and false, or 0 and 1.
 
     A column of another kind, such as captions that somebody has cleaned, means something else by its name.
     """
     if named is not None:
         return named
-    return next((name for name in CLEAN_COLUMNS if name in (rows.column_names or ()) and _may_be_truth(rows, name)), None)
+    return next(
+        (name for name in CLEAN_COLUMNS if name in (rows.column_names or ()) and _may_be_truth(rows, name)), None
+    )
 
 
 def _may_be_truth(rows: datasets.Dataset | datasets.IterableDataset, name: str) -> bool:

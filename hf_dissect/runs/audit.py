@@ -103,9 +103,7 @@ def audit(
     checkpoint = fetch_model(checkpoint)
     section = choose_section(checkpoint, data, recipe)
     columns = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
-    section = adapt_section(
-        section, max_rows=max_rows, image_features=image_features, id_column=id_column, **columns
-    )
+    section = adapt_section(section, max_rows=max_rows, image_features=image_features, id_column=id_column, **columns)
     given_ledger = None if ledger is None else open_ledger(ledger)
     rows = load_split(section, split, whole=data is not None)
     model, processor = load_model_and_processor(name_or_path=checkpoint)
@@ -130,9 +128,7 @@ def audit(
     if not is_first:
         return result
     title = f"Audit of {recipe.name if recipe is not None else Path(str(data)).name}, split {split}"
-    write_result(
-        result, pairs, title=title, model=model_name, max_page_pairs=max_page_pairs, num_workers=num_workers
-    )
+    write_result(result, pairs, title=title, model=model_name, max_page_pairs=max_page_pairs, num_workers=num_workers)
     return export_result(result, scored, export, split)
 
 
@@ -146,7 +142,7 @@ def choose_section(checkpoint: str, data: str | None, recipe: Recipe | None) -> 
 def _load_recipe_if_any(checkpoint: str) -> Recipe | None:
     try:
         return load_recipe(checkpoint)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         logger.warning("Whether the model trained on these data is not known: %s", error)
         return None
 

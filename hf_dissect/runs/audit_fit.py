@@ -66,7 +66,11 @@ def audit_by_fit(
         image_features: `.npz` file of stored features.
         max_rows: Number of rows to audit, from the first; None for all.
         output_dir: Folder of the results; `<output_dir>-2` and so on where it holds an audit already.
-        export_to, keep, threshold, max_fdr, export_anyway: See `hf_dissect.audit`.
+        export_to: New folder for the data set without the suspicious pairs; None writes none.
+        keep: Share of the readable pairs to keep there, in (0, 1].
+        threshold: Highest `p_mismatched` to keep there, in [0, 1]; 0.5 where nothing is given.
+        max_fdr: Expected share of mismatched pairs there at most, in (0, 1).
+        export_anyway: True to export even if the scores separate pairs poorly.
         max_page_pairs: Number of pairs on the page at most, the most suspicious first; the table has all.
         batch_size: Number of pairs read at a time.
         num_workers: Number of processes that decode.

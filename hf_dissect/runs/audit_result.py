@@ -203,10 +203,12 @@ def _list_notes(result: AuditResult, num_shown: int, num_readable: int) -> list[
         ranks = result.origin_of_ranks or "the model as it is now, which finds nothing that it has learnt by heart"
         notes.append(
             f"The model trained on {result.num_trained:,} of these pairs. Nothing is said of how likely those are "
-            f"mismatched. They are ranked by: {ranks}. To find mismatched pairs among them, run: hf-dissect audit --fit"
+            f"mismatched. They are ranked by: {ranks}. To find mismatched ones among them, run: hf-dissect audit --fit"
         )
     if num_shown < num_readable:
-        notes.append(f"The {num_shown:,} most suspicious pairs are shown; scores.parquet has all {len(result.table):,}.")
+        notes.append(
+            f"The {num_shown:,} most suspicious pairs are shown; scores.parquet has all {len(result.table):,}."
+        )
     if "ledger_differential" in result.table.column_names:
         notes.append("The differential is the score of the pair in the run's history minus its correlation now.")
     return notes

@@ -44,8 +44,8 @@ def load_image_encoder(name_or_path: str, device: torch.device) -> tuple[Any, En
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"--model {name_or_path!r} could not be loaded as an encoder of images ({reason}); name a folder or Hub id "
-            "of a CLIP-like or vision model with its image processor, or leave --model out."
+            f"--model {name_or_path!r} could not be loaded as an encoder of images ({reason}); name a folder or Hub "
+            "id of a CLIP-like or vision model with its image processor, or leave --model out."
         ) from error
 
     @torch.no_grad()

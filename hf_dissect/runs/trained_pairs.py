@@ -102,7 +102,9 @@ def _read_image_keys(recipe: Recipe) -> torch.Tensor | None:
         train = as_pairs(rows, **columns, caption=section.caption_column)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        logger.warning("The data that the run trained on cannot be read, so that only its ledger is compared: %s", reason)
+        logger.warning(
+            "The data that the run trained on cannot be read, so that only its ledger is compared: %s", reason
+        )
         return None
     images = train.rows.select_columns([train.columns.image])
     keys: list[int] = []

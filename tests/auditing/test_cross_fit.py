@@ -12,7 +12,9 @@ from hf_dissect.evaluation import noise_detection_metrics
 SMALL = FitSettings(models=1, epochs=25, width=64, dropout=0.2)
 
 
-def make_inputs(images: int = 600, captions: int = 2, rate: float = 0.3, seed: int = 0) -> tuple[PairInputs, torch.Tensor]:
+def make_inputs(
+    images: int = 600, captions: int = 2, rate: float = 0.3, seed: int = 0
+) -> tuple[PairInputs, torch.Tensor]:
     """Make images with 6 of 24 things in each, and captions that name 4 of them; return which ones belong together."""
     generator = torch.Generator().manual_seed(seed)
     things = torch.stack([torch.randperm(24, generator=generator)[:6] for _ in range(images)])
@@ -56,7 +58,9 @@ def test_nothing_of_the_scored_fold_is_learnt():
     # trained on a pair knows it, nobody else can.
     count = 400
     tokens = torch.arange(1, count + 1)[:, None].repeat(1, 4)
-    inputs = PairInputs(torch.eye(count), torch.arange(count), tokens, 0, count + 1, torch.arange(count), torch.arange(count))
+    inputs = PairInputs(
+        torch.eye(count), torch.arange(count), tokens, 0, count + 1, torch.arange(count), torch.arange(count)
+    )
     groups = fit_two_groups(cross_fit(inputs, settings=dataclasses.replace(SMALL, epochs=40)).matches)
     assert groups.interval[1] > 0.9 and groups.separation < 0.8
 
@@ -74,9 +78,19 @@ def test_pictures_are_read_by_a_small_network():
     count = 240
     colour = torch.randint(0, 12, (count,), generator=generator)
     palette = torch.randint(0, 256, (12, 3), generator=generator)
-    pictures = palette[colour][:, :, None, None].expand(-1, -1, 48, 48) + torch.randint(-20, 20, (count, 3, 48, 48), generator=generator)
+    pictures = palette[colour][:, :, None, None].expand(-1, -1, 48, 48) + torch.randint(
+        -20, 20, (count, 3, 48, 48), generator=generator
+    )
     tokens = torch.stack([colour + 1, torch.arange(count) + 13], 1)
-    inputs = PairInputs(pictures.clamp(0, 255).to(torch.uint8), torch.arange(count), tokens, 0, count + 13, torch.arange(count), torch.arange(count))
+    inputs = PairInputs(
+        pictures.clamp(0, 255).to(torch.uint8),
+        torch.arange(count),
+        tokens,
+        0,
+        count + 13,
+        torch.arange(count),
+        torch.arange(count),
+    )
     found = cross_fit(inputs, settings=FitSettings(models=1, epochs=15, width=32, dropout=0.0))
     assert fit_two_groups(found.matches).separation > 0.8
 

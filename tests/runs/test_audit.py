@@ -21,7 +21,18 @@ from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.runs.audit import audit
 from hf_dissect.runs.run import run_recipe
 
-COLUMNS = ["rank", "sample_id", "row", "place", "caption", "correlation", "score", "p_mismatched", "local_fdr", "is_clean"]
+COLUMNS = [
+    "rank",
+    "sample_id",
+    "row",
+    "place",
+    "caption",
+    "correlation",
+    "score",
+    "p_mismatched",
+    "local_fdr",
+    "is_clean",
+]
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +309,11 @@ def test_the_command_reports_its_findings(run, tmp_path, monkeypatch, capsys):
     assert "--export-anyway" in capsys.readouterr().err
     assert main([*command, "--export-anyway", "--output-dir", "audit"]) == 0
     said = capsys.readouterr().out
-    assert "60 pairs, share of mismatched ones " in said and "AUROC of the ranking" in said and "page    audit-2/audit.html" in said
+    assert (
+        "60 pairs, share of mismatched ones " in said
+        and "AUROC of the ranking" in said
+        and "page    audit-2/audit.html" in said
+    )
     assert "12 of 60 pairs dropped, 48 of 60 rows kept" in said and pq.read_table("clean").num_rows == 48
 
 

@@ -1,38 +1,35 @@
-"""Whole audits without a model: encoders fitted to stored features, to pictures, and to the output of a given tower."""
+"""Whole audits without a model: encoders fitted to stored features, pictures, and the output of a given tower."""
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from testing import tiny_models
+from testing.feature_pairs import THINGS
+from testing.feature_pairs import make_feature_pairs as make_table
 
 from hf_dissect import audit_by_fit, make_scenes
 from hf_dissect.auditing.cross_fit import FitSettings
 from hf_dissect.cli import main
-from hf_dissect.data import shuffle_captions
 
 QUICK = FitSettings(models=1, epochs=2, width=32)
-THINGS = "cat dog house car tree boat child ball river bird horse table lamp bridge snow rain".split()
-
-
-def make_table(count: int = 400, rate: float = 0.25, seed: int = 0) -> datasets.Dataset:
-    """Make features of images with 5 of 16 things, and captions that name 3 of them, a share of them of other images."""
-    rng = np.random.default_rng(seed)
-    look = rng.normal(size=(16, 24))
-    things = [rng.choice(16, 5, replace=False) for _ in range(count)]
-    rows = {
-        "image_features": [(look[seen].sum(0) + 0.3 * rng.normal(size=24)).tolist() for seen in things],
-        "caption": [f"{' and '.join(THINGS[thing] for thing in seen[:3])} {place}" for place, seen in enumerate(things)],
-        "name": [f"n{place}" for place in range(count)],
-    }
-    return shuffle_captions(datasets.Dataset.from_dict(rows), rate=rate, seed=seed)
 
 
 def test_the_command_finds_what_is_mismatched_and_exports_the_rest(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = make_table(900)
     rows.to_parquet("pairs.parquet")
-    command = ["audit", "--fit", "pairs.parquet", "--id-column", "name", "--export-clean", "clean", "--max-fdr", "0.05"]
+    command = [
+        "audit",
+        "--fit",
+        "pairs.parquet",
+        "--id-column",
+        "name",
+        "--export-clean",
+        "clean",
+        "--max-fdr",
+        "0.05",
+    ]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "900 pairs, share of mismatched ones about 2" in said and "against recombined ones, estimated: 0." in said
@@ -92,7 +89,10 @@ def test_unreadable_pairs_stand_at_the_end(tmp_path):
     [
         ([], "Name a checkpoint to audit by, or let encoders be fitted to the data"),
         (["--fit", "x.parquet", "--folds", "1"], "--folds 1 is not allowed"),
-        (["--fit", "x.parquet", "--data", "y", "--ledger", "z"], "--data, --ledger: not a setting of an audit with --fit"),
+        (
+            ["--fit", "x.parquet", "--data", "y", "--ledger", "z"],
+            "--data, --ledger: not a setting of an audit with --fit",
+        ),
         (["--fit", "few.parquet"], "40 readable pairs are too few to fit encoders"),
         (["--fit", "classes.parquet"], "such as names of classes"),
         (["--fit", "noise.parquet", "--export-clean", "clean"], "--export-clean is refused"),

@@ -5,7 +5,7 @@ from torch.nn.functional import normalize
 
 
 def make_embeddings_of_pairs(count: int, rate: float, *, hubs: float = 0.0, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Return images `(count, 32)`, texts near theirs, and which belong together; `hubs` adds what all have in common."""
+    """Return images `(count, 32)`, texts near theirs, and which belong together; `hubs` adds what all share."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(count, 32, generator=generator)
     text = image + 0.8 * torch.randn(count, 32, generator=generator)
