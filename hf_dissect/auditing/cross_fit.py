@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -130,8 +131,14 @@ def cross_fit(
                     torch.manual_seed(1000 * seed + 100 * number + member)
                     model = _train(inputs, pairs, settings, steps[number], device, bar)
                 image, text = model.embed(inputs, scored, device)
-                keys = {"image_key": inputs.image_key[scored], "caption_key": inputs.caption_key[scored]}
-                matches = score_matches(image, text, logit_scale=model.scale, seed=seed, **keys)
+                matches = score_matches(
+                    image,
+                    text,
+                    logit_scale=model.scale,
+                    image_key=inputs.image_key[scored],
+                    caption_key=inputs.caption_key[scored],
+                    seed=seed,
+                )
                 score[scored] += matches.score / settings.models
                 correlation[scored] += ((image * text).sum(1) * 100).clamp_min(0) / settings.models
                 of_strangers.append(matches.chance)
@@ -211,7 +218,7 @@ def _train(
                 mean.update_parameters(model)
             if step == steps:
                 break
-    return mean.module
+    return cast(_DualEncoder, mean.module)
 
 
 def _find_related(inputs: PairInputs, batch: torch.Tensor) -> torch.Tensor:

@@ -49,17 +49,19 @@ def find_training_pairs(fold: torch.Tensor, scored: int, caption_key: torch.Tens
     """Return the positions of the pairs to train on before fold `scored` is scored, int64.
 
     Raises:
-        ValueError: Nearly all captions of the other folds are in the scored one as well.
+        ValueError: The pairs have few captions, or those of the other folds are in the scored one as well.
     """
     others = fold != scored
     unknown = ~torch.isin(caption_key, caption_key[~others])
-    if (others & unknown).sum() < others.sum() / 4:
+    training = torch.nonzero(others & unknown)[:, 0]
+    distinct = [len(caption_key[part].unique()) for part in (training, ~others)]
+    if len(training) < others.sum() / 4 or min(distinct) < FEWEST_PAIRS:
         raise ValueError(
-            f"{(others & ~unknown).sum() / others.sum():.0%} of the pairs have captions that other pairs have as "
-            "well, such as names of classes: no caption is left to learn from that is not judged, too. Audit with a "
-            "model that was trained on other data: hf-dissect audit MODEL --data DATA"
+            f"The {len(caption_key)} pairs share captions, such as names of classes: of {len(caption_key.unique())} "
+            "different ones, too few are left to learn from that are not judged, too. Audit with a model that was trained "
+            "on other data: hf-dissect audit MODEL --data DATA"
         )
-    return torch.nonzero(others & unknown)[:, 0]
+    return training
 
 
 def _number(keys: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,9 @@ class FeatureEncoder(nn.Module):
         dropout: Share of the features set to zero in training.
     """
 
+    mean: torch.Tensor
+    spread: torch.Tensor
+
     def __init__(self, features: torch.Tensor, width: int, dropout: float) -> None:
         super().__init__()
         features = features.float()

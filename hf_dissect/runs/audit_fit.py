@@ -1,6 +1,7 @@
 """Audit of a data set without a model: encoders are fitted to one part of it and judge the other."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -8,6 +9,7 @@ from hf_dissect.auditing.cross_fit import FitSettings, cross_fit
 from hf_dissect.auditing.kept_pairs import ExportSettings
 from hf_dissect.auditing.two_groups import fit_two_groups
 from hf_dissect.data import as_pairs
+from hf_dissect.data.pairs import PairDataset
 from hf_dissect.recipe.recipe import DataSection
 from hf_dissect.runs.audit import choose_section
 from hf_dissect.runs.audit_result import (
@@ -91,13 +93,9 @@ def audit_by_fit(
     rows = load_split(section, split)
     # With an encoder, pictures are read; without one, stored features where there are any.
     stored = "image_features" if section.image_features and encoder is None else None
-    pairs = as_pairs(
-        rows,
-        image=section.image_column or stored,
-        caption=section.caption_column,
-        sample_id=section.id_column,
-        clean=section.clean_column,
-    )
+    names = {"image": section.image_column or stored, "caption": section.caption_column}
+    names |= {"sample_id": section.id_column, "clean": section.clean_column}
+    pairs = cast(PairDataset, as_pairs(rows, **names))
     embeddings, inputs = read_inputs(
         pairs, encoder=encoder, batch_size=batch_size, num_workers=num_workers, progress=True
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -99,7 +99,7 @@ def _read_image_keys(recipe: Recipe) -> torch.Tensor | None:
     try:
         rows = load_split(section, "train")
         columns = {"image": section.image_column or ("image_features" if section.image_features else None)}
-        train = as_pairs(rows, **columns, caption=section.caption_column)
+        train = cast(PairDataset, as_pairs(rows, **columns, caption=section.caption_column))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         logger.warning(

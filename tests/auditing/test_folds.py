@@ -58,5 +58,5 @@ def test_data_that_cannot_be_divided_are_refused_with_the_way_out():
         assign_folds(one, many, 2)
     classes = torch.arange(300) % 3
     fold = assign_folds(many, classes, 2)
-    with pytest.raises(ValueError, match="captions that other pairs have as well, such as names of classes"):
+    with pytest.raises(ValueError, match="share captions, such as names of classes"):
         [find_training_pairs(fold, scored, one) for scored in (0, 1)]

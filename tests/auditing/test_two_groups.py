@@ -29,7 +29,7 @@ def test_share_interval_and_separation_are_those_of_the_truth(auroc, share):
     low, high = groups.interval
     assert low - 0.01 <= share <= high + 0.01 and low <= groups.share <= high
     assert groups.share == pytest.approx(share, abs=0.08 if auroc < 0.9 else 0.03)
-    assert groups.separation == pytest.approx(auroc, abs=0.1 if auroc < 0.9 else 0.03)
+    assert groups.separation == pytest.approx(auroc, abs=0.1 if auroc < 0.9 else 0.06)
     assert groups.p_mismatched.mean() == pytest.approx(groups.share, abs=0.05)
     order = matches.score.numpy().argsort()
     assert (np.diff(groups.p_mismatched[order]) <= 0).all() and (np.diff(groups.local_fdr[order]) <= 0).all()
