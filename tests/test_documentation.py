@@ -16,6 +16,7 @@ import yaml
 from datasets import ClassLabel
 from testing import hub_client, tiny_models
 from testing.document_pages import PAGES, ROOT, blocks, commands, languages
+from testing.feature_pairs import make_feature_pairs
 from testing.loopback_hub import serving
 from testing.tiny_recipe import tiny_settings
 
@@ -76,8 +77,9 @@ COMMANDS = {
     "hf-dissect evaluate hub:USER/mine --data /data/flickr8k --split validation": [],
     "hf-dissect push-ledger runs/mine USER/mine-scores": [],
     "hf-dissect train mine.yaml selection.ledger=hub:USER/mine-scores selection.warmup_epochs=0": FINETUNE,
-    "hf-dissect audit runs/mine": [],
-    "hf-dissect audit runs/mine --data /data/flickr8k --export-clean flickr8k-clean --keep 0.8": [],
+    "hf-dissect audit --fit /data/pairs": [],
+    "hf-dissect audit --fit /data/pairs --export-clean pairs-clean --max-fdr 0.05": [],
+    "hf-dissect audit runs/mine --split validation": [],
     "hf-dissect recipes --accelerate": [],
     "hf-dissect recipes --accelerate multi-gpu > multi-gpu.yaml": [],
     "accelerate launch --config_file multi-gpu.yaml -m hf_dissect.cli train cc3m": PAPER,
@@ -117,6 +119,8 @@ def data(tmp_path_factory) -> Path:
     )
     for part in tiny_models.tiny_clip():
         part.save_pretrained(place / "clip")
+    (place / "pairs").mkdir()
+    make_feature_pairs(600).to_parquet(place / "pairs" / "train.parquet")
     (place / "shards").mkdir()
     with tarfile.open(place / "shards" / "train-0.tar", "w") as tar:
         for number, row in enumerate(make_scenes(32)):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from hf_dissect.data.arrow_columns import is_list, list_lengths
+from hf_dissect.data.arrow_columns import is_list, list_lengths, read_chunked_column
 
 IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path", "filepath", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "captions")
@@ -96,6 +96,30 @@ def _find_usual_name(names: Sequence[str], available: Sequence[str], argument: s
         f"No column named {' or '.join(names)}; the data has {', '.join(available) or 'no columns'}. "
         f"Name yours with {argument}=..."
     )
+
+
+def find_truth_column(rows: datasets.Dataset | datasets.IterableDataset, named: str | None = None) -> str | None:
+    """Return the column with the truth: the named one, or the first usual one that holds true and false, or 0 and 1.
+
+    A column of another kind, such as captions that somebody has cleaned, means something else by its name.
+    """
+    if named is not None:
+        return named
+    return next(
+        (name for name in CLEAN_COLUMNS if name in (rows.column_names or ()) and _may_be_truth(rows, name)), None
+    )
+
+
+def _may_be_truth(rows: datasets.Dataset | datasets.IterableDataset, name: str) -> bool:
+    if rows.features is None:  # a stream that does not know its columns
+        return True
+    kind = rows.features.arrow_schema.field(name).type
+    kind = kind.value_type if is_list(kind) else kind
+    if pa.types.is_integer(kind) and isinstance(rows, datasets.Dataset):
+        values = read_chunked_column(rows, name)
+        ends = pc.min_max(pc.list_flatten(values) if is_list(values.type) else values)
+        return (ends["min"].as_py() or 0) >= 0 and (ends["max"].as_py() or 0) <= 1
+    return pa.types.is_boolean(kind) or pa.types.is_integer(kind)
 
 
 def key_hash(value: bytes | str) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from hf_dissect.data.pair_columns import (
     NO_ROWS,
     PairColumns,
     check_truth,
+    find_truth_column,
     key_hash,
     make_pair_ids,
     read_task_numbers,
@@ -112,7 +114,8 @@ class PairDataset(torch.utils.data.Dataset):
         """Wrap a table, with columns named as in `PairColumns.recognise`."""
         if len(dataset) == 0:
             raise ValueError(NO_ROWS)
-        return cls(dataset, PairColumns.recognise(dataset.column_names, **names))
+        columns = PairColumns.recognise(dataset.column_names, **names)
+        return cls(dataset, replace(columns, clean=find_truth_column(dataset, names.get("clean"))))
 
     @property
     def num_samples(self) -> int | None:
