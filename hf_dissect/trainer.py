@@ -99,8 +99,8 @@ class DissectTrainer(BaseTrainer):
         )
         training_data.check_model(self.model, args, train_dataset, eval_dataset, self.is_deepspeed_enabled)
         tag_model(self.model)
-        if data_collator is None:
-            self.data_collator = training_data.make_collator(self.model, processing_class, args)
+        collator = data_collator or training_data.make_collator(self.model, processing_class, args)
+        self.data_collator = training_data.try_collator(collator, train_dataset, eval_dataset)
         self.kind = find_loss_kind(self.model)
         self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
@@ -225,7 +225,7 @@ class DissectTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """Compute loss, recall at 1, 5 and 10, and median rank in both directions on `eval_dataset`."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
+            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args, self.data_collator)
             training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
         with self.times.measure("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -242,7 +242,7 @@ class DissectTrainer(BaseTrainer):
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:
         """Compute the correlation of all readable pairs under the current weights, see `join_correlations`."""
-        pairs = training_data.wrap_pairs("dataset", dataset, self.args)
+        pairs = training_data.wrap_pairs("dataset", dataset, self.args, self.data_collator)
         training_data.check_tasks(self.model, self.train_dataset, pairs)
         scored = self.score_batches(self.get_eval_dataloader(pairs))
         return join_correlations(scored, self.accelerator.gather_for_metrics)
@@ -341,7 +341,7 @@ class DissectTrainer(BaseTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "task_id", "is_clean"]
+        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "key", "task_id", "is_clean"]
         self._signature_columns = list(dict.fromkeys(names))  # type: ignore[assignment]  # transformers declares None
 
     def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:

@@ -33,7 +33,7 @@ def build_score_table(
     Returns:
         Table with `rank` (from 1), `sample_id`, `row` (of the data set), `place` (of the caption among those of the
         row), `caption`, the scores, `is_clean` where the truth is known, the columns of `more`, and `problem`, the
-        reason why a pair cannot be read. Missing values are null.
+        reason why a pair cannot be read, with the cause and the path. Missing values are null.
     """
     reasons = embeddings.bad_reason.numpy()
     (good,) = np.nonzero(reasons == BadReason.GOOD)
@@ -55,8 +55,8 @@ def build_score_table(
         columns["is_clean"] = pa.array(embeddings.is_clean.numpy()[order])
     for name, values in (more or {}).items():
         columns[name] = _nullable(values.numpy()[order])
-    problems = {reason: None if reason == BadReason.GOOD else reason.description for reason in BadReason}
-    columns["problem"] = pa.array([problems[BadReason(reason)] for reason in reasons[order].tolist()], pa.string())
+    bad = {place: BadReason(reasons[place]).describe(embeddings.problems.get(place, "")) for place in order[len(good) :]}
+    columns["problem"] = pa.array([bad.get(place) for place in order.tolist()], pa.string())
     return pa.table(columns)
 
 

@@ -142,7 +142,7 @@ def audit(
         more = {}
     table = build_score_table(pairs, embeddings, scores, more)
     bad_rows = BadRows(1.0, len(pairs))
-    bad_rows.add(embeddings.sample_id, embeddings.bad_reason)
+    bad_rows.add(embeddings.sample_id, embeddings.bad_reason, embeddings.problems)
     auroc = _compute_auroc(embeddings, scores["score"])
     result = AuditResult(_choose_folder(Path(output_dir)), table, share, bad_rows, auroc)
     if not is_first:
