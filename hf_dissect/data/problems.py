@@ -33,8 +33,8 @@ def describe_problem(text: str) -> str:
 
 
 def list_problems(problems: Mapping[int, str], most: int = 20) -> list[dict[str, Any]]:
-    """Return the first problems by sample id as plain data, with `id`, `problem` and `path`."""
-    split = [(sample_id, *split_problem(problems[sample_id])) for sample_id in list(problems)[:most]]
+    """Return the problems of the lowest sample ids as plain data, with `id`, `problem` and `path`."""
+    split = [(sample_id, *split_problem(problems[sample_id])) for sample_id in sorted(problems)[:most]]
     return [{"id": sample_id, "problem": problem, "path": path} for sample_id, problem, path in split]
 
 
