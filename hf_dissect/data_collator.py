@@ -15,6 +15,7 @@ from hf_dissect.data.encoded_pictures import as_numpy, is_byte_array
 from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
 from hf_dissect.data.pairs import ROW_KEYS, key_hash
 from hf_dissect.data.problems import PROBLEM_KEY, join_problem, pack_problems
+from hf_dissect.data.surrogates import MARK, is_unencodable
 
 
 class SelectionCollator:
@@ -199,9 +200,7 @@ def _find_caption_reason(caption: Any) -> int:
         return BadReason.CAPTION_MISSING
     if not isinstance(caption, str):
         return BadReason.CAPTION_NOT_TEXT
-    try:
-        caption.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+    if is_unencodable(caption):
         return BadReason.CAPTION_NOT_UNICODE
     return BadReason.GOOD if caption.strip() else BadReason.CAPTION_MISSING
 
@@ -211,7 +210,8 @@ def _describe_caption(row: dict[str, Any], reason: int) -> str:
         return ""
     caption = row["caption"]
     kind = f"{type(caption).__name__} " if reason == BadReason.CAPTION_NOT_TEXT else ""
-    return join_problem(f"{kind}{ascii(caption)[:80]}", _find_name(row))
+    shown = caption.removeprefix(MARK) if isinstance(caption, str) else ascii(caption)
+    return join_problem(f"{kind}{shown[:80]}", _find_name(row))
 
 
 def _find_name(row: dict[str, Any]) -> str | None:

@@ -224,7 +224,7 @@ class DissectTrainer(BaseTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Compute loss, recall at 1, 5 and 10, and median rank in both directions on `eval_dataset`."""
-        if not isinstance(eval_dataset, str):
+        if not (isinstance(eval_dataset, str) or training_data.includes(self.eval_dataset, eval_dataset)):
             eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args, self.data_collator)
             training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
         with self.times.measure("evaluation"):
@@ -242,7 +242,7 @@ class DissectTrainer(BaseTrainer):
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:
         """Compute the correlation of all readable pairs under the current weights, see `join_correlations`."""
-        pairs = training_data.wrap_pairs("dataset", dataset, self.args, self.data_collator)
+        pairs = training_data.wrap_pairs("dataset", dataset, self.args)
         training_data.check_tasks(self.model, self.train_dataset, pairs)
         scored = self.score_batches(self.get_eval_dataloader(pairs))
         return join_correlations(scored, self.accelerator.gather_for_metrics)

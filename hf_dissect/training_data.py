@@ -70,6 +70,11 @@ def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments, coll
     return pairs
 
 
+def includes(known: Any, dataset: Any) -> bool:
+    """Return whether a data set is the one of the trainer, or one of several, which was checked with the trainer."""
+    return any(dataset is part for part in (known, *(known.values() if isinstance(known, dict) else ())))
+
+
 def wrap_training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
     """Wrap the training data as pairs, see `as_pairs`.
 

@@ -26,6 +26,7 @@ from hf_dissect.data.pair_columns import (
 )
 from hf_dissect.data.problems import PROBLEM_KEY
 from hf_dissect.data.streaming.pair_stream import PairStream
+from hf_dissect.data.surrogates import is_unencodable
 from hf_dissect.data.tables_in_memory import make_table
 from hf_dissect.data.transformed_rows import TransformedRows, has_transform, recognise_transformed
 
@@ -78,7 +79,6 @@ class PairDataset(torch.utils.data.Dataset):
             raise ValueError(NO_ROWS)
         self.columns = columns
         self.rows = select_undecoded(rows, columns)
-        self.unencodable: Mapping[int, Any] = {}
         self._transformed = TransformedRows(rows, columns) if has_transform(rows) else None
         self._pictures = _find_pictures(rows, columns)
         captions = read_captions(self.rows, columns)
@@ -166,12 +166,9 @@ class PairDataset(torch.utils.data.Dataset):
         batch = self._read[rows.tolist()] if self._read.column_names else {}
         if self._transformed is not None:
             batch |= self._transformed.read(rows.tolist())
-        captions = batch[self.columns.caption]
-        if self.unencodable:
-            captions = [self.unencodable.get(row, text) for row, text in zip(rows.tolist(), captions, strict=True)]
         columns = {
             "image": batch[self.columns.image],
-            "caption": self._pick_by_pair(captions, numbers),
+            "caption": self._pick_by_pair(batch[self.columns.caption], numbers),
             "sample_id": (numbers if self.sample_ids is None else self.sample_ids[numbers]).tolist(),
         }
         if self.columns.sample_id is not None and isinstance(batch[self.columns.sample_id][0], str):
@@ -232,11 +229,12 @@ class PairDataset(torch.utils.data.Dataset):
             return None
 
     def captions(self) -> Iterator[str]:
-        """Yield the captions that are strings, for training a tokenizer."""
+        """Yield the captions that are texts, for training a tokenizer."""
         column = read_captions(self.rows, self.columns)
         for start in range(0, len(column), _CAPTIONS_AT_ONCE):
             for value in column.slice(start, _CAPTIONS_AT_ONCE).to_pylist():
-                yield from (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
+                texts = value if isinstance(value, list) else [value]
+                yield from (text for text in texts if isinstance(text, str) and not is_unencodable(text))
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -287,11 +285,8 @@ def as_pairs(dataset: Any, **names: str | None) -> PairDataset | PairStream | to
         raise ValueError(
             f"A {type(dataset).__name__} holds several splits; pass one of them: {', '.join(map(repr, dataset))}."
         )
-    if (made := make_table(dataset)) is not None:
-        table, replaced = made
-        pairs = PairDataset.from_dataset(table, **names)
-        pairs.unencodable = replaced.get(pairs.columns.caption, {})
-        return pairs
+    if (table := make_table(dataset)) is not None:
+        return PairDataset.from_dataset(table, **names)
     if isinstance(dataset, datasets.Dataset):
         return PairDataset.from_dataset(dataset, **names)
     if isinstance(dataset, datasets.IterableDataset):

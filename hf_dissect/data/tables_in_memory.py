@@ -13,19 +13,16 @@ from PIL import Image
 from hf_dissect.data.encoded_pictures import as_numpy, begins_like_picture, find_encoded
 from hf_dissect.data.images import UnusableImage, decode_image, is_feature_vector
 from hf_dissect.data.pair_columns import NO_ROWS
+from hf_dissect.data.surrogates import escape_unencodable
 
-Replaced = dict[str, dict[int, Any]]
-"""Values that Arrow cannot hold, by column and row."""
-
-
-def make_table(data: Any) -> tuple[datasets.Dataset, Replaced] | None:
+def make_table(data: Any) -> datasets.Dataset | None:
     """Make a table of rows in memory.
 
     Args:
         data: List or tuple of dicts, data frame of pandas or polars, or `pa.Table`.
 
     Returns:
-        The table, and the texts that cannot be encoded, which are escaped in the table; None for data of other kinds.
+        The table, in which texts that cannot be encoded are escaped; None for data of other kinds.
 
     Raises:
         ValueError: There are no rows, or they do not make a table.
@@ -33,18 +30,18 @@ def make_table(data: Any) -> tuple[datasets.Dataset, Replaced] | None:
     if isinstance(data, list | tuple):
         return _from_rows(data)
     if isinstance(data, pa.Table):
-        return _from_arrow(data), {}
+        return _from_arrow(data)
     library = type(data).__module__.split(".")[0]
     if library == "pandas" and hasattr(data, "columns"):
         return _from_pandas(data)
     if library == "polars":
         if not hasattr(data, "to_arrow"):
             raise ValueError(f"{type(data).__name__} of polars has no rows yet; pass its .collect().")
-        return _from_arrow(data.to_arrow()), {}
+        return _from_arrow(data.to_arrow())
     return None
 
 
-def _from_rows(rows: Sequence[Any]) -> tuple[datasets.Dataset, Replaced]:
+def _from_rows(rows: Sequence[Any]) -> datasets.Dataset:
     if not rows:
         raise ValueError(NO_ROWS)
     for position, row in enumerate(rows):
@@ -54,7 +51,7 @@ def _from_rows(rows: Sequence[Any]) -> tuple[datasets.Dataset, Replaced]:
     return _from_columns({name: [row.get(name) for row in rows] for name in names}, "list of dicts")
 
 
-def _from_pandas(frame: Any) -> tuple[datasets.Dataset, Replaced]:
+def _from_pandas(frame: Any) -> datasets.Dataset:
     if len(frame) == 0:
         raise ValueError(NO_ROWS)
     if frame.columns.nlevels > 1 or not frame.columns.is_unique:
@@ -65,7 +62,7 @@ def _from_pandas(frame: Any) -> tuple[datasets.Dataset, Replaced]:
     types = {name: kind.categories.dtype for name, kind in frame.dtypes.items() if hasattr(kind, "categories")}
     frame = frame.astype(types)
     try:
-        return _from_arrow(pa.Table.from_pandas(frame, preserve_index=False)), {}
+        return _from_arrow(pa.Table.from_pandas(frame, preserve_index=False))
     except (pa.ArrowException, TypeError, ValueError, OverflowError, NotImplementedError):
         # Pictures and texts in columns of objects, which Arrow does not know or which cannot be encoded.
         return _from_columns({name: frame[name].tolist() for name in frame.columns}, "DataFrame")
@@ -89,8 +86,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _from_columns(columns: Mapping[str, list[Any]], what: str) -> tuple[datasets.Dataset, Replaced]:
-    replaced: Replaced = {}
+def _from_columns(columns: Mapping[str, list[Any]], what: str) -> datasets.Dataset:
     arrays: dict[str, Any] = {}
     features: dict[str, Any] = {}
     for name, values in columns.items():
@@ -99,9 +95,7 @@ def _from_columns(columns: Mapping[str, list[Any]], what: str) -> tuple[datasets
             arrays[name] = [_encode_picture(value) for value in values]
             features[name] = datasets.Image(decode=False)
         else:
-            arrays[name], escaped = _escape(values)
-            if escaped:
-                replaced[name] = escaped
+            arrays[name] = _escape(values)
     try:
         table = datasets.Dataset.from_dict(arrays)
         for name, feature in features.items():
@@ -110,7 +104,7 @@ def _from_columns(columns: Mapping[str, list[Any]], what: str) -> tuple[datasets
         raise ValueError(
             f"The {what} does not make a table ({error}); a column holds values of one type, captions strings."
         ) from error
-    return table, replaced
+    return table
 
 
 def _blank_missing(values: list[Any]) -> list[Any]:
@@ -170,27 +164,6 @@ def _encode_picture(value: Any) -> dict[str, Any] | None:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _escape(values: list[Any]) -> tuple[list[Any], dict[int, Any]]:
-    """Return values with texts that cannot be encoded escaped, and the original values by row."""
-    escaped = {row: value for row, value in enumerate(values) if _cannot_be_encoded(value)}
-    if not escaped:
-        return values, {}
-    return [_escape_text(value) if row in escaped else value for row, value in enumerate(values)], escaped
-
-
-def _cannot_be_encoded(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(isinstance(part, str) and _cannot_be_encoded(part) for part in value)
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _escape_text(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_escape_text(part) for part in value]
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+def _escape(values: list[Any]) -> list[Any]:
+    """Return the values, with texts that cannot be encoded escaped and marked."""
+    return [escape_unencodable(value) if isinstance(value, str | list | tuple | dict) else value for value in values]

@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,11 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
     ]
 
 
+def _describe_problem(entry: Mapping[str, Any]) -> str:
+    path = "" if entry.get("path") is None else f": {entry['path']}"
+    return f"{entry.get('id')}: {entry.get('problem')}{path}"
+
+
 def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
     bad = as_mapping(run.metrics.get("bad_rows"))
     ids = list(bad.get("ids") or [])
@@ -236,4 +241,5 @@ def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
         "reasons": as_mapping(bad.get("reasons")),
         "ids": ids[:MAX_BAD_IDS],
         "more_ids": len(ids) > MAX_BAD_IDS,
+        "problems": [_describe_problem(entry) for entry in bad.get("problems") or [] if isinstance(entry, Mapping)],
     }

@@ -18,6 +18,7 @@ from hf_dissect.runs.training import show_progress, train_to_end
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training.checkpoints import find_checkpoint
 from hf_dissect.training_args import DissectTrainingArguments
+from hf_dissect.training_data import wrap_pairs
 
 CAPTIONS_FOR_TOKENIZER = 200_000
 """Largest number of captions of a stream from which a tokenizer is trained."""
@@ -48,6 +49,7 @@ def run_recipe(
     splits = load_data(recipe) if splits is None else splits
     trainer = build_trainer(recipe, splits)
     processor = trainer.processing_class
+    wrap_pairs("test_dataset", splits.get("test"), trainer.args, trainer.data_collator)
     train_to_end(trainer, checkpoint)
 
     def evaluate_classes() -> dict[str, float]:

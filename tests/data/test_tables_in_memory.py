@@ -15,6 +15,8 @@ from hf_dissect import SelectionCollator
 from hf_dissect.data import as_pairs
 from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.images import decode_image
+from hf_dissect.data.problems import read_problems
+from hf_dissect.data.surrogates import MARK, is_unencodable
 
 PICTURE = tiny_models.tiny_picture(3)[0]
 PIXELS = np.asarray(PICTURE)
@@ -183,16 +185,17 @@ HALF = "half a pair \ud83d"
 def test_a_caption_that_cannot_be_encoded_is_a_bad_row_of_a_table(as_frame):
     rows = [{"image": png(), "caption": text, "url": "\udcff"} for text in ("red", HALF, "a red patch")]
     pairs = as_pairs(pd.DataFrame(rows, dtype=object) if as_frame else rows)
-    assert [pair["caption"] for pair in pairs] == ["red", HALF, "a red patch"]
+    assert [pair["caption"] for pair in pairs] == ["red", MARK + r"half a pair \ud83d", "a red patch"]
     batch = SelectionCollator(tiny_models.tiny_clip()[1])(list(pairs))
     assert batch["bad_reason"].tolist() == [0, BadReason.CAPTION_NOT_UNICODE, 0]
-    assert all(text.encode() for text in pairs.captions())  # for a tokenizer
+    assert list(pairs.captions()) == ["red", "a red patch"]  # for a tokenizer
+    assert read_problems(batch) == {1: r"half a pair \ud83d"}
 
 
 def test_one_of_several_captions_that_cannot_be_encoded_is_one_bad_row():
     rows = [{"image": png(), "captions": texts} for texts in (["a", HALF], ["b", "c", "d"])]
     pairs = as_pairs(rows)
-    assert [pair["caption"] for pair in pairs] == ["a", HALF, "b", "c", "d"]
+    assert [is_unencodable(pair["caption"]) for pair in pairs] == [False, True, False, False, False]
 
 
 def test_paths_of_pathlib_are_paths():
