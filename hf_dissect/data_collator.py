@@ -136,9 +136,7 @@ class SelectionCollator:
             self._feature_dim = dims.most_common(1)[0][0] if dims else None
         return self._feature_dim
 
-    def _stack_features(
-        self, rows: Sequence[dict[str, Any]], reasons: list[int], problems: list[str]
-    ) -> torch.Tensor:
+    def _stack_features(self, rows: Sequence[dict[str, Any]], reasons: list[int], problems: list[str]) -> torch.Tensor:
         dim = self._feature_dim or 0
         features = np.zeros((len(rows), dim), dtype=np.float32)
         for position, row in enumerate(rows):

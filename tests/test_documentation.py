@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel
+from datasets import ClassLabel, Image
 from testing import hub_client, tiny_models
 from testing.document_pages import PAGES, ROOT, blocks, commands, languages
 from testing.loopback_hub import serving
@@ -262,7 +262,7 @@ def check_plain_loop_selects(snippet, page, data, capsys):
 def check_augmentation_trains(snippet, page, data, capsys):
     """Pictures are other ones each time that they are read, with the ids and captions of the data."""
     model, processor = tiny_models.tiny_clip()
-    dataset = make_scenes(96, image_size=32)
+    dataset = make_scenes(96, image_size=32).cast_column("image", Image())
     names = run(snippet, page, model=model, processor=processor, dataset=dataset)
     trainer = names["trainer"]
     pairs = trainer.train_dataset

@@ -55,7 +55,9 @@ def build_score_table(
         columns["is_clean"] = pa.array(embeddings.is_clean.numpy()[order])
     for name, values in (more or {}).items():
         columns[name] = _nullable(values.numpy()[order])
-    bad = {place: BadReason(reasons[place]).describe(embeddings.problems.get(place, "")) for place in order[len(good) :]}
+    bad = {
+        place: BadReason(reasons[place]).describe(embeddings.problems.get(place, "")) for place in order[len(good) :]
+    }
     columns["problem"] = pa.array([bad.get(place) for place in order.tolist()], pa.string())
     return pa.table(columns)
 

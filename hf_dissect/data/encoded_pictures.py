@@ -45,9 +45,9 @@ def find_encoded(value: Any) -> bytes | None:
     """Return the bytes of a file that is held in memory; None for anything else, such as a path or an array of pixels.
 
     Args:
-        value: Any buffer (bytes, bytearray, memoryview, `pa.Buffer`, `numpy.void`, `array.array`), a binary file object
-            such as `io.BytesIO`, an array or tensor `(n,)` of 8-bit integers, or a list or an array `(n,)` of other
-            integers that begins as the file of a picture does.
+        value: Any buffer (bytes, bytearray, memoryview, `pa.Buffer`, `numpy.void`, `array.array`), a binary file
+            object such as `io.BytesIO`, an array or tensor `(n,)` of 8-bit integers, or a list or an array `(n,)` of
+            other integers that begins as the file of a picture does.
     """
     value = as_numpy(value)
     if isinstance(value, np.bytes_):
@@ -61,7 +61,7 @@ def find_encoded(value: Any) -> bytes | None:
     if isinstance(value, np.ndarray):
         return _find_in_array(value)
     if isinstance(value, list | tuple):
-        return bytes(value) if _is_list_of_file(value) else None
+        return _join_bytes(np.asarray(value)) if _is_list_of_file(value) else None
     if callable(getattr(value, "read", None)):
         return _read_file_object(value)
     try:
@@ -80,11 +80,9 @@ def is_byte_array(value: Any) -> bool:
 def begins_like_picture(values: Any) -> bool:
     """Return whether a list or an array `(n,)` of integers begins as the file of a picture does."""
     start = np.asarray(values[:_LONGEST_START])
-    if start.dtype == np.int8:
-        start = start.view(np.uint8)
-    if start.ndim != 1 or start.dtype.kind not in "iu" or start.size < 8 or start.min() < 0 or start.max() > 255:
+    if start.ndim != 1 or start.size < 8 or not _holds_bytes(start):
         return False
-    content = start.astype(np.uint8).tobytes()
+    content = _join_bytes(start)
     if content.startswith(_STARTS) or content[4:8] == b"ftyp":
         return True
     if content.startswith(b"RIFF"):
@@ -115,33 +113,47 @@ def is_cut_off(content: bytes) -> bool:
     return content.startswith(b"RIFF") and len(content) < int.from_bytes(content[4:8], "little")
 
 
+def _holds_bytes(values: np.ndarray) -> bool:
+    """Return whether integers are bytes, from 0 to 255 or from -128 to 127."""
+    if values.dtype.kind not in "iu":
+        return False
+    low, high = values.min(), values.max()
+    return (low >= 0 and high <= 255) or (low >= -128 and high <= 127)
+
+
+def _join_bytes(values: np.ndarray) -> bytes:
+    return (values.astype(np.int64) & 0xFF).astype(np.uint8).tobytes()
+
+
 def _find_in_array(value: np.ndarray) -> bytes | None:
     if value.ndim == 0:
         return find_encoded(value.item()) if value.dtype.kind in "SVO" else None
     if value.ndim == 2 and 1 in value.shape and value.dtype.kind in "iu":
         value = value.ravel()  # a file in a row or a column of its own
-        return bytes(value.tolist()) if value.dtype != np.int8 and _is_list_of_file(value) else None
+        return _join_bytes(value) if _is_list_of_file(value) else None
     if value.ndim != 1:
         return None
     if value.dtype in (np.uint8, np.int8) or (value.dtype.kind == "S" and value.dtype.itemsize == 1):
         return value.tobytes()
-    return value.astype(np.uint8).tobytes() if value.dtype.kind in "iu" and _is_list_of_file(value) else None
+    return _join_bytes(value) if value.dtype.kind in "iu" and _is_list_of_file(value) else None
 
 
 def _is_list_of_file(values: Any) -> bool:
     if len(values) < 8 or isinstance(values[0], list | tuple | np.ndarray | str) or not begins_like_picture(values):
         return False
-    whole = np.asarray(values)
-    return whole.dtype.kind in "iu" and whole.min() >= 0 and whole.max() <= 255
+    return _holds_bytes(np.asarray(values))
 
 
 def _read_file_object(file: Any) -> bytes | None:
-    if callable(getattr(file, "getvalue", None)):
-        content = file.getvalue()
-    else:
-        if file.seekable():
-            file.seek(0)
-        content = file.read()
+    try:
+        if callable(getattr(file, "getvalue", None)):
+            content = file.getvalue()
+        else:
+            if file.seekable():
+                file.seek(0)
+            content = file.read()
+    except (OSError, ValueError):  # closed, or on a disk that fails
+        return b""
     return content if isinstance(content, bytes) else None
 
 

@@ -56,8 +56,8 @@ def check_batch(batch: Any) -> None:
         ValueError: It has not; the message names the way out.
     """
     way_out = (
-        "A collator of your own calls hf_dissect.SelectionCollator and adds to its batch, or returns a dict of tensors "
-        "with sample_id, the int64 ids of the rows that it is given."
+        "A collator of your own calls hf_dissect.SelectionCollator and adds to its batch, or returns a dict of "
+        "tensors with sample_id, the int64 ids of the rows that it is given."
     )
     if not isinstance(batch, Mapping):
         raise ValueError(f"data_collator returns {type(batch).__name__}, not a dict of tensors. {way_out}")
@@ -130,8 +130,9 @@ def _check_pictures(argument: str, batch: Mapping[str, torch.Tensor]) -> None:
     problems = read_problems(batch)
     first = [f"{describe_problem(problem)} (id {int(batch['sample_id'][row])})" for row, problem in problems.items()]
     raise TooManyBadRows(
-        f"{argument}: none of the first {int(tried.sum())} pictures can be read. First problems: {'; '.join(first[:3])}. "
-        "Mend the paths or the files, name the column of the pictures with image_column, or leave these rows out."
+        f"{argument}: none of the first {int(tried.sum())} pictures can be read. First problems: "
+        f"{'; '.join(first[:3])}. Mend the paths or the files, name the column of the pictures with image_column, "
+        "or leave these rows out."
     )
 
 

@@ -37,7 +37,10 @@ def decode_image(value: Any) -> Image.Image:
     """
     path = find_path(value)
     try:
-        return _convert_to_rgb(_load(value))
+        image = _load(value)
+        if not image.width * image.height:
+            raise UnusableImage("a picture without pixels")
+        return _convert_to_rgb(image)
     except UnusableImage as error:
         if error.path is None and path is not None:
             raise UnusableImage(error.problem, path) from error
@@ -72,7 +75,11 @@ def is_feature_vector(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         if value.ndim != 1 or value.size == 0 or value.dtype.kind not in "fiu":
             return False
-    elif not isinstance(value, list) or not value or not all(isinstance(part, int | float | np.number) for part in value):
+    elif (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(part, int | float | np.number) for part in value)
+    ):
         return False
     return not begins_like_picture(value)
 

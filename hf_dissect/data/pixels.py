@@ -84,7 +84,9 @@ def make_picture(value: Any) -> Image.Image:
     shape = f"an array of {pixels.dtype} of shape {pixels.shape}"
     if pixels.dtype.kind not in "iufb" or pixels.size == 0:
         raise UnusableImage(f"{shape} is not a picture")
-    if pixels.ndim == 3 and not (pixels.shape[2] in _CHANNELS and not (channels_first and pixels.shape[0] in _CHANNELS)):
+    if pixels.ndim == 3 and not (
+        pixels.shape[2] in _CHANNELS and not (channels_first and pixels.shape[0] in _CHANNELS)
+    ):
         pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]

@@ -1,7 +1,7 @@
 """Texts with half of a surrogate pair, which JSON can write but UTF-8 and Arrow cannot: marked, so that they count.
 
-`json.loads` returns such a text for `"\\ud83d"` alone. A table holds it escaped, behind a mark that no text has, and the
-collator counts its row as a bad one.
+`json.loads` returns such texts. A table holds them escaped, behind a mark that no other text has, and the collator
+counts their rows as bad ones.
 """
 
 from typing import Any

@@ -15,6 +15,7 @@ from hf_dissect.data.images import UnusableImage, decode_image, is_feature_vecto
 from hf_dissect.data.pair_columns import NO_ROWS
 from hf_dissect.data.surrogates import escape_unencodable
 
+
 def make_table(data: Any) -> datasets.Dataset | None:
     """Make a table of rows in memory.
 
@@ -152,8 +153,9 @@ def _encode_picture(value: Any) -> dict[str, Any] | None:
         return {"bytes": None, "path": value}
     if isinstance(value, Image.Image):
         # The file of a picture that is not loaded yet has its pixels.
-        if getattr(value, "filename", "") and getattr(value, "_im", None) is None:
-            return {"bytes": None, "path": os.fspath(value.filename)}
+        file = getattr(value, "filename", "")
+        if file and getattr(value, "_im", None) is None:
+            return {"bytes": None, "path": os.fspath(file)}
     elif (content := find_encoded(value)) is not None:
         return {"bytes": content, "path": None}
     buffer = io.BytesIO()

@@ -29,14 +29,14 @@ def recognise_transformed(rows: datasets.Dataset, **names: str | None) -> PairCo
     for argument, name in (("image_column", columns.image), ("caption_column", columns.caption)):
         if name not in outputs:
             raise ValueError(
-                f"{argument}={name!r}: the transform of the data (with_transform) returns {', '.join(outputs)} without "
-                "this column; return it, or name another."
+                f"{argument}={name!r}: the transform of the data (with_transform) returns {', '.join(outputs)} "
+                "without this column; return it, or name another."
             )
     given = {"id_column": columns.sample_id, "task_column": columns.task, "clean_column": names.get("clean")}
-    for argument, name in given.items():
-        if name is not None and name not in rows.column_names:
+    for argument, wanted in given.items():
+        if wanted is not None and wanted not in rows.column_names:
             raise ValueError(
-                f"{argument}={name!r}: ids, tasks and truth must be columns of the table, which has "
+                f"{argument}={wanted!r}: ids, tasks and truth must be columns of the table, which has "
                 f"{', '.join(rows.column_names)}; make the column with map() instead of with_transform()."
             )
     return columns if columns.clean in rows.column_names else replace(columns, clean=None)
@@ -97,43 +97,59 @@ class TransformedRows:
             return self.rows[list(indices)]
         except Exception:
             # `datasets` decodes before it calls the transform, and one damaged picture would stop all.
-            problems = [self._find_problem(index) for index in indices]
-            if not any(problems):
+            batch, problems = self._decode_each(indices)
+            if not problems:
                 raise
-        good = [index for index, problem in zip(indices, problems, strict=True) if problem is None]
-        outputs = self.rows[good] if good else {}
-        values = {name: iter(column) for name, column in outputs.items()}
-        names = list(outputs) or [name for name in self.columns.names if name] or self.rows.column_names
-        filled: dict[str, list[Any]] = {name: [] for name in names}
-        plain = self.rows.with_format(None)
-        for index, problem in zip(indices, problems, strict=True):
-            for name in names:
-                if problem is None:
-                    filled[name].append(next(values[name]))
-                elif name == self.columns.image:
-                    filled[name].append(problem)
-                else:
-                    known = name in self.rows.column_names and not _has_pictures(self.rows.features[name])
-                    filled[name].append(plain.select_columns([name])[index][name] if known else None)
-        return filled
+        failed = {place: error for place, error in problems.items() if error is not None}
+        good = [place for place in range(len(indices)) if place not in failed]
+        readable = {name: [values[place] for place in good] for name, values in batch.items()}
+        outputs = dict(self.rows.format["format_kwargs"]["transform"](readable)) if good else batch
+        return {name: self._fill(name, outputs[name], batch, good, failed) for name in outputs}
 
-    def _find_problem(self, index: int) -> UnusableImage | None:
-        """Return the reason why a picture of a row cannot be decoded, None if all can."""
-        for name, feature in self.rows.features.items():
-            if not isinstance(feature, datasets.Image):
-                continue
-            column = self.rows.with_format(None).select_columns([name])
-            value = column.cast_column(name, datasets.Image(decode=False))[index][name]
-            try:
-                if value is not None:
-                    decode_image(value)
-                    datasets.Image().decode_example(value)
-            except UnusableImage as error:
-                return error
-            except Exception as error:  # what decode_image reads and `datasets` does not, such as damaged side data
-                return UnusableImage(f"{type(error).__name__}: {error}", value.get("path"))
-        return None
+    def _decode_each(self, indices: Sequence[int]) -> tuple[dict[str, list[Any]], dict[int, UnusableImage | None]]:
+        """Decode rows one by one.
+
+        Returns:
+            The batch that the transform is given, with None for pictures that cannot be decoded; and by place the rows
+            that `datasets` cannot decode, with the reason, or None where the picture is read here all the same.
+        """
+        plain = self.rows.with_format(None).select_columns(self.rows.format["columns"] or self.rows.column_names)
+        pictures = [name for name, feature in plain.features.items() if _has_pictures(feature)]
+        for name in pictures:
+            plain = plain.cast_column(name, datasets.Image(decode=False))
+        batch, failed = plain[list(indices)], dict[int, UnusableImage | None]()
+        for name in pictures:
+            for place, value in enumerate(batch[name]):
+                if value is None:
+                    continue
+                try:
+                    batch[name][place] = datasets.Image().decode_example(value)
+                except Exception:  # Pillow's plugins raise nearly anything on damaged files
+                    failed.setdefault(place, None)
+                    try:
+                        batch[name][place] = decode_image(value)  # which leaves damaged side data out
+                    except UnusableImage as error:
+                        batch[name][place], failed[place] = None, error
+        return batch, failed
+
+    def _fill(
+        self,
+        name: str,
+        values: Sequence[Any],
+        batch: dict[str, list[Any]],
+        good: Sequence[int],
+        failed: dict[int, UnusableImage],
+    ) -> list[Any]:
+        """Return a column of all rows, with the columns of the table for those that were left out."""
+        filled = list(batch.get(name, [None] * (len(good) + len(failed))))
+        if good:
+            for place, value in zip(good, values, strict=True):
+                filled[place] = value
+        for place, error in failed.items():
+            if name == self.columns.image:
+                filled[place] = error
+        return filled
 
 
 def _has_pictures(feature: Any) -> bool:
-    return isinstance(feature, datasets.Image)
+    return isinstance(feature, datasets.Image) and feature.decode

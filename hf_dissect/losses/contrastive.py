@@ -1,7 +1,6 @@
 """The contrastive losses of CLIP and SigLIP, weighted per pair and with the negatives of all ranks."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 

@@ -96,7 +96,9 @@ def test_a_stream_stops_at_its_first_batch(workers, tmp_path):
     stream = missing().to_iterable_dataset(num_shards=2)
     trainer = make_trainer(tmp_path, stream, dataloader_num_workers=workers)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
-    with pytest.raises(TooManyBadRows, match=r"None of the first 8 pictures of the stream .*no such file: /data/\d+.jpg"):
+    with pytest.raises(
+        TooManyBadRows, match=r"None of the first 8 pictures of the stream .*no such file: /data/\d+.jpg"
+    ):
         trainer.train()
     assert all(map(torch.equal, before, trainer.model.parameters())) and trainer.state.global_step == 0
 
@@ -142,7 +144,10 @@ def plain(rows):
 UNFIT = {
     "no ids": (plain, "data_collator returns no sample_id, only pixel_values, input_ids.*calls hf_dissect.Selection"),
     "ids in a list": (lambda rows: {**plain(rows), "sample_id": [0] * len(rows)}, "returns a sample_id of a list"),
-    "floats": (lambda rows: {**plain(rows), "sample_id": torch.zeros(len(rows))}, "a sample_id of a tensor of float32"),
+    "floats": (
+        lambda rows: {**plain(rows), "sample_id": torch.zeros(len(rows))},
+        "a sample_id of a tensor of float32",
+    ),
     "texts": (
         lambda rows: {**plain(rows), "sample_id": torch.arange(len(rows)), "text": ["a"] * len(rows)},
         "returns a list as 'text' for 16 pairs",

@@ -157,8 +157,8 @@ def tiff(values: np.ndarray, bits: int, photometric: int = 1, sample_format: int
     """Write a TIFF of one strip, since Pillow writes few kinds."""
     height, width = values.shape
     if bits == 12:
-        packed = [(a << 12 | b).to_bytes(3, "big") for row in values.tolist() for a, b in zip(row[::2], row[1::2])]
-        strip = b"".join(packed)
+        two = values.reshape(-1, 2).tolist()
+        strip = b"".join((first << 12 | second).to_bytes(3, "big") for first, second in two)
     else:
         strip = values.astype(f"{order}{'i' if sample_format == 2 else 'u'}2").tobytes()
     entries = [
@@ -249,6 +249,7 @@ BUFFERS = {
 OF_INTEGERS = {
     "list": list,
     "tuple": tuple,
+    "numpy int64 with signs": lambda content: np.frombuffer(content, np.int8).astype(np.int64),
     "numpy int64": lambda content: np.array(list(content)),
     "numpy row": lambda content: np.frombuffer(content, np.uint8)[None],
     "Arrow scalar of a list": lambda content: pa.scalar(list(content), pa.list_(pa.uint8())),
@@ -400,6 +401,11 @@ def huge_header() -> bytes:
     return content[:12] + header + PngImagePlugin._crc32(header).to_bytes(4, "big") + content[33:]
 
 
+def closed(file: io.BytesIO) -> io.BytesIO:
+    file.close()
+    return file
+
+
 BAD_IMAGES = {
     "missing": None,
     "no bytes, no path": {"bytes": None, "path": None},
@@ -439,7 +445,9 @@ BAD_IMAGES = {
     "folder": "/",
     "surrogate in the path": "/nowhere/\ud800.jpg",
     "null in the path": "a\0b.jpg",
-    "closed buffer": io.StringIO("text"),
+    "text buffer": io.StringIO("text"),
+    "closed buffer": closed(io.BytesIO(b"x")),
+    "picture without pixels": Image.new("RGB", (0, 0)),
     "a number": 5,
 }
 

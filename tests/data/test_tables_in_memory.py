@@ -103,7 +103,10 @@ def frame(**columns) -> pd.DataFrame:
 def test_a_data_frame_makes_pairs_without_its_index():
     data = frame(year=[1, 2, 3]).set_index("year").iloc[[2, 0]]
     pairs = as_pairs(data)
-    assert [(pair["image"], pair["caption"], pair["sample_id"]) for pair in pairs] == [("c.jpg", "z", 0), ("a.jpg", "x", 1)]
+    assert [(pair["image"], pair["caption"], pair["sample_id"]) for pair in pairs] == [
+        ("c.jpg", "z", 0),
+        ("a.jpg", "x", 1),
+    ]
     assert pairs.rows.column_names == ["image_path", "caption"]
 
 
@@ -117,15 +120,23 @@ def test_categories_dates_and_missing_values_of_pandas():
     data.loc[1, "caption"] = None
     data.loc[2, "caption"] = float("nan")
     pairs = as_pairs(data, task="task")
-    assert [pair["task_id"] for pair in pairs] == [0, 1, 0] and [pair["is_clean"] for pair in pairs] == [True, False, True]
+    assert [pair["task_id"] for pair in pairs] == [0, 1, 0] and [pair["is_clean"] for pair in pairs] == [
+        True,
+        False,
+        True,
+    ]
     assert [pair["caption"] for pair in pairs] == ["x", None, None]
-    objects = frame(caption=["x", float("nan"), "z"], picture=[PICTURE, None, float("nan")]).astype({"caption": object})
+    objects = frame(caption=["x", float("nan"), "z"], picture=[PICTURE, None, float("nan")]).astype(
+        {"caption": object}
+    )
     pairs = as_pairs(objects, image="picture")
     assert [pair["caption"] for pair in pairs] == ["x", None, "z"] and pairs[2]["image"] is None
 
 
 def test_several_captions_and_ids_of_a_data_frame():
-    data = pd.DataFrame({"image_path": ["a", "b"], "captions": [["x", "y"], ["z"]], "key": ["k1", "k2"]}, index=["r", "s"])
+    data = pd.DataFrame(
+        {"image_path": ["a", "b"], "captions": [["x", "y"], ["z"]], "key": ["k1", "k2"]}, index=["r", "s"]
+    )
     pairs = as_pairs(data, sample_id="key")
     assert [(pair["caption"], pair["key"]) for pair in pairs] == [("x", "k1"), ("y", "k1"), ("z", "k2")]
 

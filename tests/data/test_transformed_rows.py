@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -17,7 +19,11 @@ from hf_dissect.data.images import UnusableImage
 
 def table(num_rows: int = 6, captions_per_image: int = 1, **columns) -> Dataset:
     data = tiny_models.tiny_pairs(num_rows, captions_per_image=captions_per_image).cast_column("image", Image())
-    for name, values in {"key": [f"k{row}" for row in range(num_rows)], "year": list(range(num_rows)), **columns}.items():
+    for name, values in {
+        "key": [f"k{row}" for row in range(num_rows)],
+        "year": list(range(num_rows)),
+        **columns,
+    }.items():
         data = data.add_column(name, values)
     return data
 
@@ -32,7 +38,9 @@ def test_a_transform_is_given_all_columns_decoded_and_its_output_is_the_pair():
 
     def shout(batch):
         seen.append({name: type(values[0]) for name, values in batch.items()})
-        batch["caption"] = [f"{text.upper()} {year}" for text, year in zip(batch["caption"], batch["year"], strict=True)]
+        batch["caption"] = [
+            f"{text.upper()} {year}" for text, year in zip(batch["caption"], batch["year"], strict=True)
+        ]
         return flip(batch)
 
     data = table()
@@ -60,7 +68,9 @@ def test_a_transform_of_several_captions_a_row_returns_all_or_one():
         data[1]["captions"][1] + "!",
         data[3]["captions"][2] + "!",
     ]
-    one = as_pairs(data.with_transform(lambda batch: {**batch, "captions": [texts[-1] for texts in batch["captions"]]}))
+    one = as_pairs(
+        data.with_transform(lambda batch: {**batch, "captions": [texts[-1] for texts in batch["captions"]]})
+    )
     assert len(one) == 4 and one[2]["caption"] == data[2]["captions"][-1]
 
 
@@ -108,6 +118,18 @@ def test_one_damaged_picture_is_a_bad_row_of_a_transform_and_its_own_faults_are_
         as_pairs(data.with_transform(fault)).__getitems__([0, 1])
 
 
+def test_damaged_side_data_do_not_cost_the_picture_of_a_transform():
+    content = picture(1)
+    text = b"zTXtnote\0\0" + zlib.compress(bytes(3_000_000))
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    rows = [{"bytes": picture(0), "path": None}, {"bytes": content[:33] + chunk + content[33:], "path": None}]
+    features = Features({"image": Image(), "caption": Value("string")})
+    data = Dataset.from_dict({"image": rows, "caption": ["a", "b"]}, features=features)
+    image = as_pairs(data.with_transform(flip)).__getitems__([0, 1])[1]["image"]
+    expected = np.asarray(PILImage.open(io.BytesIO(content)).convert("RGB"))[:, ::-1]
+    assert np.array_equal(np.asarray(image.convert("RGB")), expected)
+
+
 def picture(row: int) -> bytes:
     buffer = io.BytesIO()
     tiny_models.tiny_picture(row)[0].resize((64, 64)).save(buffer, format="PNG")
@@ -118,8 +140,16 @@ def picture(row: int) -> bytes:
     ("transform", "names", "message"),
     [
         (lambda batch: {"pixel_values": batch["year"]}, {}, "No column named image_features or|image_column='image'"),
-        (lambda batch: {"image": batch["image"]}, {}, "caption_column='caption': the transform .* returns image without"),
-        (lambda batch: {**batch, "made": batch["year"]}, {"sample_id": "made"}, "id_column='made': ids, tasks and truth"),
+        (
+            lambda batch: {"image": batch["image"]},
+            {},
+            "caption_column='caption': the transform .* returns image without",
+        ),
+        (
+            lambda batch: {**batch, "made": batch["year"]},
+            {"sample_id": "made"},
+            "id_column='made': ids, tasks and truth",
+        ),
         (lambda batch: {**batch, "caption": [["a"]] * len(batch["image"])}, {}, "returns lists as 'caption'"),
     ],
 )
