@@ -101,8 +101,8 @@ class DissectTrainer(BaseTrainer):
         )
         training_data.check_model(self.model, args, train_dataset, eval_dataset, self.is_deepspeed_enabled)
         tag_model(self.model)
-        if data_collator is None:
-            self.data_collator = training_data.make_collator(self.model, processing_class, args)
+        collator = data_collator or training_data.make_collator(self.model, processing_class, args)
+        self.data_collator = training_data.try_collator(collator, train_dataset, eval_dataset)
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
@@ -224,8 +224,8 @@ class DissectTrainer(BaseTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the loader of data to evaluate or to predict, with all rows."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
+        if not (isinstance(eval_dataset, str) or training_data.includes(self.eval_dataset, eval_dataset)):
+            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args, self.data_collator)
             training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -342,7 +342,7 @@ class DissectTrainer(BaseTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "task_id", "is_clean"]
+        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "key", "task_id", "is_clean"]
         self._signature_columns = list(dict.fromkeys(names))  # type: ignore[assignment]  # transformers declares None
 
     def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_dissect.data.images import is_feature_vector
+from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit, find_feature_dim
 from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import number_tasks_alike
@@ -15,8 +15,7 @@ from hf_dissect.data_collator import SelectionCollator, find_tokenizer
 from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.models.families import check_tokens
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
-from hf_dissect.models.loading import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
+from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.mola import mola_routing
 from hf_dissect.selection import SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
@@ -60,28 +59,38 @@ def check_arguments(
     check_best_metric(args, given, RETRIEVAL_FIGURES, evaluation)
 
 
-def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
-    """Wrap a data set as pairs, see `as_pairs`.
+def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments, collator: Any = None) -> Any:
+    """Wrap a data set as pairs, see `as_pairs`, and collate the first of them, see `check_first_pairs`.
 
     Args:
         argument: Name of the trainer argument with the data set, for errors.
         dataset: Data set, a dict of several, or None.
         args: Arguments of the run, with the names of the columns.
+        collator: Collator of the pairs; None to collate none.
 
     Returns:
         Pairs, a dict of pairs, or None.
 
     Raises:
         ValueError: The data set does not fit the arguments.
+        TooManyBadRows: None of the first pictures can be read.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
-        return {name: wrap_pairs(argument, part, args) for name, part in dataset.items()}
+        return {name: wrap_pairs(argument, part, args, collator) for name, part in dataset.items()}
     try:
-        return as_pairs(dataset, **args.column_names())
+        pairs = as_pairs(dataset, **args.column_names())
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
+    if collator is not None:
+        check_first_pairs(collator, **{argument: pairs})
+    return pairs
+
+
+def includes(known: Any, dataset: Any) -> bool:
+    """Return whether a data set is the one of the trainer, or one of several, which was checked with the trainer."""
+    return any(dataset is part for part in (known, *(known.values() if isinstance(known, dict) else ())))
 
 
 def wrap_training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
@@ -140,36 +149,8 @@ def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) ->
         processor,
         text_padding=find_text_padding(model),
         max_caption_length=choose_caption_length(model, processor, args),
+        reads_features=find_feature_dim(model) is not None,
     )
-
-
-def check_images_fit(model: Any, pairs: Any) -> None:
-    """Check that the images are of the kind that a model reads: feature vectors of its size, or pictures.
-
-    Only the first pair is checked; a stream is not read ahead.
-
-    Args:
-        model: Dual encoder, wrapped or not.
-        pairs: Training pairs, or None.
-
-    Raises:
-        ValueError: The images are of another kind or dimension.
-    """
-    if count_pairs(pairs) is None:
-        return
-    image = pairs[0]["image"]
-    tower = getattr(bare_model(model).config, "vision_config", None)
-    wanted = tower.hidden_size if isinstance(tower, PrecomputedFeaturesConfig) else None
-    found = len(image) if is_feature_vector(image) else None
-    if image is not None and found != wanted:
-        raise ValueError(
-            f"image_column: the data hold {_describe_images(found)}, the model ({type(bare_model(model)).__name__}) "
-            f"reads {_describe_images(wanted)}. Name the right column with image_column, or choose the model to fit."
-        )
-
-
-def _describe_images(dim: int | None) -> str:
-    return "pictures" if dim is None else f"feature vectors of {dim} numbers"
 
 
 def choose_caption_length(model: Any, processor: Any, args: DissectTrainingArguments) -> int:
@@ -185,6 +166,12 @@ def choose_caption_length(model: Any, processor: Any, args: DissectTrainingArgum
             "lower it, or leave it out."
         )
     return args.max_caption_length or limit
+
+
+def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
+    """Return the collator after it has collated the first pairs, see `check_first_pairs`."""
+    check_first_pairs(collator, train_dataset=train, eval_dataset=evaluation)
+    return collator
 
 
 def make_stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArguments) -> StreamLoader:

@@ -83,6 +83,6 @@ def _print_selection(metrics: dict[str, Any]) -> None:
         f"{times['data_s']:.0f} s data, {times['scoring_s']:.0f} s scoring, {times['training_s']:.0f} s training"
     )
     if count := metrics["bad_rows"]["count"]:
-        print(f"{count} rows could not be read and were skipped; see metrics.json for their ids")
+        print(f"{count} rows could not be read and were skipped; see metrics.json for their ids and what is wrong")
     if shards := metrics.get("skipped_shards"):
         print(f"{shards['count']} shards were not read to their end; see metrics.json for their names")

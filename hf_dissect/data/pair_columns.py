@@ -124,17 +124,21 @@ def _may_be_truth(rows: datasets.Dataset | datasets.IterableDataset, name: str) 
 
 def key_hash(value: bytes | str) -> int:
     """Return the hash of a key, a caption or an image, of 63 bits so that it is a non-negative int64."""
-    return xxhash.xxh3_64_intdigest(value.encode() if isinstance(value, str) else value) >> 1
+    # Half of a surrogate pair, which JSON can hold, is not UTF-8 but has a hash.
+    content = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+    return xxhash.xxh3_64_intdigest(content) >> 1
 
 
 def select_undecoded(rows: Any, columns: PairColumns) -> Any:
-    """Return a table or stream with the columns of a pair only, and the image as its file stores it."""
-    if getattr(rows, "format", {}).get("type") != "custom":
-        rows = rows.with_format(None)
-    rows = rows.select_columns(columns.names)
-    features = rows.features
-    if features is not None and isinstance(features.get(columns.image), datasets.Image):
-        rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+    """Return a table or stream with the columns of a pair only, without its format, and the image as stored."""
+    rows = rows.with_format(None)
+    names, available = columns.names, rows.column_names
+    if available is not None:  # a transform may make columns that the table lacks, which must keep its rows
+        names = [name for name in names if name in available] or available[:1]
+    rows = rows.select_columns(names)
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
 
 

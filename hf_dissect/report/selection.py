@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,11 @@ def _list_samples(runs: Sequence[RunSummary]) -> list[str]:
     return [f"{name}: {count:,}{of_all}" for name, count, of_all in known]
 
 
+def _describe_problem(entry: Mapping[str, Any]) -> str:
+    path = "" if entry.get("path") is None else f": {entry['path']}"
+    return f"{entry.get('id')}: {entry.get('problem')}{path}"
+
+
 def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
     bad = as_mapping(run.metrics.get("bad_rows"))
     ids = list(bad.get("ids") or [])
@@ -271,4 +276,5 @@ def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
         "ids": ids[:MAX_BAD_IDS],
         "more_ids": len(ids) > MAX_BAD_IDS,
         "shards": as_mapping(as_mapping(run.metrics.get("skipped_shards")).get("shards")),
+        "problems": [_describe_problem(entry) for entry in bad.get("problems") or [] if isinstance(entry, Mapping)],
     }

@@ -32,6 +32,7 @@ from hf_dissect.runs.zero_shot import compute_zero_shot_figures, load_labelled_i
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training.checkpoints import find_checkpoint
 from hf_dissect.training_args import DissectTrainingArguments
+from hf_dissect.training_data import wrap_pairs
 
 __all__ = ["build_trainer", "compute_zero_shot_figures", "load_data", "run_recipe"]
 
@@ -77,6 +78,7 @@ def run_recipe(
     splits = load_data(recipe) if splits is None else splits
     trainer = build_trainer(recipe, splits)
     processor = trainer.processing_class
+    wrap_pairs("test_dataset", splits.get("test"), trainer.args, trainer.data_collator)
     check_disk_space(trainer.model, trainer.args)
     if overwrite and checkpoint is None:
         remove_results(Path(recipe.output_dir))

@@ -109,10 +109,6 @@ class BaseTrainer(Trainer):
         """Yield the figures of the trained model by name, part by part; every rank calls this method."""
         raise NotImplementedError
 
-    def final_figures(self, test_dataset: Any, **options: Any) -> dict[str, Any]:
-        """Return all figures of `compute_figures`; every rank calls this method."""
-        return {name: value for part in self.compute_figures(test_dataset, **options) for name, value in part.items()}
-
     # ---- the run ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -84,6 +84,8 @@ class PairStream(torch.utils.data.IterableDataset):
         for place, caption in enumerate((captions or [None]) if several else [captions]):
             pair = {"image": image, "caption": caption}
             pair["sample_id"] = self._make_id(row, caption, place if several else None)
+            if self.columns.sample_id and isinstance(row[self.columns.sample_id], str):
+                pair["key"] = row[self.columns.sample_id]
             if self.columns.task:
                 pair["task_id"] = self._check_task(row[self.columns.task])
             if self.columns.clean:
@@ -93,7 +95,8 @@ class PairStream(torch.utils.data.IterableDataset):
     def _make_id(self, row: Mapping[str, Any], caption: Any, place: int | None) -> int:
         name = self.columns.sample_id
         if name is None:
-            return key_hash((image_content(row[self.columns.image]) or b"") + str(caption).encode())
+            text = str(caption).encode("utf-8", "surrogatepass")
+            return key_hash((image_content(row[self.columns.image]) or b"") + text)
         key = row[name]
         if isinstance(key, bool) or not isinstance(key, int | str):
             raise ValueError(f"id_column={name!r} holds {key!r}; ids are integers or strings, and every row has one.")
