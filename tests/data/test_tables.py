@@ -237,6 +237,11 @@ def test_forms_of_json(tmp_path, text):
     assert train["caption"] == ["a", "b"] and train[1]["image"]["path"] == str(tmp_path / "1.png")
 
 
+def test_rows_of_json_without_anything_keep_their_places(tmp_path):
+    train = read(tmp_path, "{}\n" * 10_001 + '{"image": "0.png", "caption": "a"}\n', "train.jsonl")
+    assert len(train) == 10_002 and train["caption"][-2:] == [None, "a"]
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 def test_half_a_character_costs_its_own_row_only(tmp_path, name):
     lines = ['{"image": "0.png", "caption": "a\\ud83d"}', '{"image": "1.png", "caption": "\\ud83d\\ude00"}']

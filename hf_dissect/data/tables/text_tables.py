@@ -173,26 +173,25 @@ class _JsonTable(_TextTable):
         self._types: dict[str, JsonColumnType] = {}
         num_rows = 0
         for file in self.config.files:
-            for batch in self._iterate_batches(file):
-                num_rows += len(next(iter(batch.values()), []))
+            for length, batch in self._iterate_batches(file):
+                num_rows += length
                 for name, values in batch.items():
                     kind = _find_kind(name, self.config.options)
                     self._types.setdefault(name, JsonColumnType(kind)).add(values)
-        if not num_rows:
+        if not num_rows or not self._types:
             names = ", ".join(str(file.path) for file in self.config.files)
             raise ValueError(f"{names}: no rows. Remove it, or write it again.")
         return Features({name: column_type.feature for name, column_type in self._types.items()})
 
     def _generate_tables(self, files: list[_TextFile]) -> Iterator[tuple[Key, pa.Table]]:
         for place, file in enumerate(files):
-            for number, batch in enumerate(self._iterate_batches(file)):
-                absent = [None] * len(next(iter(batch.values())))
-                columns = {name: kind.convert(batch.get(name, absent)) for name, kind in self._types.items()}
+            for number, (length, batch) in enumerate(self._iterate_batches(file)):
+                columns = {name: kind.convert(batch.get(name, [None] * length)) for name, kind in self._types.items()}
                 yield Key(place, number), pa.table(columns)
 
-    def _iterate_batches(self, file: _TextFile) -> Iterator[dict[str, list[Any]]]:
-        """Yield the columns of some rows at a time; a row without a column has None there."""
+    def _iterate_batches(self, file: _TextFile) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+        """Yield the number and the columns of some rows at a time; a row without a column has None there."""
         rows = iterate_json_rows(file.path, self.config.options.encoding, lines=file.kind == "jsonl")
         while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
             names = dict.fromkeys(name for row in some for name in row)
-            yield {name: [row.get(name) for row in some] for name in names}
+            yield len(some), {name: [row.get(name) for row in some] for name in names}
