@@ -74,9 +74,11 @@ class SelectionCollator:
         reasons = [_find_caption_reason(row["caption"]) for row in rows]
         problems = [_describe_caption(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
-        batch = {**self._process_images(rows, reasons, problems), **self._tokenise(captions)}
+        image_keys = [key_hash(image_content(row["image"]) or b"") for row in rows]
+        images = self._process_distinct_images(rows, image_keys, reasons, problems)
+        batch = {**images, **self._tokenise(captions)}
         batch["sample_id"] = _read_integers(rows, "sample_id")
-        batch["image_key"] = torch.tensor([key_hash(image_content(row["image"]) or b"") for row in rows])
+        batch["image_key"] = torch.tensor(image_keys)
         batch["caption_key"] = torch.tensor([key_hash(caption) for caption in captions])
         batch["bad_reason"] = torch.tensor(reasons, dtype=torch.int8)
         batch[PROBLEM_KEY] = pack_problems(problems)
@@ -105,6 +107,26 @@ class SelectionCollator:
             return_tensors="pt",
         )
         return dict(encoded)
+
+    def _process_distinct_images(
+        self, rows: Sequence[dict[str, Any]], image_keys: Sequence[int], reasons: list[int], problems: list[str]
+    ) -> dict[str, torch.Tensor]:
+        """Process each image once, and repeat it for the other readable pairs that share it."""
+        shared = list(zip(image_keys, reasons, strict=True))
+        first_row = {key: row for row, key in reversed(list(enumerate(shared)))}
+        if len(first_row) == len(rows) or any(is_feature_vector(row["image"]) for row in rows):
+            return self._process_images(rows, reasons, problems)
+        first = sorted(first_row.values())
+        place_of_row = {row: place for place, row in enumerate(first)}
+        places = [place_of_row[first_row[key]] for key in shared]
+        reasons_of_images, problems_of_images = [reasons[row] for row in first], [problems[row] for row in first]
+        processed = self._process_images([rows[row] for row in first], reasons_of_images, problems_of_images)
+        if any(len(value) != len(first) for value in processed.values()):  # not one entry for each image
+            return self._process_images(rows, reasons, problems)
+        for row, place in enumerate(places):
+            if not reasons[row]:
+                reasons[row], problems[row] = reasons_of_images[place], problems_of_images[place]
+        return {name: value[places] for name, value in processed.items()}
 
     def _process_images(
         self, rows: Sequence[dict[str, Any]], reasons: list[int], problems: list[str]
