@@ -75,7 +75,8 @@ class SelectionCollator:
         problems = [_describe_caption(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
         image_keys = [key_hash(image_content(row["image"]) or b"") for row in rows]
-        batch = {**self._process_distinct_images(rows, image_keys, reasons, problems), **self._tokenise(captions)}
+        images = self._process_distinct_images(rows, image_keys, reasons, problems)
+        batch = {**images, **self._tokenise(captions)}
         batch["sample_id"] = _read_integers(rows, "sample_id")
         batch["image_key"] = torch.tensor(image_keys)
         batch["caption_key"] = torch.tensor([key_hash(caption) for caption in captions])
@@ -118,16 +119,13 @@ class SelectionCollator:
         first = sorted(first_row.values())
         place_of_row = {row: place for place, row in enumerate(first)}
         places = [place_of_row[first_row[key]] for key in shared]
-        of_images = [reasons[row] for row in first], [problems[row] for row in first]
-        processed = self._process_images([rows[row] for row in first], *of_images)
+        reasons_of_images, problems_of_images = [reasons[row] for row in first], [problems[row] for row in first]
+        processed = self._process_images([rows[row] for row in first], reasons_of_images, problems_of_images)
         if any(len(value) != len(first) for value in processed.values()):  # not one entry for each image
             return self._process_images(rows, reasons, problems)
-        # The problem of a caption stays that of its own row.
-        problems[:] = [
-            problem if reason else of_images[1][place]
-            for problem, reason, place in zip(problems, reasons, places, strict=True)
-        ]
-        reasons[:] = [of_images[0][place] for place in places]
+        for row, place in enumerate(places):
+            if not reasons[row]:
+                reasons[row], problems[row] = reasons_of_images[place], problems_of_images[place]
         return {name: value[places] for name, value in processed.items()}
 
     def _process_images(

@@ -198,6 +198,18 @@ def test_the_problem_of_each_bad_row_is_in_the_batch(tmp_path):
     }
 
 
+def test_pairs_that_share_a_picture_have_their_own_problems():
+    missing = {"bytes": None, "path": "/nowhere/1.jpg"}
+    rows = [row(0, image=missing), row(1, 5, missing), row(2, image=missing), row(3), row(4, None, missing)]
+    batch = collator()(rows)
+    assert batch["bad_reason"].tolist() == [1, BadReason.CAPTION_NOT_TEXT, 1, 0, BadReason.CAPTION_MISSING]
+    assert read_problems(batch) == {
+        0: "no such file\n/nowhere/1.jpg",
+        1: "int 5\n/nowhere/1.jpg",
+        2: "no such file\n/nowhere/1.jpg",
+    }
+
+
 def test_pictures_in_any_buffer_make_the_same_batch():
     content = row(1)["image"]["bytes"]
     forms = [content, bytearray(content), np.frombuffer(content, np.uint8), list(content), io.BytesIO(content)]
