@@ -84,6 +84,28 @@ def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments) -> A
         raise ValueError(f"{argument}: {error}") from error
 
 
+def wrap_evaluation_pairs(dataset: Any, model: Any, train: Any, args: DissectTrainingArguments) -> Any:
+    """Wrap data to evaluate as pairs, see `wrap_pairs`, and check that they fit the tasks of a model.
+
+    Args:
+        dataset: Data set, a dict of several, or None; the name of one of several is returned as it is.
+        model: Model, wrapped or not.
+        train: Training pairs, or None.
+        args: Arguments of the run.
+
+    Returns:
+        Pairs, a dict of pairs, a name, or None.
+
+    Raises:
+        ValueError: The data set does not fit the arguments or the model.
+    """
+    if isinstance(dataset, str):
+        return dataset
+    pairs = wrap_pairs("eval_dataset", dataset, args)
+    check_tasks(model, train, pairs)
+    return pairs
+
+
 def wrap_training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
     """Wrap the training data as pairs, see `as_pairs`.
 
