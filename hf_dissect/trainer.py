@@ -224,9 +224,10 @@ class DissectTrainer(BaseTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the loader of data to evaluate or to predict, with all rows."""
-        if not (isinstance(eval_dataset, str) or training_data.includes(self.eval_dataset, eval_dataset)):
-            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args, self.data_collator)
-            training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
+        if not training_data.includes(self.eval_dataset, eval_dataset):
+            eval_dataset = training_data.wrap_evaluation_pairs(
+                eval_dataset, self.model, self.train_dataset, self.args, self.data_collator
+            )
         return super().get_eval_dataloader(eval_dataset)
 
     get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]  # another name of the argument
@@ -245,8 +246,7 @@ class DissectTrainer(BaseTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self.encoder(model, inputs)
-        scale_and_bias = logit_scale_and_bias(model)
-        prediction = predict_pairs(outputs, inputs, self.objective.contrastive_loss, scale_and_bias)
+        prediction = predict_pairs(outputs, inputs, self.objective.contrastive_loss)
         return (prediction[0], None, None) if prediction_loss_only else prediction
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:

@@ -93,6 +93,31 @@ def includes(known: Any, dataset: Any) -> bool:
     return any(dataset is part for part in (known, *(known.values() if isinstance(known, dict) else ())))
 
 
+def wrap_evaluation_pairs(
+    dataset: Any, model: Any, train: Any, args: DissectTrainingArguments, collator: Any
+) -> Any:
+    """Wrap data to evaluate as pairs, see `wrap_pairs`, and check that they fit the tasks of a model.
+
+    Args:
+        dataset: Data set, a dict of several, or None; the name of one of several is returned as it is.
+        model: Model, wrapped or not.
+        train: Training pairs, or None.
+        args: Arguments of the run.
+        collator: Collator of the pairs.
+
+    Returns:
+        Pairs, a dict of pairs, a name, or None.
+
+    Raises:
+        ValueError: The data set does not fit the arguments or the model.
+    """
+    if isinstance(dataset, str):
+        return dataset
+    pairs = wrap_pairs("eval_dataset", dataset, args, collator)
+    check_tasks(model, train, pairs)
+    return pairs
+
+
 def wrap_training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
     """Wrap the training data as pairs, see `as_pairs`.
 

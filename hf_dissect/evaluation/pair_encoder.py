@@ -19,7 +19,7 @@ MAX_REMEMBERED = 2**17
 
 _SIDES = {"image_embeds": "image_key", "text_embeds": "caption_key"}
 _UNREADABLE = -1  # keys are not negative
-_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError)
+_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 class PairEncoder:
@@ -70,19 +70,19 @@ class PairEncoder:
                 return self(model, batch, **inputs)
         inputs, keys = inputs or forward_inputs(model, batch), _read_keys(batch)
         if keys is None:
-            return model(**inputs)
+            return _call(model, inputs)
         # All ranks of a sharded model must call it equally often.
         if get_rank_and_world_size()[1] > 1:
             self._compare(model, inputs, keys)
         memory = self._memory
         rows = {side: _find_new_rows(keys[side], memory[side]) for side in _SIDES}
         if all(len(new) == len(keys[side]) for side, new in rows.items()):
-            outputs = model(**inputs)
+            outputs = _call(model, inputs)
             self._keep(outputs, keys, rows)
             self._forget()
             return outputs
         if not (sides := self._compare(model, inputs, keys)):
-            return model(**inputs)
+            return _call(model, inputs)
         # Each tower needs something to read, be it known.
         rows = {side: new or [0] for side, new in rows.items()}
         self._keep(_run(model, inputs, sides, rows), keys, rows)
@@ -91,7 +91,6 @@ class PairEncoder:
         return {**embeds, "logits_per_text": _compute_logits(model, embeds)}
 
     def _keep(self, outputs: Mapping[str, Any], keys: Mapping[str, list[int]], rows: Mapping[str, list[int]]) -> None:
-        check_outputs(outputs)
         for side, memory in cast(dict, self._memory).items():
             for row, embedding in zip(rows[side], outputs[side].detach(), strict=True):
                 memory[keys[side][row]] = embedding
@@ -157,7 +156,16 @@ def _run(
     model: nn.Module, inputs: Mapping[str, Any], sides: Mapping[str, set[str]], rows: Mapping[str, list[int]]
 ) -> Mapping[str, Any]:
     """Call the model with some rows of the inputs of each side."""
-    return model(**{name: inputs[name][rows[side]] for side, names in sides.items() for name in names})
+    return _call(model, {name: inputs[name][rows[side]] for side, names in sides.items() for name in names})
+
+
+def _call(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Call the model, and add the logits if it returns none."""
+    outputs = model(**inputs)
+    check_outputs(outputs)
+    if outputs.get("logits_per_text") is not None:
+        return outputs
+    return {**outputs, "logits_per_text": _compute_logits(model, outputs)}
 
 
 def _embeds_alike(
@@ -181,7 +189,7 @@ def _embeds_alike(
                 (_compute_logits(model, pairs), pairs["logits_per_text"]),
             )
         )
-    except _ERRORS:  # of a model that reads as many images as captions, or returns no logits
+    except _ERRORS:  # of a model that reads as many images as captions
         return False
 
 

@@ -10,16 +10,12 @@ from transformers import EvalPrediction
 from hf_dissect.evaluation.recall import retrieval_from_pairs
 from hf_dissect.losses.contrastive import ContrastiveLoss, per_pair_loss
 from hf_dissect.losses.logit_rows import find_false_negatives
-from hf_dissect.models.families import check_outputs
 
 logger = logging.getLogger(__name__)
 
 
 def predict_pairs(
-    outputs: Mapping[str, torch.Tensor],
-    batch: Mapping[str, torch.Tensor],
-    contrastive_loss: ContrastiveLoss,
-    scale_and_bias: tuple[torch.Tensor, torch.Tensor],
+    outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], contrastive_loss: ContrastiveLoss
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return the loss, the predictions and the labels of a prediction step.
 
@@ -27,24 +23,19 @@ def predict_pairs(
         outputs: Outputs of the model for `B` pairs.
         batch: Batch of a `SelectionCollator`, with or without unreadable pairs.
         contrastive_loss: Loss of the run, for its kind and its mask of false negatives.
-        scale_and_bias: Factor and summand of the logits, `()` each, for a model that returns no logits.
 
     Returns:
         Mean loss `()` of the readable pairs; embeddings of images and texts, float32 `(B, D)` each; image keys,
         reasons for unreadable pairs and caption keys, `(B,)` each.
     """
-    check_outputs(outputs)
     sample_id = batch["sample_id"]
     bad_reason = batch.get("bad_reason", torch.zeros_like(sample_id))
     image_key, caption_key = (batch.get(name, sample_id) for name in ("image_key", "caption_key"))
     good = bad_reason == 0
     keys = torch.stack([image_key, caption_key])[:, good]
     mask = find_false_negatives(keys, keys) if contrastive_loss.mask_false_negatives else None
-    logits = outputs.get("logits_per_text")
-    if logits is None:
-        scale, bias = scale_and_bias
-        logits = outputs["text_embeds"] @ outputs["image_embeds"].T * scale + bias
-    loss = per_pair_loss(logits[good][:, good], kind=contrastive_loss.kind, mask=mask).mean().detach()
+    logits = outputs["logits_per_text"][good][:, good]
+    loss = per_pair_loss(logits, kind=contrastive_loss.kind, mask=mask).mean().detach()
     embeds = (outputs["image_embeds"].detach().float(), outputs["text_embeds"].detach().float())
     return loss, embeds, (image_key, bad_reason, caption_key)
 
