@@ -87,21 +87,20 @@ def choose_data(checkpoint: str, data: str | None, recipe: Recipe | None) -> Dat
         recipe: Recipe of the checkpoint, if it has one.
 
     Raises:
+        HubUnreachable: The data are on the Hub, which does not answer.
         ValueError: There are neither data nor a recipe.
     """
     if data is None:
         if recipe is None:
             raise ValueError(describe_missing_recipe(checkpoint))
+        if recipe.data.source == "hub":
+            check_reachable([HubNeed("data.path", str(recipe.data.path), "dataset", "name other data with --data")])
         return recipe.data
     if data == "scenes":
         return DataSection(source="scenes", scenes_train=1)
-    if data.endswith(".tar"):
-        return DataSection(source="webdataset", path=data)
-    local = Path(data).expanduser().exists() or data.startswith((".", "/", "~"))
-    if not local:
-        check_reachable([HubNeed("data", data, "dataset", "name a local file or folder")])
-    return DataSection(source="folder" if local else "hub", path=data)
     source = recognise_source(data)
+    if source == "hub":
+        check_reachable([HubNeed("data", data, "dataset", "name a local file or folder")])
     return DataSection(source=source, path=data, streaming=source == "webdataset" and is_remote(data))
 
 
