@@ -58,8 +58,8 @@ def find_training_pairs(fold: torch.Tensor, scored: int, caption_key: torch.Tens
     if len(training) < others.sum() / 4 or min(distinct) < FEWEST_PAIRS:
         raise ValueError(
             f"The {len(caption_key)} pairs share captions, such as names of classes: of {len(caption_key.unique())} "
-            "different ones, too few are left to learn from that are not judged, too. Audit with a model that was trained "
-            "on other data: hf-dissect audit MODEL --data DATA"
+            "different ones, too few are left to learn from that are not judged, too. Audit with a model that was "
+            "trained on other data: hf-dissect audit MODEL --data DATA"
         )
     return training
 
