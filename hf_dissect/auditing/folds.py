@@ -42,8 +42,8 @@ def assign_folds(image_key: torch.Tensor, caption_key: torch.Tensor, folds: int,
         logger.info("%d folds by groups of pairs that share images or captions would hold %s.", folds, sizes.tolist())
     raise ValueError(
         f"{folds} folds of {len(fold)} pairs would hold {', '.join(map(str, sizes.tolist()))} of them and "
-        f"{', '.join(map(str, images))} images, since pairs that share an image stay together; give more pairs or fewer "
-        "folds, or drop the image that most of them share."
+        f"{', '.join(map(str, images))} images, since pairs that share an image stay together; give more pairs or "
+        "fewer folds, or drop the image that most of them share."
     )
 
 
