@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of the table")
     parser.add_argument("--features", default="mobilenet_v1_features.npz", help="file of features in that folder")
     parser.add_argument("--noise", nargs="+", default=["noise20", "noise40", "noise60", "neighbours40"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folds", type=int, default=2)
     parser.add_argument("--models", type=int, default=FitSettings.models, help="models a fold")
     parser.add_argument("--epochs", type=int, default=FitSettings.epochs)
@@ -36,7 +36,7 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, float]]] = {}
     for noise in options.noise:
         found: dict[str, list[float]] = {}
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             for figure, value in _measure(options, noise, seed).items():
                 found.setdefault(figure, []).append(value)
         results[noise] = {figure: _spread(values) for figure, values in found.items()}

@@ -30,18 +30,20 @@ def assign_folds(image_key: torch.Tensor, caption_key: torch.Tensor, folds: int,
         Fold of each pair, int64 `(n,)`.
 
     Raises:
-        ValueError: Most pairs share one image.
+        ValueError: Most pairs share one image, or there are too few for so many folds.
     """
     by_image = _number(image_key)
     for groups in (_connect(by_image, _number(caption_key)), by_image):
         fold = _fill(groups, folds, seed)
         sizes = torch.bincount(fold, minlength=folds)
-        if sizes.max() <= _LARGEST * len(fold) / folds and sizes.min() >= FEWEST_PAIRS:
+        images = [len(by_image[fold == number].unique()) for number in range(folds)]
+        if sizes.max() <= _LARGEST * len(fold) / folds and min(images) >= FEWEST_PAIRS:
             return fold
         logger.info("%d folds by groups of pairs that share images or captions would hold %s.", folds, sizes.tolist())
     raise ValueError(
-        f"{folds} folds of {len(fold)} pairs would hold {', '.join(map(str, sizes.tolist()))} of them, since pairs "
-        "that share an image stay together; give more pairs, or drop the image that most of them share."
+        f"{folds} folds of {len(fold)} pairs would hold {', '.join(map(str, sizes.tolist()))} of them and "
+        f"{', '.join(map(str, images))} images, since pairs that share an image stay together; give more pairs or "
+        "fewer folds, or drop the image that most of them share."
     )
 
 

@@ -116,7 +116,7 @@ def audit(
     logit_scale, _ = logit_scale_and_bias(model)
     matches = _score(embeddings, logit_scale.mean().item(), device, progress=is_first)
     is_own = data is None and split == "train"
-    trained = find_trained_pairs(checkpoint, trained_by, embeddings, pairs, is_train_split=is_own)
+    trained = find_trained_pairs(checkpoint, trained_by, embeddings, pairs, is_train_split=is_own, path=section.path)
     if given_ledger is not None:
         more = _read_ledger_columns(given_ledger, embeddings, pairs)
     elif is_own:

@@ -76,7 +76,8 @@ class AuditResult:
             return "not known: the model trained on these pairs, and may have learnt mismatched ones by heart"
         low, high = self.interval
         if self.is_separated:
-            return f"about {self.mismatched_share:.1%} (95 %: {low:.1%} to {high:.1%})"
+            of = " of those that the model did not train on" if self.num_trained else ""
+            return f"about {self.mismatched_share:.1%}{of} (95 %: {low:.1%} to {high:.1%})"
         return f"not known, between {low:.0%} and {high:.0%}: the model hardly separates pairs from recombined ones"
 
 

@@ -40,7 +40,13 @@ class TrainedPairs:
 
 
 def find_trained_pairs(
-    checkpoint: str, recipe: Recipe | None, embeddings: PairEmbeddings, pairs: PairDataset, *, is_train_split: bool
+    checkpoint: str,
+    recipe: Recipe | None,
+    embeddings: PairEmbeddings,
+    pairs: PairDataset,
+    *,
+    is_train_split: bool,
+    path: str | None = None,
 ) -> TrainedPairs:
     """Find the pairs that the run of a checkpoint trained on.
 
@@ -54,6 +60,7 @@ def find_trained_pairs(
         embeddings: Embeddings of all pairs.
         pairs: The pairs.
         is_train_split: True for the train split of `recipe`, as it stands there.
+        path: Path of the audited data. Training data that are not on this machine are only read if they are these.
     """
     folder = _find_run_folder(checkpoint)
     ledger = _open(folder)
@@ -64,7 +71,7 @@ def find_trained_pairs(
         if ledger is not None and ledger.num_samples is None and pairs.num_samples is None:
             mask |= ~ledger.read(ledger.columns[0], embeddings.sample_id).isnan()
         if recipe is not None:
-            keys = _read_image_keys(recipe)
+            keys = _read_image_keys(recipe, path)
             if keys is not None:
                 mask |= torch.isin(embeddings.image_key, keys)
             elif ledger is not None and _is_numbered_alike(ledger, embeddings, pairs):
@@ -93,9 +100,12 @@ def _open(folder: Path | None) -> SampleLedger | None:
         return None
 
 
-def _read_image_keys(recipe: Recipe) -> torch.Tensor | None:
-    """Return the keys of the images that a run trained on, int64; None if its data cannot be read."""
+def _read_image_keys(recipe: Recipe, path: str | None) -> torch.Tensor | None:
+    """Return the keys of the images that a run trained on, int64; None if its data cannot be read here."""
     section = dataclasses.replace(recipe.data, streaming=False)
+    is_elsewhere = section.source == "hub" or "://" in (section.path or "")
+    if is_elsewhere and section.path != path:
+        return None  # a download of any size
     try:
         rows = load_split(section, "train")
         columns = {"image": section.image_column or ("image_features" if section.image_features else None)}

@@ -91,7 +91,7 @@ def test_pictures_are_read_by_a_small_network():
         torch.arange(count),
         torch.arange(count),
     )
-    found = cross_fit(inputs, settings=FitSettings(models=1, epochs=15, width=32, dropout=0.0))
+    found = cross_fit(inputs, settings=FitSettings(models=1, epochs=8, width=16, dropout=0.0))
     assert fit_two_groups(found.matches).separation > 0.8
 
 

@@ -54,8 +54,11 @@ def test_a_caption_of_nearly_all_pairs_is_left_out_of_training_instead():
 
 def test_data_that_cannot_be_divided_are_refused_with_the_way_out():
     many, one = torch.arange(300), torch.zeros(300, dtype=torch.int64)
-    with pytest.raises(ValueError, match="pairs that share an image stay together"):
-        assign_folds(one, many, 2)
+    for image in (one, torch.where(many < 180, 0, many)):
+        with pytest.raises(ValueError, match="pairs that share an image stay together"):
+            assign_folds(image, many, 2)
+    with pytest.raises(ValueError, match="give more pairs or fewer folds"):
+        assign_folds(many, many, 50)
     classes = torch.arange(300) % 3
     fold = assign_folds(many, classes, 2)
     with pytest.raises(ValueError, match="share captions, such as names of classes"):
