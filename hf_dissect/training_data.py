@@ -93,9 +93,7 @@ def includes(known: Any, dataset: Any) -> bool:
     return any(dataset is part for part in (known, *(known.values() if isinstance(known, dict) else ())))
 
 
-def wrap_evaluation_pairs(
-    dataset: Any, model: Any, train: Any, args: DissectTrainingArguments, collator: Any
-) -> Any:
+def wrap_evaluation_pairs(dataset: Any, model: Any, train: Any, args: DissectTrainingArguments, collator: Any) -> Any:
     """Wrap data to evaluate as pairs, see `wrap_pairs`, and check that they fit the tasks of a model.
 
     Args:
