@@ -43,6 +43,7 @@ class SelectionSummary:
         self._recipe = recipe
         self._args = args
         self._label_figures: dict[str, float | None] = {}
+        self._num_scored: int | None = None  # known after `evaluate_noise`
 
     def evaluate_noise(self, scored: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
         """Compute the figures of noise detection by the final model, and keep those of the labels for the metrics.
@@ -53,6 +54,7 @@ class SelectionSummary:
         Returns:
             Figures by name, as `noise_detection_*`.
         """
+        self._num_scored = len(scored["sample_id"])
         self._label_figures = compute_label_figures(self._selector.ledger, scored["sample_id"], scored["is_clean"])
         return compute_noise_figures(scored)
 
@@ -65,8 +67,14 @@ class SelectionSummary:
             "num_pairs": count_pairs(self._dataset),
             "selection": {**compute_selection_figures(self._selector.monitor), **self._label_figures},
             **({} if adapter is None else {"adapter": adapter}),
+            **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
             "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),
         }
+
+    def _is_sampled(self) -> bool:
+        """Return True if the figures of noise detection rest on a sample of the training pairs."""
+        limit, count = self._args.max_train_pairs, count_pairs(self._dataset)
+        return self._num_scored is not None and limit is not None and (count is None or count > limit)
 
     def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
         """Return the unreadable rows and skipped shards of all ranks; every rank calls this method."""

@@ -160,6 +160,8 @@ def tabulate_noise(metrics: Mapping[str, Any]) -> Rows:
         if key.startswith(_DETECTION):
             name = key.removeprefix(_DETECTION).replace("auroc", "AUROC").replace("_", " ")
             rows.append((f"Final scores: {name}", _format_figure(key, value)))
+    if (count := metrics.get("scored_train_pairs")) is not None:
+        rows.append(("Final scores rest on", f"a random sample of {count:,} training pairs"))
     return format_rows(rows)
 
 
