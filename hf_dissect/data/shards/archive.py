@@ -20,8 +20,11 @@ import pyarrow as pa
 from hf_dissect.data.split_files import summarize_error
 
 BLOCK = tarfile.BLOCKSIZE
-_RECORDS = (tarfile.RECORDSIZE, *(BLOCK << power for power in range(2, 12)))
-"""Sizes to a multiple of which writers pad an archive with zeros: 20 blocks, or 4 to 2,048 (`tar -b`)."""
+_RECORDS = (tarfile.RECORDSIZE, *(BLOCK << power for power in range(5, 12)))
+"""Sizes to a multiple of which writers pad an archive with zeros: 20 blocks, or 32 to 2,048 (`tar -b`).
+
+Pages of a file system are smaller: a page of zeros between two members is a hole, not the end of an archive.
+"""
 _PIECE = 1 << 20
 
 Opener = Callable[[Any], Any]
@@ -56,8 +59,8 @@ class Member(NamedTuple):
 def read_members(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Member]:
     """Yield files and links of a tar archive, plain or compressed, in order; archives may be appended to each other.
 
-    An archive ends with at least two blocks of zeros, at the end of the file also with one. More zeros may follow, up
-    to a multiple of the size of a record (see `_RECORDS`).
+    An archive ends with two blocks of zeros, or with more that fill a record (see `_RECORDS`). At the end of the file,
+    one block is enough, and any number that would fit into a record of 20 blocks.
 
     Args:
         file: File that is read once, from its beginning to its end.

@@ -108,8 +108,11 @@ def test_writers_that_pad_differently(blocks):
     short = make_tar(files, padded=False)
     padded = short if blocks == 2 else short + bytes(-len(short) % record)
     assert read(padded) == files
-    if blocks != 3:  # 3 is not a number of blocks that writers pad to
+    if blocks in (2, 20, 64, 2048):
         assert read(padded + padded) == files * 2
+    else:
+        with pytest.raises(BadShard, match="zeros, and other bytes follow"):
+            read(padded + padded)
 
 
 def test_appended_archives_are_read_on():
@@ -122,6 +125,14 @@ def test_appended_archives_are_read_on():
     for junk in (b"<html>" * 100, b"\0" * 100 + b"x"):
         with pytest.raises(BadShard, match="from byte 1024 on, .* zeros, and other bytes follow|header at byte 10240"):
             read(one + junk)
+
+
+def test_a_page_of_zeros_between_two_members_is_a_hole():
+    files = [(f"{row}.{e}", b"x" * 300) for row in range(12) for e in ("jpg", "txt")]
+    whole = make_tar(files)
+    for place in range(0, 20_480, 4096):
+        with pytest.raises(BadShard, match=f"from byte {place} on, 4096 bytes are zeros, and other bytes follow"):
+            read(whole[:place] + bytes(4096) + whole[place + 4096 :])
 
 
 def test_a_hole_to_the_end_is_not_padding():
