@@ -1,4 +1,4 @@
-"""A vision tower that passes stored features on, so that only the rest of the model trains."""
+"""A tower that passes stored features on, so that only the rest of the model trains."""
 
 import math
 from typing import Any
@@ -39,7 +39,7 @@ class PrecomputedFeaturesConfig(PreTrainedConfig):
 
 
 class PrecomputedFeaturesModel(PreTrainedModel):
-    """A vision tower without parameters, which returns stored image features.
+    """A tower without parameters, which returns stored features of images, or of captions in a `DualEncoder`.
 
     As `vision_model` of a `VisionTextDualEncoderModel`, it makes locked-image tuning ("LiT", arXiv 2111.07991) cost no
     image encoder: only the projection behind it and the text tower train.
@@ -95,6 +95,17 @@ class PrecomputedFeaturesModel(PreTrainedModel):
         if return_dict is False:
             return sequence, features
         return BaseModelOutputWithPooling(last_hidden_state=sequence, pooler_output=features)
+
+
+def find_feature_size(config: Any, tower: str) -> int | None:
+    """Return the dimension of the stored features that a tower reads; None for a tower that encodes its input itself.
+
+    Args:
+        config: Configuration of a dual encoder.
+        tower: `"vision"` or `"text"`.
+    """
+    part = getattr(config, f"{tower}_config", None)
+    return part.hidden_size if isinstance(part, PrecomputedFeaturesConfig) else None
 
 
 # `exist_ok`, because a module may be imported twice (a reloading notebook, a spawned worker's second path).

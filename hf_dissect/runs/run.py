@@ -8,6 +8,7 @@ from typing import Any, cast
 import transformers
 
 from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
+from hf_dissect.data.stored_features import find_feature_sizes
 from hf_dissect.evaluation import evaluate_zero_shot
 from hf_dissect.models.adapters import add_adapter
 from hf_dissect.models.loading import freeze_tower, list_networks, load_model_and_processor
@@ -84,7 +85,7 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     pairs = {split: as_pairs(rows, **arguments.column_names()) for split, rows in splits.items()}
     # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
     transformers.set_seed(arguments.seed)
-    model, processor = _load_model_and_processor(recipe, _read_captions(pairs["train"]))
+    model, processor = _load_model_and_processor(recipe, pairs["train"])
     try:
         trainer = DissectTrainer(
             model=model,
@@ -129,24 +130,25 @@ def compute_zero_shot_figures(
     return {f"zero_shot_{key}": value for key, value in figures.items()}
 
 
-def _load_model_and_processor(recipe: Recipe, captions: Iterable[str]) -> tuple[Any, Any]:
+def _load_model_and_processor(recipe: Recipe, pairs: Any) -> tuple[Any, Any]:
     # With an adapter, `add_adapter` freezes the tower: it puts no adapter there, and lets none of its weights train.
     section = recipe.model if recipe.adapter is None else dataclasses.replace(recipe.model, freeze=None)
-    model, processor = _load_section(section, captions)
+    model, processor = _load_section(section, pairs)
     if recipe.adapter is not None:
         return add_adapter(model, recipe.adapter, recipe.model.freeze), processor
     if recipe.objective.gsc is not None and recipe.objective.gsc.dual:
-        return _make_twins(model, recipe.model), processor
+        return _make_twins(model, recipe.model, pairs), processor
     return model, processor
 
 
-def _load_section(section: ModelSection, captions: Iterable[str] | None = None) -> tuple[Any, Any]:
+def _load_section(section: ModelSection, pairs: Any) -> tuple[Any, Any]:
     arguments = dataclasses.asdict(section)
     del arguments["second_name_or_path"]
-    return load_model_and_processor(**arguments, captions=captions)
+    sizes = find_feature_sizes(pairs) if section.vision is not None else None
+    return load_model_and_processor(**arguments, captions=_read_captions(pairs), feature_sizes=sizes)
 
 
-def _make_twins(first: Any, section: ModelSection) -> Any:
+def _make_twins(first: Any, section: ModelSection, pairs: Any) -> Any:
     """Return the model together with a second one that starts differently; saved twins are returned as they are."""
     if len(list_networks(first)) == 2:
         return first
@@ -154,8 +156,10 @@ def _make_twins(first: Any, section: ModelSection) -> Any:
         second = type(first)(first.config).eval()
         if section.freeze:
             freeze_tower(second, section.freeze)
+    elif section.vision is not None:
+        second, _ = _load_section(section, pairs)  # the same towers behind other projections
     elif section.second_name_or_path and section.second_name_or_path != section.name_or_path:
-        second, _ = _load_section(dataclasses.replace(section, name_or_path=section.second_name_or_path))
+        second, _ = _load_section(dataclasses.replace(section, name_or_path=section.second_name_or_path), pairs)
     else:
         raise ValueError(
             f"objective.gsc.dual: both networks would start as {section.name_or_path} and stay the same; name another "
