@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.images import UnusableImage, decode_image, image_content, is_feature_vector
 from hf_dissect.data.pairs import ROW_KEYS, key_hash
+from hf_dissect.data.stored_features import stack_text_features
 
 
 class SelectionCollator:
@@ -27,16 +28,25 @@ class SelectionCollator:
         text_padding: Padding of the captions, "longest" (of the batch) or "max_length", for models that read the last
             position (SigLIP).
         max_caption_length: Number of tokens after which a caption is cut; None for the limit of the tokenizer.
+        text_feature_size: Dimension of the stored features of the captions, for a model that reads those; the image
+            processor alone is then enough. None for a model that reads tokens.
 
     Raises:
         ValueError: The processor has no tokenizer, or its tokenizer cannot pad.
     """
 
     def __init__(
-        self, processor: Any, *, text_padding: str = "longest", max_caption_length: int | None = None
+        self,
+        processor: Any,
+        *,
+        text_padding: str = "longest",
+        max_caption_length: int | None = None,
+        text_feature_size: int | None = None,
     ) -> None:
-        self.tokenizer = find_tokenizer(processor)
-        self.image_processor = getattr(processor, "image_processor", None)
+        self.text_feature_size = text_feature_size
+        self.tokenizer = find_tokenizer(processor) if text_feature_size is None else None
+        alone = processor if text_feature_size is not None else None
+        self.image_processor = getattr(processor, "image_processor", alone)
         self.text_padding = text_padding
         self.max_caption_length = max_caption_length
         self._feature_dim: int | None = None
@@ -62,7 +72,11 @@ class SelectionCollator:
                 )
         reasons = [_find_caption_reason(row["caption"]) for row in rows]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
-        batch = {**self._process_images(rows, reasons), **self._tokenise(captions)}
+        batch = self._process_images(rows, reasons)
+        if self.text_feature_size is None:
+            batch |= self._tokenise(captions)
+        else:
+            batch["text_features"] = stack_text_features(rows, reasons, self.text_feature_size)
         batch["sample_id"] = _read_integers(rows, "sample_id")
         batch["image_key"] = torch.tensor([key_hash(image_content(row["image"]) or b"") for row in rows])
         batch["caption_key"] = torch.tensor([key_hash(caption) for caption in captions])
@@ -77,6 +91,8 @@ class SelectionCollator:
     def padding(self) -> dict[str, tuple[int, str]]:
         """Value and side ("left" or "right") of the padding of captions, by key of the batch."""
         tokenizer = self.tokenizer
+        if tokenizer is None:
+            return {}
         return {
             "input_ids": (tokenizer.pad_token_id, tokenizer.padding_side),
             "attention_mask": (0, tokenizer.padding_side),
@@ -84,7 +100,7 @@ class SelectionCollator:
         }
 
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        encoded = self.tokenizer(
+        encoded = cast(PreTrainedTokenizerBase, self.tokenizer)(
             captions,
             padding=self.text_padding,
             truncation=True,

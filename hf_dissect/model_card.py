@@ -17,7 +17,7 @@ from hf_dissect.cards.metadata import build_metadata, find_pair_results, list_re
 from hf_dissect.cards.privacy import hub_dataset
 from hf_dissect.cards.rows import list_selection, tabulate_adapter, tabulate_data, tabulate_noise, tabulate_training
 from hf_dissect.models.adapters import describe_adapter, find_base
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import bare_model, find_loss_kind, find_text_padding, list_networks
 from hf_dissect.report.picture import PICTURE, draw_run
 from hf_dissect.report.tables import as_mapping
@@ -93,14 +93,13 @@ def describe_model(model: nn.Module, recipe: "Recipe | None") -> dict[str, Any]:
 
 def find_model_facts(model: nn.Module) -> ModelFacts:
     """Return the facts that users of a model, wrapped or not, need to run it."""
-    config: Any = bare_model(model).config
-    vision, networks = getattr(config, "vision_config", None), list_networks(model)
+    networks = list_networks(model)
     first: Any = networks[0].config
     return ModelFacts(
         model_type=first.model_type,
         loss=find_loss_kind(model),
         padding=find_text_padding(model),
-        feature_size=vision.hidden_size if isinstance(vision, PrecomputedFeaturesConfig) else None,
+        feature_size=find_feature_size(model, "vision"),
         twins=len(networks) > 1,
     )
 

@@ -84,7 +84,7 @@ class DissectTrainer(BaseTrainer):
         **trainer_arguments: Any,
     ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
-        training_data.check_arguments(args, data_collator, processing_class)
+        training_data.check_arguments(args, data_collator, processing_class, model)
         train_dataset, eval_dataset = training_data.prepare_data(model, train_dataset, eval_dataset, args)
         trainer_arguments.setdefault("compute_metrics", compute_retrieval)
         super().__init__(

@@ -15,7 +15,7 @@ from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import number_tasks_alike
 from hf_dissect.data_collator import SelectionCollator, find_tokenizer
 from hf_dissect.hub.pull import read_shared_scores
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.mola import mola_routing
 from hf_dissect.objective import Objective
@@ -27,8 +27,10 @@ from hf_dissect.training_args import DissectTrainingArguments
 logger = logging.getLogger(__name__)
 
 
-def check_arguments(args: Any, data_collator: Any, processing_class: Any) -> None:
+def check_arguments(args: Any, data_collator: Any, processing_class: Any, model: Any = None) -> None:
     """Check the type of the training arguments, and that there is a collator or a processor.
+
+    A model that reads stored features of the captions needs no tokenizer.
 
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
@@ -36,10 +38,11 @@ def check_arguments(args: Any, data_collator: Any, processing_class: Any) -> Non
     """
     if not isinstance(args, DissectTrainingArguments):
         raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
-    if processing_class is None and data_collator is None:
+    if data_collator is not None or find_feature_size(model, "text") is not None:
+        return
+    if processing_class is None:
         raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
-    if data_collator is None:
-        find_tokenizer(processing_class)
+    find_tokenizer(processing_class)
 
 
 def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
@@ -117,10 +120,12 @@ def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingA
 
 def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
     """Build the collator for a model and its processor."""
+    size = find_feature_size(model, "text")
     return SelectionCollator(
         processor,
         text_padding=find_text_padding(model),
-        max_caption_length=choose_caption_length(model, processor, args),
+        max_caption_length=choose_caption_length(model, processor, args) if size is None else None,
+        text_feature_size=size,
     )
 
 
@@ -139,8 +144,7 @@ def check_images_fit(model: Any, pairs: Any) -> None:
     if count_pairs(pairs) is None:
         return
     image = pairs[0]["image"]
-    tower = getattr(bare_model(model).config, "vision_config", None)
-    wanted = tower.hidden_size if isinstance(tower, PrecomputedFeaturesConfig) else None
+    wanted = find_feature_size(model, "vision")
     found = len(image) if is_feature_vector(image) else None
     if image is not None and found != wanted:
         raise ValueError(

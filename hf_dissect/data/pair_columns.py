@@ -15,6 +15,7 @@ from hf_dissect.data.arrow_columns import is_list, list_lengths
 IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "captions")
 CLEAN_COLUMNS = ("clean", "is_clean")
+TEXT_FEATURES_COLUMN = "text_features"
 LARGEST_ID = 2**63 - 1
 NO_ROWS = "The data set has no rows; check the path, the split and any filter."
 
@@ -28,6 +29,7 @@ class PairColumns:
     sample_id: str | None = None
     task: str | None = None
     clean: str | None = None
+    text_features: str | None = None
 
     @classmethod
     def recognise(
@@ -69,12 +71,13 @@ class PairColumns:
             sample_id=sample_id,
             task=task,
             clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
+            text_features=TEXT_FEATURES_COLUMN if TEXT_FEATURES_COLUMN in available else None,
         )
 
     @property
     def names(self) -> list[str]:
         """The columns in use, each once."""
-        names = (self.image, self.caption, self.sample_id, self.task, self.clean)
+        names = (self.image, self.caption, self.sample_id, self.task, self.clean, self.text_features)
         return list(dict.fromkeys(name for name in names if name))
 
 

@@ -101,9 +101,11 @@ class PairDataset(torch.utils.data.Dataset):
             row = np.arange(len(rows)) if self._row is None else self._row
             values = read_chunked_column(self.rows, columns.sample_id)
             self.sample_ids = make_pair_ids(columns.sample_id, values, row, self._caption)
-        if is_list(self.rows.data.schema.field(columns.image).type):
-            # A feature vector as a Python list of floats would cost more than all else in the collator.
-            self.rows = self.rows.with_format("numpy", columns=[columns.image], output_all_columns=True)
+        # A feature vector as a Python list of floats would cost more than all else in the collator.
+        vectors = [columns.image] if is_list(self.rows.data.schema.field(columns.image).type) else []
+        vectors += [columns.text_features] if columns.text_features else []
+        if vectors:
+            self.rows = self.rows.with_format("numpy", columns=vectors, output_all_columns=True)
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset, **names: str | None) -> "PairDataset":
@@ -158,6 +160,8 @@ class PairDataset(torch.utils.data.Dataset):
             columns["task_id"] = self.task_ids[rows].tolist()
         if self.columns.clean is not None:
             columns["is_clean"] = list(map(bool, self._pick_by_pair(batch[self.columns.clean], numbers)))
+        if self.columns.text_features is not None:
+            columns["text_features"] = self._pick_by_pair(batch[self.columns.text_features], numbers)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def number_tasks(self, names: Sequence[str]) -> None:
@@ -226,7 +230,7 @@ class PairDataset(torch.utils.data.Dataset):
             return values
         places = self._caption[indices].tolist()
         return [
-            (value[place] if value else None) if isinstance(value, list) else value
+            (value[place] if len(value) else None) if isinstance(value, list | np.ndarray) else value
             for value, place in zip(values, places, strict=True)
         ]
 

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from hf_dissect.models.families import bare_model
+
 
 class PrecomputedFeaturesConfig(PreTrainedConfig):
     """Configuration of a `PrecomputedFeaturesModel`.
@@ -97,15 +99,20 @@ class PrecomputedFeaturesModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=sequence, pooler_output=features)
 
 
-def find_feature_size(config: Any, tower: str) -> int | None:
+def find_feature_size(model_or_config: Any, tower: str) -> int | None:
     """Return the dimension of the stored features that a tower reads; None for a tower that encodes its input itself.
 
     Args:
-        config: Configuration of a dual encoder.
+        model_or_config: Dual encoder, wrapped or not, or its configuration; None for a model that is not made yet.
         tower: `"vision"` or `"text"`.
     """
+    config = model_or_config
+    if isinstance(model_or_config, nn.Module):
+        config = getattr(bare_model(model_or_config), "config", None)
     part = getattr(config, f"{tower}_config", None)
-    return part.hidden_size if isinstance(part, PrecomputedFeaturesConfig) else None
+    # By the name of the type, because a module that is reloaded has another class.
+    is_stored = getattr(part, "model_type", None) == PrecomputedFeaturesConfig.model_type
+    return part.hidden_size if is_stored else None
 
 
 # `exist_ok`, because a module may be imported twice (a reloading notebook, a spawned worker's second path).

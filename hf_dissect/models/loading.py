@@ -15,7 +15,6 @@ from transformers import (
     AutoProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
     VisionTextDualEncoderProcessor,
 )
 from transformers.utils import cached_file
@@ -136,7 +135,7 @@ def load_model_and_processor(
         model = _load_model(str(name_or_path), trust_remote_code)
         check_dual_encoder(model)
         processor = _load_processor(str(name_or_path), model, own_tokenizer, trust_remote_code)
-    if find_feature_size(bare_model(model).config, "text") is None:
+    if find_feature_size(model, "text") is None:
         _limit_captions(model, processor, max_caption_length)
     if freeze is not None:
         freeze_tower(model, freeze)
@@ -150,7 +149,9 @@ def _refuse_towers(vision: Any, text: Any) -> None:
             "classes of transformers; set it to false, or load the whole dual encoder by name_or_path"
         )
     missing, given = ("text", "vision") if text is None else ("vision", "text")
-    raise ValueError(f"{given} is given without {missing}; a dual encoder needs two towers (model.{missing} in a recipe)")
+    raise ValueError(
+        f"{given} is given without {missing}; a dual encoder needs two towers (model.{missing} in a recipe)"
+    )
 
 
 def _load_model(name_or_path: str, trust_remote_code: bool) -> PreTrainedModel | PeftModel:
@@ -174,8 +175,7 @@ def _load_processor(
     base_name = getattr(bare_model(model), "name_or_path", "")
     if isinstance(model, PeftModel) and base_name and not _holds_a_tokenizer(name_or_path):
         name_or_path = base_name  # an adapter saved without a processor uses that of its base
-    config: Any = bare_model(model).config
-    reads_pictures, reads_texts = (find_feature_size(config, tower) is None for tower in ("vision", "text"))
+    reads_pictures, reads_texts = (find_feature_size(model, tower) is None for tower in ("vision", "text"))
     if not reads_texts:
         return load_image_processor(name_or_path, "name_or_path", trust_remote_code) if reads_pictures else None
     if not reads_pictures:

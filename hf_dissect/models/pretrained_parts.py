@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, SafetensorError)
 
@@ -26,7 +27,7 @@ def load_tokenizer(name_or_path: str, argument: str, trust_remote_code: bool = F
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **place)
     except LOADING_ERRORS as error:
-        raise loading_error(argument, name_or_path, error, "the tokenizer of " if argument != "tokenizer" else "")
+        raise loading_error(argument, name_or_path, error, "the tokenizer of " if argument != "tokenizer" else "") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"{argument} {name_or_path!r} has a {type(tokenizer).__name__} in place of a tokenizer")
     return tokenizer
@@ -38,6 +39,17 @@ def load_image_processor(name_or_path: str, argument: str, trust_remote_code: bo
         return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise loading_error(argument, name_or_path, error, "the image processor of ") from error
+
+
+def find_file(name_or_path: str, file: str) -> str | None:
+    """Return the path of a file in a folder or, downloaded, in a repository; None if there is no such file."""
+    return cached_file(
+        name_or_path,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
 
 
 def loading_error(argument: str, value: str, error: Exception, part: str = "") -> OSError | ValueError:

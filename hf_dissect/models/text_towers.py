@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import cached_file
 
-from hf_dissect.models.dual_encoder import DualEncoder, drop_unused_pooler, pool_texts
+from hf_dissect.models.dual_encoder import DualEncoder
 from hf_dissect.models.families import find_text_padding
-from hf_dissect.models.pretrained_parts import load_tokenizer
+from hf_dissect.models.pretrained_parts import find_file, load_tokenizer
+from hf_dissect.models.towers import drop_unused_pooler, pool_texts, take_encoder
 from hf_dissect.models.vision_towers import (
     Tower,
     check_nothing_is_missing,
@@ -63,8 +63,7 @@ def load_text_tower(
     pooling = pooling or _read_sentence_pooling(name) or _choose_pooling(model.config)
     if pooling == "eot" and model.config.model_type in READ_AT_THE_END:
         pooling = "pooler"
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
+    model = take_encoder(model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # of a decoder, whose cache nobody reads
     drop_unused_pooler(model, pooling)
@@ -73,7 +72,7 @@ def load_text_tower(
     return Tower(model.eval(), pooling, _measure(model, tokenizer, pooling, name), tokenizer)
 
 
-def _find_place(name: str) -> dict[str, str]:
+def _find_place(name: str) -> dict[str, Any]:
     """Return the subfolder of the transformer in a sentence-transformers model, as keywords of `from_pretrained`."""
     for module in _read_json(name, "modules.json") or []:
         if str(module.get("type", "")).endswith(".Transformer"):
@@ -105,16 +104,16 @@ def _read_sentence_pooling(name: str) -> str | None:
 
 
 def _read_json(name: str, file: str) -> Any:
-    path = cached_file(
-        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    path = find_file(name, file)
     if path is None:
         return None
     try:
         with open(path, encoding="utf-8") as text:
             return json.load(text)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_WHERE} {name!r}: {file} is not readable JSON ({error}); set model.text.pooling") from error
+        raise ValueError(
+            f"{_WHERE} {name!r}: {file} is not readable JSON ({error}); set model.text.pooling"
+        ) from error
 
 
 def _choose_pooling(config: PreTrainedConfig) -> str:

@@ -1,20 +1,21 @@
 """Loading a trained vision tower for a dual encoder, and the choice of its pooled output."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 from hf_dissect.models.adapters import is_adapter
-from hf_dissect.models.dual_encoder import DualEncoder, drop_unused_pooler, find_tower_class, pool_images
+from hf_dissect.models.dual_encoder import DualEncoder
 from hf_dissect.models.families import TOWERS
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig, PrecomputedFeaturesModel
-from hf_dissect.models.pretrained_parts import LOADING_ERRORS, load_image_processor, loading_error
+from hf_dissect.models.pretrained_parts import LOADING_ERRORS, find_file, load_image_processor, loading_error
 from hf_dissect.models.timm_towers import check_timm, find_timm_repository, make_timm_image_processor
+from hf_dissect.models.towers import drop_unused_pooler, find_tower_class, pool_images
 
 
 class Tower(NamedTuple):
@@ -140,13 +141,22 @@ def load_tower(
         raise loading_error(where, name, error) from error
     missing = sorted(info["missing_keys"])
     if not is_dual:
+        _check_modality(loaded, side, f"{where} {name!r}")
         return loaded.eval(), missing, None
-    place_of_tower = next((part for part in TOWERS[side] if isinstance(getattr(loaded, part, None), PreTrainedModel)), "")
-    if not place_of_tower:
+    places = [part for part in TOWERS[side] if isinstance(getattr(loaded, part, None), PreTrainedModel)]
+    if not places:
         raise ValueError(f"{where} {name!r} ({type(loaded).__name__}) has no {side} tower that can be taken out of it")
-    tower = getattr(loaded, place_of_tower)
-    prefix = f"{place_of_tower}."
+    tower, prefix = getattr(loaded, places[0]), f"{places[0]}."
     return tower.eval(), [key.removeprefix(prefix) for key in missing if key.startswith(prefix)], loaded
+
+
+def _check_modality(model: PreTrainedModel, side: str, what: str) -> None:
+    reads, other = ("pixel_values", "text") if side == "vision" else ("input_ids", "vision")
+    if model.main_input_name != reads:
+        raise ValueError(
+            f"{what} ({type(model).__name__}) reads {model.main_input_name}, but a {side} tower reads {reads}"
+            + (f"; name it with model.{other}" if model.main_input_name in ("pixel_values", "input_ids") else "")
+        )
 
 
 def check_nothing_is_missing(missing: list[str], name: str, where: str) -> None:
@@ -164,10 +174,7 @@ def check_nothing_is_missing(missing: list[str], name: str, where: str) -> None:
 
 
 def _load_image_processor(name: str, config: PreTrainedConfig, where: str) -> Any:
-    own = any(
-        cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        for file in ("preprocessor_config.json", "processor_config.json")
-    )
+    own = any(map(partial(find_file, name), ("preprocessor_config.json", "processor_config.json")))
     if config.model_type == "timm_wrapper" and not own:
         return make_timm_image_processor(getattr(config, "pretrained_cfg", None), f"{where} {name!r}")
     return load_image_processor(name, where)

@@ -52,7 +52,9 @@ def _tower_conflicts(
         yield (f"{where}.{given[1]}", f"{where}.{given[0]}"), f"{both} are both set; keep one"
 
 
-def _text_feature_conflicts(text: TextTowerSection, data: DataSection, evaluation: EvaluationSection) -> Iterator[Fault]:
+def _text_feature_conflicts(
+    text: TextTowerSection, data: DataSection, evaluation: EvaluationSection
+) -> Iterator[Fault]:
     if not text.features:
         if data.text_features:
             yield (
