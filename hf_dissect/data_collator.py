@@ -72,14 +72,17 @@ class SelectionCollator:
                 )
         reasons = [_find_caption_reason(row["caption"]) for row in rows]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
-        batch = self._process_images(rows, reasons)
+        image_keys = [key_hash(image_content(row["image"]) or b"") for row in rows]
+        batch = self._process_distinct_images(rows, image_keys, reasons)
         if self.text_feature_size is None:
             batch |= self._tokenise(captions)
+            caption_keys = list(map(key_hash, captions))
         else:
             batch["text_features"] = stack_text_features(rows, reasons, self.text_feature_size)
+            caption_keys = [key_hash(vector.tobytes()) for vector in batch["text_features"].numpy()]
         batch["sample_id"] = _read_integers(rows, "sample_id")
-        batch["image_key"] = torch.tensor([key_hash(image_content(row["image"]) or b"") for row in rows])
-        batch["caption_key"] = torch.tensor([key_hash(caption) for caption in captions])
+        batch["image_key"] = torch.tensor(image_keys)
+        batch["caption_key"] = torch.tensor(caption_keys)
         batch["bad_reason"] = torch.tensor(reasons, dtype=torch.int8)
         if "task_id" in rows[0]:
             batch["task_id"] = _read_integers(rows, "task_id")
@@ -108,6 +111,24 @@ class SelectionCollator:
             return_tensors="pt",
         )
         return dict(encoded)
+
+    def _process_distinct_images(
+        self, rows: Sequence[dict[str, Any]], image_keys: Sequence[int], reasons: list[int]
+    ) -> dict[str, torch.Tensor]:
+        """Process each image once, and repeat it for the other readable pairs that share it."""
+        shared = list(zip(image_keys, reasons, strict=True))
+        first_row = {key: row for row, key in reversed(list(enumerate(shared)))}
+        if len(first_row) == len(rows) or any(is_feature_vector(row["image"]) for row in rows):
+            return self._process_images(rows, reasons)
+        first = sorted(first_row.values())
+        place_of_row = {row: place for place, row in enumerate(first)}
+        places = [place_of_row[first_row[key]] for key in shared]
+        reasons_of_images = [reasons[row] for row in first]
+        processed = self._process_images([rows[row] for row in first], reasons_of_images)
+        if any(len(value) != len(first) for value in processed.values()):  # not one entry for each image
+            return self._process_images(rows, reasons)
+        reasons[:] = [reasons_of_images[place] for place in places]
+        return {name: value[places] for name, value in processed.items()}
 
     def _process_images(self, rows: Sequence[dict[str, Any]], reasons: list[int]) -> dict[str, torch.Tensor]:
         dims = Counter(len(row["image"]) for row in rows if is_feature_vector(row["image"]))

@@ -17,6 +17,7 @@ from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
+from hf_dissect.evaluation.pair_encoder import PairEncoder
 from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
@@ -101,7 +102,7 @@ class DissectTrainer(BaseTrainer):
         tag_model(self.model)
         if data_collator is None:
             self.data_collator = training_data.make_collator(self.model, processing_class, args)
-        self.kind = find_loss_kind(self.model)
+        self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
         self.stream: StreamLoader | None = None  # during training on a stream
@@ -227,7 +228,7 @@ class DissectTrainer(BaseTrainer):
         if not isinstance(eval_dataset, str):
             eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
             training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
-        with self.times.measure("evaluation"):
+        with self.times.measure("evaluation"), self.encoder.remember():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(
@@ -236,8 +237,8 @@ class DissectTrainer(BaseTrainer):
         """Return loss, predictions and labels of a batch of `B` pairs, see `predict_pairs`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**forward_inputs(model, inputs))
-        prediction = predict_pairs(outputs, inputs, kind=self.kind)
+            outputs = self.encoder(model, inputs)
+        prediction = predict_pairs(outputs, inputs, self.objective.contrastive_loss)
         return (prediction[0], None, None) if prediction_loss_only else prediction
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:

@@ -38,35 +38,45 @@ def add_parser(commands: "Commands") -> None:
     parser.add_argument("--max-rows", type=parse_positive, help="evaluate the first rows only")
     parser.add_argument("--batch-size", type=parse_positive, default=64, help="pairs or rows at a time (default: 64)")
     parser.add_argument("--num-workers", type=parse_not_negative, default=0, help="processes that decode (default: 0)")
-    parser.add_argument("--output", help="also write the figures to this JSON file")
+    parser.add_argument("--output", help="also write the figures to this JSON file, as they come")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     quiet_libraries()
     from hf_dissect.evaluation.tables import format_distillation, format_retrieval
     from hf_dissect.runs.evaluate import evaluate_checkpoint
+    from hf_dissect.training.run_folder import replace_non_finite
 
-    figures = evaluate_checkpoint(
-        options.checkpoint,
-        data=options.data,
-        split=options.split,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        task_column=options.task_column,
-        label_column=options.label_column,
-        classes=_read_names(options.classes),
-        templates=options.template,
-        image_features=options.image_features,
-        max_rows=options.max_rows,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-    )
-    if not is_first_process():
-        return
-    of_student = "num_rows" in figures
-    print(format_distillation(figures) if of_student else format_retrieval(figures))
-    if options.output:
-        Path(options.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    figures: dict[str, float] = {}
+
+    def keep(so_far: dict[str, float]) -> None:
+        figures.update(so_far)
+        if options.output and is_first_process():
+            content = json.dumps(replace_non_finite(figures), indent=2, allow_nan=False)
+            Path(options.output).write_text(content + "\n", encoding="utf-8")
+
+    try:
+        evaluate_checkpoint(
+            options.checkpoint,
+            data=options.data,
+            split=options.split,
+            image_column=options.image_column,
+            caption_column=options.caption_column,
+            task_column=options.task_column,
+            label_column=options.label_column,
+            classes=_read_names(options.classes),
+            templates=options.template,
+            image_features=options.image_features,
+            max_rows=options.max_rows,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            report=keep,
+        )
+    finally:
+        # A later error does not lose the figures that were computed before it.
+        if figures and is_first_process():
+            of_student = "num_rows" in figures
+            print(format_distillation(figures) if of_student else format_retrieval(figures), flush=True)
 
 
 def _read_names(text: str | None) -> list[str] | None:

@@ -37,6 +37,12 @@ def save_task_names(pairs: Any, folder: str | Path) -> None:
         (Path(folder) / TASKS_FILE).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
 
 
+def read_task_names(folder: str | Path) -> list[str] | None:
+    """Return the names of the tasks that a model was trained on, by number; None if they are not known."""
+    file = Path(folder) / TASKS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def number_tasks_as_saved(pairs: Any, folder: str | Path) -> None:
     """Give the named tasks of `pairs` the numbers that they had in the training of a model.
 
@@ -47,11 +53,10 @@ def number_tasks_as_saved(pairs: Any, folder: str | Path) -> None:
     Raises:
         ValueError: A task is not one of the training.
     """
-    file = Path(folder) / TASKS_FILE
     if getattr(pairs, "task_names", None) is None:
         return
-    if file.is_file():
-        pairs.number_tasks(json.loads(file.read_text(encoding="utf-8")))
+    if (names := read_task_names(folder)) is not None:
+        pairs.number_tasks(names)
     else:
         logger.warning(
             "%s has no %s: tasks are numbered in the alphabetical order of their names.", folder, TASKS_FILE

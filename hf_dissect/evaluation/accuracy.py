@@ -40,9 +40,21 @@ def zero_shot_metrics(
     Raises:
         ValueError: If embeddings are empty, not finite or misshapen, or labels do not match them.
     """
-    check_positive_integer("block_size", block_size)
     for k in top_k:
         check_positive_integer("A k of top_k", k)
+    ranks = rank_classes(image_embeds, class_embeds, labels, block_size=block_size)
+    return summarise_class_ranks(ranks, torch.as_tensor(labels).to(ranks.device), len(class_embeds), top_k)
+
+
+def rank_classes(
+    image_embeds: EmbeddingsLike,
+    class_embeds: EmbeddingsLike,
+    labels: Tensor | np.ndarray | list[int],
+    *,
+    block_size: int = 1024,
+) -> Tensor:
+    """Compute the rank of the right class of each image, int64 `(num_images,)` from 1; see `zero_shot_metrics`."""
+    check_positive_integer("block_size", block_size)
     images = as_embeddings("image_embeds", image_embeds)
     classes = as_embeddings("class_embeds", class_embeds, device=images.device)
     check_same_dim("image_embeds", images, "class_embeds", classes)
@@ -54,11 +66,24 @@ def zero_shot_metrics(
         cosines = normalize_rows(block) @ class_unit.T
         # The right class ties with itself, so that the count starts at 1.
         ranks.append((cosines >= cosines.gather(1, label[:, None]) - TIE_TOLERANCE).sum(dim=1))
-    rank = torch.cat(ranks)
+    return torch.cat(ranks)
 
-    metrics = {f"accuracy@{k}": (rank <= k).double().mean().item() for k in top_k if k <= len(classes)}
-    images_of_class = torch.bincount(truth, minlength=len(classes))
-    hits_of_class = torch.bincount(truth[rank == 1], minlength=len(classes))
+
+def summarise_class_ranks(
+    rank: Tensor, labels: Tensor, num_classes: int, top_k: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """Compute the metrics of `zero_shot_metrics` from the ranks of the right classes.
+
+    Args:
+        rank: Rank of the right class of each image, int64 `(num_images,)`, from 1.
+        labels: Class of each image, `(num_images,)` integers.
+        num_classes: Number of classes.
+        top_k: Numbers of nearest classes among which the right one must be; those above `num_classes` are left out.
+    """
+    truth = labels.long()
+    metrics = {f"accuracy@{k}": (rank <= k).double().mean().item() for k in top_k if k <= num_classes}
+    images_of_class = torch.bincount(truth, minlength=num_classes)
+    hits_of_class = torch.bincount(truth[rank == 1], minlength=num_classes)
     occurs = images_of_class > 0
     metrics["mean_per_class_accuracy"] = (hits_of_class[occurs] / images_of_class[occurs].double()).mean().item()
     return metrics

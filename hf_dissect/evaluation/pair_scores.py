@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import nn
 
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.evaluation.pair_encoder import PairEncoder
 from hf_dissect.selection.scoring import CandidateScores, score
 from hf_dissect.selection.selector import Batch
 
@@ -21,6 +23,8 @@ def score_batches(
 ) -> Iterator[tuple[Batch, CandidateScores]]:
     """Yield each batch on the device of the model, with the scores of its pairs.
 
+    Each image and each caption is embedded once, though several pairs share it, see `PairEncoder`.
+
     Args:
         model: Dual encoder.
         batches: Batches of a `SelectionCollator`.
@@ -31,9 +35,11 @@ def score_batches(
     Yields:
         Batch and scores.
     """
-    for batch in batches:
-        batch = prepare(batch)
-        yield batch, score(model, forward_inputs(model, batch), batch["sample_id"], kind=kind, autocast=autocast)
+    encoder = PairEncoder()
+    with encoder.remember():
+        for batch in map(prepare, batches):
+            inputs, encode = forward_inputs(model, batch), partial(encoder, model, batch)
+            yield batch, score(model, inputs, batch["sample_id"], kind=kind, autocast=autocast, encode=encode)
 
 
 def join_correlations(

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 MISSING = "-"
 _NAMES = {
@@ -79,7 +80,21 @@ def format_retrieval(figures: Mapping[str, float]) -> str:
     if known := {name: figures[key] for key, name in _NAMES.items() if figures.get(key) is not None}:
         width = max(map(len, known))
         parts.append("\n".join(f"{name:{width}}  {value:.4g}" for name, value in known.items()))
+    if repeats := describe_repeats(figures):
+        parts.append(repeats)
     return "\n\n".join(parts) or "Nothing was evaluated: there is no validation or test split."
+
+
+def describe_repeats(figures: Mapping[str, Any]) -> str | None:
+    """Return a sentence about the captions that several images share, see `count_repeats`; None without any."""
+    count = figures.get("repeated_captions")
+    if not count:
+        return None
+    image, text = (figures[f"{direction}_own_ceiling@1"] for direction in ("image_to_text", "text_to_image"))
+    return (
+        f"{count:,.0f} captions are those of several images, for all of which they count as right. Where only a\n"
+        f"pair's own counts, no model can exceed an R@1 of {image:.1f} (image to text) and {text:.1f} (text to image)."
+    )
 
 
 def format_distillation(figures: Mapping[str, float], method: str | None = None) -> str:

@@ -1,19 +1,23 @@
 """Zero-shot classification with a dual encoder and the names of the classes, measured on a labelled data set."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hf_dissect.data.images import UnusableImage, decode_image
-from hf_dissect.evaluation.accuracy import zero_shot_metrics
+from hf_dissect.data.images import UnusableImage, decode_image, is_feature_vector
+from hf_dissect.evaluation.accuracy import rank_classes, summarise_class_ranks
 from hf_dissect.evaluation.embeddings import check_positive_integer
+from hf_dissect.evaluation.labelled_images import LabelledImages
 from hf_dissect.models.families import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
+from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.mola import mola_routing
 from hf_dissect.selection.scoring import evaluation_mode
 
 
@@ -45,7 +49,7 @@ def class_embeddings(
     """
     check_dual_encoder(model)
     model = bare_model(model)
-    _check_prompts(class_names, templates)
+    check_prompts(class_names, templates)
     check_positive_integer("batch_size", batch_size)
     tokenizer = getattr(processor, "tokenizer", processor)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
@@ -68,23 +72,30 @@ def evaluate_zero_shot(
     dataset: Dataset,
     class_names: Sequence[str],
     templates: Sequence[str],
-    image_column: str = "image",
-    label_column: str = "label",
+    image_column: str | None = None,
+    label_column: str | None = None,
     batch_size: int = 64,
+    *,
+    task_column: str | None = None,
+    task_names: Sequence[str] | None = None,
 ) -> dict[str, float | int]:
     """Measure the zero-shot accuracy of a model on a labelled data set.
 
     Args:
         model: Model with `get_image_features` and `get_text_features`, wrapped or not, on any device.
-        processor: Processor of the model (image processor and tokenizer).
-        dataset: Rows of an `Image` column (decoded or not) and a label column: a `ClassLabel`, integers that are
-            positions in `class_names`, or strings out of `class_names`. A `ClassLabel` whose names are `class_names`
-            in another order is matched by name, one with other names by position.
+        processor: Processor of the model (image processor and tokenizer); its tokenizer is enough for feature vectors.
+        dataset: Rows of images (decoded or not, or the feature vectors that the model reads) and a label column: a
+            `ClassLabel`, integers that are positions in `class_names`, or strings out of `class_names`. A `ClassLabel`
+            whose names are `class_names` in another order is matched by name, one with other names by position.
         class_names: Distinct names of the classes.
         templates: Prompts with one `{}` each for the name.
-        image_column: Name of the image column.
-        label_column: Name of the label column.
+        image_column: Name of the image column; None recognises the usual names, as for pairs.
+        label_column: Name of the label column; None recognises the usual names, see `LABEL_COLUMNS`.
         batch_size: Number of images embedded at a time.
+        task_column: Name of the column of the tasks. A MoLA adapter of variant "grad" embeds an image, and the classes
+            that it is compared with, by the expert of its task; None for the mean of the experts.
+        task_names: Names of the tasks of the training, by number, if the column holds names; None to number the names
+            by the alphabet.
 
     Returns:
         The metrics of `zero_shot_metrics`, the number `num_images` of images they rest on, and the number
@@ -92,34 +103,146 @@ def evaluate_zero_shot(
 
     Raises:
         TypeError: If `dataset` is not a `datasets.Dataset`.
-        ValueError: If the model is not a dual encoder, columns are missing, labels are outside of `class_names`, or no
-            image can be decoded.
+        ValueError: If the model is not a dual encoder, columns are missing, labels are outside of `class_names`, the
+            images are not of the kind that the model reads, it has no expert for a task, or no image can be decoded.
     """
     check_dual_encoder(model)
     model = bare_model(model)
     check_positive_integer("batch_size", batch_size)
-    dataset = _select_undecoded(dataset, image_column, label_column)
-    labels = _find_label_positions(dataset, label_column, class_names)
-    class_embeds = class_embeddings(model, processor, class_names, templates)
+    images = LabelledImages(dataset, class_names, image_column, label_column, task_column)
+    _check_kind(model, images)
+    if task_names is not None:
+        images.pairs.number_tasks(task_names)
+    ranks, rows_of_ranks, first_error = [], [], None
+    for task, rows in _group_by_task(model, images.pairs.task_ids, len(images)):
+        with _use_task(model, task):
+            class_embeds = class_embeddings(model, processor, class_names, templates)
+            embeds, decoded, error = _embed_images(model, processor, images, rows, batch_size)
+        first_error = first_error or error
+        if embeds is not None:
+            ranks.append(rank_classes(embeds, class_embeds, images.labels[decoded]).cpu())
+            rows_of_ranks += decoded
+    if not ranks:
+        raise ValueError(
+            f"None of the {len(images)} images in {images.image_column!r} could be decoded; {first_error}."
+        )
+    labels = torch.from_numpy(images.labels[rows_of_ranks])
+    metrics = summarise_class_ranks(torch.cat(ranks), labels, len(class_names))
+    return {**metrics, "num_images": len(rows_of_ranks), "num_skipped": len(images) - len(rows_of_ranks)}
 
-    image_processor = getattr(processor, "image_processor", processor)
-    embeds, decoded_rows, first_error = [], [], None
+
+def check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> None:
+    """Raise a ValueError unless class names are distinct strings and each template has one `{}`."""
+    for argument, texts in (("class_names", class_names), ("templates", templates)):
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(
+                f"{argument} is {texts!r}, but must be a list of at least one string, none of them empty."
+            )
+    repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"class_names repeats {repeated}, but a class that occurs twice ties with itself; name it once."
+        )
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(
+                f"templates holds {template!r}, but each needs exactly one {{}}, such as 'a photo of a {{}}.'"
+            )
+
+
+def _embed_images(
+    model: Any, processor: Any, images: LabelledImages, rows: Sequence[int], batch_size: int
+) -> tuple[Tensor | None, list[int], str | None]:
+    """Return embeddings of the images that can be read, the rows of those, and the reason of the first that cannot."""
+    embeds: list[Tensor] = []
+    read: list[int] = []
+    first_error, dim = None, _find_feature_dim(model)
     with evaluation_mode(model):
-        for start in range(0, len(dataset), batch_size):
-            pictures = []
-            for row, value in enumerate(dataset[start : start + batch_size][image_column], start):
+        for start in range(0, len(rows), batch_size):
+            usable: list[Any] = []
+            batch = rows[start : start + batch_size]
+            for row, value in zip(batch, images.read_images(batch), strict=True):
                 try:
-                    pictures.append(decode_image(value))
-                    decoded_rows.append(row)
+                    usable.append(decode_image(value) if dim is None else _read_vector(value, dim))
+                    read.append(row)
                 except UnusableImage as error:
                     first_error = first_error or f"row {row}: {error}"
-            if pictures:
-                inputs = _move_to_device(image_processor(images=pictures, return_tensors="pt"), model)
+            if usable:
+                inputs = _move_to_device(_make_inputs(processor, usable), model)
                 embeds.append(_compute_features(model.get_image_features, inputs).float())
-    if not embeds:
-        raise ValueError(f"None of the {len(dataset)} images in {image_column!r} could be decoded; {first_error}.")
-    metrics = zero_shot_metrics(torch.cat(embeds), class_embeds, labels[decoded_rows])
-    return {**metrics, "num_images": len(decoded_rows), "num_skipped": len(dataset) - len(decoded_rows)}
+    return torch.cat(embeds) if embeds else None, read, first_error
+
+
+def _find_feature_dim(model: Any) -> int | None:
+    """Return the size of the feature vectors that a model reads; None for a model of pictures."""
+    tower = getattr(getattr(model, "config", None), "vision_config", None)
+    return tower.hidden_size if isinstance(tower, PrecomputedFeaturesConfig) else None
+
+
+def _check_kind(model: Any, images: LabelledImages) -> None:
+    """Raise a ValueError if the first image is of another kind than the model reads; it says which column to name."""
+    (first,), dim = images.read_images([0]), _find_feature_dim(model)
+    found = len(first) if is_feature_vector(first) else None
+    if first is not None and found != dim:
+        kinds = ["pictures" if size is None else f"feature vectors of {size} numbers" for size in (found, dim)]
+        raise ValueError(
+            f"image_column {images.image_column!r} holds {kinds[0]}, but the model ({type(model).__name__}) reads "
+            f"{kinds[1]}. Name the right column, or choose the model to fit."
+        )
+
+
+def _read_vector(value: Any, dim: int) -> Tensor:
+    if value is None or len(value) != dim:
+        raise UnusableImage(f"not a feature vector of {dim} numbers")
+    vector = torch.as_tensor(np.asarray(value, dtype=np.float32))
+    if not vector.isfinite().all():
+        raise UnusableImage("a feature vector with numbers that are not finite")
+    return vector
+
+
+def _make_inputs(processor: Any, images: list[Any]) -> Any:
+    if isinstance(images[0], Tensor):
+        return {"pixel_values": torch.stack(images)}
+    image_processor = getattr(processor, "image_processor", processor)
+    return image_processor(images=images, return_tensors="pt")
+
+
+def _group_by_task(
+    model: torch.nn.Module, task_ids: np.ndarray | None, num_rows: int
+) -> Iterator[tuple[int | None, list[int]]]:
+    """Yield the tasks for which a model has experts of their own, and the rows of each; else None and all rows."""
+    routing = mola_routing(model)
+    if routing is None or not routing.needs_task_ids or task_ids is None:
+        yield None, list(range(num_rows))
+        return
+    num_experts = min(routing.mola_config[name].num_experts for name in _list_grad_adapters(routing))
+    for task in np.unique(task_ids).tolist():
+        if not 0 <= task < num_experts:
+            raise ValueError(
+                f"dataset has task {task}, but the adapter has num_experts={num_experts}, an expert for each of the "
+                f"tasks 0 to {num_experts - 1}; number the tasks as in training, or leave task_column out."
+            )
+        yield task, np.flatnonzero(task_ids == task).tolist()
+
+
+@contextmanager
+def _use_task(model: torch.nn.Module, task: int | None) -> Iterator[None]:
+    """Use the experts of a task, for any tower that is called by itself; None for those that the model chooses."""
+    routing = mola_routing(model)
+    if routing is None or task is None:
+        yield
+        return
+    before = dict(routing.fixed_task)
+    routing.fixed_task.update(dict.fromkeys(_list_grad_adapters(routing), task))
+    try:
+        yield
+    finally:
+        routing.fixed_task.clear()
+        routing.fixed_task.update(before)
+
+
+def _list_grad_adapters(routing: Any) -> list[str]:
+    return [name for name in routing.active_adapters if routing.mola_config[name].variant == "grad"]
 
 
 def _compute_features(method: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -154,67 +277,3 @@ def _tokenize(model: torch.nn.Module, tokenizer: Any, texts: list[str]) -> dict[
         return_tensors="pt",
     )
     return _move_to_device(inputs, model)
-
-
-def _select_undecoded(dataset: Dataset, image_column: str, label_column: str) -> Dataset:
-    """Return the two columns, with images as files, so that one broken image does not lose its whole batch."""
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__}, but must be a datasets.Dataset: choose one split, "
-            "and take(n) rows of a stream into Dataset.from_list."
-        )
-    for argument, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in dataset.column_names:
-            raise ValueError(f"{argument} is {column!r}, but the dataset has {', '.join(dataset.column_names)}.")
-    if not isinstance(dataset.features[image_column], Image):
-        raise ValueError(
-            f"image_column {image_column!r} holds {dataset.features[image_column]}, but must be a datasets.Image "
-            "column: dataset.cast_column(name, Image()) makes one of paths or bytes."
-        )
-    if len(dataset) == 0:
-        raise ValueError("dataset is empty; give one with at least one row.")
-    undecoded = dataset.select_columns([image_column, label_column]).with_format(None)
-    return undecoded.cast_column(image_column, Image(decode=False))
-
-
-def _find_label_positions(dataset: Dataset, label_column: str, class_names: Sequence[str]) -> np.ndarray:
-    """Return the position in `class_names` of each row's label, int64 `(num_rows,)`."""
-    feature = dataset.features[label_column]
-    if not isinstance(feature, (ClassLabel, Value)):
-        raise ValueError(f"label_column {label_column!r} holds {feature}, but must hold one label for each image.")
-    labels = list(dataset[label_column])
-    position = {name: index for index, name in enumerate(class_names)}
-    if isinstance(feature, ClassLabel) and len(feature.names) != len(class_names):
-        raise ValueError(
-            f"label_column {label_column!r} knows {len(feature.names)} classes, but class_names has "
-            f"{len(class_names)}: give one name for each, in the order of the labels."
-        )
-    if isinstance(feature, ClassLabel) and set(feature.names) == set(class_names):
-        labels = [feature.names[label] if label is not None and label >= 0 else label for label in labels]
-    allowed = position if any(isinstance(label, str) for label in labels) else {i: i for i in position.values()}
-    unknown = [row for row, label in enumerate(labels) if label not in allowed]
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} labels of {label_column!r} are not classes, first {labels[unknown[0]]!r} in row "
-            f"{unknown[0]}: a label is one of the {len(class_names)} class_names, or a position among them, 0 to "
-            f"{len(class_names) - 1}. Drop unlabelled rows with dataset.filter."
-        )
-    return np.array([allowed[label] for label in labels], dtype=np.int64)
-
-
-def _check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> None:
-    for argument, texts in (("class_names", class_names), ("templates", templates)):
-        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(
-                f"{argument} is {texts!r}, but must be a list of at least one string, none of them empty."
-            )
-    repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"class_names repeats {repeated}, but a class that occurs twice ties with itself; name it once."
-        )
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(
-                f"templates holds {template!r}, but each needs exactly one {{}}, such as 'a photo of a {{}}.'"
-            )

@@ -70,6 +70,7 @@ def write_report(
         runs=[(run.name, run.metrics) for run in runs],
         time_parts=TIME_PARTS,
         results=_tabulate_results(runs, table),
+        notes=_list_notes(runs),
         loss=_draw_panels(groups, _LOSS, uids),
         retrieval=_draw_panels(groups, _RETRIEVAL, uids),
         noise=_draw_panels(groups, _NOISE, uids, reference=_NOISE_REFERENCE),
@@ -78,6 +79,13 @@ def write_report(
         open_sheet=next((i for i, run in enumerate(runs) if run.worst_dropped), 0),
         bad_rows=[_list_bad_rows(run) for run in runs],
     )
+
+
+def _list_notes(runs: Sequence[RunSummary]) -> list[str]:
+    from hf_dissect.evaluation.tables import describe_repeats  # which imports torch
+
+    notes = (describe_repeats(as_mapping(run.metrics.get("final"))) for run in runs)
+    return list(dict.fromkeys(note for note in notes if note))
 
 
 @dataclass

@@ -21,6 +21,7 @@ _ORDER += (r"noise_kept", r"total_s", r"scoring_share", r".*zero_shot.*", r"labe
 _LOWER_IS_BETTER = re.compile(r".*(rank|noise_kept|loss).*|.*_s")
 _HIGHER_IS_BETTER = re.compile(r".*(recall|r@|auroc|auc|precision|recognised|accuracy|top_?\d).*")
 _SHARE = re.compile(r".*(_share|noise_kept|noise_candidates|noise_rate)|kept_share")
+_COUNT = re.compile(r".*_num_.*|repeated_captions|.*_own_ceiling@\d+")
 _LABELS = {
     "noise_kept": "Mismatched among kept",
     "kept_share": "Kept share",
@@ -112,8 +113,9 @@ def results_table(rows: Sequence[tuple[str, Mapping]], *, corner: str) -> Table:
 
 
 def select_final_figures(metrics: Mapping) -> dict[str, Any]:
-    """Return the final figures of one run without the counts that they rest on."""
-    return {str(key): value for key, value in as_mapping(metrics.get("final")).items() if "_num_" not in str(key)}
+    """Return the final figures of one run without the counts that they rest on, and what bounds them."""
+    final = {str(key): value for key, value in as_mapping(metrics.get("final")).items()}
+    return {key: value for key, value in final.items() if not _COUNT.fullmatch(key)}
 
 
 def collect_run_figures(metrics: Mapping) -> dict[str, Any]:

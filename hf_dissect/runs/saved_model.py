@@ -6,15 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow.parquet as pq
+
 from hf_dissect.data import load_splits
+from hf_dissect.data.files import FILE_NAME_COLUMN, METADATA_NAMES, TABLE_FORMATS
+from hf_dissect.data.shard_files import is_remote
 from hf_dissect.distillation.recipe import DistillationDataSection
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import RECIPE_FILE
 from hf_dissect.hub.pull import download_model, pull_recipe
+from hf_dissect.recipe.file import read_settings
 from hf_dissect.recipe.recipe import DataSection, Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 
+_TARS = (".tar", ".tar.gz", ".tgz")
 _Section = TypeVar("_Section", DataSection, DistillationDataSection)
 _Rows = TypeVar("_Rows")
 
@@ -54,6 +60,16 @@ def load_recipe(checkpoint: str) -> Recipe | None:
     return None if file is None else Recipe.load(file)
 
 
+def trains_with_mask(checkpoint: str) -> bool:
+    """Return True if the recipe next to a model of this machine masks false negatives in the loss."""
+    file = find_recipe_file(Path(checkpoint))
+    try:
+        section = {} if file is None else read_settings(file).get("selection")
+    except RecipeError:  # of another version; the data are named, so that nothing else of it is needed
+        return False
+    return isinstance(section, Mapping) and section.get("mask_false_negatives") is True
+
+
 def describe_missing_recipe(checkpoint: str) -> str:
     """Return the error message for a checkpoint without a recipe, when no data are named."""
     return f"{checkpoint} has no {RECIPE_FILE} to take the data from; name the data with --data."
@@ -76,10 +92,38 @@ def choose_data(checkpoint: str, data: str | None, recipe: Recipe | None) -> Dat
         return recipe.data
     if data == "scenes":
         return DataSection(source="scenes", scenes_train=1)
-    if data.endswith(".tar"):
-        return DataSection(source="webdataset", path=data)
-    local = Path(data).expanduser().exists() or data.startswith((".", "/", "~"))
-    return DataSection(source="folder" if local else "hub", path=data)
+    source = recognise_source(data)
+    return DataSection(source=source, path=data, streaming=source == "webdataset" and is_remote(data))
+
+
+def recognise_source(data: str) -> str:
+    """Return the source, as in `data.source` of a recipe, of a folder, a file, tar shards or a data set of the Hub.
+
+    A folder whose metadata name its pictures as `file_name` is an "imagefolder", one with tar shards and no other
+    tables than those that describe them a "webdataset".
+    """
+    place = Path(data).expanduser()
+    if data.endswith(_TARS):
+        return "webdataset"
+    if not place.exists() and not data.startswith((".", "/", "~")):
+        return "hub"
+    files = [file for pattern in ("*", "*/*") for file in place.glob(pattern) if not file.name.startswith(".")]
+    shards = {file.name.partition(".")[0] for file in files if file.name.endswith(_TARS)}
+    tables = {file.stem for file in files if file.suffix.lower() in TABLE_FORMATS and not _describes_shard(file.stem)}
+    if shards and tables <= shards:
+        return "webdataset"
+    return "imagefolder" if any(file.name in METADATA_NAMES and _names_files(file) for file in files) else "folder"
+
+
+def _describes_shard(stem: str) -> bool:
+    return stem.endswith("_stats")  # img2dataset writes one next to each shard
+
+
+def _names_files(metadata: Path) -> bool:
+    if metadata.suffix == ".parquet":
+        return FILE_NAME_COLUMN in pq.read_schema(metadata).names
+    with metadata.open("rb") as file:
+        return FILE_NAME_COLUMN.encode() in file.readline(1 << 16)
 
 
 def adapt_section(section: _Section, *, max_rows: int | None = None, **columns: str | None) -> _Section:

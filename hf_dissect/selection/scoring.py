@@ -134,6 +134,7 @@ def score(
     kind: str = "softmax",
     chunk_size: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    encode: Callable[..., Mapping[str, torch.Tensor]] | None = None,
 ) -> CandidateScores:
     """Score candidates with the current weights, without a trace in the model or in the random state.
 
@@ -148,13 +149,15 @@ def score(
         kind: Loss that the model trains with, `"softmax"` or `"sigmoid"`.
         chunk_size: Number of candidates per forward pass; None for all at once.
         autocast: Function that returns the context of mixed precision.
+        encode: Function to call with the inputs in place of the model; None for the model itself.
     """
     size = len(sample_id)
     step = chunk_size or size
     image_embeds, text_embeds = [], []
+    forward = model if encode is None else encode
     with evaluation_mode(model), _preserve_random_state(inputs), autocast():
         for start in range(0, size, step):
-            outputs = model(**{name: value[start : start + step] for name, value in inputs.items()})
+            outputs = forward(**{name: value[start : start + step] for name, value in inputs.items()})
             image_embeds.append(F.normalize(outputs["image_embeds"].float(), dim=-1))
             text_embeds.append(F.normalize(outputs["text_embeds"].float(), dim=-1))
     scale, bias = logit_scale_and_bias(model)

@@ -98,6 +98,31 @@ def test_retrieval_in_batches_gives_the_figures_of_the_function() -> None:
         assert retrieval.compute(block_size=7) == pytest.approx(retrieval_from_pairs(images, texts, keys))
 
 
+def test_retrieval_with_ids_of_captions_counts_equal_ones_as_right() -> None:
+    rng = np.random.default_rng(0)
+    images, texts = rng.normal(size=(2, 30, 6)).astype(np.float32)
+    captions = [f"a photo of class {index % 7}" for index in range(30)]
+    texts = texts[np.arange(30) % 7]
+    for ids, keys in ((np.arange(30), captions), ([str(i) for i in range(30)], np.arange(30) % 7)):
+        expected = retrieval_from_pairs(images, texts, ids, keys)
+        given = {"image_embeds": images, "text_embeds": texts, "image_ids": ids}
+        assert load("retrieval").compute(**given, text_ids=keys) == pytest.approx(expected)
+        retrieval = load("retrieval", keep_in_memory=True)
+        for rows in (slice(0, 11), slice(11, 30)):
+            part = {name: values[rows] for name, values in given.items()}
+            retrieval.add_batch(**part, text_ids=keys[rows])
+        assert retrieval.compute() == pytest.approx(expected)
+        assert expected["repeated_captions"] == 30 and expected["image_to_text_own_ceiling@1"] < 30
+    assert "repeated_captions" not in load("retrieval").compute(**given)
+    retrieval = load("retrieval", keep_in_memory=True)
+    with pytest.raises(ValueError, match="text_ids.: 3"):
+        retrieval.add_batch(**given, text_ids=[1, 2, 3])
+    retrieval.add_batch(**given, text_ids=keys)
+    retrieval.add_batch(**given)
+    with pytest.raises(ValueError, match="text_ids are missing for 30 of 60 pairs"):
+        retrieval.compute()
+
+
 def test_zero_shot_and_noise_detection_give_the_figures_of_the_functions() -> None:
     rng = np.random.default_rng(1)
     images, classes, labels = rng.normal(size=(20, 4)), rng.normal(size=(6, 4)), np.arange(20) % 6

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_dissect.evaluation import retrieval_from_pairs, retrieval_metrics, retrieval_ranks
+from hf_dissect.evaluation import count_repeats, retrieval_from_pairs, retrieval_metrics, retrieval_ranks
 
 
 def counted_ranks(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[list[int], list[int]]:
@@ -156,3 +156,93 @@ def test_a_block_has_at_least_one_row(block_size) -> None:
 def test_pairs_of_unequal_length_are_named() -> None:
     with pytest.raises(ValueError, match=r"3 image_embeds, 3 text_embeds and image_key of shape \(2,\)"):
         retrieval_from_pairs(np.eye(3), np.eye(3), [1, 2])
+
+
+def counted_ranks_of_pairs(images, texts, image_key, text_key) -> tuple[list[int], list[int]]:
+    """The protocol in loops over pairs: an image and a caption belong together if any pair has both."""
+    together = set(zip(image_key, text_key, strict=True))
+    cosine = images.astype(float) @ texts.astype(float).T
+    cosine /= np.linalg.norm(images, axis=1)[:, None] * np.linalg.norm(texts, axis=1)
+    pairs, first_pairs = range(len(image_key)), [image_key.index(key) for key in sorted(set(image_key))]
+    image_ranks, text_ranks = [], []
+    for i in first_pairs:
+        right = [(image_key[i], text_key[j]) in together for j in pairs]
+        best = max(cosine[i][j] for j in pairs if right[j])
+        image_ranks.append(1 + sum(cosine[i][j] >= best - 1e-9 for j in pairs if not right[j]))
+    for j in pairs:
+        right = [(image_key[i], text_key[j]) in together for i in first_pairs]
+        best = max(cosine[i][j] for i, is_right in zip(first_pairs, right, strict=True) if is_right)
+        wrong = (i for i, is_right in zip(first_pairs, right, strict=True) if not is_right)
+        text_ranks.append(1 + sum(cosine[i][j] >= best - 1e-9 for i in wrong))
+    return image_ranks, text_ranks
+
+
+def repeated_pairs(num_images: int, num_texts: int, num_pairs: int) -> tuple:
+    """Pairs of random images and captions that both occur several times, in no order, with their keys."""
+    rng = np.random.default_rng(num_pairs)
+    image_key, text_key = rng.integers(0, num_images, num_pairs), rng.integers(0, num_texts, num_pairs)
+    directions = rng.normal(size=(num_texts, 6))
+    images = np.array([directions[text_key[image_key == i]].sum(0) for i in range(num_images)])
+    images += rng.normal(size=images.shape)
+    texts = directions + rng.normal(size=directions.shape) / 2
+    return images[image_key].astype(np.float32), texts[text_key].astype(np.float32), image_key, text_key
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 1000])
+@pytest.mark.parametrize("sizes", [(30, 12, 40), (9, 25, 60), (20, 4, 50), (40, 60, 90)])
+def test_a_caption_of_several_images_is_right_for_each_of_them(block_size, sizes) -> None:
+    images, texts, image_key, text_key = repeated_pairs(*sizes)
+    expected_image, expected_text = counted_ranks_of_pairs(images, texts, image_key.tolist(), text_key.tolist())
+    metrics = retrieval_from_pairs(
+        images, texts, image_key, [f"{key} dogs" for key in text_key], block_size=block_size
+    )
+    for direction, ranks in (("image_to_text", expected_image), ("text_to_image", expected_text)):
+        for k in (1, 5, 10):
+            assert metrics[f"{direction}_R@{k}"] == pytest.approx(100 * np.mean(np.array(ranks) <= k))
+        assert metrics[f"{direction}_median_rank"] == np.median(ranks)
+    assert metrics["image_to_text_R@1"] < 100
+    assert metrics["recall_sum"] > retrieval_from_pairs(images, texts, image_key)["recall_sum"]
+
+
+def test_keys_of_distinct_captions_change_no_figure() -> None:
+    images, texts, owner = correlated(40, 200)
+    metrics = retrieval_metrics(images, texts, owner, np.random.default_rng(0).permutation(200))
+    assert metrics == retrieval_metrics(images, texts, owner)
+
+
+def test_one_caption_for_all_images_is_right_for_all_and_its_own_ceiling_is_a_share() -> None:
+    images = np.random.default_rng(0).normal(size=(125, 8))
+    metrics = retrieval_from_pairs(images, images[:1].repeat(125, 0), np.arange(125), ["a photo"] * 125)
+    assert metrics["recall_sum"] == 600 and metrics["repeated_captions"] == 125
+    for direction in ("image_to_text", "text_to_image"):
+        assert [metrics[f"{direction}_own_ceiling@{k}"] for k in (1, 5, 10)] == pytest.approx([0.8, 4, 8])
+
+
+def test_equal_captions_whose_embeddings_differ_by_a_rounding_error_do_not_compete() -> None:
+    images = np.eye(3)
+    texts = np.array([[1, 0.1, 0], [1, 0.1 + 1e-6, 0], [0, 0, 1.0]])
+    image_ranks, text_ranks = retrieval_ranks(images, texts, text_key=[7, 7, 9])
+    assert image_ranks.tolist() == text_ranks.tolist() == [1, 1, 1]
+
+
+def test_constant_embeddings_earn_no_more_than_their_right_answers_of_other_pairs() -> None:
+    row = np.random.default_rng(0).normal(size=(1, 50)).astype(np.float32)
+    image_ranks, text_ranks = retrieval_ranks(row.repeat(20, 0), row.repeat(20, 0), text_key=np.arange(20) // 2)
+    assert image_ranks.tolist() == text_ranks.tolist() == [19] * 20
+
+
+def test_the_ceiling_of_own_captions_is_that_of_the_best_order() -> None:
+    # Image 0 has "x" twice and "y", image 1 "x", image 2 "y" and "z", image 3 "w".
+    owner, keys = [0, 0, 0, 1, 2, 2, 3], ["x", "x", "y", "x", "y", "z", "w"]
+    figures = count_repeats(owner, keys)
+    assert figures["repeated_captions"] == 5
+    assert count_repeats([5, 7, 7], ["x", "y", "y"]) == {"repeated_captions": 0}
+    # An image shows its rarest caption first, in a random order of its copies; a caption shows the image with most.
+    assert figures["image_to_text_own_ceiling@1"] == pytest.approx(100 * (2 / 3 + 1 / 3 + 1 + 1) / 4)
+    assert figures["text_to_image_own_ceiling@1"] == pytest.approx(100 * (2 + 1 + 1 + 1) / 7)
+    assert figures["image_to_text_own_ceiling@5"] == figures["text_to_image_own_ceiling@5"] == 100
+
+
+def test_keys_of_another_length_are_named() -> None:
+    with pytest.raises(ValueError, match=r"text_key has shape \(2,\), but must be \(3,\): one key per caption"):
+        retrieval_from_pairs(np.eye(3), np.eye(3), [1, 2, 3], ["a", "b"])

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from hf_dissect.evaluation import format_results_table, summarise_seeds
+from hf_dissect.evaluation import format_results_table, retrieval_from_pairs, summarise_seeds
+from hf_dissect.evaluation.tables import format_retrieval
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:
@@ -51,3 +52,13 @@ def test_table_is_aligned() -> None:
 def test_columns_by_key_and_no_rows() -> None:
     assert format_results_table([], ["a", "bc"]) == "a  bc\n-  --"
     assert format_results_table([{"a": {"mean": None, "std": None}}], ["a"]) == "a\n-\n-"
+
+
+def test_repeated_captions_are_explained_below_the_figures() -> None:
+    embeds, keys = np.eye(8), [0, 0, 0, 0, 4, 5, 6, 7]
+    shown = format_retrieval(retrieval_from_pairs(embeds, embeds[keys], np.arange(8), keys))
+    assert shown.split("\n\n")[-1] == (
+        "4 captions are those of several images, for all of which they count as right. Where only a\n"
+        "pair's own counts, no model can exceed an R@1 of 62.5 (image to text) and 62.5 (text to image)."
+    )
+    assert "captions" not in format_retrieval(retrieval_from_pairs(embeds, embeds, np.arange(8), np.arange(8)))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from testing import tiny_models
+from transformers import BertConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from hf_dissect.evaluation import class_embeddings, evaluate_zero_shot
+from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
 
 NAMES = ["red", "green", "blue", "yellow", "white", "purple"]
 TEMPLATES = ["a {} patch on the left", "there is {} at the top {x}"]
@@ -160,10 +162,10 @@ def test_bad_prompts_are_named(tiny_clip, names, templates, message: str) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.remove_columns("image"), "image_column is 'image', but the dataset has label"),
-        (lambda d: d.remove_columns("label"), "label_column is 'label', but the dataset has image"),
+        (lambda d: d.remove_columns("image"), "No column named image or image_features or .*; the dataset has label"),
+        (lambda d: d.remove_columns("label"), "No column named label or labels or .*; the dataset has image"),
         (lambda d: d.select([]), "empty"),
-        (lambda d: d.remove_columns("image").add_column("image", [1] * 24), "must be a datasets.Image"),
+        (lambda d: d.remove_columns("image").add_column("image", [1] * 24), r"must hold pictures \(a datasets.Image"),
         (
             lambda d: d.map(lambda row: {"label": row["label"] + 1}),
             "4 labels of 'label' are not classes, first 6 in row 5",
@@ -187,3 +189,87 @@ def test_a_stream_or_another_model_is_refused(tiny_clip) -> None:
         evaluate_zero_shot(model.text_model, processor, labelled(), NAMES, TEMPLATES)
     with pytest.raises(ValueError, match="batch_size is 0"):
         evaluate_zero_shot(model, processor, labelled(), NAMES, TEMPLATES, batch_size=0)
+
+
+@pytest.mark.parametrize(("image", "label"), [("jpg", "cls"), ("img", "category"), ("image_path", "labels")])
+def test_usual_names_of_columns_are_recognised(tiny_clip, image, label, tmp_path) -> None:
+    expected = evaluate_zero_shot(*tiny_clip, labelled(), NAMES, TEMPLATES)
+    dataset = labelled().rename_columns({"image": image, "label": label})
+    if image == "image_path":
+        paths = [str(tmp_path / f"{row}.png") for row in range(len(dataset))]
+        for path, file in zip(paths, dataset[image], strict=True):
+            with open(path, "wb") as target:
+                target.write(file["bytes"])
+        dataset = dataset.remove_columns(image).add_column(image, paths)
+    assert evaluate_zero_shot(*tiny_clip, dataset, NAMES, TEMPLATES) == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def feature_model():
+    """A model that reads stored features of 6 numbers, and its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = tiny_models.bert_tokenizer()
+    text = BertConfig(**tiny_models._text_config(tokenizer))
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        PrecomputedFeaturesConfig(hidden_size=6), text, projection_dim=8
+    )
+    return VisionTextDualEncoderModel(config).eval(), tokenizer
+
+
+def test_stored_features_are_classified_without_a_processor_of_images(feature_model) -> None:
+    model, tokenizer = feature_model
+    features = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    rows = {"image_features": [*features.tolist(), [1.0] * 5, [float("nan")] * 6], "label": [*range(6)] * 3 + [0] * 4}
+    found = evaluate_zero_shot(model, tokenizer, Dataset.from_dict(rows), NAMES, TEMPLATES, batch_size=7)
+    with torch.no_grad():
+        images = model.get_image_features(pixel_values=torch.from_numpy(features)).pooler_output
+    nearest = (images @ class_embeddings(model, tokenizer, NAMES, TEMPLATES).T).argmax(1).numpy()
+    assert (found["num_images"], found["num_skipped"]) == (20, 2)
+    assert found["accuracy@1"] == np.mean(nearest == np.array(rows["label"])[:20])
+
+
+def test_images_of_another_kind_than_the_model_reads_are_named(feature_model, tiny_clip) -> None:
+    with pytest.raises(
+        ValueError, match=r"'image' holds pictures, but the model \(Vision.*\) reads feature vectors of 6"
+    ):
+        evaluate_zero_shot(*feature_model, labelled(), NAMES, TEMPLATES)
+    vectors = Dataset.from_dict({"image": [[1.0, 2.0]] * 6, "label": range(6)})
+    with pytest.raises(
+        ValueError, match=r"'image' holds feature vectors of 2 numbers, but the model \(CLIPModel\) reads"
+    ):
+        evaluate_zero_shot(*tiny_clip, vectors, NAMES, TEMPLATES)
+    with pytest.raises(ValueError, match="feature vectors of 2 numbers, .* reads feature vectors of 6 numbers"):
+        evaluate_zero_shot(*feature_model, vectors, NAMES, TEMPLATES)
+
+
+def test_each_image_is_classified_by_the_experts_of_its_task() -> None:
+    model, processor = tiny_models.tiny_clip()
+    model = tiny_models.with_mola(model, "grad", num_experts=3)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "mola_B" in name:
+                weight.normal_(std=2)
+    dataset, tasks = labelled(30), np.random.default_rng(0).integers(0, 3, 30)
+    with_tasks = dataset.add_column("style", [["oil", "ink", "chalk"][task] for task in tasks])
+    hits = np.zeros(30, bool)
+    for task in range(3):
+        model.base_model.set_task(task)
+        classes = class_embeddings(model, processor, NAMES, TEMPLATES)
+        for row in np.flatnonzero(tasks == task).tolist():
+            picture = Image().decode_example(dataset[row]["image"])
+            inputs = processor.image_processor(images=picture, return_tensors="pt")
+            image = one_by_one(model.get_base_model().get_image_features, **inputs)
+            hits[row] = int((classes @ image).argmax()) == dataset[row]["label"]
+    model.base_model.set_task(None)
+    mean = evaluate_zero_shot(model, processor, dataset, NAMES, TEMPLATES)
+    names = {"task_column": "style", "task_names": ["oil", "ink", "chalk"]}
+    found = evaluate_zero_shot(model, processor, with_tasks, NAMES, TEMPLATES, **names)
+    assert found["accuracy@1"] == pytest.approx(hits.mean()) != mean["accuracy@1"]
+    assert found["num_images"] == 30
+    assert evaluate_zero_shot(model, processor, dataset, NAMES, TEMPLATES) == mean, "no task stays in force"
+    with pytest.raises(ValueError, match="'chalk' is not a task of the training, which are oil, ink"):
+        evaluate_zero_shot(model, processor, with_tasks, NAMES, TEMPLATES, **(names | {"task_names": ["oil", "ink"]}))
+    numbered = dataset.add_column("style", (tasks + 1).tolist())
+    with pytest.raises(ValueError, match="dataset has task 3, but the adapter has num_experts=3"):
+        evaluate_zero_shot(model, processor, numbered, NAMES, TEMPLATES, task_column="style")

@@ -61,6 +61,17 @@ def test_page_holds_everything_and_is_well_formed(tmp_path):
     assert [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)][:2] == ["h1", "h2"]
 
 
+def test_repeated_captions_are_explained_once_and_are_not_columns(tmp_path):
+    runs = [make_run("dissect"), make_run("random")]
+    ceilings = {f"{side}_own_ceiling@{k}": 40.0 + k for side in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    for run in runs:
+        run.metrics["final"] |= {"repeated_captions": 61, **ceilings}
+    page = report(tmp_path, runs)
+    assert page.text.count("61 captions are those of several images") == 1
+    assert "can exceed an R@1 of 41.0 (image to text)" in page.text
+    assert "eiling" not in page.text.replace("\n", " ").split("can exceed")[0]
+
+
 def test_page_requests_nothing_from_outside(tmp_path):
     page = report(tmp_path, [make_run(), make_run("random")])
     links = [value for value in page.attributes("href", "src", "srcset", "xlink:href", "action", "data", "poster")]

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
 from hf_dissect.cli import main
 from hf_dissect.data import shuffle_captions
+from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection import SampleLedger
 from hf_dissect.training.interruption import StoppedBySignal
@@ -119,6 +120,28 @@ def global_trainer(folder: Path, options: dict, *, strategy: str, batch_size: in
             use_cpu=True,
         ),
     )
+
+
+def check_evaluation(folder: Path) -> None:
+    """Each rank embeds the images and captions of its own pairs once, and both find the figures of passes over all."""
+    model, processor = tiny_models.tiny_clip()
+    arguments = DissectTrainingArguments(
+        str(folder), per_device_eval_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    pairs = tiny_models.tiny_pairs(7, captions_per_image=5)  # 35 pairs, so that one rank gets some of them again
+    trainer = DissectTrainer(model=model, processing_class=processor, eval_dataset=pairs, args=arguments)
+    embedded: list[int] = []
+    hook = model.vision_model.register_forward_hook(lambda module, inputs, output: embedded.append(len(output[1])))
+    figures, scores = trainer.evaluate(), trainer.score_pairs(pairs)
+    hook.remove()
+    assert sum(embedded) < 35, "for evaluation and scores together"
+    assert len(scores["correlation"]) == len(set(scores["sample_id"].tolist())) == 35
+    trainer.encoder = lambda model, batch: model(**forward_inputs(model, batch))
+    trainer.encoder.remember = nullcontext
+    expected = trainer.evaluate()
+    for name in ("eval_loss", "eval_recall_sum"):
+        assert abs(figures[name] - expected[name]) < 1e-5
+    assert trainer.ranks.gather_objects(figures["eval_recall_sum"]) == [figures["eval_recall_sum"]] * 2
 
 
 def check_stream(folder: Path) -> None:
@@ -276,6 +299,7 @@ def check_record(folder: Path) -> None:
 
 def check_all(place: Path) -> None:
     check_exchange()
+    check_evaluation(place / "evaluation")
     check_training(place / "trainer")
     for variant in ("router", "grad"):
         check_adapter(place / variant, variant)

@@ -75,7 +75,7 @@ def test_two_processes_train_compare_and_agree(tmp_path):
     assert len([line for line in lines if line.startswith("report ")]) == 1
     # Where the processes met is removed by torch, or left, as it happens.
     assert {path.name for path in tmp_path.iterdir()} - {"store-2"} == {
-        *("trainer", "router", "grad", "global", "labels", "alone", "stream", "one-process"),
+        *("trainer", "router", "grad", "global", "labels", "alone", "evaluation", "stream", "one-process"),
         *("compared", "tiny-0.yaml", "tiny-1.yaml", "printed-0.txt", "printed-1.txt", "result-2.pt"),
     }
     check_global_scope(tmp_path)
