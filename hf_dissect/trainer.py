@@ -23,7 +23,7 @@ from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
 from hf_dissect.models.adapters import restore_base, save_base
-from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias
+from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias, restore_renamed_weights
 from hf_dissect.models.tasks import select_representations
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
@@ -308,10 +308,12 @@ class DissectTrainer(BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_base(self.model, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restore_renamed_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         restore_base(self.model, str(self.state.best_model_checkpoint))
         super()._load_best_model()
+        restore_renamed_weights(self.model, str(self.state.best_model_checkpoint))
 
     def final_figures(
         self,
@@ -342,7 +344,7 @@ class DissectTrainer(BaseTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "task_id", "is_clean"]
+        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "task_id", "is_clean", "text_features"]
         self._signature_columns = list(dict.fromkeys(names))  # type: ignore[assignment]  # transformers declares None
 
     def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:

@@ -54,6 +54,7 @@ def _audit(options: argparse.Namespace) -> None:
         caption_column=options.caption_column,
         task_column=options.task_column,
         image_features=options.image_features,
+        text_features=options.text_features,
         max_rows=options.max_rows,
         output_dir=options.output_dir,
         ledger=options.ledger,

@@ -16,7 +16,7 @@ from hf_dissect.evaluation.accuracy import rank_classes, summarise_class_ranks
 from hf_dissect.evaluation.embeddings import check_positive_integer
 from hf_dissect.evaluation.labelled_images import LabelledImages
 from hf_dissect.models.families import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig, find_feature_size
 from hf_dissect.mola import mola_routing
 from hf_dissect.selection.scoring import evaluation_mode
 
@@ -51,6 +51,11 @@ def class_embeddings(
     model = bare_model(model)
     check_prompts(class_names, templates)
     check_positive_integer("batch_size", batch_size)
+    if (dim := find_feature_size(model, "text")) is not None:
+        raise ValueError(
+            f"The model reads stored features of captions ({dim} numbers each) and cannot encode class names; leave "
+            "the classes out (--classes, evaluation.zero_shot), or take a model with a text tower."
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     sums: Tensor | None = None

@@ -18,6 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 import hf_dissect.mola  # noqa: F401 (registers the type with PEFT)
 from hf_dissect.models.families import TOWERS, bare_model, freeze_tower
+from hf_dissect.models.target_modules import choose_target_modules
 
 BASE_FOLDER = "base_model"
 """Subfolder of an adapter's folder for its base model, if that has no name to load it by."""
@@ -85,12 +86,18 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any], frozen_towe
         config = adapter_config(settings)
         if frozen_tower is not None and hasattr(config, "exclude_modules"):
             config.exclude_modules = _build_exclusion_pattern(frozen_tower, config.exclude_modules)
+        if model.config.model_type == "dual_encoder" and _lacks_targets(config):
+            config.target_modules = choose_target_modules(model, frozen_tower)
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ValueError(f"adapter: {error}") from error
     if frozen_tower is not None:
         freeze_tower(adapted, frozen_tower)
     return adapted
+
+
+def _lacks_targets(config: Any) -> bool:
+    return getattr(config, "target_modules", "") is None and not getattr(config, "target_parameters", None)
 
 
 def _build_exclusion_pattern(tower: str, given: Any) -> str:

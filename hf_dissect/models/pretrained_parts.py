@@ -27,7 +27,9 @@ def load_tokenizer(name_or_path: str, argument: str, trust_remote_code: bool = F
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **place)
     except LOADING_ERRORS as error:
-        raise loading_error(argument, name_or_path, error, "the tokenizer of " if argument != "tokenizer" else "") from error
+        raise loading_error(
+            argument, name_or_path, error, "the tokenizer of " if argument != "tokenizer" else ""
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"{argument} {name_or_path!r} has a {type(tokenizer).__name__} in place of a tokenizer")
     return tokenizer
