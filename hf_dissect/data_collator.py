@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from hf_dissect.data.encoded_pictures import as_numpy, is_byte_array
 from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
 from hf_dissect.data.pairs import ROW_KEYS, key_hash
 from hf_dissect.data.problems import PROBLEM_KEY, join_problem, pack_problems
+from hf_dissect.data.stored_features import stack_text_features
 from hf_dissect.data.surrogates import MARK, is_unencodable
 
 
@@ -32,6 +33,8 @@ class SelectionCollator:
         max_caption_length: Number of tokens after which a caption is cut; None for the limit of the tokenizer.
         reads_features: True for a model of feature vectors, False for one of pictures; None to recognise the kind from
             the first rows.
+        text_feature_size: Dimension of the stored features of the captions, for a model that reads those; the image
+            processor alone is then enough. None for a model that reads tokens.
 
     Raises:
         ValueError: The processor has no tokenizer, or its tokenizer cannot pad.
@@ -44,9 +47,12 @@ class SelectionCollator:
         text_padding: str = "longest",
         max_caption_length: int | None = None,
         reads_features: bool | None = None,
+        text_feature_size: int | None = None,
     ) -> None:
-        self.tokenizer = find_tokenizer(processor)
-        self.image_processor = getattr(processor, "image_processor", None)
+        self.text_feature_size = text_feature_size
+        self.tokenizer = find_tokenizer(processor) if text_feature_size is None else None
+        alone = processor if text_feature_size is not None else None
+        self.image_processor = getattr(processor, "image_processor", alone)
         self.text_padding = text_padding
         self.max_caption_length = max_caption_length
         self.reads_features = reads_features
@@ -75,11 +81,16 @@ class SelectionCollator:
         problems = [_describe_caption(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
         image_keys = [key_hash(image_content(row["image"]) or b"") for row in rows]
-        images = self._process_distinct_images(rows, image_keys, reasons, problems)
-        batch = {**images, **self._tokenise(captions)}
+        batch = self._process_distinct_images(rows, image_keys, reasons, problems)
+        if self.text_feature_size is None:
+            batch |= self._tokenise(captions)
+            caption_keys = list(map(key_hash, captions))
+        else:
+            batch["text_features"] = stack_text_features(rows, reasons, self.text_feature_size)
+            caption_keys = [key_hash(vector.tobytes()) for vector in batch["text_features"].numpy()]
         batch["sample_id"] = _read_integers(rows, "sample_id")
         batch["image_key"] = torch.tensor(image_keys)
-        batch["caption_key"] = torch.tensor([key_hash(caption) for caption in captions])
+        batch["caption_key"] = torch.tensor(caption_keys)
         batch["bad_reason"] = torch.tensor(reasons, dtype=torch.int8)
         batch[PROBLEM_KEY] = pack_problems(problems)
         if "task_id" in rows[0]:
@@ -92,6 +103,8 @@ class SelectionCollator:
     def padding(self) -> dict[str, tuple[int, str]]:
         """Value and side ("left" or "right") of the padding of captions, by key of the batch."""
         tokenizer = self.tokenizer
+        if tokenizer is None:
+            return {}
         return {
             "input_ids": (tokenizer.pad_token_id, tokenizer.padding_side),
             "attention_mask": (0, tokenizer.padding_side),
@@ -99,7 +112,7 @@ class SelectionCollator:
         }
 
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        encoded = self.tokenizer(
+        encoded = cast(PreTrainedTokenizerBase, self.tokenizer)(
             captions,
             padding=self.text_padding,
             truncation=True,

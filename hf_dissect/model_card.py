@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_dissect.cards.card import choose_title, write_card
 from hf_dissect.cards.citations import find_papers
 from hf_dissect.cards.metadata import build_metadata, find_pair_results, list_results
-from hf_dissect.cards.privacy import hub_dataset
+from hf_dissect.cards.privacy import hub_dataset, hub_id
 from hf_dissect.cards.rows import list_selection, tabulate_adapter, tabulate_data, tabulate_noise, tabulate_training
 from hf_dissect.models.adapters import describe_adapter, find_base
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import bare_model, find_loss_kind, find_text_padding, list_networks
 from hf_dissect.report.picture import PICTURE, draw_run
 from hf_dissect.report.tables import as_mapping
@@ -31,6 +31,8 @@ __all__ = ["TAGS", "ModelFacts", "write_model_card"]
 TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_dissect")
 
 _TEMPLATE = "dissect.md.jinja"
+STORED_FEATURES = "stored features"
+"""What stands in the place of a tower's name if the run read stored features."""
 _TITLE = "CLIP trained with hf_dissect"
 
 
@@ -43,6 +45,7 @@ class ModelFacts:
         loss: Function that turns logits into probabilities, "softmax" or "sigmoid".
         padding: Padding of captions, "longest" or "max_length".
         feature_size: Dimension of the stored features that the model reads in place of pictures; None for pictures.
+        text_feature_size: Dimension of the stored features that it reads in place of captions; None for captions.
         twins: True for a `TwinDualEncoder`.
     """
 
@@ -50,6 +53,7 @@ class ModelFacts:
     loss: str = "softmax"
     padding: str = "longest"
     feature_size: int | None = None
+    text_feature_size: int | None = None
     twins: bool = False
 
 
@@ -93,20 +97,24 @@ def describe_model(model: nn.Module, recipe: "Recipe | None") -> dict[str, Any]:
 
 def find_model_facts(model: nn.Module) -> ModelFacts:
     """Return the facts that users of a model, wrapped or not, need to run it."""
-    config: Any = bare_model(model).config
-    vision, networks = getattr(config, "vision_config", None), list_networks(model)
+    networks = list_networks(model)
     first: Any = networks[0].config
     return ModelFacts(
         model_type=first.model_type,
         loss=find_loss_kind(model),
         padding=find_text_padding(model),
-        feature_size=vision.hidden_size if isinstance(vision, PrecomputedFeaturesConfig) else None,
+        feature_size=find_feature_size(model, "vision"),
+        text_feature_size=find_feature_size(model, "text"),
         twins=len(networks) > 1,
     )
 
 
-def _find_base_model(model: nn.Module, recipe: "Recipe | None") -> str | None:
-    """Return the model that training started from, or the base of an adapter; None for a model from scratch."""
+def _find_base_model(model: nn.Module, recipe: "Recipe | None") -> str | list[str] | None:
+    """Return the model or the towers that training started from, or the base of an adapter; None from scratch."""
+    if recipe is not None and recipe.model.vision is not None and recipe.model.text is not None:
+        vision, text = recipe.model.vision, recipe.model.text
+        image_tower = f"timm/{vision.timm.removeprefix('timm/')}" if vision.timm else vision.name_or_path
+        return [image_tower or STORED_FEATURES, text.name_or_path or STORED_FEATURES]
     if describe_adapter(model) is not None:
         return find_base(model)
     if recipe is not None:
@@ -119,7 +127,7 @@ def write_model_card(
     path: str | os.PathLike,
     *,
     metrics: Mapping,
-    base_model: str | None = None,
+    base_model: str | Sequence[str] | None = None,
     recipe: "Recipe | None" = None,
     model: ModelFacts | None = None,
     model_id: str | None = None,
@@ -134,8 +142,8 @@ def write_model_card(
     Args:
         path: File to write, the `README.md` of the run.
         metrics: Content of `metrics.json` so far.
-        base_model: Model that training started from, or the base model of an adapter; None for a model from scratch.
-            The card names it if it is an id of the Hub, but never the path of a local folder.
+        base_model: Model that training started from, its vision and its text tower, or the base model of an adapter;
+            None for a model from scratch. The card names ids of the Hub, but never the path of a local folder.
         recipe: Recipe of the run; None without one.
         model: Facts about the model; None for those of a CLIP.
         model_id: Id that the model can be loaded by; None for the folder of the card.
@@ -154,6 +162,7 @@ def write_model_card(
     metrics = json.loads(json.dumps(metrics, default=str))  # as in the file: the names of enumerations
     model = model or ModelFacts()
     adapter = as_mapping(metrics.get("adapter"))
+    towers = [] if base_model is None or isinstance(base_model, str) else list(map(_describe_tower, base_model))
     title = choose_title(recipe, metrics, _TITLE)
     dataset = None if recipe is None else hub_dataset(recipe.data.source, recipe.data.path)
     reads_features = model.feature_size is not None
@@ -175,7 +184,8 @@ def write_model_card(
         metadata=metadata,
         metrics=metrics,
         recipe=recipe,
-        started_from=base_model,
+        started_from=base_model if isinstance(base_model, str) else None,
+        towers=towers,
         training=[
             *tabulate_adapter(adapter),
             *tabulate_training(metrics, recipe, list_selection(metrics, recipe)),
@@ -194,6 +204,13 @@ def write_model_card(
         trusts_code=recipe is not None and recipe.model.trust_remote_code,
         adapter=_describe_adapter(adapter),
     )
+
+
+def _describe_tower(name: str) -> str:
+    if name == STORED_FEATURES:
+        return name
+    shown = hub_id(name)
+    return f"[`{shown}`](https://huggingface.co/{shown})" if shown else "a local model"
 
 
 def _describe_adapter(adapter: Mapping) -> dict[str, bool] | None:

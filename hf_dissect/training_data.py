@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit, find_feature_dim
+from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit
 from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import number_tasks_alike
@@ -15,6 +15,7 @@ from hf_dissect.data_collator import SelectionCollator, find_tokenizer
 from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.models.families import check_tokens
+from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.mola import mola_routing
 from hf_dissect.selection import SampleLedger, SelectionStrategy
@@ -34,14 +35,17 @@ logger = logging.getLogger(__name__)
 
 
 def check_arguments(
-    args: Any, data_collator: Any, processing_class: Any, evaluation: Any, given: Mapping[str, Any]
+    args: Any, data_collator: Any, processing_class: Any, model: Any, evaluation: Any, given: Mapping[str, Any]
 ) -> None:
     """Check the training arguments, and that there is a collator or a processor.
+
+    A model that reads stored features of the captions needs no tokenizer.
 
     Args:
         args: Arguments of the run.
         data_collator: Collator, or None.
         processing_class: Processor, or None.
+        model: Dual encoder; None if the trainer makes it later.
         evaluation: Evaluation data, a dict of several, or None.
         given: Further arguments of `transformers.Trainer`, by name.
 
@@ -51,9 +55,9 @@ def check_arguments(
     """
     if not isinstance(args, DissectTrainingArguments):
         raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
-    if processing_class is None and data_collator is None:
-        raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
-    if data_collator is None:
+    if data_collator is None and find_feature_size(model, "text") is None:
+        if processing_class is None:
+            raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
         find_tokenizer(processing_class)
     check_trainer_arguments(args, given)
     check_best_metric(args, given, RETRIEVAL_FIGURES, evaluation)
@@ -167,12 +171,15 @@ def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingA
 
 def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
     """Build the collator for a model and its processor; raise a `ValueError` if tokens have no embedding."""
-    check_tokens(model, find_tokenizer(processor))
+    size = find_feature_size(model, "text")
+    if size is None:
+        check_tokens(model, find_tokenizer(processor))
     return SelectionCollator(
         processor,
         text_padding=find_text_padding(model),
-        max_caption_length=choose_caption_length(model, processor, args),
-        reads_features=find_feature_dim(model) is not None,
+        max_caption_length=choose_caption_length(model, processor, args) if size is None else None,
+        reads_features=find_feature_size(model, "vision") is not None,
+        text_feature_size=size,
     )
 
 

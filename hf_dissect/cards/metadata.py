@@ -46,7 +46,7 @@ def build_metadata(
     name: str,
     *,
     dataset: str | None,
-    started_from: str | None,
+    started_from: str | Sequence[str] | None,
     library_name: str,
     pipeline_tag: str | None,
     tags: Sequence[str],
@@ -58,7 +58,7 @@ def build_metadata(
     Args:
         name: name of the model.
         dataset: id on the Hub of the training data, None if they have none.
-        started_from: model that the training started from; it is named if it is an id of the Hub.
+        started_from: model that the training started from, or its two towers; named if it is an id of the Hub.
         library_name: library that loads the model.
         pipeline_tag: task of the Hub that the model solves.
         tags: tags of the model; those that the user gave are added.
@@ -71,11 +71,17 @@ def build_metadata(
         library_name=library_name,
         pipeline_tag=pipeline_tag,
         tags=[*tags, *_as_list(given.get("tags"))],
-        base_model=hub_id(started_from),
+        base_model=_name_bases(started_from),
         datasets=list(dict.fromkeys([*_as_list(dataset), *_as_list(given.get("datasets"))])) or None,
         model_name=name if results else None,
         eval_results=list(results) or None,
     )
+
+
+def _name_bases(started_from: str | Sequence[str] | None) -> str | list[str] | None:
+    if started_from is None or isinstance(started_from, str):
+        return hub_id(started_from)
+    return [name for name in map(hub_id, started_from) if name is not None] or None
 
 
 def list_results(metrics: Mapping[str, Any], kinds: Sequence[ResultKind]) -> list[EvalResult]:

@@ -69,6 +69,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             classes=_read_names(options.classes),
             templates=options.template,
             image_features=options.image_features,
+            text_features=options.text_features,
             max_rows=options.max_rows,
             batch_size=options.batch_size,
             num_workers=options.num_workers,

@@ -85,6 +85,7 @@ def add_pair_columns(parser: argparse.ArgumentParser, image_column: str) -> None
     parser.add_argument("--caption-column", help="column of the captions")
     parser.add_argument("--task-column", help="column of the tasks, for a MoLA adapter of variant grad")
     parser.add_argument("--image-features", help=".npz file of stored features, for models that read those")
+    parser.add_argument("--text-features", help=".npz file of stored features of the captions, for such models")
 
 
 def add_repository_arguments(parser: argparse.ArgumentParser) -> None:

@@ -38,3 +38,11 @@ def is_list(kind: pa.DataType) -> bool:
 def list_lengths(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Return the length of each list, int64 `(rows,)`; a missing list has length 0."""
     return pc.fill_null(pc.list_value_length(values), 0).to_numpy().astype(np.int64)
+
+
+def lay_out_like(lists: pa.Array, flat: pa.Array) -> pa.Array:
+    """Return values, one for each element of the lists, in the layout of the lists; unchanged if those are none."""
+    if not is_list(lists.type):
+        return flat
+    offsets = np.concatenate([[0], np.cumsum(list_lengths(lists))])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)

@@ -14,7 +14,7 @@ from hf_dissect.data.encoded_pictures import is_byte_array
 from hf_dissect.data.images import is_feature_vector
 from hf_dissect.data.pairs import PairStream
 from hf_dissect.data.problems import describe_problem, read_problems
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import bare_model
 
 NUM_FIRST = 16
@@ -87,7 +87,7 @@ def check_images_fit(model: Any, pairs: Any) -> None:
     """
     if not hasattr(pairs, "__len__"):
         return
-    image, wanted = pairs[0]["image"], find_feature_dim(model)
+    image, wanted = pairs[0]["image"], find_feature_size(model, "vision")
     found = len(image) if is_feature_vector(image) else None
     is_unclear = image is None or (wanted is None and is_byte_array(image))  # perhaps a damaged file
     if not is_unclear and found != wanted:
@@ -95,12 +95,6 @@ def check_images_fit(model: Any, pairs: Any) -> None:
             f"image_column: the data hold {_describe_images(found)}, the model ({type(bare_model(model)).__name__}) "
             f"reads {_describe_images(wanted)}. Name the right column with image_column, or choose the model to fit."
         )
-
-
-def find_feature_dim(model: Any) -> int | None:
-    """Return the length of the feature vectors that a model reads, None if it reads pictures."""
-    tower = getattr(bare_model(model).config, "vision_config", None)
-    return tower.hidden_size if isinstance(tower, PrecomputedFeaturesConfig) else None
 
 
 def _describe(value: Any) -> str:

@@ -14,13 +14,13 @@ from hf_dissect.data.files import (
     read_folder,
     read_image_folder,
 )
-from hf_dissect.data.image_features import add_image_features
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
 from hf_dissect.data.picture_paths import make_paths_absolute
 from hf_dissect.data.reading_options import DEFAULT_TEMPLATE, ReadingOptions, check_reading_options
 from hf_dissect.data.scenes.drawing import make_scenes, scenes_features, scenes_generator
 from hf_dissect.data.shards.reading import read_tar_shards
 from hf_dissect.data.split_files import summarize_error
+from hf_dissect.data.stored_features import add_image_features, add_text_features
 
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
 
@@ -45,6 +45,7 @@ def load_splits(
     image_root: str | None = None,
     class_template: str = DEFAULT_TEMPLATE,
     image_features: str | None = None,
+    text_features: str | None = None,
     max_train_rows: int | None = None,
     max_eval_rows: int | None = None,
     noise_rate: float = 0.0,
@@ -86,6 +87,8 @@ def load_splits(
         class_template: Caption of a picture in a class folder, with {} or {class} for the name of the folder.
         image_features: `.npz` file with one `(rows, dim)` array per split, named like the split, for the float32
             column `image_features`. A relative path starts here or, if there is no such file, at `path`.
+        text_features: `.npz` file with one `(captions, dim)` array per split, found like `image_features`, for the
+            column `text_features`. Captions that are exchanged take their features along.
         max_train_rows: Number of rows of the train split to keep, from the first; None keeps all.
         max_eval_rows: Number of rows of each other split to keep, from the first; None keeps all.
         noise_rate: Share of the pairs to mismatch, see `shuffle_captions`.
@@ -107,7 +110,7 @@ def load_splits(
         FileNotFoundError: If a file, folder or Hub data set is missing.
         ValueError: If an argument is out of its range, a file is unreadable, or there is no train split.
     """
-    _check_arguments(source, path, streaming, image_features, noise_rate, noise_permutation)
+    _check_arguments(source, path, streaming, image_features, text_features, noise_rate, noise_permutation)
     options = ReadingOptions(
         separator=separator,
         encoding=encoding,
@@ -156,6 +159,8 @@ def load_splits(
         splits = {split: rows.to_iterable_dataset(_choose_num_shards(len(rows))) for split, rows in splits.items()}
     if image_features is not None:
         splits = add_image_features(splits, _find_file(image_features, path), split_names)
+    if text_features is not None:
+        splits = add_text_features(splits, _find_file(text_features, path), split_names, caption_column)
 
     train = splits["train"]
     if noise_permutation is not None:
@@ -176,6 +181,7 @@ def _check_arguments(
     path: str | None,
     streaming: bool,
     image_features: str | None,
+    text_features: str | None,
     noise_rate: float,
     noise_permutation: str | None,
 ) -> None:
@@ -201,6 +207,7 @@ def _check_arguments(
         "noise_rate": noise_rate or None,
         "noise_permutation": noise_permutation,
         "image_features": image_features,
+        "text_features": text_features,
     }
     for argument, value in given.items():
         if streaming and value is not None:

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 
-from hf_dissect.data.arrow_columns import is_list, list_lengths, read_column, replace_column
+from hf_dissect.data.arrow_columns import is_list, lay_out_like, list_lengths, read_column, replace_column
 from hf_dissect.data.pair_columns import (
     CAPTION_COLUMNS,
     CLEAN_COLUMNS,
+    TEXT_FEATURES_COLUMN,
     find_truth_column,
     find_usual_caption_column,
 )
@@ -89,10 +90,15 @@ def apply_caption_order(
         truth = pc.and_kleene(truth, _read_truth(dataset, truth_column, row_of_pair).take(pa.array(order)))
     flat = captions.flatten() if is_list(captions.type) else captions
     replaced = replace_column(
-        dataset, column, _lay_out_like(captions, flat.take(pa.array(order))), dataset.features[column]
+        dataset, column, lay_out_like(captions, flat.take(pa.array(order))), dataset.features[column]
     )
+    if TEXT_FEATURES_COLUMN in dataset.column_names:  # they belong to the caption
+        vectors = read_column(dataset, TEXT_FEATURES_COLUMN)
+        vectors = vectors.flatten() if is_list(captions.type) else vectors
+        moved, kind = lay_out_like(captions, vectors.take(pa.array(order))), dataset.features[TEXT_FEATURES_COLUMN]
+        replaced = replace_column(replaced, TEXT_FEATURES_COLUMN, moved, kind)
     truth_feature = List(Value("bool")) if is_list(captions.type) else Value("bool")
-    return replace_column(replaced, truth_column, _lay_out_like(captions, truth), truth_feature)
+    return replace_column(replaced, truth_column, lay_out_like(captions, truth), truth_feature)
 
 
 def load_caption_order(path: str | Path) -> np.ndarray:
@@ -230,11 +236,3 @@ def _find_row_of_pair(captions: pa.Array) -> np.ndarray:
     """Return the row number of each pair, int64 `(num_pairs,)`."""
     rows = np.arange(len(captions))
     return np.repeat(rows, list_lengths(captions)) if is_list(captions.type) else rows
-
-
-def _lay_out_like(captions: pa.Array, flat: pa.Array) -> pa.Array:
-    """Return the values of all pairs in the layout of the caption column."""
-    if not is_list(captions.type):
-        return flat
-    offsets = np.concatenate([[0], np.cumsum(list_lengths(captions))])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)

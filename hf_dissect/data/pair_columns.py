@@ -17,6 +17,7 @@ CAPTION_COLUMNS = ("caption", "text", "captions")
 OPEN_CLIP_COLUMNS = ("filepath", "title")
 """Columns of the image and the caption in the tables of open_clip; alone, a title may be anything."""
 CLEAN_COLUMNS = ("clean", "is_clean")
+TEXT_FEATURES_COLUMN = "text_features"
 LARGEST_ID = 2**63 - 1
 NO_ROWS = "The data set has no rows; check the path, the split and any filter."
 
@@ -30,6 +31,7 @@ class PairColumns:
     sample_id: str | None = None
     task: str | None = None
     clean: str | None = None
+    text_features: str | None = None
 
     @classmethod
     def recognise(
@@ -73,12 +75,13 @@ class PairColumns:
             sample_id=sample_id,
             task=task,
             clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
+            text_features=TEXT_FEATURES_COLUMN if TEXT_FEATURES_COLUMN in available else None,
         )
 
     @property
     def names(self) -> list[str]:
         """The columns in use, each once."""
-        names = (self.image, self.caption, self.sample_id, self.task, self.clean)
+        names = (self.image, self.caption, self.sample_id, self.task, self.clean, self.text_features)
         return list(dict.fromkeys(name for name in names if name))
 
 

@@ -115,12 +115,16 @@ class PairDataset(torch.utils.data.Dataset):
             row = np.arange(len(rows)) if self._row is None else self._row
             values = read_chunked_column(self.rows, columns.sample_id)
             self.sample_ids = make_pair_ids(columns.sample_id, values, row, self._caption)
-        if columns.image in self.rows.column_names and is_list(self.rows.data.schema.field(columns.image).type):
-            # A feature vector as a Python list of floats would cost more than all else in the collator.
-            self.rows = self.rows.with_format("numpy", columns=[columns.image], output_all_columns=True)
+        # A feature vector as a Python list of floats would cost more than all else in the collator.
+        schema = self.rows.data.schema
+        vectors = [name for name in (columns.image, columns.text_features) if name in self.rows.column_names]
+        vectors = [name for name in vectors if is_list(schema.field(name).type)]
+        if vectors:
+            self.rows = self.rows.with_format("numpy", columns=vectors, output_all_columns=True)
         self._read = self.rows
         if self._transformed is not None:
-            self._read = self.rows.select_columns([name for name in (columns.sample_id, columns.clean) if name])
+            kept = (columns.sample_id, columns.clean, columns.text_features)
+            self._read = self.rows.select_columns([name for name in kept if name])
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset, **names: str | None) -> "PairDataset":
@@ -187,6 +191,8 @@ class PairDataset(torch.utils.data.Dataset):
             columns["task_id"] = self.task_ids[rows].tolist()
         if self.columns.clean is not None:
             columns["is_clean"] = list(map(bool, self._pick_by_pair(batch[self.columns.clean], numbers)))
+        if self.columns.text_features is not None:
+            columns["text_features"] = self._pick_by_pair(batch[self.columns.text_features], numbers)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def select(self, indices: np.ndarray) -> "PairDataset":
@@ -269,7 +275,7 @@ class PairDataset(torch.utils.data.Dataset):
             return values
         places = self._caption[indices].tolist()
         return [
-            (value[place] if place < len(value) else None) if isinstance(value, list | tuple) else value
+            (value[place] if place < len(value) else None) if isinstance(value, list | tuple | np.ndarray) else value
             for value, place in zip(values, places, strict=True)
         ]
 

@@ -39,7 +39,8 @@ def recognise_transformed(rows: datasets.Dataset, **names: str | None) -> PairCo
                 f"{argument}={wanted!r}: ids, tasks and truth must be columns of the table, which has "
                 f"{', '.join(rows.column_names)}; make the column with map() instead of with_transform()."
             )
-    return columns if columns.clean in rows.column_names else replace(columns, clean=None)
+    present = {name: name if name in rows.column_names else None for name in (columns.clean, columns.text_features)}
+    return replace(columns, clean=present[columns.clean], text_features=present[columns.text_features])
 
 
 class TransformedRows:

@@ -17,7 +17,7 @@ from hf_dissect.evaluation.embeddings import check_positive_integer
 from hf_dissect.evaluation.labelled_images import LabelledImages
 from hf_dissect.evaluation.passes import show_pass
 from hf_dissect.models.families import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.mola import mola_routing
 from hf_dissect.selection.scoring import evaluation_mode
 
@@ -52,6 +52,11 @@ def class_embeddings(
     model = bare_model(model)
     check_prompts(class_names, templates)
     check_positive_integer("batch_size", batch_size)
+    if (dim := find_feature_size(model, "text")) is not None:
+        raise ValueError(
+            f"The model reads stored features of captions ({dim} numbers each) and cannot encode class names; leave "
+            "the classes out (--classes, evaluation.zero_shot), or take a model with a text tower."
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     sums: Tensor | None = None
@@ -157,7 +162,7 @@ def _embed_images(
     """Return embeddings of the images that can be read, the rows of those, and the reason of the first that cannot."""
     embeds: list[Tensor] = []
     read: list[int] = []
-    first_error, dim = None, _find_feature_dim(model)
+    first_error, dim = None, find_feature_size(model, "vision")
     with evaluation_mode(model):
         for start in show_pass(range(0, len(rows), batch_size), "zero-shot images"):
             usable: list[Any] = []
@@ -174,15 +179,9 @@ def _embed_images(
     return torch.cat(embeds) if embeds else None, read, first_error
 
 
-def _find_feature_dim(model: Any) -> int | None:
-    """Return the size of the feature vectors that a model reads; None for a model of pictures."""
-    tower = getattr(getattr(model, "config", None), "vision_config", None)
-    return tower.hidden_size if isinstance(tower, PrecomputedFeaturesConfig) else None
-
-
 def _check_kind(model: Any, images: LabelledImages) -> None:
     """Raise a ValueError if the first image is of another kind than the model reads; it says which column to name."""
-    (first,), dim = images.read_images([0]), _find_feature_dim(model)
+    (first,), dim = images.read_images([0]), find_feature_size(model, "vision")
     found = len(first) if is_feature_vector(first) else None
     if first is not None and found != dim:
         kinds = ["pictures" if size is None else f"feature vectors of {size} numbers" for size in (found, dim)]

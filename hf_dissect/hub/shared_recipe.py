@@ -27,11 +27,13 @@ SHARED_TRAINING = frozenset(
 accounts, or belong to a machine."""
 
 _ADDRESSES = ("https://", "http://", "hf://")
-_NEXT_TO_THE_DATA = ("image_features", "noise_permutation")
+_NEXT_TO_THE_DATA = ("image_features", "text_features", "noise_permutation")
 # Section and name of each setting that names a file, a folder or a repository; further ones in `_modalities`.
 _PLACES = (
     ("model", "name_or_path"),
     ("model", "second_name_or_path"),
+    ("model.vision", "name_or_path"),
+    ("model.text", "name_or_path"),
     ("model", "tokenizer"),
     ("data", "path"),
     *(("data", name) for name in _NEXT_TO_THE_DATA),

@@ -17,7 +17,20 @@ TOWERS = {
 }
 PADDED_TO_MAX_LENGTH = {"siglip", "siglip2", "siglip_text_model", "siglip2_text_model"}
 # Positions start at pad_token_id + 1, so that a table of 514 rows reads 512 tokens.
-POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "altclip_text_model"}
+POSITIONS_AFTER_PADDING = {
+    "altclip_text_model",
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
 OUTPUTS = ("image_embeds", "text_embeds")
 """Outputs of a dual encoder that training and evaluation need, `(B, D)` each of unit length."""
 LARGEST_LOG_SCALE = math.log(100)

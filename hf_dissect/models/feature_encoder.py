@@ -1,4 +1,4 @@
-"""A vision tower that passes stored features on, so that only the rest of the model trains."""
+"""A tower that passes stored features on, so that only the rest of the model trains."""
 
 import math
 from typing import Any
@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hf_dissect.models.families import bare_model
 
 
 class PrecomputedFeaturesConfig(PreTrainedConfig):
@@ -39,7 +41,7 @@ class PrecomputedFeaturesConfig(PreTrainedConfig):
 
 
 class PrecomputedFeaturesModel(PreTrainedModel):
-    """A vision tower without parameters, which returns stored image features.
+    """A tower without parameters, which returns stored features of images, or of captions in a `DualEncoder`.
 
     As `vision_model` of a `VisionTextDualEncoderModel`, it makes locked-image tuning ("LiT", arXiv 2111.07991) cost no
     image encoder: only the projection behind it and the text tower train.
@@ -95,6 +97,22 @@ class PrecomputedFeaturesModel(PreTrainedModel):
         if return_dict is False:
             return sequence, features
         return BaseModelOutputWithPooling(last_hidden_state=sequence, pooler_output=features)
+
+
+def find_feature_size(model_or_config: Any, tower: str) -> int | None:
+    """Return the dimension of the stored features that a tower reads; None for a tower that encodes its input itself.
+
+    Args:
+        model_or_config: Dual encoder, wrapped or not, or its configuration; None for a model that is not made yet.
+        tower: `"vision"` or `"text"`.
+    """
+    config = model_or_config
+    if isinstance(model_or_config, nn.Module):
+        config = getattr(bare_model(model_or_config), "config", None)
+    part: Any = getattr(config, f"{tower}_config", None)
+    # By the name of the type, because a module that is reloaded has another class.
+    is_stored = getattr(part, "model_type", None) == PrecomputedFeaturesConfig.model_type
+    return part.hidden_size if is_stored else None
 
 
 # `exist_ok`, because a module may be imported twice (a reloading notebook, a spawned worker's second path).

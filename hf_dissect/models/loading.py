@@ -7,18 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoProcessor,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
     VisionTextDualEncoderProcessor,
 )
 from transformers.utils import cached_file
@@ -37,8 +33,10 @@ from hf_dissect.models.families import (
     logit_scale_and_bias,
     logit_scale_parameter,
 )
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.from_scratch import build_model_and_processor
+from hf_dissect.models.pretrained_parts import LOADING_ERRORS, load_image_processor, load_tokenizer, loading_error
+from hf_dissect.models.two_towers import build_from_towers
 
 __all__ = [
     "bare_model",
@@ -53,29 +51,35 @@ __all__ = [
     "list_networks",
     "check_same_architecture",
     "find_text_padding",
+    "LOADING_ERRORS",
 ]
-
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, SafetensorError)
 
 
 def load_model_and_processor(
     *,
     name_or_path: str | None = None,
     config: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+    projection_dim: int | None = None,
     tokenizer: str | None = None,
     vocab_size: int = 4096,
     captions: Iterable[str] | None = None,
     max_caption_length: int | None = None,
     freeze: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
-    """Load a trained dual encoder, or build one from scratch.
+    feature_sizes: Mapping[str, int] | None = None,
+) -> tuple[PreTrainedModel | PeftModel, Any]:
+    """Load a trained dual encoder, build one of two trained towers, or build one from scratch.
 
     Args:
         name_or_path: Hub id or local folder of a trained model, or of a PEFT adapter, which is loaded with its base
             and stays trainable. Weights are loaded in float32, which training needs.
         config: Configuration, with `model_type`, of a model with random weights (see `build_model_and_processor`).
-            Exactly one of `name_or_path` and `config` is given.
+            Exactly one of `name_or_path`, `config`, and `vision` with `text` is given.
+        vision: Vision tower of a new dual encoder, see `load_vision_tower`.
+        text: Text tower of a new dual encoder, see `load_text_tower`.
+        projection_dim: Dimension of the embeddings of a dual encoder of two towers; None for 512.
         tokenizer: Hub id or local folder of a tokenizer; None for the model's own, or for one trained on `captions` if
             the model is built from `config`.
         vocab_size: Largest number of tokens of a trained tokenizer.
@@ -85,19 +89,27 @@ def load_model_and_processor(
             processor.
         freeze: Tower to freeze, `"vision"` or `"text"` (see `freeze_tower`); None for neither.
         trust_remote_code: True to allow code from the model's repository to run.
+        feature_sizes: Dimensions of the stored features that the towers of `vision` and `text` read, by `"vision"` and
+            `"text"`.
 
     Returns:
-        The model in evaluation mode and its processor; the tokenizer alone if the images are stored features.
+        The model in evaluation mode and its processor: the tokenizer alone if the images are stored features, the
+        image processor alone if the captions are, None if both are.
 
     Raises:
         ValueError: If an argument is wrong, the configuration is at fault, or the model is not a dual encoder.
         OSError: If the model, its weights or its tokenizer cannot be read or downloaded.
     """
-    if (name_or_path is None) == (config is None):
+    has_towers = vision is not None or text is not None
+    if [name_or_path is not None, config is not None, has_towers].count(True) != 1:
         raise ValueError(
-            f"exactly one of name_or_path and config must be given, got name_or_path={name_or_path!r} and "
-            f"config={config!r}"
+            f"exactly one of name_or_path and config must be given, or else vision and text, got "
+            f"name_or_path={name_or_path!r}, config={config!r}, vision={vision!r} and text={text!r}"
         )
+    if has_towers and (vision is None or text is None or trust_remote_code):
+        _refuse_towers(vision, text)
+    if projection_dim is not None and not has_towers:
+        raise ValueError(f"projection_dim={projection_dim} is only for a model of two towers; leave it out")
     if freeze is not None and freeze not in TOWERS:
         raise ValueError(f"freeze must be one of {', '.join(TOWERS)} or None, got {freeze!r}")
     if max_caption_length is not None and max_caption_length < 3:
@@ -106,7 +118,7 @@ def load_model_and_processor(
             f"{max_caption_length}"
         )
     model: PreTrainedModel | PeftModel
-    own_tokenizer = None if tokenizer is None else _load_tokenizer(tokenizer, "tokenizer", trust_remote_code)
+    own_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer, "tokenizer", trust_remote_code)
     if config is not None:
         model, processor = build_model_and_processor(
             config,
@@ -115,14 +127,31 @@ def load_model_and_processor(
             vocab_size=vocab_size,
             max_caption_length=max_caption_length,
         )
+    elif vision is not None and text is not None:
+        model, processor = build_from_towers(
+            vision, text, projection_dim=projection_dim, tokenizer=own_tokenizer, feature_sizes=feature_sizes
+        )
     else:
         model = _load_model(str(name_or_path), trust_remote_code)
         check_dual_encoder(model)
         processor = _load_processor(str(name_or_path), model, own_tokenizer, trust_remote_code)
-    _limit_captions(model, processor, max_caption_length)
+    if find_feature_size(model, "text") is None:
+        _limit_captions(model, processor, max_caption_length)
     if freeze is not None:
         freeze_tower(model, freeze)
     return model, processor
+
+
+def _refuse_towers(vision: Any, text: Any) -> None:
+    if vision is not None and text is not None:
+        raise ValueError(
+            "trust_remote_code (model.trust_remote_code in a recipe) is true, but two towers are rebuilt by the "
+            "classes of transformers; set it to false, or load the whole dual encoder by name_or_path"
+        )
+    missing, given = ("text", "vision") if text is None else ("vision", "text")
+    raise ValueError(
+        f"{given} is given without {missing}; a dual encoder needs two towers (model.{missing} in a recipe)"
+    )
 
 
 def _load_model(name_or_path: str, trust_remote_code: bool) -> PreTrainedModel | PeftModel:
@@ -137,35 +166,28 @@ def _load_model(name_or_path: str, trust_remote_code: bool) -> PreTrainedModel |
             return load_adapter(name_or_path, trust_remote_code)
         return AutoModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        raise _loading_error("name_or_path", name_or_path, error) from error
-
-
-def _load_tokenizer(name_or_path: str, argument: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except LOADING_ERRORS as error:
-        raise _loading_error(argument, name_or_path, error) from error
+        raise loading_error("name_or_path", name_or_path, error) from error
 
 
 def _load_processor(
     name_or_path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
-) -> ProcessorMixin | PreTrainedTokenizerBase:
+) -> Any:
     base_name = getattr(bare_model(model), "name_or_path", "")
     if isinstance(model, PeftModel) and base_name and not _holds_a_tokenizer(name_or_path):
         name_or_path = base_name  # an adapter saved without a processor uses that of its base
-    if isinstance(getattr(bare_model(model).config, "vision_config", None), PrecomputedFeaturesConfig):
-        return tokenizer or _load_tokenizer(name_or_path, "name_or_path", trust_remote_code)
+    reads_pictures, reads_texts = (find_feature_size(model, tower) is None for tower in ("vision", "text"))
+    if not reads_texts:
+        return load_image_processor(name_or_path, "name_or_path", trust_remote_code) if reads_pictures else None
+    if not reads_pictures:
+        return tokenizer or load_tokenizer(name_or_path, "name_or_path", trust_remote_code)
     try:
         processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS:
         processor = None
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         # A folder may hold the two parts without a file that joins them.
-        try:
-            image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        except LOADING_ERRORS as error:
-            raise _loading_error("name_or_path", name_or_path, error, "the image processor of ") from error
-        tokenizer = tokenizer or _load_tokenizer(name_or_path, "name_or_path", trust_remote_code)
+        image_processor = load_image_processor(name_or_path, "name_or_path", trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(name_or_path, "name_or_path", trust_remote_code)
         processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
     if tokenizer is not None:
         processor.tokenizer = tokenizer
@@ -174,22 +196,6 @@ def _load_processor(
 
 def _holds_a_tokenizer(name_or_path: str) -> bool:
     return cached_file(name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
-
-
-def _loading_error(argument: str, value: str, error: Exception, part: str = "") -> OSError | ValueError:
-    kind = ValueError if isinstance(error, ValueError | KeyError | TypeError | ImportError) else OSError
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    if Path(value).exists():
-        way_out = "check that save_pretrained wrote the folder completely and that it fits the installed transformers"
-    elif constants.is_offline_mode():
-        kind = OSError
-        way_out = "no such local folder exists, and HF_HUB_OFFLINE switches the Hub off; give a folder, or unset it"
-    else:
-        way_out = (
-            "no such local folder exists, and the Hub did not provide it; check the spelling and the network, and log "
-            "in (hf auth login) if the model is gated"
-        )
-    return kind(f"{part}{argument} {value!r} could not be loaded: {way_out} ({reason})")
 
 
 def _limit_captions(model: nn.Module, processor: Any, max_caption_length: int | None) -> None:

@@ -48,11 +48,12 @@ def data_conflicts(data: DataSection, training: Mapping[str, Any]) -> Iterator[F
             ("data.skip_bad_shards", "data.source"),
             f"true is only for data.source webdataset, not {data.source}; set it to false",
         )
-    if data.streaming and data.image_features:
-        yield (
-            ("data.image_features", "data.streaming"),
-            f"{show(data.image_features)} needs rows in a fixed order; set data.streaming to false",
-        )
+    for name in ("image_features", "text_features"):
+        if data.streaming and getattr(data, name):
+            yield (
+                (f"data.{name}", "data.streaming"),
+                f"{show(getattr(data, name))} needs rows in a fixed order; set data.streaming to false",
+            )
 
 
 def reading_conflicts(data: DataSection) -> Iterator[Fault]:

@@ -16,7 +16,8 @@ from hf_dissect.recipe.data_rules import (
 )
 from hf_dissect.recipe.fields import Faults, RecipeError
 from hf_dissect.recipe.file import RecipeFile
-from hf_dissect.recipe.rules import Fault, model_source_conflicts
+from hf_dissect.recipe.model_rules import model_conflicts
+from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
     CompareSection,
@@ -87,7 +88,7 @@ class Recipe(RecipeFile):
     def _conflicts(self) -> Iterator[Fault]:
         model, data, selection, training = self.model, self.data, self.selection, self.training
         yield from super()._conflicts()
-        yield from model_source_conflicts("model", model.name_or_path, model.config, "model", "clip")
+        yield from model_conflicts(model, data, self.evaluation)
         yield from adapter_conflicts(self.adapter, data)
         yield from data_conflicts(data, training)
         yield from reading_conflicts(data)

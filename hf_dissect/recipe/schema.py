@@ -15,12 +15,48 @@ SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
 
 
 @dataclasses.dataclass
+class VisionTowerSection:
+    """The vision tower of a dual encoder of two trained towers."""
+
+    name_or_path: str | None = setting(
+        None, "Hub id or folder of a trained vision model, or of a CLIP, of which the vision tower is taken."
+    )
+    timm: str | None = setting(None, "Name of a trained timm model, such as resnet50.a1_in1k; needs timm.")
+    features: bool = setting(False, "The images are stored features, see data.image_features.")
+
+
+@dataclasses.dataclass
+class TextTowerSection:
+    """The text tower of a dual encoder of two trained towers."""
+
+    name_or_path: str | None = setting(
+        None, "Hub id or folder of a trained text model, or of a CLIP, of which the text tower is taken."
+    )
+    pooling: str | None = setting(
+        None,
+        "Vector of a caption: the mean of its tokens, the first (cls) or the last of them (eot); null: as a "
+        "sentence-transformers model was trained, eot for decoders, CLIP and SigLIP, mean for others.",
+        choices=("mean", "cls", "eot"),
+    )
+    features: bool = setting(False, "The captions are stored features, see data.text_features.")
+
+
+@dataclasses.dataclass
 class ModelSection:
     """The dual encoder that is trained."""
 
-    name_or_path: str | None = setting(None, "Hub id or folder of a trained model; this or config.")
+    name_or_path: str | None = setting(None, "Hub id or folder of a trained model; this, config, or vision and text.")
     config: dict[str, Any] | None = setting(
         None, "Configuration (with model_type) of a model trained from scratch; this or name_or_path."
+    )
+    vision: VisionTowerSection | None = setting(
+        None, "Trained vision tower, with one of name_or_path, timm and features; with text, in place of name_or_path."
+    )
+    text: TextTowerSection | None = setting(
+        None, "Trained text tower, with name_or_path (and pooling) or features; with vision."
+    )
+    projection_dim: int | None = setting(
+        None, "Dimension of the embeddings of vision and text; null: 512.", within="[1, inf)"
     )
     tokenizer: str | None = setting(
         None, "Hub id or folder of a tokenizer; null: the model's own, or one trained here."
@@ -57,8 +93,8 @@ class ModelSection:
 class DataSection:
     """The source of the pairs.
 
-    Relative paths are relative to the current working directory; `image_features` and `noise_permutation` are also
-    looked up next to the data, in `path`.
+    Relative paths are relative to the current working directory; `image_features`, `text_features` and
+    `noise_permutation` are also looked up next to the data, in `path`.
     """
 
     source: str = setting("scenes", "Kind of the data.", choices=SOURCES)
@@ -107,6 +143,11 @@ class DataSection:
     )
     image_features: str | None = setting(
         None, ".npz with one (rows, dim) array a split, read by the vision tower instead of the images."
+    )
+    text_features: str | None = setting(
+        None,
+        ".npz with one (captions, dim) array a split, captions in the order of the rows and of each row's list, read "
+        "by the text tower instead of the captions.",
     )
     max_train_rows: int | None = setting(None, "Train on the first rows only.", within="[1, inf)")
     max_eval_rows: int | None = setting(None, "Evaluate on the first rows only.", within="[1, inf)")

@@ -45,6 +45,7 @@ def audit(
     id_column: str | None = None,
     task_column: str | None = None,
     image_features: str | None = None,
+    text_features: str | None = None,
     max_rows: int | None = None,
     output_dir: str | Path = "audit",
     ledger: str | Path | None = None,
@@ -73,6 +74,7 @@ def audit(
         task_column: Column of the tasks, for an adapter that routes by them; None for that of the recipe, with its
             own data.
         image_features: `.npz` file of stored features, for models that read those.
+        text_features: `.npz` file of stored features of the captions, for models that read those.
         max_rows: Number of rows to audit, from the first; None for all.
         output_dir: Folder of the results; `<output_dir>-2` and so on where it holds an audit already.
         ledger: Run folder or ledger file whose columns are added; None for the ledger of the checkpoint, if it trained
@@ -103,7 +105,8 @@ def audit(
     checkpoint = fetch_model(checkpoint)
     section = choose_section(checkpoint, data, recipe)
     columns = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
-    section = adapt_section(section, max_rows=max_rows, image_features=image_features, id_column=id_column, **columns)
+    columns |= {"id_column": id_column, "image_features": image_features, "text_features": text_features}
+    section = adapt_section(section, max_rows=max_rows, **columns)
     given_ledger = None if ledger is None else open_ledger(ledger)
     rows = load_split(section, split, whole=data is not None)
     model, processor = load_model_and_processor(name_or_path=checkpoint)

@@ -10,8 +10,8 @@ import datasets
 
 from hf_dissect.data import as_pairs
 from hf_dissect.data.arrow_columns import is_list, list_lengths, read_chunked_column
-from hf_dissect.data.image_features import FEATURES_COLUMN
 from hf_dissect.data.pair_columns import find_usual_caption_column
+from hf_dissect.data.stored_features import FEATURES_COLUMN
 from hf_dissect.data.tasks import number_tasks_as_saved, read_task_names
 from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.evaluation import evaluate_zero_shot
@@ -49,6 +49,7 @@ def evaluate_checkpoint(
     classes: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     image_features: str | None = None,
+    text_features: str | None = None,
     max_rows: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -69,6 +70,7 @@ def evaluate_checkpoint(
         classes: Class names; None for those of the label column, if it has names.
         templates: Captions of a class, with `{}` for its name; None for `DEFAULT_TEMPLATES`.
         image_features: `.npz` file of stored features, for models that read those.
+        text_features: `.npz` file of stored features of the captions, for models that read those.
         max_rows: Number of rows to evaluate, from the first; None for all.
         batch_size: Number of pairs or rows in a forward pass.
         num_workers: Number of processes that decode.
@@ -90,6 +92,7 @@ def evaluate_checkpoint(
             "--classes": classes,
             "--template": templates,
             "--image-features": image_features,
+            "--text-features": text_features,
         }
         if unsuitable := [name for name, value in given.items() if value is not None]:
             raise ValueError(
@@ -111,8 +114,9 @@ def evaluate_checkpoint(
     recipe = load_recipe(checkpoint) if data is None else None
     checkpoint = fetch_model(checkpoint)
     columns = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
+    columns |= {"image_features": image_features, "text_features": text_features}
     section = choose_data(checkpoint, data, recipe)
-    section = adapt_section(section, max_rows=max_rows, image_features=image_features, **columns)
+    section = adapt_section(section, max_rows=max_rows, **columns)
     section = dataclasses.replace(section, noise_rate=0.0, noise_permutation=None)
     rows = load_split(section, split, whole=data is not None)
     retrieves = _has_captions(rows, section.caption_column)

@@ -12,6 +12,7 @@ import transformers
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_dissect.data import PairDataset, as_pairs, load_splits
+from hf_dissect.data.stored_features import find_feature_sizes
 from hf_dissect.evaluation import retrieval_metrics
 from hf_dissect.evaluation.passes import show_pass
 from hf_dissect.models.adapters import add_adapter
@@ -127,7 +128,7 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     pairs = {split: as_pairs(rows, **arguments.column_names()) for split, rows in splits.items()}
     # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
     transformers.set_seed(arguments.seed)
-    model, processor = _load_model_and_processor(recipe, _read_captions(pairs["train"]))
+    model, processor = _load_model_and_processor(recipe, pairs["train"])
     check_optimizer(arguments, model)
     try:
         with name_training_keys(recipe.training):
@@ -155,24 +156,25 @@ def _list_named_splits(data: DataSection) -> dict[str, str | None]:
     return {split: name for split, name in named.items() if name != split}
 
 
-def _load_model_and_processor(recipe: Recipe, captions: Iterable[str]) -> tuple[Any, Any]:
+def _load_model_and_processor(recipe: Recipe, pairs: Any) -> tuple[Any, Any]:
     # With an adapter, `add_adapter` freezes the tower: it puts no adapter there, and lets none of its weights train.
     section = recipe.model if recipe.adapter is None else dataclasses.replace(recipe.model, freeze=None)
-    model, processor = _load_section(section, captions)
+    model, processor = _load_section(section, pairs)
     if recipe.adapter is not None:
         return add_adapter(model, recipe.adapter, recipe.model.freeze), processor
     if recipe.objective.gsc is not None and recipe.objective.gsc.dual:
-        return _make_twins(model, recipe.model), processor
+        return _make_twins(model, recipe.model, pairs), processor
     return model, processor
 
 
-def _load_section(section: ModelSection, captions: Iterable[str] | None = None) -> tuple[Any, Any]:
+def _load_section(section: ModelSection, pairs: Any) -> tuple[Any, Any]:
     arguments = dataclasses.asdict(section)
     del arguments["second_name_or_path"], arguments["check_reload"]
-    return load_model_and_processor(**arguments, captions=captions)
+    sizes = find_feature_sizes(pairs) if section.vision is not None else None
+    return load_model_and_processor(**arguments, captions=_read_captions(pairs), feature_sizes=sizes)
 
 
-def _make_twins(first: Any, section: ModelSection) -> Any:
+def _make_twins(first: Any, section: ModelSection, pairs: Any) -> Any:
     """Return the model together with a second one that starts differently; saved twins are returned as they are."""
     if len(list_networks(first)) == 2:
         return first
@@ -180,8 +182,10 @@ def _make_twins(first: Any, section: ModelSection) -> Any:
         second = type(first)(first.config).eval()
         if section.freeze:
             freeze_tower(second, section.freeze)
+    elif section.vision is not None:
+        second, _ = _load_section(section, pairs)  # the same towers behind other projections
     elif section.second_name_or_path and section.second_name_or_path != section.name_or_path:
-        second, _ = _load_section(dataclasses.replace(section, name_or_path=section.second_name_or_path))
+        second, _ = _load_section(dataclasses.replace(section, name_or_path=section.second_name_or_path), pairs)
     else:
         raise ValueError(
             f"objective.gsc.dual: both networks would start as {section.name_or_path} and stay the same; name another "
