@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel
+from datasets import ClassLabel, Image
 from testing import hub_client, tiny_models
 from testing.document_pages import PAGES, ROOT, blocks, commands, languages
 from testing.feature_pairs import make_feature_pairs
@@ -263,11 +263,25 @@ def check_plain_loop_selects(snippet, page, data, capsys):
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
+def check_augmentation_trains(snippet, page, data, capsys):
+    """Pictures are other ones each time that they are read, with the ids and captions of the data."""
+    model, processor = tiny_models.tiny_clip()
+    dataset = make_scenes(96, image_size=32).cast_column("image", Image())
+    names = run(snippet, page, model=model, processor=processor, dataset=dataset)
+    trainer = names["trainer"]
+    pairs = trainer.train_dataset
+    first, second = pairs[5], pairs[5]
+    assert first["caption"] == second["caption"] == dataset[5]["caption"] and first["sample_id"] == 5
+    assert first["image"].size == (32, 32) and first["image"].tobytes() != second["image"].tobytes()
+    assert trainer.state.global_step == 20 and len(trainer.bad_rows) == 0
+
+
 # The check of each Python snippet, by its page and its number there.
 SNIPPETS = {
     ("README.md", 0): check_training_of_a_model_of_the_hub,
     ("README.md", 1): check_plain_loop_selects,
     ("docs/python.md", 0): check_training_from_scratch,
+    ("docs/data.md", 0): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/own_strategy.md", 0): check_strategy_trains,
 }

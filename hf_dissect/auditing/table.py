@@ -38,7 +38,8 @@ def build_score_table(
     Returns:
         Table with `rank` (from 1), `sample_id`, `row` (of the data set), `place` (of the caption among those of the
         row), the columns of `sources`, `caption`, the scores, `is_clean` where the truth is known, the columns of
-        `more`, and `problem`, the reason why a pair cannot be read. Missing values are null.
+        `more`, and `problem`, the reason why a pair cannot be read, with the cause and the path. Missing values are
+        null.
     """
     reasons = embeddings.bad_reason.numpy()
     (good,) = np.nonzero(reasons == BadReason.GOOD)
@@ -62,8 +63,10 @@ def build_score_table(
     for name, values in (more or {}).items():
         values_in_order = values.numpy()[order]
         columns[name] = _nullable(values_in_order) if values.is_floating_point() else pa.array(values_in_order)
-    problems = {reason: None if reason == BadReason.GOOD else reason.description for reason in BadReason}
-    columns["problem"] = pa.array([problems[BadReason(reason)] for reason in reasons[order].tolist()], pa.string())
+    bad = {
+        place: BadReason(reasons[place]).describe(embeddings.problems.get(place, "")) for place in order[len(good) :]
+    }
+    columns["problem"] = pa.array([bad.get(place) for place in order.tolist()], pa.string())
     return pa.table(columns)
 
 

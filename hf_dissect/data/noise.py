@@ -8,7 +8,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 
 from hf_dissect.data.arrow_columns import is_list, list_lengths, read_column, replace_column
-from hf_dissect.data.pair_columns import CAPTION_COLUMNS, CLEAN_COLUMNS, find_truth_column
+from hf_dissect.data.pair_columns import (
+    CAPTION_COLUMNS,
+    CLEAN_COLUMNS,
+    find_truth_column,
+    find_usual_caption_column,
+)
 
 _REPAIR_ROUNDS = 200
 
@@ -131,9 +136,8 @@ def find_caption_column(dataset: Dataset, caption_column: str | None = None) -> 
             "dataset is streaming: captions can only be exchanged when all rows are at hand. Load it with "
             "streaming=False, or store the mismatched captions in the data."
         )
-    candidates = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-    found = next((name for name in candidates if name in dataset.column_names), None)
-    if found is None:
+    found = find_usual_caption_column(dataset.column_names) if caption_column is None else caption_column
+    if found is None or found not in dataset.column_names:
         raise ValueError(
             f"caption_column: {caption_column!r} names no column of the dataset, which has {dataset.column_names}. "
             f"Name the column that holds the captions, or call it one of {list(CAPTION_COLUMNS)}."

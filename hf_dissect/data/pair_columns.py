@@ -12,8 +12,10 @@ import xxhash
 
 from hf_dissect.data.arrow_columns import is_list, list_lengths, read_chunked_column
 
-IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path")
+IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path", "filepath", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "captions")
+OPEN_CLIP_COLUMNS = ("filepath", "title")
+"""Columns of the image and the caption in the tables of open_clip; alone, a title may be anything."""
 CLEAN_COLUMNS = ("clean", "is_clean")
 LARGEST_ID = 2**63 - 1
 NO_ROWS = "The data set has no rows; check the path, the split and any filter."
@@ -65,7 +67,9 @@ class PairColumns:
                 raise ValueError(f"{argument}={name!r}: no such column; the data has {', '.join(available)}.")
         return cls(
             image=image or _find_usual_name(IMAGE_COLUMNS, available, "image_column"),
-            caption=caption or _find_usual_name(CAPTION_COLUMNS, available, "caption_column"),
+            caption=caption
+            or find_usual_caption_column(available)
+            or _find_usual_name(CAPTION_COLUMNS, available, "caption_column"),
             sample_id=sample_id,
             task=task,
             clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
@@ -76,6 +80,12 @@ class PairColumns:
         """The columns in use, each once."""
         names = (self.image, self.caption, self.sample_id, self.task, self.clean)
         return list(dict.fromkeys(name for name in names if name))
+
+
+def find_usual_caption_column(available: Sequence[str]) -> str | None:
+    """Return the column with a usual name of captions, or None."""
+    usual = next((name for name in CAPTION_COLUMNS if name in available), None)
+    return usual or (OPEN_CLIP_COLUMNS[1] if set(OPEN_CLIP_COLUMNS) <= set(available) else None)
 
 
 def _find_usual_name(names: Sequence[str], available: Sequence[str], argument: str) -> str:
@@ -114,17 +124,21 @@ def _may_be_truth(rows: datasets.Dataset | datasets.IterableDataset, name: str) 
 
 def key_hash(value: bytes | str) -> int:
     """Return the hash of a key, a caption or an image, of 63 bits so that it is a non-negative int64."""
-    return xxhash.xxh3_64_intdigest(value.encode() if isinstance(value, str) else value) >> 1
+    # Half of a surrogate pair, which JSON can hold, is not UTF-8 but has a hash.
+    content = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+    return xxhash.xxh3_64_intdigest(content) >> 1
 
 
 def select_undecoded(rows: Any, columns: PairColumns) -> Any:
-    """Return a table or stream with the columns of a pair only, and the image as its file stores it."""
-    if getattr(rows, "format", {}).get("type") != "custom":
-        rows = rows.with_format(None)
-    rows = rows.select_columns(columns.names)
-    features = rows.features
-    if features is not None and isinstance(features.get(columns.image), datasets.Image):
-        rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+    """Return a table or stream with the columns of a pair only, without its format, and the image as stored."""
+    rows = rows.with_format(None)
+    names, available = columns.names, rows.column_names
+    if available is not None:  # a transform may make columns that the table lacks, which must keep its rows
+        names = [name for name in names if name in available] or available[:1]
+    rows = rows.select_columns(names)
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
 
 

@@ -120,7 +120,7 @@ def make_result(scored: ScoredPairs, output_dir: Path) -> AuditResult:
         more = {"trained_on": scored.trained, **more}
     table = build_score_table(scored.pairs, embeddings, scored.scores, more, sources, rank)
     bad_rows = BadRows(1.0, len(scored.pairs))
-    bad_rows.add(embeddings.sample_id, embeddings.bad_reason)
+    bad_rows.add(embeddings.sample_id, embeddings.bad_reason, embeddings.problems)
     auroc = None
     if embeddings.is_clean is not None:
         truth = embeddings.is_clean[embeddings.bad_reason == 0]

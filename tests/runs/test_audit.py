@@ -265,7 +265,11 @@ def test_unreadable_rows_are_listed_and_not_exported(run, tmp_path):
     assert sorted(result.bad_rows.reasons) == [7, 9]
     last = result.table.slice(38).to_pylist()
     assert [(row["row"], row["rank"], row["score"]) for row in last] == [(7, None, None), (9, None, None)]
-    assert [row["problem"] for row in last] == ["image missing or undecodable", "caption missing or empty"]
+    problem = "UnidentifiedImageError: not a picture, the file holds b'no picture'"
+    assert [row["problem"] for row in last] == [
+        f"image missing or undecodable: {problem}",
+        "caption missing or empty",
+    ]
     assert "Unreadable pairs (2)" in (tmp_path / "audit" / "audit.html").read_text()
     assert result.export.pairs_after == 19
     kept = datasets.load_dataset(str(tmp_path / "clean"), split="train")
