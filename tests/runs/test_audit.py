@@ -1,5 +1,6 @@
 """Whole audits by a small trained model: what is found, what is written, and what is said when something is wrong."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,19 @@ def test_pairs_of_the_run_are_recognised_wherever_they_come_from(run, tmp_path, 
         assert all(is_old == is_unknown for is_old, is_unknown in trained)
     else:
         assert result.num_trained == 256 and result.mismatched_share is None
+
+
+def test_pairs_are_recognised_by_the_ledger_alone_where_the_training_data_are_gone(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("source: scenes", "source: folder\n  path: /gone/away"))
+    shuffle_captions(make_scenes(256), rate=0.1).to_parquet(tmp_path / "same.parquet")
+    shuffle_captions(make_scenes(256, seed=4), rate=0.1).to_parquet(tmp_path / "new.parquet")
+    counts = {
+        name: audit(str(copy), data=str(tmp_path / f"{name}.parquet"), output_dir=tmp_path / name).num_trained
+        for name in ("same", "new")
+    }
+    assert counts == {"same": 256, "new": 0}
 
 
 def test_an_export_of_learnt_or_inseparable_pairs_is_refused_unless_forced(run, tmp_path):
