@@ -169,6 +169,7 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
         words = [word.replace("USER/", "ada/") for word in words]
         words = [word.replace("/data/utd_mhad", str(data / "utd_mhad.npz")) for word in words]
         words = [word.replace("/data/birds", str(data / "birds")) for word in words]
+        words = [word.replace("/data/pairs", str(data / "pairs")) for word in words]
         if "--resume" in words:
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"

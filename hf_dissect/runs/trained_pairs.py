@@ -51,8 +51,8 @@ def find_trained_pairs(
     """Find the pairs that the run of a checkpoint trained on.
 
     They are all pairs of the run's own train split; pairs whose ids, made from keys, are in the ledger; pairs whose
-    image the train split of the recipe has; and, if that cannot be read, pairs numbered as in the ledger with about
-    the same correlations.
+    image the train split of the recipe has; and, if there are none, pairs numbered as in the ledger with about the
+    same correlations.
 
     Args:
         checkpoint: Run folder, one of its checkpoints, or a model.
@@ -74,8 +74,9 @@ def find_trained_pairs(
             keys = _read_image_keys(recipe, path)
             if keys is not None:
                 mask |= torch.isin(embeddings.image_key, keys)
-            elif ledger is not None and _is_numbered_alike(ledger, embeddings, pairs):
-                mask[:] = True
+        # A picture in a file is known by its path, which differs in a copy of the data.
+        if not mask.any() and ledger is not None and _is_numbered_alike(ledger, embeddings, pairs):
+            mask[:] = True
     mask &= embeddings.bad_reason == 0
     # By number, a ledger speaks of pairs only where all of them are there in their order.
     fits = ledger is not None and (ledger.num_samples == pairs.num_samples)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from testing import tiny_models
 from testing.tar_files import write_tar
 from testing.tiny_recipe import tiny_recipe
@@ -112,8 +113,9 @@ def test_pairs_of_the_run_are_recognised_wherever_they_come_from(run, tmp_path, 
 
 def test_pairs_are_recognised_by_the_ledger_alone_where_the_training_data_are_gone(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    recipe = (copy / "recipe.yaml").read_text()
-    (copy / "recipe.yaml").write_text(recipe.replace("source: scenes", "source: folder\n  path: /gone/away"))
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["data"] |= {"source": "folder", "path": "/gone/away"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     shuffle_captions(make_scenes(256), rate=0.1).to_parquet(tmp_path / "same.parquet")
     shuffle_captions(make_scenes(256, seed=4), rate=0.1).to_parquet(tmp_path / "new.parquet")
     counts = {
