@@ -62,7 +62,7 @@ def load_vision_tower(settings: Mapping[str, Any], feature_size: int | None = No
     unpooled = [key for key in missing if "pooler" not in key]
     check_nothing_is_missing(unpooled, name, where)
     pooling = whole.config.vision_pooling if isinstance(whole, DualEncoder) else None
-    processor = _load_image_processor(name, model.config, where)
+    processor = load_vision_processor(name, model.config, where)
     pixels = _make_pixels(processor, f"{where} {given!r}")
     with torch.no_grad():
         output = _run(model, pixels, f"{where} {given!r}")
@@ -173,7 +173,18 @@ def check_nothing_is_missing(missing: list[str], name: str, where: str) -> None:
         )
 
 
-def _load_image_processor(name: str, config: PreTrainedConfig, where: str) -> Any:
+def load_vision_processor(name: str, config: PreTrainedConfig, where: str) -> Any:
+    """Load the image processor of a vision model, or make that of a model of timm, which saves none.
+
+    Args:
+        name: Hub id or local folder.
+        config: Configuration of the model.
+        where: Setting that names it, for errors.
+
+    Raises:
+        ValueError: If there is none.
+        OSError: If it cannot be read or downloaded.
+    """
     own = any(map(partial(find_file, name), ("preprocessor_config.json", "processor_config.json")))
     if config.model_type == "timm_wrapper" and not own:
         return make_timm_image_processor(getattr(config, "pretrained_cfg", None), f"{where} {name!r}")

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hf_dissect.auditing.cross_fit import PairInputs
@@ -18,6 +18,7 @@ from hf_dissect.auditing.small_encoders import PICTURE_SIZE
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.data_collator import SelectionCollator
 from hf_dissect.models.tokenizer_training import train_tokenizer
+from hf_dissect.models.vision_towers import load_vision_processor
 from hf_dissect.selection.scoring import CandidateScores
 
 Encode: TypeAlias = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -40,7 +41,7 @@ def load_image_encoder(name_or_path: str, device: torch.device) -> tuple[Any, En
     """
     try:
         model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32).to(device).eval()
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
+        processor = load_vision_processor(name_or_path, model.config, "--model")
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
