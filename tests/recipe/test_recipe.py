@@ -585,6 +585,7 @@ def test_training_arguments_gather_the_sections():
     )
     assert recipe.training_arguments() == {
         "seed": 3,
+        "check_reload": True,
         "learning_rate": 0.01,
         "output_dir": "runs/small",
         "selection_strategy": "dissect",
