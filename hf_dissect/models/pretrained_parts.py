@@ -24,14 +24,17 @@ def load_tokenizer(name_or_path: str, argument: str, trust_remote_code: bool = F
         ValueError: If there is no such tokenizer, or it does not fit the installed transformers.
         OSError: If its files cannot be read or downloaded.
     """
+    part = "" if argument == "tokenizer" else "the tokenizer of "
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **place)
     except LOADING_ERRORS as error:
-        raise loading_error(
-            argument, name_or_path, error, "the tokenizer of " if argument != "tokenizer" else ""
-        ) from error
+        raise loading_error(argument, name_or_path, error, part) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"{argument} {name_or_path!r} has a {type(tokenizer).__name__} in place of a tokenizer")
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        # transformers makes a tokenizer that knows no word where the files of the vocabulary are missing.
+        reason = FileNotFoundError("there is no vocabulary, such as tokenizer.json or vocab.txt")
+        raise loading_error(argument, name_or_path, reason, part)
     return tokenizer
 
 

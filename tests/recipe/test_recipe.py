@@ -39,6 +39,7 @@ SHIPPED = (
     "mola-grad",
     "mola-router",
     "quickstart",
+    "two-towers",
     "yfcc15m",
 )
 

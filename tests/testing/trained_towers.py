@@ -52,7 +52,7 @@ VISION: dict[str, Callable[[], PreTrainedModel]] = {
     "swin": lambda: SwinForImageClassification(
         SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
     ),
-    "mae": lambda: ViTMAEModel(ViTMAEConfig(**SQUARE)),
+    "mae": lambda: ViTMAEModel(ViTMAEConfig(**{**SQUARE, "patch_size": 8})),
 }
 
 
