@@ -14,7 +14,8 @@ import torch
 from results_file import show_and_write
 
 from hf_dissect.auditing.embeddings import PairEmbeddings, join_embeddings
-from hf_dissect.auditing.scores import estimate_mismatched_probability, estimate_mismatched_share, score_matches
+from hf_dissect.auditing.scores import score_matches
+from hf_dissect.auditing.two_groups import fit_two_groups
 from hf_dissect.data import make_scenes, shuffle_captions
 from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.models.loading import load_model_and_processor, logit_scale_and_bias
@@ -75,12 +76,14 @@ def _figures(found: PairEmbeddings, scale: float) -> dict[str, float]:
     mismatched = ~found.is_clean.numpy()
     values = matches.score.numpy()
     without_outliers = values.clip(*np.quantile(values, (0.01, 0.99)))
+    groups = fit_two_groups(matches)
     probability = {
-        "strangers": estimate_mismatched_probability(matches),
+        "strangers": groups.p_mismatched,
         "gaussian_mixture": 1 - compute_upper_posterior(without_outliers),
     }
     figures = {
-        "share_by_strangers": estimate_mismatched_share(matches),
+        "share_by_strangers": groups.share,
+        "separation": groups.separation,
         "share_by_gaussian_mixture": float(probability["gaussian_mixture"].mean()),
     }
     if mismatched.any():

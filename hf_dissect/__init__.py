@@ -25,6 +25,7 @@ _HOMES = {
     "SelectionStrategy": "hf_dissect.selection",
     "TwinDualEncoder": "hf_dissect.models.twin_encoder",
     "audit": "hf_dissect.runs.audit",
+    "audit_by_fit": "hf_dissect.runs.audit_fit",
     "evaluate_checkpoint": "hf_dissect.runs.evaluate",
     "forward_inputs": "hf_dissect.data.model_inputs",
     "load_model_and_processor": "hf_dissect.models.loading",

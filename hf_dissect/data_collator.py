@@ -11,9 +11,12 @@ from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase
 
 from hf_dissect.data.bad_rows import BadReason
-from hf_dissect.data.images import UnusableImage, decode_image, image_content, is_feature_vector
+from hf_dissect.data.encoded_pictures import as_numpy, is_byte_array
+from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
 from hf_dissect.data.pairs import ROW_KEYS, key_hash
+from hf_dissect.data.problems import PROBLEM_KEY, join_problem, pack_problems
 from hf_dissect.data.stored_features import stack_text_features
+from hf_dissect.data.surrogates import MARK, is_unencodable
 
 
 class SelectionCollator:
@@ -28,6 +31,8 @@ class SelectionCollator:
         text_padding: Padding of the captions, "longest" (of the batch) or "max_length", for models that read the last
             position (SigLIP).
         max_caption_length: Number of tokens after which a caption is cut; None for the limit of the tokenizer.
+        reads_features: True for a model of feature vectors, False for one of pictures; None to recognise the kind from
+            the first rows.
         text_feature_size: Dimension of the stored features of the captions, for a model that reads those; the image
             processor alone is then enough. None for a model that reads tokens.
 
@@ -41,6 +46,7 @@ class SelectionCollator:
         *,
         text_padding: str = "longest",
         max_caption_length: int | None = None,
+        reads_features: bool | None = None,
         text_feature_size: int | None = None,
     ) -> None:
         self.text_feature_size = text_feature_size
@@ -49,6 +55,7 @@ class SelectionCollator:
         self.image_processor = getattr(processor, "image_processor", alone)
         self.text_padding = text_padding
         self.max_caption_length = max_caption_length
+        self.reads_features = reads_features
         self._feature_dim: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -59,8 +66,8 @@ class SelectionCollator:
 
         Returns:
             Inputs of the model (`pixel_values`, `input_ids`, ...), and columns `(B,)`: `sample_id`, `image_key` and
-            `caption_key` int64, `bad_reason` int8 (`BadReason`), and `task_id` int64 and `is_clean` bool if the rows
-            have them.
+            `caption_key` int64, `bad_reason` int8 (`BadReason`), `bad_problem` uint8 `(B, 240)` (see
+            `hf_dissect.data.problems`), and `task_id` int64 and `is_clean` bool if the rows have them.
 
         Raises:
             ValueError: Rows are not pairs with integer ids, or there are pictures and no image processor.
@@ -71,19 +78,21 @@ class SelectionCollator:
                     f"A row has no {key}; wrap the data with hf_dissect.data.as_pairs, which makes numbered pairs."
                 )
         reasons = [_find_caption_reason(row["caption"]) for row in rows]
+        problems = [_describe_caption(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
         image_keys = [key_hash(image_content(row["image"]) or b"") for row in rows]
-        batch = self._process_distinct_images(rows, image_keys, reasons)
+        images = self._process_distinct_images(rows, image_keys, reasons, problems)
         if self.text_feature_size is None:
-            batch |= self._tokenise(captions)
+            batch = {**images, **self._tokenise(captions)}
             caption_keys = list(map(key_hash, captions))
         else:
-            batch["text_features"] = stack_text_features(rows, reasons, self.text_feature_size)
+            batch = {**images, "text_features": stack_text_features(rows, reasons, self.text_feature_size)}
             caption_keys = [key_hash(vector.tobytes()) for vector in batch["text_features"].numpy()]
         batch["sample_id"] = _read_integers(rows, "sample_id")
         batch["image_key"] = torch.tensor(image_keys)
         batch["caption_key"] = torch.tensor(caption_keys)
         batch["bad_reason"] = torch.tensor(reasons, dtype=torch.int8)
+        batch[PROBLEM_KEY] = pack_problems(problems)
         if "task_id" in rows[0]:
             batch["task_id"] = _read_integers(rows, "task_id")
         if "is_clean" in rows[0]:
@@ -113,29 +122,30 @@ class SelectionCollator:
         return dict(encoded)
 
     def _process_distinct_images(
-        self, rows: Sequence[dict[str, Any]], image_keys: Sequence[int], reasons: list[int]
+        self, rows: Sequence[dict[str, Any]], image_keys: Sequence[int], reasons: list[int], problems: list[str]
     ) -> dict[str, torch.Tensor]:
         """Process each image once, and repeat it for the other readable pairs that share it."""
         shared = list(zip(image_keys, reasons, strict=True))
         first_row = {key: row for row, key in reversed(list(enumerate(shared)))}
-        if len(first_row) == len(rows) or any(is_feature_vector(row["image"]) for row in rows):
-            return self._process_images(rows, reasons)
+        if len(first_row) == len(rows) or self._find_feature_dim(rows) is not None:
+            return self._process_images(rows, reasons, problems)
         first = sorted(first_row.values())
         place_of_row = {row: place for place, row in enumerate(first)}
         places = [place_of_row[first_row[key]] for key in shared]
-        reasons_of_images = [reasons[row] for row in first]
-        processed = self._process_images([rows[row] for row in first], reasons_of_images)
+        reasons_of_images, problems_of_images = [reasons[row] for row in first], [problems[row] for row in first]
+        processed = self._process_images([rows[row] for row in first], reasons_of_images, problems_of_images)
         if any(len(value) != len(first) for value in processed.values()):  # not one entry for each image
-            return self._process_images(rows, reasons)
-        reasons[:] = [reasons_of_images[place] for place in places]
+            return self._process_images(rows, reasons, problems)
+        for row, place in enumerate(places):
+            if not reasons[row]:
+                reasons[row], problems[row] = reasons_of_images[place], problems_of_images[place]
         return {name: value[places] for name, value in processed.items()}
 
-    def _process_images(self, rows: Sequence[dict[str, Any]], reasons: list[int]) -> dict[str, torch.Tensor]:
-        dims = Counter(len(row["image"]) for row in rows if is_feature_vector(row["image"]))
-        if self._feature_dim is None and dims:
-            self._feature_dim = dims.most_common(1)[0][0]
-        if self._feature_dim is not None:
-            return {"pixel_values": _stack_features(rows, reasons, self._feature_dim)}
+    def _process_images(
+        self, rows: Sequence[dict[str, Any]], reasons: list[int], problems: list[str]
+    ) -> dict[str, torch.Tensor]:
+        if self._find_feature_dim(rows) is not None:
+            return {"pixel_values": self._stack_features(rows, reasons, problems)}
         if self.image_processor is None:
             raise ValueError(
                 "The rows hold no feature vectors, and the processor has no image_processor for pictures; pass the "
@@ -146,10 +156,40 @@ class SelectionCollator:
             try:
                 # A row without a caption is unreadable, so its image need not be decoded.
                 images.append(_PLACEHOLDER if reasons[position] else _make_usable_shape(decode_image(row["image"])))
-            except UnusableImage:
+            except UnusableImage as error:
                 reasons[position] = BadReason.IMAGE
+                problems[position] = join_problem(error.problem, error.path or _find_name(row))
                 images.append(_PLACEHOLDER)
         return dict(self.image_processor(images=images, return_tensors="pt"))
+
+    def _find_feature_dim(self, rows: Sequence[dict[str, Any]]) -> int | None:
+        if self._feature_dim is None and self.reads_features is not False:
+            # Bytes in an array are a damaged file sooner than a vector, where there may be pictures.
+            may_be_bytes = self.image_processor is None or self.reads_features
+            images = [row["image"] for row in rows if may_be_bytes or not is_byte_array(row["image"])]
+            dims = Counter(len(image) for image in images if is_feature_vector(image))
+            self._feature_dim = dims.most_common(1)[0][0] if dims else None
+        return self._feature_dim
+
+    def _stack_features(self, rows: Sequence[dict[str, Any]], reasons: list[int], problems: list[str]) -> torch.Tensor:
+        dim = self._feature_dim or 0
+        features = np.zeros((len(rows), dim), dtype=np.float32)
+        for position, row in enumerate(rows):
+            problem, vector = "", row["image"]
+            if vector is None:
+                problem = "no image"
+            elif not is_feature_vector(vector):
+                problem = f"{type(vector).__name__}, not a feature vector of {dim} numbers"
+            elif len(vector) != dim:
+                problem = f"feature vector of {len(vector)} numbers, not {dim}"
+            else:
+                features[position] = as_numpy(vector)
+                if not np.isfinite(features[position]).all():
+                    problem = "feature vector with numbers that are not finite"
+                    features[position] = 0
+            if problem and not reasons[position]:
+                reasons[position], problems[position] = BadReason.IMAGE, join_problem(problem, _find_name(row))
+        return torch.from_numpy(features)
 
 
 def find_tokenizer(processor: Any) -> PreTrainedTokenizerBase:
@@ -193,7 +233,23 @@ def _find_caption_reason(caption: Any) -> int:
         return BadReason.CAPTION_MISSING
     if not isinstance(caption, str):
         return BadReason.CAPTION_NOT_TEXT
+    if is_unencodable(caption):
+        return BadReason.CAPTION_NOT_UNICODE
     return BadReason.GOOD if caption.strip() else BadReason.CAPTION_MISSING
+
+
+def _describe_caption(row: dict[str, Any], reason: int) -> str:
+    if reason not in (BadReason.CAPTION_NOT_TEXT, BadReason.CAPTION_NOT_UNICODE):
+        return ""
+    caption = row["caption"]
+    kind = f"{type(caption).__name__} " if reason == BadReason.CAPTION_NOT_TEXT else ""
+    shown = caption.removeprefix(MARK) if isinstance(caption, str) else ascii(caption)
+    return join_problem(f"{kind}{shown[:80]}", _find_name(row))
+
+
+def _find_name(row: dict[str, Any]) -> str | None:
+    """Return the path of the image of a pair, or its key in the data; None if it has neither."""
+    return find_path(row["image"]) or row.get("key")
 
 
 def _read_integers(rows: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
@@ -204,17 +260,3 @@ def _read_integers(rows: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
             f"{key}={wrong!r}: must be an integer; hf_dissect.data.as_pairs numbers pairs and hashes keys."
         )
     return torch.tensor(values, dtype=torch.int64)
-
-
-def _stack_features(rows: Sequence[dict[str, Any]], reasons: list[int], dim: int) -> torch.Tensor:
-    features = np.zeros((len(rows), dim), dtype=np.float32)
-    usable = np.zeros(len(rows), dtype=bool)
-    for position, row in enumerate(rows):
-        if is_feature_vector(row["image"]) and len(row["image"]) == dim:
-            features[position] = row["image"]
-            usable[position] = True
-    usable &= np.isfinite(features).all(axis=1)
-    features[~usable] = 0
-    for position in np.flatnonzero(~usable).tolist():
-        reasons[position] = reasons[position] or BadReason.IMAGE
-    return torch.from_numpy(features)

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.gsc import GscLoss, gsc_evidence
+from hf_dissect.models.families import check_outputs
 from hf_dissect.models.tasks import Decorrelation
 from hf_dissect.models.twin_encoder import split_embeddings
 from hf_dissect.recipe.schema import GscSection
@@ -198,6 +199,7 @@ class Objective:
         Returns:
             Loss `()` with gradient.
         """
+        check_outputs(outputs)
         weights = batch.get("pair_weight")
         if self.gsc is None or self._epoch < self.gsc.warmup_epochs:
             loss = self._compute_contrastive_loss(batch, outputs, scale, bias, weights)

@@ -157,7 +157,7 @@ def describe_problem(value: Any, expected: Any, choices: Sequence = (), within: 
         allowed = ", ".join(map(str, choices)) + _or_null(expected) if choices else _describe(expected)
         if within:
             allowed += f", {_describe_interval(within).removeprefix('a number ')}"
-        return f"{show(value)} is not allowed; allowed: {allowed}"
+        return f"{show(value)} is not allowed; allowed: {allowed}{_suggest_without_quotes(value, expected)}"
     for item in value if isinstance(value, list) else [value]:
         if choices and item is not None and item not in choices:
             allowed = ", ".join(map(str, choices)) + _or_null(expected)
@@ -165,6 +165,17 @@ def describe_problem(value: Any, expected: Any, choices: Sequence = (), within: 
         if within and _is_number(item) and not _inside(item, within):
             return f"{show(item)} is not allowed; allowed: {_describe_interval(within)}{_or_null(expected)}"
     return None
+
+
+def _suggest_without_quotes(value: Any, expected: Any) -> str:
+    """Return what to add for text in place of a number."""
+    if not isinstance(value, str) or not {int, float} & set(list_members(expected)):
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return f"; write {value.strip()} without quotes"
 
 
 def list_members(expected: Any) -> tuple:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_dissect.data.shards.skipped import summarize_skipped
 from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation.selection_figures import (
     compute_label_figures,
@@ -42,6 +43,7 @@ class SelectionSummary:
         self._recipe = recipe
         self._args = args
         self._label_figures: dict[str, float | None] = {}
+        self._num_scored: int | None = None  # known after `evaluate_noise`
 
     def evaluate_noise(self, scored: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
         """Compute the figures of noise detection by the final model, and keep those of the labels for the metrics.
@@ -52,6 +54,7 @@ class SelectionSummary:
         Returns:
             Figures by name, as `noise_detection_*`.
         """
+        self._num_scored = len(scored["sample_id"])
         self._label_figures = compute_label_figures(self._selector.ledger, scored["sample_id"], scored["is_clean"])
         return compute_noise_figures(scored)
 
@@ -64,12 +67,21 @@ class SelectionSummary:
             "num_pairs": count_pairs(self._dataset),
             "selection": {**compute_selection_figures(self._selector.monitor), **self._label_figures},
             **({} if adapter is None else {"adapter": adapter}),
+            **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
             "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),
         }
 
+    def _is_sampled(self) -> bool:
+        """Return True if the figures of noise detection rest on a sample of the training pairs."""
+        limit, count = self._args.max_train_pairs, count_pairs(self._dataset)
+        return self._num_scored is not None and limit is not None and (count is None or count > limit)
+
     def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
-        """Return the unreadable rows of all ranks; every rank calls this method."""
-        return {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
+        """Return the unreadable rows and skipped shards of all ranks; every rank calls this method."""
+        figures = {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
+        everyone = ranks.gather_objects(getattr(self._dataset, "skipped_shards", {}))
+        skipped = {shard: reason for record in everyone for shard, reason in record.items()}
+        return {**figures, **({"skipped_shards": summarize_skipped(skipped)} if skipped else {})}
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Return the recipe, the facts of the model, its base model, and the scores of the last epoch."""

@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_dissect import training_data
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pair_sample import sample_pairs
 from hf_dissect.data.pairs import ROW_KEYS, PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
@@ -22,8 +23,8 @@ from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
-from hf_dissect.models.adapters import restore_base, save_base
-from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias, restore_renamed_weights
+from hf_dissect.models.adapters import save_base
+from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias, restore_weights
 from hf_dissect.models.tasks import select_representations
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
@@ -31,8 +32,8 @@ from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
-from hf_dissect.training.clamp_logit_scale import ClampLogitScale
 from hf_dissect.training.non_finite import check_finite
+from hf_dissect.training.reload_check import make_callbacks
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
@@ -85,7 +86,7 @@ class DissectTrainer(BaseTrainer):
         **trainer_arguments: Any,
     ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
-        training_data.check_arguments(args, data_collator, processing_class, model)
+        training_data.check_arguments(args, data_collator, processing_class, eval_dataset, trainer_arguments, model)
         train_dataset, eval_dataset = training_data.prepare_data(model, train_dataset, eval_dataset, args)
         trainer_arguments.setdefault("compute_metrics", compute_retrieval)
         super().__init__(
@@ -100,8 +101,8 @@ class DissectTrainer(BaseTrainer):
         )
         training_data.check_model(self.model, args, train_dataset, eval_dataset, self.is_deepspeed_enabled)
         tag_model(self.model)
-        if data_collator is None:
-            self.data_collator = training_data.make_collator(self.model, processing_class, args)
+        collator = data_collator or training_data.make_collator(self.model, processing_class, args)
+        self.data_collator = training_data.try_collator(collator, train_dataset, eval_dataset)
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
@@ -111,11 +112,11 @@ class DissectTrainer(BaseTrainer):
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
-        self.add_callback(ClampLogitScale())
+        for callback in make_callbacks(self.data_collator, self.train_dataset):
+            self.add_callback(callback)
 
     def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
-        records = args.record_selection and self.is_world_process_zero()
         return OnlineSelector(
             strategy,
             **args.selector_settings(),
@@ -125,7 +126,7 @@ class DissectTrainer(BaseTrainer):
             padding=getattr(self.data_collator, "padding", {}),
             ranks=self.ranks,
             bad_rows=BadRows(args.max_bad_fraction, training_data.count_pairs(pairs)),
-            trace=SelectionTrace(args.output_dir if records else None),
+            trace=SelectionTrace(args.output_dir if args.record_selection and self.is_world_process_zero() else None),
             hooks=LoopHooks(self._agree, self._prepare_inputs, autocast, self.times.measure, self._check_finite),
         )
 
@@ -221,13 +222,20 @@ class DissectTrainer(BaseTrainer):
 
     # ---- evaluation ----
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the loader of data to evaluate or to predict, with all rows."""
+        if not training_data.includes(self.eval_dataset, eval_dataset):
+            eval_dataset = training_data.wrap_evaluation_pairs(
+                eval_dataset, self.model, self.train_dataset, self.args, self.data_collator
+            )
+        return super().get_eval_dataloader(eval_dataset)
+
+    get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]  # another name of the argument
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Compute loss, recall at 1, 5 and 10, and median rank in both directions on `eval_dataset`."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = training_data.wrap_pairs("eval_dataset", eval_dataset, self.args)
-            training_data.check_tasks(self.model, self.train_dataset, eval_dataset)
         with self.times.measure("evaluation"), self.encoder.remember():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -243,24 +251,19 @@ class DissectTrainer(BaseTrainer):
 
     def score_pairs(self, dataset: Any) -> dict[str, torch.Tensor]:
         """Compute the correlation of all readable pairs under the current weights, see `join_correlations`."""
-        pairs = training_data.wrap_pairs("dataset", dataset, self.args)
-        training_data.check_tasks(self.model, self.train_dataset, pairs)
-        scored = self.score_batches(self.get_eval_dataloader(pairs))
-        return join_correlations(scored, self.accelerator.gather_for_metrics)
+        batches = self.get_eval_dataloader(dataset)
+        return join_correlations(self.score_batches(batches), self.accelerator.gather_for_metrics)
 
     def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
         """Yield each batch on the device of the model, with its scores under the current weights."""
-        autocast = self.accelerator.autocast
-        return score_batches(self.model, batches, kind=self.kind, prepare=self._prepare_inputs, autocast=autocast)
+        steps = {"prepare": self._prepare_inputs, "autocast": self.accelerator.autocast}
+        return score_batches(self.model, batches, kind=self.kind, shown=not self.args.disable_tqdm, **steps)
 
     # ---- the run ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `BaseTrainer.train`, from the scores of `initial_ledger` unless the run is resumed."""
-        if self.train_dataset is None:
-            raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
-        warm_ups = training_data.list_warm_ups(self.strategy, self.objective)
-        training_data.warn_if_warm_up_outlasts(self.train_dataset, warm_ups, self.args)
+        training_data.begin(self.train_dataset, self.objective, self.strategy, self.args, self.hp_search_backend)
         if self.args.initial_ledger is not None and not resume_from_checkpoint:
             training_data.begin_with_initial_ledger(self.ledger, self.strategy, self.train_dataset, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -306,45 +309,39 @@ class DissectTrainer(BaseTrainer):
             self.selector.epoch -= training_data.count_pairs(self.train_dataset) is None and self.stream is None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_base(self.model, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restore_renamed_weights(self.model, resume_from_checkpoint)
+        load = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        restore_weights(self.model, resume_from_checkpoint, load)
 
     def _load_best_model(self) -> None:
-        restore_base(self.model, str(self.state.best_model_checkpoint))
-        super()._load_best_model()
-        restore_renamed_weights(self.model, str(self.state.best_model_checkpoint))
+        restore_weights(self.model, str(self.state.best_model_checkpoint), super()._load_best_model)
 
-    def final_figures(
-        self,
-        test_dataset: Any,
-        more_figures: Callable[[], dict[str, float]] | None = None,
-        retrieval: bool = True,
-        noise_detection: bool = True,
-    ) -> dict[str, Any]:
-        """Return the figures of the trained model by name; every rank calls this method.
+    def compute_figures(
+        self, test_dataset: Any, more_figures: Any = None, retrieval: bool = True, noise_detection: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the final figures by name, part by part; every rank calls this method.
 
         Args:
             test_dataset: Data of the retrieval figures; None for `eval_dataset`.
-            more_figures: Function that computes further figures; None for no others.
+            more_figures: Function that returns further figures by name; None for no others.
             retrieval: True to compute the retrieval figures.
-            noise_detection: True to score the training pairs with the final model, if their truth is known.
+            noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
-        unlogged: dict[str, Any] = {} if more_figures is None else more_figures()
-        dataset, final = self.eval_dataset if test_dataset is None else test_dataset, {}
+        dataset, unlogged = self.eval_dataset if test_dataset is None else test_dataset, {}
         if retrieval and dataset is not None:
-            final = drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
+            yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
+        if more_figures is not None:
+            yield (unlogged := more_figures())
         if noise_detection and getattr(self.train_dataset, "knows_truth", False):
             with self.times.measure("evaluation"):
-                scored = self.score_pairs(self.train_dataset)
-            unlogged = unlogged | self.summary.evaluate_noise(scored)
+                scored = self.score_pairs(sample_pairs(self.train_dataset, self.args.max_train_pairs))
+            yield (noise := self.summary.evaluate_noise(scored))
+            unlogged = {**unlogged, **noise}
         if unlogged:
             self.log({f"test_{key}": float(value) for key, value in unlogged.items() if value is not None})
-        return final | unlogged
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "task_id", "is_clean", "text_features"]
+        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "key", "task_id", "is_clean", "text_features"]
         self._signature_columns = list(dict.fromkeys(names))  # type: ignore[assignment]  # transformers declares None
 
     def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:

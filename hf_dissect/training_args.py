@@ -9,7 +9,14 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_dissect.objective import GscObjective, Objective
-from hf_dissect.recipe.schema import DataSection, GscSection, ModelSection, ObjectiveSection, SelectionSection
+from hf_dissect.recipe.schema import (
+    DataSection,
+    EvaluationSection,
+    GscSection,
+    ModelSection,
+    ObjectiveSection,
+    SelectionSection,
+)
 from hf_dissect.selection import SelectionStrategy, make_strategy
 from hf_dissect.settings import check_values, declared, list_in_docstring, list_settings
 from hf_dissect.training.training_args import BaseTrainingArguments
@@ -38,6 +45,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
     grad_cache_chunk_size: int | None = declared(ObjectiveSection, "grad_cache_chunk_size")
     gsc: dict[str, Any] | str | None = declared(ObjectiveSection, "gsc")
+    max_train_pairs: int | None = declared(EvaluationSection, "max_train_pairs")
     image_column: str | None = declared(DataSection, "image_column")
     caption_column: str | None = declared(DataSection, "caption_column")
     id_column: str | None = declared(DataSection, "id_column")
@@ -45,6 +53,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     clean_column: str | None = declared(DataSection, "clean_column")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
+    check_reload: bool = declared(ModelSection, "check_reload")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc"]
 

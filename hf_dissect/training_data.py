@@ -1,72 +1,121 @@
 """Preparation of the training data, and checks that data, model and arguments fit before a run starts."""
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.training_args import OptimizerNames
 
-from hf_dissect.data.images import is_feature_vector
+from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit
 from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import number_tasks_alike
 from hf_dissect.data_collator import SelectionCollator, find_tokenizer
+from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
+from hf_dissect.models.families import check_tokens
 from hf_dissect.models.feature_encoder import find_feature_size
-from hf_dissect.models.loading import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
+from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.mola import mola_routing
-from hf_dissect.objective import Objective
 from hf_dissect.selection import SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.training.trainer_arguments import (
+    check_best_metric,
+    check_grad_cache,
+    check_trainable,
+    check_trainer_arguments,
+    refuse_search,
+)
+from hf_dissect.training.warm_up import list_warm_ups, warn_if_warm_up_outlasts
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-def check_arguments(args: Any, data_collator: Any, processing_class: Any, model: Any = None) -> None:
-    """Check the type of the training arguments, and that there is a collator or a processor.
+def check_arguments(
+    args: Any, data_collator: Any, processing_class: Any, evaluation: Any, given: Mapping[str, Any], model: Any = None
+) -> None:
+    """Check the training arguments, and that there is a collator or a processor.
 
-    A model that reads stored features of the captions needs no tokenizer.
+    Args:
+        args: Arguments of the run.
+        data_collator: Collator, or None.
+        processing_class: Processor, or None.
+        evaluation: Evaluation data, a dict of several, or None.
+        given: Further arguments of `transformers.Trainer`, by name.
+        model: Model, or None; one that reads stored features of the captions needs no tokenizer.
 
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
-        ValueError: There is neither a collator nor a processor with a tokenizer.
+        ValueError: There is neither a collator nor a processor with a tokenizer, or an argument cannot be used.
     """
     if not isinstance(args, DissectTrainingArguments):
         raise TypeError(f"args is {type(args).__name__}; pass hf_dissect.DissectTrainingArguments.")
-    if data_collator is not None or find_feature_size(model, "text") is not None:
-        return
-    if processing_class is None:
-        raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
-    find_tokenizer(processing_class)
+    if data_collator is None and find_feature_size(model, "text") is None:
+        if processing_class is None:
+            raise ValueError("processing_class is missing: pass the model's processor (AutoProcessor).")
+        find_tokenizer(processing_class)
+    check_trainer_arguments(args, given)
+    check_best_metric(args, given, RETRIEVAL_FIGURES, evaluation)
 
 
-def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments) -> Any:
-    """Wrap a data set as pairs, see `as_pairs`.
+def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments, collator: Any = None) -> Any:
+    """Wrap a data set as pairs, see `as_pairs`, and collate the first of them, see `check_first_pairs`.
 
     Args:
         argument: Name of the trainer argument with the data set, for errors.
         dataset: Data set, a dict of several, or None.
         args: Arguments of the run, with the names of the columns.
+        collator: Collator of the pairs; None to collate none.
 
     Returns:
         Pairs, a dict of pairs, or None.
 
     Raises:
         ValueError: The data set does not fit the arguments.
+        TooManyBadRows: None of the first pictures can be read.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
-        return {name: wrap_pairs(argument, part, args) for name, part in dataset.items()}
+        return {name: wrap_pairs(argument, part, args, collator) for name, part in dataset.items()}
     try:
-        return as_pairs(dataset, **args.column_names())
+        pairs = as_pairs(dataset, **args.column_names())
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
+    if collator is not None:
+        check_first_pairs(collator, **{argument: pairs})
+    return pairs
+
+
+def includes(known: Any, dataset: Any) -> bool:
+    """Return whether a data set is the one of the trainer, or one of several, which was checked with the trainer."""
+    return any(dataset is part for part in (known, *(known.values() if isinstance(known, dict) else ())))
+
+
+def wrap_evaluation_pairs(dataset: Any, model: Any, train: Any, args: DissectTrainingArguments, collator: Any) -> Any:
+    """Wrap data to evaluate as pairs, see `wrap_pairs`, and check that they fit the tasks of a model.
+
+    Args:
+        dataset: Data set, a dict of several, or None; the name of one of several is returned as it is.
+        model: Model, wrapped or not.
+        train: Training pairs, or None.
+        args: Arguments of the run.
+        collator: Collator of the pairs.
+
+    Returns:
+        Pairs, a dict of pairs, a name, or None.
+
+    Raises:
+        ValueError: The data set does not fit the arguments or the model.
+    """
+    if isinstance(dataset, str):
+        return dataset
+    pairs = wrap_pairs("eval_dataset", dataset, args, collator)
+    check_tasks(model, train, pairs)
+    return pairs
 
 
 def wrap_training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
@@ -119,42 +168,17 @@ def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingA
 
 
 def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
-    """Build the collator for a model and its processor."""
-    size = find_feature_size(model, "text")
+    """Build the collator for a model and its processor; raise a `ValueError` if tokens have no embedding."""
+    reads_features, text_size = find_feature_size(model, "vision") is not None, find_feature_size(model, "text")
+    if text_size is not None:
+        return SelectionCollator(processor, reads_features=reads_features, text_feature_size=text_size)
+    check_tokens(model, find_tokenizer(processor))
     return SelectionCollator(
         processor,
         text_padding=find_text_padding(model),
-        max_caption_length=choose_caption_length(model, processor, args) if size is None else None,
-        text_feature_size=size,
+        max_caption_length=choose_caption_length(model, processor, args),
+        reads_features=reads_features,
     )
-
-
-def check_images_fit(model: Any, pairs: Any) -> None:
-    """Check that the images are of the kind that a model reads: feature vectors of its size, or pictures.
-
-    Only the first pair is checked; a stream is not read ahead.
-
-    Args:
-        model: Dual encoder, wrapped or not.
-        pairs: Training pairs, or None.
-
-    Raises:
-        ValueError: The images are of another kind or dimension.
-    """
-    if count_pairs(pairs) is None:
-        return
-    image = pairs[0]["image"]
-    wanted = find_feature_size(model, "vision")
-    found = len(image) if is_feature_vector(image) else None
-    if image is not None and found != wanted:
-        raise ValueError(
-            f"image_column: the data hold {_describe_images(found)}, the model ({type(bare_model(model)).__name__}) "
-            f"reads {_describe_images(wanted)}. Name the right column with image_column, or choose the model to fit."
-        )
-
-
-def _describe_images(dim: int | None) -> str:
-    return "pictures" if dim is None else f"feature vectors of {dim} numbers"
 
 
 def choose_caption_length(model: Any, processor: Any, args: DissectTrainingArguments) -> int:
@@ -170,6 +194,12 @@ def choose_caption_length(model: Any, processor: Any, args: DissectTrainingArgum
             "lower it, or leave it out."
         )
     return args.max_caption_length or limit
+
+
+def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
+    """Return the collator after it has collated the first pairs, see `check_first_pairs`."""
+    check_first_pairs(collator, train_dataset=train, eval_dataset=evaluation)
+    return collator
 
 
 def make_stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArguments) -> StreamLoader:
@@ -204,68 +234,27 @@ def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluati
     """
     check_grad_cache(model, args, uses_deepspeed)
     check_dual_encoder(model)
+    check_trainable(model, args)
     check_tasks(model, train, evaluation)
 
 
-def check_grad_cache(model: Any, args: DissectTrainingArguments, uses_deepspeed: bool) -> None:
-    """Check that a run with `grad_cache_chunk_size` can make several backward passes in a step.
+def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> None:
+    """Check that there are data to train on and no search, and warn if the run ends before a warm-up does.
 
     Args:
-        model: Model, whose batch norm is warned of.
+        pairs: Training pairs, or None.
+        objective: Objective of the run.
+        strategy: Strategy of the run.
         args: Arguments of the run.
-        uses_deepspeed: True for a run with DeepSpeed.
+        search: Backend of a hyper-parameter search, or None.
 
     Raises:
-        ValueError: DeepSpeed, `torch.nn.DataParallel` or the optimiser allows one backward pass only.
+        ValueError: There are no data, or there is a search.
     """
-    if args.grad_cache_chunk_size is None:
-        return
-    optimizer = OptimizerNames(args.optim).value
-    unfit = {
-        "DeepSpeed": uses_deepspeed,
-        "torch.nn.DataParallel": args.n_gpu > 1,
-        f"optim {optimizer}": "lomo" in optimizer,
-    }
-    for name in (name for name, used in unfit.items() if used):
-        raise ValueError(
-            f"grad_cache_chunk_size={args.grad_cache_chunk_size} makes several backward passes in a step, which "
-            f"{name} does not allow; use one process for each GPU (accelerate launch, DDP or FSDP) and an optimiser "
-            "that steps once, or leave it out."
-        )
-    if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.modules()):
-        logger.warning(
-            "The model has batch norm, which with grad_cache_chunk_size normalises over a chunk of a batch."
-        )
-
-
-def list_warm_ups(strategy: SelectionStrategy, objective: Objective) -> dict[str, int]:
-    """Return the number of epochs of each warm-up of a run, by what the steps of the warm-up do."""
-    warmup_epochs: dict[str, int] = {"train on a random subset": getattr(strategy, "warmup_epochs", 0)}
-    if objective.gsc is not None:
-        warmup_epochs["train by the contrastive loss, without soft labels"] = objective.gsc.warmup_epochs
-    return warmup_epochs
-
-
-def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args: DissectTrainingArguments) -> None:
-    """Warn if `max_steps` ends a run before a warm-up ends.
-
-    Args:
-        pairs: Training pairs; a stream gives no warning, because the length of its epochs is unknown.
-        warmup_epochs: Number of epochs of each warm-up, see `list_warm_ups`.
-        args: Arguments of the run.
-    """
-    count = count_pairs(pairs)
-    if args.max_steps <= 0 or not count:
-        return
-    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    epochs = args.max_steps / math.ceil(count / batch)
-    for deed, warmup in warmup_epochs.items():
-        if 0 < warmup and epochs <= warmup:
-            logger.warning(
-                "max_steps=%d ends after %.1f epochs, before the warm-up of %d epochs does: all steps %s. "
-                "Train longer, or warm up shorter.",
-                *(args.max_steps, epochs, warmup, deed),
-            )
+    if pairs is None:
+        raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
+    refuse_search(search)
+    warn_if_warm_up_outlasts(pairs, list_warm_ups(strategy, objective), args)
 
 
 def load_ledger(ledger: SampleLedger, folder: str, has_state: bool) -> None:

@@ -128,7 +128,11 @@ def test_bad_images_are_skipped_and_counted(tmp_path):
     images = dict(enumerate(BAD_IMAGES.values(), start=2))
     trainer = trained(tmp_path, pairs_with(images), record_selection=True)
     bad = list(range(2, 2 + len(BAD_IMAGES)))
-    assert trainer.bad_rows.summary() == {
+    summary = trainer.bad_rows.summary()
+    problems = {entry["id"]: (entry["problem"], entry["path"]) for entry in summary.pop("problems")}
+    assert set(problems) == set(bad) and problems[6] == ("no such file", "/nowhere/4711.jpg")
+    assert "truncated" in problems[2][0] and "truncated" in problems[3][0] and problems[7] == ("no image", None)
+    assert summary == {
         "count": len(bad),
         "reasons": {"image missing or undecodable": len(bad)},
         "ids": bad,
@@ -173,7 +177,17 @@ def test_captions_of_any_type_from_a_torch_data_set_are_skipped(tmp_path):
         for index, pair in enumerate(as_pairs(tiny_models.tiny_pairs(16)))
     ]
     trainer = trained(tmp_path, Rows(rows))
-    assert trainer.bad_rows.summary() == {"count": 4, "reasons": {"caption not a string": 4}, "ids": [0, 1, 2, 3]}
+    assert trainer.bad_rows.summary() == {
+        "count": 4,
+        "reasons": {"caption not a string": 4},
+        "ids": [0, 1, 2, 3],
+        "problems": [
+            {"id": 0, "problem": "int 5", "path": None},
+            {"id": 1, "problem": "bytes b'red'", "path": None},
+            {"id": 2, "problem": "list ['red']", "path": None},
+            {"id": 3, "problem": "float 0.5", "path": None},
+        ],
+    }
     assert seen(trainer) == set(range(4, 16))
 
 
@@ -185,6 +199,30 @@ def test_missing_captions_among_several_are_pairs_of_their_own(tmp_path):
     assert trainer.bad_rows.summary()["ids"] == [0, 2, 3, 4, 13, 14]
     assert trainer.bad_rows.summary()["reasons"] == {"caption missing or empty": 4, "image missing or undecodable": 2}
     assert seen(trainer) == set(range(31)) - {0, 2, 3, 4, 13, 14}
+
+
+HALF_A_PAIR = "a red patch \ud83d"
+
+
+@pytest.mark.parametrize("kind", ["list", "torch", "stream of a generator", "stream of several captions"])
+def test_a_caption_that_cannot_be_encoded_is_skipped_and_counted(kind, tmp_path):
+    rows = tiny_models.tiny_pairs(16).to_list()
+    rows[5]["caption"] = HALF_A_PAIR
+    settings = STREAM if "stream" in kind else {}
+    if kind == "list":
+        data = rows
+    elif kind == "torch":
+        data = Rows([{**row, "sample_id": number} for number, row in enumerate(rows)])
+    elif kind == "stream of a generator":
+        data = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    else:
+        rows = [{"image": row["image"], "captions": [row["caption"], "red"]} for row in rows]
+        data = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    trainer = trained(tmp_path, data, **settings)
+    summary = trainer.bad_rows.summary()
+    assert summary["count"] == 1 and summary["reasons"] == {"caption cannot be encoded": 1}
+    assert summary["problems"][0]["problem"] == r"a red patch \ud83d"
+    assert len(seen(trainer)) == (31 if "several" in kind else 15)
 
 
 # ---- how many, and where they are met ----
@@ -237,6 +275,7 @@ def test_bad_rows_are_counted_across_workers(tmp_path):
         "count": 3,
         "reasons": {"image missing or undecodable": 2, "caption missing or empty": 1},
         "ids": [3, 8, 12],
+        "problems": trainer.bad_rows.summary()["problems"],
     }
     assert seen(trainer) == set(range(32)) - {3, 8, 12}
 
@@ -618,17 +657,19 @@ def test_several_training_sets_are_refused(tmp_path):
         )
 
 
-def test_an_evaluation_set_without_a_readable_pair_does_not_stop_training(tmp_path):
-    model, processor = tiny_models.tiny_clip()
-    unreadable = Dataset.from_dict({"image": [b"no image"] * 8, "caption": ["a red patch"] * 8})
-    trainer = DissectTrainer(
-        model=model,
-        processing_class=processor,
-        train_dataset=tiny_models.tiny_pairs(32),
-        eval_dataset=unreadable,
-        args=DissectTrainingArguments(
-            str(tmp_path), num_train_epochs=2, per_device_train_batch_size=8, eval_strategy="epoch", save_strategy="no"
-        ),
+def test_an_evaluation_set_that_can_no_longer_be_read_does_not_stop_training(tmp_path):
+    class BrokenLater(Rows):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), **({"image": b"no image"} if started else {})}
+
+    started: list[bool] = []
+    trainer = make_trainer(
+        tmp_path,
+        tiny_models.tiny_pairs(32),
+        eval_dataset=BrokenLater(list(as_pairs(tiny_models.tiny_pairs(8)))),
+        eval_strategy="epoch",
+        save_run_folder=True,
     )
+    started.append(True)
     trainer.train()
     assert trainer.state.global_step == 8 and (tmp_path / "model.safetensors").is_file()

@@ -126,6 +126,16 @@ def test_audit_scores():
     assert "auroc_score" not in results["0% mismatched"] and 0 <= results["40% mismatched"]["auroc_score"]["mean"] <= 1
 
 
+def test_audit_fit():
+    rows = make_scenes(60, captions_per_image=5)
+    rows.to_parquet("train.parquet")
+    np.savez("features.npz", train=np.random.default_rng(0).normal(size=(60, 8)).astype(np.float16))
+    np.save("caption_order_noise40.npy", np.roll(np.arange(300), 5))
+    arguments = ["--data", ".", "--features", "features.npz", "--noise", "noise40", "--seeds", 1, "--models", 1]
+    found = run_benchmark("audit_fit", *arguments, "--epochs", 1)["noise40"]
+    assert found["mismatched"]["mean"] == 1 and found["interval_high"]["mean"] > 0.9 and found["minutes"]["mean"] < 1
+
+
 @pytest.mark.slow
 def test_grad_cache():
     """Start a process for each measurement of memory, each of which imports torch."""

@@ -11,6 +11,7 @@ from transformers import AutoModel
 from hf_dissect.data import as_pairs
 from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.pairs import PAIR_KEYS
+from hf_dissect.data.problems import read_problems
 from hf_dissect.data_collator import SelectionCollator
 
 
@@ -49,6 +50,7 @@ def test_keys_types_and_shapes():
         "image_key": (torch.int64, (5,)),
         "caption_key": (torch.int64, (5,)),
         "bad_reason": (torch.int8, (5,)),
+        "bad_problem": (torch.uint8, (5, 240)),
         "task_id": (torch.int64, (5,)),
         "is_clean": (torch.bool, (5,)),
     }
@@ -118,6 +120,8 @@ def test_long_captions_are_cut():
         (b"red", BadReason.CAPTION_NOT_TEXT),
         (["red"], BadReason.CAPTION_NOT_TEXT),
         (float("nan"), BadReason.CAPTION_NOT_TEXT),
+        ("half a pair \ud83d", BadReason.CAPTION_NOT_UNICODE),
+        ("\udcff", BadReason.CAPTION_NOT_UNICODE),
     ],
 )
 def test_bad_captions_are_marked_and_their_images_not_decoded(caption, reason):
@@ -174,7 +178,74 @@ def test_a_line_of_pixels_does_not_fill_the_memory():
     assert seen == [(8, 400)]
 
 
+def test_the_problem_of_each_bad_row_is_in_the_batch(tmp_path):
+    (tmp_path / "page.jpg").write_bytes(b"<html>")
+    rows = [
+        row(0),
+        row(1, image={"bytes": None, "path": "/nowhere/1.jpg"}),
+        row(2, image=str(tmp_path / "page.jpg")),
+        row(3, image={"bytes": b"broken", "path": None}, key="shard-0/000003"),
+        {**row(4), "caption": "a \ud800"},
+        {**row(5), "caption": 5},
+        {**row(6), "caption": None},
+    ]
+    assert read_problems(collator()(rows)) == {
+        1: "no such file\n/nowhere/1.jpg",
+        2: f"UnidentifiedImageError: not a picture, the file holds b'<html>'\n{tmp_path}/page.jpg",
+        3: "UnidentifiedImageError: not a picture, the file holds b'broken'\nshard-0/000003",
+        4: r"a \ud800",
+        5: "int 5",
+    }
+
+
+def test_pairs_that_share_a_picture_have_their_own_problems():
+    missing = {"bytes": None, "path": "/nowhere/1.jpg"}
+    rows = [row(0, image=missing), row(1, 5, missing), row(2, image=missing), row(3), row(4, None, missing)]
+    batch = collator()(rows)
+    assert batch["bad_reason"].tolist() == [1, BadReason.CAPTION_NOT_TEXT, 1, 0, BadReason.CAPTION_MISSING]
+    assert read_problems(batch) == {
+        0: "no such file\n/nowhere/1.jpg",
+        1: "int 5\n/nowhere/1.jpg",
+        2: "no such file\n/nowhere/1.jpg",
+    }
+
+
+def test_pictures_in_any_buffer_make_the_same_batch():
+    content = row(1)["image"]["bytes"]
+    forms = [content, bytearray(content), np.frombuffer(content, np.uint8), list(content), io.BytesIO(content)]
+    batch = collator(reads_features=False)([row(index, image=form) for index, form in enumerate(forms)])
+    assert not batch["bad_reason"].any() and len(set(batch["image_key"].tolist())) == 1
+    assert all(torch.equal(values, batch["pixel_values"][0]) for values in batch["pixel_values"])
+
+
+@pytest.mark.parametrize("reads_features", [None, False])
+def test_a_batch_of_damaged_bytes_in_arrays_is_not_one_of_feature_vectors(reads_features):
+    broken = [np.frombuffer(b"<html>404</html>", np.uint8), np.zeros(16, np.uint8)]
+    collate = collator(reads_features=reads_features)
+    for rows in ([row(0, image=broken[0]), row(1, image=broken[1])], [row(0, image=broken[0]), row(1)]):
+        batch = collate(rows)
+        assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["bad_reason"][0] == BadReason.IMAGE
+
+
+def test_a_vector_among_pictures_is_a_bad_row():
+    batch = collator(reads_features=False)([row(0, image=np.ones(512, np.float32)), row(1)])
+    assert batch["bad_reason"].tolist() == [BadReason.IMAGE, 0]
+    assert read_problems(batch)[0].startswith("an array of float32 of shape (512,) is not a picture")
+
+
 # ---- feature vectors ----
+
+
+def test_the_problem_of_a_feature_vector_is_its_length_or_its_numbers():
+    vectors = [np.ones(3), np.ones(2), np.array([1, np.inf, 2]), None, torch.ones(3), "x.jpg"]
+    rows = [{"image": vector, "caption": "red", "sample_id": index} for index, vector in enumerate(vectors)]
+    batch = SelectionCollator(tiny_models.clip_tokenizer(), reads_features=True)(rows)
+    assert read_problems(batch) == {
+        1: "feature vector of 2 numbers, not 3",
+        2: "feature vector with numbers that are not finite",
+        3: "no image",
+        5: "str, not a feature vector of 3 numbers\nx.jpg",
+    }
 
 
 def test_feature_vectors_are_stacked_and_bad_ones_marked():

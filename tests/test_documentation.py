@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel
+from datasets import ClassLabel, Image
 from testing import hub_client, tiny_models
 from testing.document_pages import PAGES, ROOT, blocks, commands, languages
+from testing.feature_pairs import make_feature_pairs
 from testing.loopback_hub import serving
 from testing.tiny_recipe import tiny_settings
 
@@ -76,8 +77,9 @@ COMMANDS = {
     "hf-dissect evaluate hub:USER/mine --data /data/flickr8k --split validation": [],
     "hf-dissect push-ledger runs/mine USER/mine-scores": [],
     "hf-dissect train mine.yaml selection.ledger=hub:USER/mine-scores selection.warmup_epochs=0": FINETUNE,
-    "hf-dissect audit runs/mine": [],
-    "hf-dissect audit runs/mine --data /data/flickr8k --export-clean flickr8k-clean --keep 0.8": [],
+    "hf-dissect audit --fit /data/pairs": [],
+    "hf-dissect audit --fit /data/pairs --export-clean pairs-clean --max-fdr 0.05": [],
+    "hf-dissect audit runs/mine --split validation": [],
     "hf-dissect recipes --accelerate": [],
     "hf-dissect recipes --accelerate multi-gpu > multi-gpu.yaml": [],
     "accelerate launch --config_file multi-gpu.yaml -m hf_dissect.cli train cc3m": PAPER,
@@ -117,6 +119,8 @@ def data(tmp_path_factory) -> Path:
     )
     for part in tiny_models.tiny_clip():
         part.save_pretrained(place / "clip")
+    (place / "pairs").mkdir()
+    make_feature_pairs(600).to_parquet(place / "pairs" / "train.parquet")
     (place / "shards").mkdir()
     with tarfile.open(place / "shards" / "train-0.tar", "w") as tar:
         for number, row in enumerate(make_scenes(32)):
@@ -259,11 +263,25 @@ def check_plain_loop_selects(snippet, page, data, capsys):
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
+def check_augmentation_trains(snippet, page, data, capsys):
+    """Pictures are other ones each time that they are read, with the ids and captions of the data."""
+    model, processor = tiny_models.tiny_clip()
+    dataset = make_scenes(96, image_size=32).cast_column("image", Image())
+    names = run(snippet, page, model=model, processor=processor, dataset=dataset)
+    trainer = names["trainer"]
+    pairs = trainer.train_dataset
+    first, second = pairs[5], pairs[5]
+    assert first["caption"] == second["caption"] == dataset[5]["caption"] and first["sample_id"] == 5
+    assert first["image"].size == (32, 32) and first["image"].tobytes() != second["image"].tobytes()
+    assert trainer.state.global_step == 20 and len(trainer.bad_rows) == 0
+
+
 # The check of each Python snippet, by its page and its number there.
 SNIPPETS = {
     ("README.md", 0): check_training_of_a_model_of_the_hub,
     ("README.md", 1): check_plain_loop_selects,
     ("docs/python.md", 0): check_training_from_scratch,
+    ("docs/data.md", 0): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/own_strategy.md", 0): check_strategy_trains,
 }

@@ -1,4 +1,5 @@
 import json
+from collections import ChainMap
 
 import pyarrow.parquet as pq
 import pytest
@@ -123,7 +124,7 @@ def test_a_truth_without_mismatched_pairs_has_no_auroc(tmp_path):
         processing_class=processor,
     )
     trainer.train()
-    figures = trainer.final_figures(None, retrieval=False)
+    figures = dict(ChainMap(*trainer.compute_figures(None, retrieval=False)))
     assert figures["noise_detection_auroc"] is None and figures["noise_detection_num_scored"] == 32
     assert "test_noise_detection_auroc" not in trainer.state.log_history[-1]
 

@@ -1,10 +1,17 @@
 """Scores of how likely image and caption do not belong together, for the pairs of any image-text data set."""
 
-from hf_dissect.auditing.scores import (
-    MatchScores,
-    estimate_mismatched_probability,
-    estimate_mismatched_share,
-    score_matches,
-)
+from hf_dissect.auditing.cross_fit import CrossFit, FitSettings, PairInputs, cross_fit
+from hf_dissect.auditing.scores import MatchScores, score_matches
+from hf_dissect.auditing.two_groups import TwoGroups, find_largest_set, fit_two_groups
 
-__all__ = ["MatchScores", "estimate_mismatched_probability", "estimate_mismatched_share", "score_matches"]
+__all__ = [
+    "CrossFit",
+    "FitSettings",
+    "MatchScores",
+    "PairInputs",
+    "TwoGroups",
+    "cross_fit",
+    "find_largest_set",
+    "fit_two_groups",
+    "score_matches",
+]

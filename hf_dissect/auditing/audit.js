@@ -134,6 +134,7 @@ function card(index) {
     meta.append(make("span", { className: name }, text));
   }
   meta.append(make("span", { className: "id" }, `#${data.id[index]}`));
+  if (data.source?.[index]) meta.append(make("span", { className: "id", dir: "auto" }, data.source[index]));
   const caption = make("p", { className: "caption", dir: "auto" }, data.caption[index]);
   const buttons = ["mismatched", "fine"].map((mark) => markButton(index, mark));
   const parts = [make("div", {}, caption, meta), make("div", { className: "marks" }, ...buttons)];

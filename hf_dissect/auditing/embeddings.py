@@ -1,13 +1,14 @@
 """Embeddings of a whole data set, with the keys of its pairs and the reasons why some cannot be read."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from hf_dissect.data.problems import PROBLEM_KEY, read_problems
 from hf_dissect.selection.scoring import CandidateScores
 
-_KEPT = ("sample_id", "image_key", "caption_key", "bad_reason", "is_clean")
+_KEPT = ("sample_id", "image_key", "caption_key", "bad_reason", PROBLEM_KEY, "is_clean")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PairEmbeddings:
         caption_key: Keys of the captions, likewise.
         bad_reason: Reasons why pairs cannot be read, int8 `(n,)`, see `BadReason`.
         is_clean: Truth, bool `(n,)`; None where it is unknown.
+        problems: Problems of unreadable pairs by position, see `hf_dissect.data.problems`.
     """
 
     image: torch.Tensor
@@ -31,6 +33,7 @@ class PairEmbeddings:
     caption_key: torch.Tensor
     bad_reason: torch.Tensor
     is_clean: torch.Tensor | None = None
+    problems: Mapping[int, str] = field(default_factory=dict)
 
 
 def join_embeddings(
@@ -43,9 +46,15 @@ def join_embeddings(
         scored: Batches of the pairs with their scores, see `hf_dissect.evaluation.pair_scores.score_batches`.
         gather: Function that joins columns over the ranks, without the rows that fill up the last batch.
     """
-    parts = []
+    parts: list[dict[str, torch.Tensor]] = []
+    problems: dict[int, str] = {}
+    count = 0
     for batch, scores in scored:
         part = {name: batch[name] for name in _KEPT if name in batch}
         part["image"], part["text"] = scores.get_embeds()
-        parts.append({name: values.cpu() for name, values in gather(part).items()})
-    return PairEmbeddings(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        gathered = {name: values.cpu() for name, values in gather(part).items()}
+        problems |= {count + place: problem for place, problem in read_problems(gathered).items()}
+        gathered.pop(PROBLEM_KEY, None)
+        count += len(gathered["sample_id"])
+        parts.append(gathered)
+    return PairEmbeddings(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, problems=problems)

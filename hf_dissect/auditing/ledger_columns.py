@@ -1,13 +1,21 @@
 """Columns of an audit that come from the ledger of a run on the same pairs."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.ledger import LEDGER_FILE, read_ledger
 from hf_dissect.selection.soft_labels import SoftLabels
+
+RECORD_FILE = "selection.parquet"
+"""Name of the record of all selections in a run folder."""
 
 _EVIDENCE = ("agreement", "structure")  # belong to an unfinished epoch, without meaning afterwards
 
@@ -64,3 +72,78 @@ def read_ledger_columns(
         label = SoftLabels().of(ledger, sample_id)
         columns["ledger_label"] = torch.where(ledger.read("y_cm", sample_id).isnan(), torch.nan, label)
     return columns
+
+
+@dataclass(frozen=True)
+class EarlierScores:
+    """Correlations that a run recorded of its pairs before it had trained on them.
+
+    Attributes:
+        values: Correlations, float32 `(n,)`, NaN for a pair without one.
+        origin: Origin of the values, for people.
+    """
+
+    values: torch.Tensor
+    origin: str
+
+
+def read_earlier_scores(
+    folder: str | os.PathLike, ledger: SampleLedger, sample_id: torch.Tensor, selection: Mapping[str, Any]
+) -> EarlierScores | None:
+    """Read the scores of pairs from before the run trained on them.
+
+    The record of all selections (`selection.record`) has them: the last correlation of a pair up to the step that
+    first trained on it. Otherwise, the history of DISSect's warm-up variant does if the warm-up took one epoch, since
+    a pair is scored before its batch trains. Every other column of a ledger is from after training.
+
+    Args:
+        folder: Run folder.
+        ledger: Ledger of the run.
+        sample_id: Ids of the pairs, int64 `(n,)`.
+        selection: Selection section of the run's recipe.
+
+    Returns:
+        The scores, or None if the run recorded none.
+    """
+    record = Path(folder) / RECORD_FILE
+    if record.is_file():
+        values = _read_record(record, sample_id)
+        if not values.isnan().all():
+            return EarlierScores(values, f"last correlation before training, from {RECORD_FILE}")
+    is_warmup = selection.get("strategy") == "dissect" and _find_variant(selection) == "warmup"
+    if (
+        is_warmup
+        and selection.get("warmup_epochs") == 1
+        and not selection.get("ledger")
+        and "history" in ledger.columns
+    ):
+        values = ledger.read("history", sample_id)
+        if not values.isnan().all():
+            return EarlierScores(values, "correlation at the first visit, the history in the ledger")
+    return None
+
+
+def _find_variant(selection: Mapping[str, Any]) -> str:
+    return (selection.get("options") or {}).get("variant", "warmup")
+
+
+def _read_record(file: Path, sample_id: torch.Tensor) -> torch.Tensor:
+    """Return the last correlation of each pair up to its first training, as deviations from the mean of its epoch."""
+    table = pq.read_table(file, columns=["epoch", "step", "sample_id", "correlation", "kept"])
+    epoch, step, ids, correlation, kept = (column.to_numpy() for column in table.columns)
+    values = correlation.astype(np.float64)
+    for number in np.unique(epoch):
+        of_epoch = (epoch == number) & np.isfinite(values)
+        if of_epoch.any():
+            # Correlations of all pairs rise while a model learns.
+            values[of_epoch] = (values[of_epoch] - values[of_epoch].mean()) / max(values[of_epoch].std(), 1e-6)
+    known, pair = np.unique(ids, return_inverse=True)
+    first_trained = np.full(len(known), np.iinfo(np.int64).max)
+    np.minimum.at(first_trained, pair[kept], step[kept])
+    (usable,) = np.nonzero((step <= first_trained[pair]) & np.isfinite(values))
+    usable = usable[np.argsort(step[usable], kind="stable")]
+    last = np.full(len(known), np.nan)
+    last[pair[usable]] = values[usable]  # the latest of a pair stays
+    place = np.searchsorted(known, sample_id.numpy()).clip(max=len(known) - 1)
+    found = np.where(known[place] == sample_id.numpy(), last[place], np.nan)
+    return torch.from_numpy(found).float()

@@ -20,11 +20,15 @@ from hf_dissect.version import __version__
 MAX_CAPTION = 400
 MAX_BAD_IDS = 200
 
+_EARLIER = "earlier_correlation"
 _MEASURES = {
     # column: (name on the page, digits, True for the highest first)
     "score": ("score", 2, False),
     "p_mismatched": ("p(mismatched)", 3, True),
+    "local_fdr": ("local fdr", 3, True),
     "correlation": ("correlation", 2, False),
+    _EARLIER: ("correlation before training", 2, False),
+    "fold": ("fold", 0, False),
     "row": ("row in the data", 0, False),
 }
 _LEDGER_MEASURES = {
@@ -71,6 +75,7 @@ def write_page(
     content = {
         "id": [str(sample_id) for sample_id in table["sample_id"].to_pylist()],  # JavaScript has no 64-bit integers
         "row": table["row"].to_pylist(),
+        "source": _list_sources(table),
         "caption": [_shortened(caption) for caption in table["caption"].to_pylist()],
         "clean": table["is_clean"].to_pylist() if "is_clean" in table.column_names else None,
         "measures": _measures(table),
@@ -98,6 +103,10 @@ def _measures(table: pa.Table) -> list[dict[str, Any]]:
     others = [name for name in table.column_names if name.startswith("ledger_") and name not in known]
     described = {name: known[name] for name in known if name in table.column_names}
     described |= {name: (name.replace("_", " "), 3, False) for name in others}
+    # Pairs that the model trained on have none of some columns, and are ranked by their scores from before.
+    described = {name: entry for name, entry in described.items() if table[name].null_count < len(table)}
+    if _EARLIER in described:
+        described = {_EARLIER: described[_EARLIER]} | described
     return [
         {
             "key": name,
@@ -107,6 +116,17 @@ def _measures(table: pa.Table) -> list[dict[str, Any]]:
             "values": _rounded(table, name, digits),
         }
         for name, (label, digits, descending) in described.items()
+    ]
+
+
+def _list_sources(table: pa.Table) -> list[str] | None:
+    """Return what identifies each pair in the user's data, without the path, which a published page must not show."""
+    name = next((name for name in ("id", "key", "file_name") if name in table.column_names), None)
+    if name is None:
+        return None
+    values = ["" if value is None else str(value) for value in table[name].to_pylist()]
+    return [
+        _shortened(value.replace("\\", "/").rsplit("/", 1)[-1] if name == "file_name" else value) for value in values
     ]
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -13,8 +12,6 @@ from hf_dissect.evaluation.embeddings import as_embeddings
 NUM_REFERENCES = 4096
 FEWEST_PAIRS = 10
 _RECOMBINATIONS = 16
-_FIT_ROUNDS = 200
-_SMALLEST_SPREAD = 1e-3
 
 
 @dataclass(frozen=True)
@@ -118,56 +115,3 @@ def _typical_logit(
     if not known.any():
         raise ValueError("All pairs have the same image, or the same caption: there is nothing to compare them with.")
     return torch.where(known, values, values[known].median())  # a caption that all references share
-
-
-def estimate_mismatched_share(scores: MatchScores) -> float:
-    """Estimate the share of mismatched pairs.
-
-    Half of all strangers score below their median, and pairs that belong together rarely do: the mismatched pairs are
-    twice as many as the pairs below it, or fewer where the model knows little (Storey 2002, with lambda = 1/2).
-    """
-    below = (scores.score <= scores.chance.median()).double().mean().item()
-    return min(1.0, 2 * below)
-
-
-def estimate_mismatched_probability(scores: MatchScores) -> np.ndarray:
-    """Estimate the probability of each pair to be mismatched, float64 `(n,)`, never rising with the score.
-
-    Bayes' rule with two groups: strangers, with the scores of `chance` and the share of `estimate_mismatched_share`;
-    and pairs that belong together, with normal scores whose mean and deviation are fitted by EM.
-    """
-    score = scores.score.double().numpy()
-    chance = scores.chance.double().numpy()
-    share = estimate_mismatched_share(scores)
-    if share in (0.0, 1.0):
-        return np.full(len(score), share)
-    strange = share * _normal(score, chance.mean(), max(chance.std(), _SMALLEST_SPREAD))
-    matched = np.searchsorted(np.sort(chance), score) / len(chance)  # first guess
-    for _ in range(_FIT_ROUNDS):
-        weight = matched / max(matched.sum(), 1e-12)
-        mean = (weight * score).sum()
-        spread = max(np.sqrt((weight * (score - mean) ** 2).sum()), _SMALLEST_SPREAD)
-        alike = (1 - share) * _normal(score, mean, spread)
-        matched = alike / (alike + strange)
-    return _falling(1 - matched, score)
-
-
-def _normal(values: np.ndarray, mean: float, spread: float) -> np.ndarray:
-    density = np.exp(-0.5 * ((values - mean) / spread) ** 2) / spread
-    return np.maximum(density, 1e-300)  # so that a value far from both groups belongs to the nearer one
-
-
-def _falling(probability: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """Make a probability never rise with the score: of two groups of unequal spread, the wider one has both tails."""
-    order = np.argsort(score)
-    values = probability[order]
-    # Begin where likely mismatched and likely matched pairs are separated best, and move outwards.
-    wrong = np.concatenate([[0], np.cumsum(values < 0.5)]) + np.concatenate(
-        [np.cumsum((values >= 0.5)[::-1])[::-1], [0]]
-    )
-    place = int(wrong.argmin())
-    values[:place] = np.maximum.accumulate(values[:place][::-1])[::-1]
-    values[place:] = np.minimum.accumulate(values[place:])
-    falling = np.empty_like(values)
-    falling[order] = values
-    return falling

@@ -21,23 +21,29 @@ def build_score_table(
     embeddings: PairEmbeddings,
     scores: Mapping[str, torch.Tensor | np.ndarray],
     more: Mapping[str, torch.Tensor] | None = None,
+    sources: Mapping[str, pa.Array] | None = None,
+    rank_by: np.ndarray | None = None,
 ) -> pa.Table:
-    """Build a table of one row a pair, sorted by rising `score`, with unreadable pairs at the end.
+    """Build a table of one row a pair, the most suspicious first, with unreadable pairs at the end.
 
     Args:
         pairs: The `n` pairs.
         embeddings: Embeddings of all of them.
-        scores: `correlation`, `score` and `p_mismatched` of the readable pairs, `(number of readable pairs,)` each.
-        more: Further columns, float32 `(n,)`, NaN where a value is unknown.
+        scores: `correlation`, `score`, `p_mismatched` and `local_fdr` of the readable pairs, `(number of readable
+            pairs,)` each; NaN where a value is unknown.
+        more: Further columns, `(n,)`: float32, NaN where a value is unknown, integers or bools.
+        sources: Columns that identify the pairs in the user's data, `(n,)`, see `read_source_columns`.
+        rank_by: Values of the readable pairs that rise with the rank; None for `score`.
 
     Returns:
         Table with `rank` (from 1), `sample_id`, `row` (of the data set), `place` (of the caption among those of the
-        row), `caption`, the scores, `is_clean` where the truth is known, the columns of `more`, and `problem`, the
-        reason why a pair cannot be read. Missing values are null.
+        row), the columns of `sources`, `caption`, the scores, `is_clean` where the truth is known, the columns of
+        `more`, and `problem`, the reason why a pair cannot be read, with the cause and the path. Missing values are
+        null.
     """
     reasons = embeddings.bad_reason.numpy()
     (good,) = np.nonzero(reasons == BadReason.GOOD)
-    order = good[np.argsort(np.asarray(scores["score"]), kind="stable")]
+    order = good[np.argsort(np.asarray(scores["score"]) if rank_by is None else rank_by, kind="stable")]
     order = np.concatenate([order, np.nonzero(reasons != BadReason.GOOD)[0]])
     rank = np.arange(1, len(order) + 1)
     columns = {
@@ -45,6 +51,7 @@ def build_score_table(
         "sample_id": pa.array(embeddings.sample_id.numpy()[order]),
         "row": pa.array(pairs.row_of_pair[order], pa.int64()),
         "place": pa.array(pairs.place_of_pair[order], pa.int32()),
+        **{name: values.take(pa.array(order)) for name, values in (sources or {}).items()},
         "caption": read_captions(pairs).take(pa.array(order)),
     }
     for name, values in scores.items():
@@ -54,9 +61,12 @@ def build_score_table(
     if embeddings.is_clean is not None:
         columns["is_clean"] = pa.array(embeddings.is_clean.numpy()[order])
     for name, values in (more or {}).items():
-        columns[name] = _nullable(values.numpy()[order])
-    problems = {reason: None if reason == BadReason.GOOD else reason.description for reason in BadReason}
-    columns["problem"] = pa.array([problems[BadReason(reason)] for reason in reasons[order].tolist()], pa.string())
+        values_in_order = values.numpy()[order]
+        columns[name] = _nullable(values_in_order) if values.is_floating_point() else pa.array(values_in_order)
+    bad = {
+        place: BadReason(reasons[place]).describe(embeddings.problems.get(place, "")) for place in order[len(good) :]
+    }
+    columns["problem"] = pa.array([bad.get(place) for place in order.tolist()], pa.string())
     return pa.table(columns)
 
 

@@ -47,8 +47,14 @@ def tabulate_data(metrics: Mapping[str, Any], recipe: "Recipe | None") -> Rows:
     """Tabulate the pairs that the model was trained on, and the noise that was put into them."""
     rows = [] if recipe is None else _tabulate_source(recipe)
     bad = as_mapping(metrics.get("bad_rows")).get("count")
+    shards = as_mapping(metrics.get("skipped_shards")).get("count")
     return format_rows(
-        [*rows, ("Training pairs", _format_count(metrics.get("num_pairs"))), ("Unreadable rows skipped", bad or None)]
+        [
+            *rows,
+            ("Training pairs", _format_count(metrics.get("num_pairs"))),
+            ("Unreadable rows skipped", bad or None),
+            ("Shards not read to their end", shards or None),
+        ]
     )
 
 
@@ -154,6 +160,8 @@ def tabulate_noise(metrics: Mapping[str, Any]) -> Rows:
         if key.startswith(_DETECTION):
             name = key.removeprefix(_DETECTION).replace("auroc", "AUROC").replace("_", " ")
             rows.append((f"Final scores: {name}", _format_figure(key, value)))
+    if (count := metrics.get("scored_train_pairs")) is not None:
+        rows.append(("Final scores rest on", f"a random sample of {count:,} training pairs"))
     return format_rows(rows)
 
 

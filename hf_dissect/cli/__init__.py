@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_dissect.cli import audit, compare, evaluate, push, push_ledger, recipes, train
+from hf_dissect.cli.misspelt import correct_settings, suggest_setting
 from hf_dissect.cli.output import is_first_process
 from hf_dissect.recipe.recipe import RecipeError
 from hf_dissect.version import __version__
@@ -23,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for settings or data that cannot work, 130 after Ctrl-C.
     """
-    options = _parse(arguments)
+    try:
+        options = _parse(arguments)
+    except RecipeError as error:
+        print(f"hf-dissect: {error}", file=sys.stderr)
+        return 2
     # Every process would print the same warnings.
     level = logging.WARNING if is_first_process() else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
@@ -47,8 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line whose settings may stand before or after the options, which argparse does not allow."""
     parser = _build_parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(words)
+    if hasattr(options, "overrides") and (correction := correct_settings(words[1:])):
+        raise RecipeError(words[0], [correction])
     unknown = [part for part in rest if part.startswith("-") or "=" not in part or not hasattr(options, "overrides")]
+    if unknown and hasattr(options, "overrides") and (correction := suggest_setting(unknown)):
+        raise RecipeError(words[0], [correction])
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:

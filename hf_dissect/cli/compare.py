@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_dissect.cli.options import add_command, add_recipe_arguments, load_recipe
+from hf_dissect.cli.options import add_command, add_overwrite, add_recipe_arguments, load_recipe
 from hf_dissect.cli.output import announce, is_first_process, quiet_libraries
 from hf_dissect.recipe.recipe import Recipe
 
@@ -28,9 +28,7 @@ def add_parser(commands: "Commands") -> None:
     parser.add_argument("--strategies", help="comma-separated, as name or name:variant (default: the recipe's)")
     parser.add_argument("--seeds", help="comma-separated integers (default: the recipe's)")
     parser.add_argument("--resume", action="store_true", help="keep the runs that finished before")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="write over an earlier comparison instead of into a new folder"
-    )
+    add_overwrite(parser, "an earlier comparison, or with --resume, its runs of other settings,")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -44,8 +42,8 @@ def _compare(options: argparse.Namespace) -> None:
     from hf_dissect.runs.compare import compare, format_comparison
     from hf_dissect.runs.output_folder import choose_free_output_dir
 
-    recipe = recipe if options.overwrite or options.resume else choose_free_output_dir(recipe)
-    comparison = compare(recipe, resume=options.resume, announce=announce)
+    recipe = recipe if options.overwrite or options.resume else choose_free_output_dir(recipe, below=True)
+    comparison = compare(recipe, resume=options.resume, overwrite=options.overwrite, announce=announce)
     if is_first_process():
         print(f"\n{format_comparison(comparison['table'])}\n")
         folder = Path(recipe.output_dir)

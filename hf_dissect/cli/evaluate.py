@@ -39,10 +39,12 @@ def add_parser(commands: "Commands") -> None:
     parser.add_argument("--batch-size", type=parse_positive, default=64, help="pairs or rows at a time (default: 64)")
     parser.add_argument("--num-workers", type=parse_not_negative, default=0, help="processes that decode (default: 0)")
     parser.add_argument("--output", help="also write the figures to this JSON file, as they come")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --output, whatever it holds")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     quiet_libraries()
+    _check_output(options.output, options.overwrite)
     from hf_dissect.evaluation.tables import format_distillation, format_retrieval
     from hf_dissect.runs.evaluate import evaluate_checkpoint
     from hf_dissect.training.run_folder import replace_non_finite
@@ -78,6 +80,29 @@ def _evaluate(options: argparse.Namespace) -> None:
         if figures and is_first_process():
             of_student = "num_rows" in figures
             print(format_distillation(figures) if of_student else format_retrieval(figures), flush=True)
+
+
+def _check_output(output: str | None, overwrite: bool) -> None:
+    """Raise a ValueError if the figures could not be written, or would replace a file that holds something else."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder to write it to; name a file in an existing folder.")
+    if path.exists() and not overwrite and not _holds_figures(path):
+        raise ValueError(
+            f"--output {output} exists and does not hold the figures of an evaluation; name another file, or add "
+            "--overwrite."
+        )
+
+
+def _holds_figures(path: Path) -> bool:
+    """Return True for a file of an earlier evaluation, a JSON object of numbers, which may be replaced."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and all(isinstance(value, int | float | None) for value in content.values())
 
 
 def _read_names(text: str | None) -> list[str] | None:

@@ -49,6 +49,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", help="run folder (default: runs/<name of the recipe>)")
 
 
+def add_overwrite(parser: "argparse._ActionsContainer", what: str) -> None:
+    """Add the option `--overwrite`; `what` is that which is written over."""
+    text = f"write over {what} in the folder instead of into a new folder; other files stay"
+    parser.add_argument("--overwrite", action="store_true", help=text)
+
+
 def load_recipe(options: argparse.Namespace, overrides: Sequence[str], kind: type[_AnyRecipe]) -> _AnyRecipe:
     """Load and check the recipe that the options name, from this machine or from the Hub.
 

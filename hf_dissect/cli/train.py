@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_dissect.cli.options import add_command, add_recipe_arguments, load_recipe
+from hf_dissect.cli.options import add_command, add_overwrite, add_recipe_arguments, load_recipe
 from hf_dissect.cli.output import is_first_process, quiet_libraries
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.recipe.file import load_settings
@@ -30,7 +30,9 @@ def add_parser(commands: "Commands") -> None:
     """Add the command to `hf-dissect`."""
     parser = add_command(commands, "train", _train, SUMMARY, EPILOG, AFTER_INTERRUPT)
     add_recipe_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
+    given_folder = parser.add_mutually_exclusive_group()
+    given_folder.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
+    add_overwrite(given_folder, "an earlier run or model")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -43,8 +45,8 @@ def _train(options: argparse.Namespace) -> None:
     from hf_dissect.runs.output_folder import choose_free_output_dir
     from hf_dissect.runs.run import run_recipe
 
-    recipe = recipe if options.resume else choose_free_output_dir(recipe)
-    metrics = run_recipe(recipe, resume=options.resume)
+    recipe = recipe if options.resume or options.overwrite else choose_free_output_dir(recipe)
+    metrics = run_recipe(recipe, resume=options.resume, overwrite=options.overwrite)
     if is_first_process():
         print(f"\n{format_retrieval(metrics['final'])}\n")
         _print_selection(metrics)
@@ -59,8 +61,8 @@ def _distil(options: argparse.Namespace) -> None:
     from hf_dissect.runs.output_folder import choose_free_output_dir
 
     recipe = load_recipe(options, options.overrides, DistillationRecipe)
-    recipe = recipe if options.resume else choose_free_output_dir(recipe)
-    metrics = run_distillation(recipe, resume=options.resume)
+    recipe = recipe if options.resume or options.overwrite else choose_free_output_dir(recipe)
+    metrics = run_distillation(recipe, resume=options.resume, overwrite=options.overwrite)
     if is_first_process():
         print(f"\n{format_distillation(metrics['final'], metrics['method'])}\n")
         print(f"student {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
@@ -81,4 +83,6 @@ def _print_selection(metrics: dict[str, Any]) -> None:
         f"{times['data_s']:.0f} s data, {times['scoring_s']:.0f} s scoring, {times['training_s']:.0f} s training"
     )
     if count := metrics["bad_rows"]["count"]:
-        print(f"{count} rows could not be read and were skipped; see metrics.json for their ids")
+        print(f"{count} rows could not be read and were skipped; see metrics.json for their ids and what is wrong")
+    if shards := metrics.get("skipped_shards"):
+        print(f"{shards['count']} shards were not read to their end; see metrics.json for their names")

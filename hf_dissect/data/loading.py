@@ -2,17 +2,25 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, Image, IterableDataset, IterableDatasetDict, Value
 from datasets.features.features import FeatureType
 
-from hf_dissect.data.files import find_image_column, read_folder, read_image_folder
+from hf_dissect.data.files import (
+    find_image_column,
+    holds_tar_shards_of_img2dataset,
+    read_folder,
+    read_image_folder,
+)
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
+from hf_dissect.data.picture_paths import make_paths_absolute
+from hf_dissect.data.reading_options import DEFAULT_TEMPLATE, ReadingOptions, check_reading_options
 from hf_dissect.data.scenes.drawing import make_scenes, scenes_features, scenes_generator
+from hf_dissect.data.shards.reading import read_tar_shards
 from hf_dissect.data.split_files import summarize_error
 from hf_dissect.data.stored_features import add_image_features, add_text_features
-from hf_dissect.data.tar_shards import read_tar_shards
 
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
 
@@ -26,11 +34,16 @@ def load_splits(
     validation_split: str | None = "validation",
     test_split: str | None = "test",
     streaming: bool = False,
+    skip_bad_shards: bool = False,
     image_column: str | None = None,
     caption_column: str | None = None,
     id_column: str | None = None,
     task_column: str | None = None,
     clean_column: str | None = None,
+    separator: str | None = None,
+    encoding: str | None = None,
+    image_root: str | None = None,
+    class_template: str = DEFAULT_TEMPLATE,
     image_features: str | None = None,
     text_features: str | None = None,
     max_train_rows: int | None = None,
@@ -54,19 +67,24 @@ def load_splits(
 
     Args:
         source: One of `SOURCES`.
-        path: Hub id for "hub"; folder or file of Parquet, JSONL or CSV for "folder"; folder with `metadata.*` for
-            "imagefolder"; folder, tar file, glob or brace pattern for "webdataset", on this machine or elsewhere (see
-            `read_tar_shards`).
+        path: Hub id for "hub"; file or folder that `read_folder` recognises for "folder"; folder of pictures, with
+            `metadata.*` or as in `read_pictures`, for "imagefolder"; folder, tar file, glob or brace pattern for
+            "webdataset", on this machine or elsewhere (see `read_tar_shards`).
         name: Configuration of a Hub data set.
         train_split: Name of the train split in the source.
         validation_split: Name of the validation split in the source; None leaves it out.
         test_split: Name of the test split in the source; None leaves it out.
         streaming: Whether to read while training instead of before.
+        skip_bad_shards: Whether to skip the rest of a damaged shard of "webdataset", with a warning.
         image_column: Column with the images; None recognises the usual names. It keeps its name.
         caption_column: Column with the captions; None recognises the usual names. It keeps its name.
-        id_column: Not used; accepted so that the whole section can be passed.
-        task_column: Not used, like `id_column`.
+        id_column: Column with the ids; in text files, integers or text.
+        task_column: Column with the tasks; in text files, integers or text.
         clean_column: Column for the truth about injected noise, `clean` if None.
+        separator: Character between the fields of `.csv` and `.tsv` files; None takes it from the header.
+        encoding: Encoding of text files; None for UTF-8. A byte order mark comes before either.
+        image_root: Folder to which the paths of pictures in tables are relative; None for the folder of the table.
+        class_template: Caption of a picture in a class folder, with {} or {class} for the name of the folder.
         image_features: `.npz` file with one `(rows, dim)` array per split, named like the split, for the float32
             column `image_features`. A relative path starts here or, if there is no such file, at `path`.
         text_features: `.npz` file with one `(captions, dim)` array per split, found like `image_features`, for the
@@ -76,8 +94,8 @@ def load_splits(
         noise_rate: Share of the pairs to mismatch, see `shuffle_captions`.
         noise_seed: Seed of the mismatches.
         noise_permutation: `.npy` file for `apply_caption_order`, found like `image_features`.
-        num_workers: Not used, like `id_column`.
-        shuffle_buffer: Not used, like `id_column`.
+        num_workers: Not used; accepted so that the whole section can be passed.
+        shuffle_buffer: Not used, like `num_workers`.
         scenes_train: Number of train rows of the "scenes" source.
         scenes_validation: Number of its validation rows; 0 leaves the split out.
         scenes_test: Number of its test rows; 0 leaves the split out.
@@ -93,20 +111,48 @@ def load_splits(
         ValueError: If an argument is out of its range, a file is unreadable, or there is no train split.
     """
     _check_arguments(source, path, streaming, image_features, text_features, noise_rate, noise_permutation)
+    options = ReadingOptions(
+        separator=separator,
+        encoding=encoding,
+        image_root=image_root,
+        class_template=class_template,
+        image_column=image_column,
+        caption_column=caption_column,
+        id_column=id_column,
+        task_column=task_column,
+        clean_column=clean_column,
+    )
+    check_reading_options(options, source, streaming)
     address = path or ""  # an empty one was refused for the sources that read it
     _check_limits(max_train_rows=max_train_rows, max_eval_rows=max_eval_rows)
     split_names = {"train": train_split, "validation": validation_split, "test": test_split}
+    if source == "folder" and holds_tar_shards_of_img2dataset(address):
+        source = "webdataset"  # the tables next to the shards hold no pictures
+    if skip_bad_shards and source != "webdataset":
+        raise ValueError(f"data.skip_bad_shards is true, but data.source is {source!r}, which has no shards.")
     if source == "scenes":
         sizes = {"train": scenes_train, "validation": scenes_validation, "test": scenes_test}
         splits = _make_scenes_splits(sizes, scenes_image_size, scenes_seed, scenes_tasks, streaming)
     elif source == "hub":
         splits = _load_from_hub(address, name, split_names, streaming)
+        if image_root is not None:
+            splits = {split: _resolve_paths(rows, options) for split, rows in splits.items()}
     elif source == "folder":
-        splits = read_folder(address, split_names, image_column)
+        splits = dict(read_folder(address, split_names, options))
     elif source == "imagefolder":
-        splits = read_image_folder(address, split_names, image_column)
+        splits = dict(read_image_folder(address, split_names, options))
     else:
-        splits = read_tar_shards(address, split_names, streaming)
+        splits = read_tar_shards(
+            address,
+            split_names,
+            streaming,
+            image_column=image_column,
+            caption_column=caption_column,
+            id_column=id_column,
+            task_column=task_column,
+            clean_column=clean_column,
+            skip_bad_shards=skip_bad_shards,
+        )
     splits = {split: _stop_decoding(rows, image_column) for split, rows in splits.items()}
     if streaming and source in ("folder", "imagefolder"):
         # These rows already lie in Arrow files: streaming only changes the order in which they are read.
@@ -219,6 +265,11 @@ def _load_from_hub(
             f"data.train_split {split_names['train']!r} is not in {what}, which has {list(found)}. Name one of these."
         )
     return {split: found[given] for split, given in split_names.items() if given in found}
+
+
+def _resolve_paths(rows: Any, options: ReadingOptions) -> Dataset:
+    column = find_image_column(rows, options.image_column)
+    return make_paths_absolute(rows, column, options.picture_root(Path()))
 
 
 def _stop_decoding(rows: Dataset | IterableDataset, image_column: str | None) -> Dataset | IterableDataset:

@@ -8,7 +8,13 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 
 from hf_dissect.data.arrow_columns import is_list, lay_out_like, list_lengths, read_column, replace_column
-from hf_dissect.data.pair_columns import CAPTION_COLUMNS, CLEAN_COLUMNS, TEXT_FEATURES_COLUMN
+from hf_dissect.data.pair_columns import (
+    CAPTION_COLUMNS,
+    CLEAN_COLUMNS,
+    TEXT_FEATURES_COLUMN,
+    find_truth_column,
+    find_usual_caption_column,
+)
 
 _REPAIR_ROUNDS = 200
 
@@ -73,8 +79,9 @@ def apply_caption_order(
         ValueError: If `order` is not a permutation of this dataset's pairs, or there is no caption column.
     """
     column = find_caption_column(dataset, caption_column)
-    usual = next((name for name in CLEAN_COLUMNS if name in dataset.column_names), CLEAN_COLUMNS[0])
-    truth_column = clean_column or usual
+    # A column of that name that holds something else stays what it is.
+    free = [name for name in CLEAN_COLUMNS if name not in dataset.column_names]
+    truth_column = find_truth_column(dataset, clean_column) or (free[0] if free else CLEAN_COLUMNS[0])
     captions = read_column(dataset, column)
     row_of_pair = _find_row_of_pair(captions)
     order = _check_order(order, len(row_of_pair))
@@ -135,9 +142,8 @@ def find_caption_column(dataset: Dataset, caption_column: str | None = None) -> 
             "dataset is streaming: captions can only be exchanged when all rows are at hand. Load it with "
             "streaming=False, or store the mismatched captions in the data."
         )
-    candidates = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-    found = next((name for name in candidates if name in dataset.column_names), None)
-    if found is None:
+    found = find_usual_caption_column(dataset.column_names) if caption_column is None else caption_column
+    if found is None or found not in dataset.column_names:
         raise ValueError(
             f"caption_column: {caption_column!r} names no column of the dataset, which has {dataset.column_names}. "
             f"Name the column that holds the captions, or call it one of {list(CAPTION_COLUMNS)}."

@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from hf_dissect.data.arrow_columns import is_list, list_lengths
+from hf_dissect.data.arrow_columns import is_list, list_lengths, read_chunked_column
 
-IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path")
+IMAGE_COLUMNS = ("image", "image_features", "jpg", "img", "image_path", "filepath", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "captions")
+OPEN_CLIP_COLUMNS = ("filepath", "title")
+"""Columns of the image and the caption in the tables of open_clip; alone, a title may be anything."""
 CLEAN_COLUMNS = ("clean", "is_clean")
 TEXT_FEATURES_COLUMN = "text_features"
 LARGEST_ID = 2**63 - 1
@@ -67,7 +69,9 @@ class PairColumns:
                 raise ValueError(f"{argument}={name!r}: no such column; the data has {', '.join(available)}.")
         return cls(
             image=image or _find_usual_name(IMAGE_COLUMNS, available, "image_column"),
-            caption=caption or _find_usual_name(CAPTION_COLUMNS, available, "caption_column"),
+            caption=caption
+            or find_usual_caption_column(available)
+            or _find_usual_name(CAPTION_COLUMNS, available, "caption_column"),
             sample_id=sample_id,
             task=task,
             clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
@@ -81,6 +85,12 @@ class PairColumns:
         return list(dict.fromkeys(name for name in names if name))
 
 
+def find_usual_caption_column(available: Sequence[str]) -> str | None:
+    """Return the column with a usual name of captions, or None."""
+    usual = next((name for name in CAPTION_COLUMNS if name in available), None)
+    return usual or (OPEN_CLIP_COLUMNS[1] if set(OPEN_CLIP_COLUMNS) <= set(available) else None)
+
+
 def _find_usual_name(names: Sequence[str], available: Sequence[str], argument: str) -> str:
     for name in names:
         if name in available:
@@ -91,19 +101,47 @@ def _find_usual_name(names: Sequence[str], available: Sequence[str], argument: s
     )
 
 
+def find_truth_column(rows: datasets.Dataset | datasets.IterableDataset, named: str | None = None) -> str | None:
+    """Return the column with the truth: the named one, or the first usual one that holds true and false, or 0 and 1.
+
+    A column of another kind, such as captions that somebody has cleaned, means something else by its name.
+    """
+    if named is not None:
+        return named
+    return next(
+        (name for name in CLEAN_COLUMNS if name in (rows.column_names or ()) and _may_be_truth(rows, name)), None
+    )
+
+
+def _may_be_truth(rows: datasets.Dataset | datasets.IterableDataset, name: str) -> bool:
+    if rows.features is None:  # a stream that does not know its columns
+        return True
+    kind = rows.features.arrow_schema.field(name).type
+    kind = kind.value_type if is_list(kind) else kind
+    if pa.types.is_integer(kind) and isinstance(rows, datasets.Dataset):
+        values = read_chunked_column(rows, name)
+        ends = pc.min_max(pc.list_flatten(values) if is_list(values.type) else values)
+        return (ends["min"].as_py() or 0) >= 0 and (ends["max"].as_py() or 0) <= 1
+    return pa.types.is_boolean(kind) or pa.types.is_integer(kind)
+
+
 def key_hash(value: bytes | str) -> int:
     """Return the hash of a key, a caption or an image, of 63 bits so that it is a non-negative int64."""
-    return xxhash.xxh3_64_intdigest(value.encode() if isinstance(value, str) else value) >> 1
+    # Half of a surrogate pair, which JSON can hold, is not UTF-8 but has a hash.
+    content = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+    return xxhash.xxh3_64_intdigest(content) >> 1
 
 
 def select_undecoded(rows: Any, columns: PairColumns) -> Any:
-    """Return a table or stream with the columns of a pair only, and the image as its file stores it."""
-    if getattr(rows, "format", {}).get("type") != "custom":
-        rows = rows.with_format(None)
-    rows = rows.select_columns(columns.names)
-    features = rows.features
-    if features is not None and isinstance(features.get(columns.image), datasets.Image):
-        rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+    """Return a table or stream with the columns of a pair only, without its format, and the image as stored."""
+    rows = rows.with_format(None)
+    names, available = columns.names, rows.column_names
+    if available is not None:  # a transform may make columns that the table lacks, which must keep its rows
+        names = [name for name in names if name in available] or available[:1]
+    rows = rows.select_columns(names)
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
 
 

@@ -1,6 +1,8 @@
 """Turn the rows of any image-text table into numbered (image, caption) pairs, with undecoded images."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +21,18 @@ from hf_dissect.data.pair_columns import (
     NO_ROWS,
     PairColumns,
     check_truth,
+    find_truth_column,
     key_hash,
     make_pair_ids,
     read_task_numbers,
     select_undecoded,
 )
+from hf_dissect.data.problems import PROBLEM_KEY
+from hf_dissect.data.shards.skipped import read_description
 from hf_dissect.data.streaming.pair_stream import PairStream
+from hf_dissect.data.surrogates import is_unencodable
+from hf_dissect.data.tables_in_memory import make_table
+from hf_dissect.data.transformed_rows import TransformedRows, has_transform, recognise_transformed
 
 __all__ = [
     "CAPTION_COLUMNS",
@@ -39,7 +47,7 @@ __all__ = [
     "key_hash",
 ]
 
-PAIR_KEYS = ("sample_id", "image_key", "caption_key", "bad_reason", "task_id", "is_clean")
+PAIR_KEYS = ("sample_id", "image_key", "caption_key", "bad_reason", PROBLEM_KEY, "task_id", "is_clean")
 """Keys of a batch that describe the pairs and are not arguments of the model."""
 
 ROW_KEYS = ("image", "caption", "sample_id")
@@ -53,7 +61,8 @@ class PairDataset(torch.utils.data.Dataset):
 
     Item i is a dict with `image`, `caption`, `sample_id`, and `task_id` and `is_clean` where the table has them. A row
     with a list of captions gives one pair per caption, numbered row by row. A row without a caption gives one pair,
-    which the collator counts as bad. Ids are the pair numbers, or come from the id column (see `make_pair_ids`).
+    which the collator counts as bad. Ids are the pair numbers, or come from the id column (see `make_pair_ids`); then,
+    strings are in the item as `key`. A table with a transform (`with_transform`) gives what the transform returns.
 
     Args:
         rows: Table of images and captions.
@@ -74,9 +83,14 @@ class PairDataset(torch.utils.data.Dataset):
             raise ValueError(NO_ROWS)
         self.columns = columns
         self.rows = select_undecoded(rows, columns)
+        self._transformed = TransformedRows(rows, columns) if has_transform(rows) else None
         self._pictures = _find_pictures(rows, columns)
-        captions = read_chunked_column(self.rows, columns.caption)
+        captions = read_captions(self.rows, columns)
         self.several_captions = is_list(captions.type)
+        if self._transformed is not None:
+            self.several_captions = self._transformed.check_several(self.several_captions)
+            if not self.several_captions:
+                captions = pa.chunked_array([pa.nulls(len(rows), pa.string())])
         self._row: np.ndarray | None = None
         self._caption: np.ndarray | None = None
         if self.several_captions:
@@ -102,17 +116,23 @@ class PairDataset(torch.utils.data.Dataset):
             values = read_chunked_column(self.rows, columns.sample_id)
             self.sample_ids = make_pair_ids(columns.sample_id, values, row, self._caption)
         # A feature vector as a Python list of floats would cost more than all else in the collator.
-        vectors = [columns.image] if is_list(self.rows.data.schema.field(columns.image).type) else []
-        vectors += [columns.text_features] if columns.text_features else []
+        stored = [name for name in (columns.image, columns.text_features) if name in self.rows.column_names]
+        vectors = [name for name in stored if is_list(self.rows.data.schema.field(name).type)]
         if vectors:
             self.rows = self.rows.with_format("numpy", columns=vectors, output_all_columns=True)
+        self._read = self.rows
+        if self._transformed is not None:
+            self._read = self.rows.select_columns([name for name in (columns.sample_id, columns.clean) if name])
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset, **names: str | None) -> "PairDataset":
         """Wrap a table, with columns named as in `PairColumns.recognise`."""
         if len(dataset) == 0:
             raise ValueError(NO_ROWS)
-        return cls(dataset, PairColumns.recognise(dataset.column_names, **names))
+        if has_transform(dataset):
+            return cls(dataset, recognise_transformed(dataset, **names))
+        columns = PairColumns.recognise(dataset.column_names, **names)
+        return cls(dataset, replace(columns, clean=find_truth_column(dataset, names.get("clean"))))
 
     @property
     def num_samples(self) -> int | None:
@@ -128,6 +148,11 @@ class PairDataset(torch.utils.data.Dataset):
     def has_pictures(self) -> bool:
         """True if the table holds pictures, which a model that is trained on stored features does not need."""
         return self._pictures is not None
+
+    @property
+    def skipped_shards(self) -> dict[str, str]:
+        """Shards that were not read to their end, with the reason."""
+        return read_description(self.rows)
 
     @property
     def row_of_pair(self) -> np.ndarray:
@@ -150,12 +175,16 @@ class PairDataset(torch.utils.data.Dataset):
         if numbers.min(initial=0) < 0:
             numbers = np.where(numbers < 0, numbers + len(self), numbers)
         rows = numbers if self._row is None else self._row[numbers]
-        batch = self.rows[rows.tolist()]
+        batch = self._read[rows.tolist()] if self._read.column_names else {}
+        if self._transformed is not None:
+            batch |= self._transformed.read(rows.tolist())
         columns = {
             "image": batch[self.columns.image],
             "caption": self._pick_by_pair(batch[self.columns.caption], numbers),
             "sample_id": (numbers if self.sample_ids is None else self.sample_ids[numbers]).tolist(),
         }
+        if self.columns.sample_id is not None and isinstance(batch[self.columns.sample_id][0], str):
+            columns["key"] = batch[self.columns.sample_id]
         if self.task_ids is not None:
             columns["task_id"] = self.task_ids[rows].tolist()
         if self.columns.clean is not None:
@@ -163,6 +192,19 @@ class PairDataset(torch.utils.data.Dataset):
         if self.columns.text_features is not None:
             columns["text_features"] = self._pick_by_pair(batch[self.columns.text_features], numbers)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def select(self, indices: np.ndarray) -> "PairDataset":
+        """Return some of the pairs with their ids.
+
+        Args:
+            indices: Indices of the pairs, int `(n,)`.
+        """
+        chosen = copy.copy(self)
+        chosen.__dict__.pop("_order", None)  # the cached order of the ids of all pairs
+        chosen._row = self.row_of_pair[indices]
+        chosen._caption = None if self._caption is None else self._caption[indices]
+        chosen.sample_ids = np.asarray(indices) if self.sample_ids is None else self.sample_ids[indices]
+        return chosen
 
     def number_tasks(self, names: Sequence[str]) -> None:
         """Renumber named tasks by their place in other names, such as those of the training data.
@@ -214,11 +256,12 @@ class PairDataset(torch.utils.data.Dataset):
             return None
 
     def captions(self) -> Iterator[str]:
-        """Yield the captions that are strings, for training a tokenizer."""
-        column = read_chunked_column(self.rows, self.columns.caption)
+        """Yield the captions that are texts, for training a tokenizer."""
+        column = read_captions(self.rows, self.columns)
         for start in range(0, len(column), _CAPTIONS_AT_ONCE):
             for value in column.slice(start, _CAPTIONS_AT_ONCE).to_pylist():
-                yield from (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
+                texts = value if isinstance(value, list) else [value]
+                yield from (text for text in texts if isinstance(text, str) and not is_unencodable(text))
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -230,13 +273,21 @@ class PairDataset(torch.utils.data.Dataset):
             return values
         places = self._caption[indices].tolist()
         return [
-            (value[place] if len(value) else None) if isinstance(value, list | np.ndarray) else value
+            (value[place] if place < len(value) else None) if isinstance(value, list | tuple | np.ndarray) else value
             for value, place in zip(values, places, strict=True)
         ]
 
 
+def read_captions(rows: datasets.Dataset, columns: PairColumns) -> pa.ChunkedArray:
+    """Return the captions of a table, one or a list a row; nulls where only a transform makes captions."""
+    if columns.caption in rows.column_names:
+        return read_chunked_column(rows, columns.caption)
+    return pa.chunked_array([pa.nulls(len(rows), pa.string())])
+
+
 def _find_pictures(rows: datasets.Dataset, columns: PairColumns) -> datasets.Dataset | None:
     """Return the column of pictures as `image`, also if the model is trained on feature vectors made of them."""
+    rows = rows.with_format(None)
     for name in (columns.image, *IMAGE_COLUMNS):
         kind = rows.features.get(name)
         if isinstance(kind, datasets.Image) or (isinstance(kind, datasets.Value) and name == columns.image):
@@ -249,7 +300,8 @@ def as_pairs(dataset: Any, **names: str | None) -> PairDataset | PairStream | to
     """Wrap a table as pairs; return a torch data set that yields pairs, wrapped or of its own, unchanged.
 
     Args:
-        dataset: A `datasets.Dataset` or `IterableDataset`, a list of dicts, or a torch data set.
+        dataset: A `datasets.Dataset` or `IterableDataset`, a list of dicts, a data frame of pandas or polars, a
+            `pa.Table`, or a torch data set.
         **names: Column names as in `PairColumns.recognise`.
 
     Raises:
@@ -260,8 +312,8 @@ def as_pairs(dataset: Any, **names: str | None) -> PairDataset | PairStream | to
         raise ValueError(
             f"A {type(dataset).__name__} holds several splits; pass one of them: {', '.join(map(repr, dataset))}."
         )
-    if isinstance(dataset, list):
-        dataset = _make_table(dataset)
+    if (table := make_table(dataset)) is not None:
+        return PairDataset.from_dataset(table, **names)
     if isinstance(dataset, datasets.Dataset):
         return PairDataset.from_dataset(dataset, **names)
     if isinstance(dataset, datasets.IterableDataset):
@@ -269,21 +321,6 @@ def as_pairs(dataset: Any, **names: str | None) -> PairDataset | PairStream | to
     if not isinstance(dataset, PairDataset | torch.utils.data.IterableDataset):
         _check_yields_pairs(dataset)
     return dataset
-
-
-def _make_table(rows: list[Any]) -> datasets.Dataset:
-    if not rows:
-        raise ValueError(NO_ROWS)
-    for position, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"Row {position} is {type(row).__name__}; pass a list of dicts with image and caption.")
-    names = dict.fromkeys(name for row in rows for name in row)
-    try:
-        return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"The list of dicts does not make a table ({error}); a column holds values of one type, captions strings."
-        ) from error
 
 
 def _check_yields_pairs(dataset: Any) -> None:

@@ -78,6 +78,60 @@ def split_by_folder(names: Iterable[str | None], split_names: Mapping[str, str |
     return {split: members for split, members in positions.items() if members}
 
 
+def find_split(name: str, split_names: Mapping[str, str | None]) -> str | None:
+    """Return the split that a name begins with: "" if there is none, None for a split left out."""
+    return _find_split([name], _map_prefixes(split_names))
+
+
+def find_split_folders(
+    files: Iterable[Path], root: Path, split_names: Mapping[str, str | None]
+) -> tuple[dict[str, list[Path]], set[Path]]:
+    """Group files by the outermost folders that differ, where these name splits; otherwise all are train.
+
+    Other folders may be classes, among them `train` or `valley`. So the folders name splits only if all of them do, or
+    if `train` and another split are there by their exact names; then the others are left out.
+
+    Args:
+        files: Files in subfolders of `root`.
+        root: Folder above which names do not count.
+        split_names: Name of "train", "validation" and "test" at the source; None leaves a split out.
+
+    Returns:
+        Files by split, and the folders that name the splits.
+
+    Raises:
+        ValueError: If all folders name splits and none of them is train.
+    """
+    files = list(files)
+    base = root
+    while len(names := {_first_part(file, base) for file in files}) == 1 and not names & {""}:
+        (name,) = names
+        if is_split_name(name, split_names):
+            break
+        base = base / name
+    split_of = {name: find_split(name, split_names) if is_split_name(name, split_names) else "" for name in names}
+    exact = {split_of[name] for name in names if _is_exact(name, split_names)}
+    if "" in split_of.values() and not ("train" in exact and len(exact) > 1):
+        return {"train": files}, set()
+    parts = {split: [file for file in files if split_of[_first_part(file, base)] == split] for split in split_names}
+    others = sorted(name for name in names if split_of[name] == "")
+    if not parts["train"]:
+        raise ValueError(
+            f"data.path {str(root)!r} has no train split: no subfolder is named {split_names['train']!r}; found "
+            f"{', '.join(sorted(names))}. Rename one, or set data.train_split."
+        )
+    if others:
+        logger.warning("Left out, as the folder names no split: %s", ", ".join(name or str(base) for name in others))
+    return {split: members for split, members in parts.items() if members}, {base / name for name in names if name}
+
+
+def is_split_name(name: str, split_names: Mapping[str, str | None]) -> bool:
+    """Return whether a folder is named by a split, alone or with a number or another word after it (`train2017`)."""
+    lowered = name.lower()
+    words = [*_map_prefixes(split_names), "training", "testing"]
+    return any(lowered.startswith(word) and not lowered[len(word) :][:1].isalpha() for word in words)
+
+
 def list_folder(folder: Path) -> str:
     """Return the first names in a folder, for error messages."""
     return join_names(sorted(child for child in folder.iterdir() if not child.name.startswith(".")))
@@ -104,6 +158,16 @@ def _map_prefixes(split_names: Mapping[str, str | None]) -> dict[str, str | None
         for prefix in ((name.lower(),) if name != split else _USUAL_PREFIXES[split])
     }
     return {**usual, **given}
+
+
+def _is_exact(name: str, split_names: Mapping[str, str | None]) -> bool:
+    return name.lower() in _map_prefixes(split_names)
+
+
+def _first_part(file: Path, base: Path) -> str:
+    """Return the outermost folder of a file below `base`, or "" if it lies in `base` itself."""
+    parts = file.relative_to(base).parts
+    return parts[0] if len(parts) > 1 else ""
 
 
 def _find_split(parts: Iterable[str], prefixes: Mapping[str, str | None]) -> str | None:

@@ -95,6 +95,10 @@ def _encoder_conflicts(
 def _data_conflicts(data: DistillationDataSection) -> Iterator[Fault]:
     if not data.path:
         yield ("data.path",), f"missing; data.source {data.source} needs one (data.path=...)"
+    for name in ("separator", "encoding", "image_root"):
+        if data.source == "npz" and getattr(data, name) is not None:
+            problem = f"{show(getattr(data, name))} is only for tables, not for data.source npz; leave it out"
+            yield (f"data.{name}", "data.source"), problem
     groups = {name: getattr(data, f"{name}_groups") for name in ("train", "validation", "test")}
     if data.group_column is None:
         for name, values in groups.items():

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from hf_dissect.distillation.student import StudentConfig
 from hf_dissect.hub.address import HubAddress, is_hub_address
+from hf_dissect.hub.reachability import HubNeed, check_reachable, is_on_hub
 
 STUDENT_FOLDER = "student"
 """Folder, in a checkpoint of all networks, of the student alone."""
@@ -23,10 +24,14 @@ def is_student(checkpoint: str | Path) -> bool:
     """Check that a run folder, a checkpoint, a Hub id or `hub:USER/REPO` holds the student of a distillation.
 
     The answer is False for a model that cannot be read; whoever loads the model then reports why.
+
+    Raises:
+        HubUnreachable: The model is on the Hub, which does not answer.
     """
     if Path(checkpoint).exists():
         return find_student_folder(checkpoint) is not None
     address = parse_address(checkpoint)
+    check_reachable([HubNeed("model", address.repo_id)] if is_on_hub(address.repo_id) else [])
     return _read_model_type(address.repo_id, address.revision) == StudentConfig.model_type
 
 

@@ -41,6 +41,9 @@ class DistillationDataSection:
     train_split: str = declared(DataSection, "train_split")
     validation_split: str | None = declared(DataSection, "validation_split")
     test_split: str | None = declared(DataSection, "test_split")
+    separator: str | None = declared(DataSection, "separator")
+    encoding: str | None = declared(DataSection, "encoding")
+    image_root: str | None = declared(DataSection, "image_root")
     group_column: str | None = setting(
         None, "Column by whose values one table is split, such as the subject; null: the data are split."
     )

@@ -285,10 +285,11 @@ class DistillationTrainer(BaseTrainer):
             labels.append(batch["label"][has_label].cpu())
         return torch.cat(embeds), torch.cat(labels)
 
-    def final_figures(self, test_dataset: Any, **options: Any) -> dict[str, float]:
+    def compute_figures(self, test_dataset: Any, **options: Any) -> Iterator[dict[str, float]]:
         """Evaluate the trained networks on `test_dataset`, by default the `eval_dataset`."""
         dataset = self.eval_dataset if test_dataset is None else test_dataset
-        return {} if dataset is None else drop_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
+        if dataset is not None:
+            yield drop_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
 
     # ---- files ----
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.distributed import get_rank_and_world_size
+from hf_dissect.models.families import check_outputs
 from hf_dissect.models.loading import list_networks, logit_scale_and_bias
 from hf_dissect.mola import mola_routing
 
@@ -69,19 +70,19 @@ class PairEncoder:
                 return self(model, batch, **inputs)
         inputs, keys = inputs or forward_inputs(model, batch), _read_keys(batch)
         if keys is None:
-            return model(**inputs)
+            return _call(model, inputs)
         # All ranks of a sharded model must call it equally often.
         if get_rank_and_world_size()[1] > 1:
             self._compare(model, inputs, keys)
         memory = self._memory
         rows = {side: _find_new_rows(keys[side], memory[side]) for side in _SIDES}
         if all(len(new) == len(keys[side]) for side, new in rows.items()):
-            outputs = model(**inputs)
+            outputs = _call(model, inputs)
             self._keep(outputs, keys, rows)
             self._forget()
             return outputs
         if not (sides := self._compare(model, inputs, keys)):
-            return model(**inputs)
+            return _call(model, inputs)
         # Each tower needs something to read, be it known.
         rows = {side: new or [0] for side, new in rows.items()}
         self._keep(_run(model, inputs, sides, rows), keys, rows)
@@ -155,7 +156,16 @@ def _run(
     model: nn.Module, inputs: Mapping[str, Any], sides: Mapping[str, set[str]], rows: Mapping[str, list[int]]
 ) -> Mapping[str, Any]:
     """Call the model with some rows of the inputs of each side."""
-    return model(**{name: inputs[name][rows[side]] for side, names in sides.items() for name in names})
+    return _call(model, {name: inputs[name][rows[side]] for side, names in sides.items() for name in names})
+
+
+def _call(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Call the model, and add the logits if it returns none."""
+    outputs = model(**inputs)
+    check_outputs(outputs)
+    if outputs.get("logits_per_text") is not None:
+        return outputs
+    return {**outputs, "logits_per_text": _compute_logits(model, outputs)}
 
 
 def _embeds_alike(

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.evaluation.pair_encoder import PairEncoder
+from hf_dissect.evaluation.passes import show_pass
 from hf_dissect.selection.scoring import CandidateScores, score
 from hf_dissect.selection.selector import Batch
 
@@ -20,6 +21,7 @@ def score_batches(
     kind: str,
     prepare: Callable[[Batch], Batch],
     autocast: Callable[[], AbstractContextManager],
+    shown: bool = True,
 ) -> Iterator[tuple[Batch, CandidateScores]]:
     """Yield each batch on the device of the model, with the scores of its pairs.
 
@@ -31,13 +33,14 @@ def score_batches(
         kind: Loss of the model, "softmax" or "sigmoid".
         prepare: Function that moves a batch to the device.
         autocast: Function that returns the context of mixed precision.
+        shown: False to show no progress bar.
 
     Yields:
         Batch and scores.
     """
     encoder = PairEncoder()
     with encoder.remember():
-        for batch in map(prepare, batches):
+        for batch in map(prepare, show_pass(batches, "scoring pairs", shown=shown)):
             inputs, encode = forward_inputs(model, batch), partial(encoder, model, batch)
             yield batch, score(model, inputs, batch["sample_id"], kind=kind, autocast=autocast, encode=encode)
 

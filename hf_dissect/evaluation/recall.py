@@ -16,6 +16,13 @@ from hf_dissect.evaluation.embeddings import (
 )
 
 RECALL_AT = (1, 5, 10)
+DIRECTIONS = ("image_to_text", "text_to_image")
+RETRIEVAL_FIGURES = (
+    *(f"{direction}_R@{k}" for direction in DIRECTIONS for k in RECALL_AT),
+    *(f"{direction}_median_rank" for direction in DIRECTIONS),
+    "recall_sum",
+)
+"""Names of the figures of `retrieval_metrics`."""
 
 
 def retrieval_metrics(

@@ -15,6 +15,7 @@ from hf_dissect.data.images import UnusableImage, decode_image, is_feature_vecto
 from hf_dissect.evaluation.accuracy import rank_classes, summarise_class_ranks
 from hf_dissect.evaluation.embeddings import check_positive_integer
 from hf_dissect.evaluation.labelled_images import LabelledImages
+from hf_dissect.evaluation.passes import show_pass
 from hf_dissect.models.families import bare_model, check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig, find_feature_size
 from hf_dissect.mola import mola_routing
@@ -60,7 +61,7 @@ def class_embeddings(
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     sums: Tensor | None = None
     with evaluation_mode(model):
-        for start in range(0, len(prompts), batch_size):
+        for start in show_pass(range(0, len(prompts), batch_size), "class names"):
             inputs = _tokenize(model, tokenizer, prompts[start : start + batch_size])
             embeds = normalize(_compute_features(model.get_text_features, inputs).float(), dim=1)
             if sums is None:
@@ -163,7 +164,7 @@ def _embed_images(
     read: list[int] = []
     first_error, dim = None, _find_feature_dim(model)
     with evaluation_mode(model):
-        for start in range(0, len(rows), batch_size):
+        for start in show_pass(range(0, len(rows), batch_size), "zero-shot images"):
             usable: list[Any] = []
             batch = rows[start : start + batch_size]
             for row, value in zip(batch, images.read_images(batch), strict=True):

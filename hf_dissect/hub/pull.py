@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import LOADED, RECIPE_FILE
+from hf_dissect.hub.reachability import HubNeed, check_reachable
 from hf_dissect.hub.repository import explain_hub_errors
 from hf_dissect.hub.shared_recipe import find_remote_code_keys, select_shareable
 from hf_dissect.recipe.fields import RecipeError
@@ -74,6 +75,7 @@ def pull_settings(address: HubAddress) -> dict[str, Any]:
         HubError: The repository is missing, has no recipe, or cannot be reached.
         RecipeError: The recipe is not a YAML file.
     """
+    check_reachable([HubNeed("recipe", str(address))])
     with explain_hub_errors(address.repo_id):
         return read_settings(Path(hf_hub_download(address.repo_id, RECIPE_FILE, revision=address.revision)))
 
@@ -91,6 +93,7 @@ def download_model(address: HubAddress, more: Sequence[str] = ()) -> Path:
     Raises:
         HubError: The repository is missing, or cannot be reached.
     """
+    check_reachable([HubNeed("model", str(address))])
     with explain_hub_errors(address.repo_id):
         patterns = [*LOADED, *more]
         return Path(snapshot_download(address.repo_id, revision=address.revision, allow_patterns=patterns))
@@ -105,6 +108,7 @@ def download_scores(address: HubAddress) -> Path:
     Raises:
         HubError: The data set is missing, or cannot be reached.
     """
+    check_reachable([HubNeed("scores", str(address), "dataset", "name a local file")])
     with explain_hub_errors(address.repo_id, "dataset"):
         return Path(
             snapshot_download(

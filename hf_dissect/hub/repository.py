@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_dissect.hub.reachability import HubNeed, check_reachable
 from hf_dissect.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -75,10 +76,12 @@ class Repository:
             token: Token of the user; None for the one that is logged in.
 
         Raises:
+            HubUnreachable: The Hub does not answer.
             HubError: Nobody is logged in, the token may not write there, or `private` was asked for and the repository
                 is public.
         """
         api = open_client(token)
+        check_reachable([HubNeed("repository", repo_id, repo_type, "repeat the same command later")])
         with explain_hub_errors(repo_id, repo_type):
             retry(api.whoami)
             url: RepoUrl = retry(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))

@@ -1,7 +1,6 @@
 """The contrastive losses of CLIP and SigLIP, weighted per pair and with the negatives of all ranks."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 
@@ -76,11 +75,16 @@ class ContrastiveLoss:
             A scalar with gradient.
 
         Raises:
-            ValueError: If `scale` is required and missing.
+            ValueError: If `scale` is required and missing, or the keys are, with `mask_false_negatives`.
         """
         keys = None
         if self.mask_false_negatives:
-            keys = torch.stack([cast(torch.Tensor, image_key), cast(torch.Tensor, caption_key)])
+            if image_key is None or caption_key is None:
+                raise ValueError(
+                    "mask_false_negatives needs image_key and caption_key in the batch, int64 (b,), equal where pairs "
+                    "share them; return them from your data_collator, or leave mask_false_negatives out."
+                )
+            keys = torch.stack([image_key, caption_key])
         if get_rank_and_world_size()[1] == 1 and "logits_per_text" in outputs:
             mask = None if keys is None else find_false_negatives(keys, keys)
             return _weighted_mean(per_pair_loss(outputs["logits_per_text"], kind=self.kind, mask=mask), weights)

@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PromptLearningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 import hf_dissect.mola  # noqa: F401 (registers the type with PEFT)
 from hf_dissect.models.families import TOWERS, bare_model, freeze_tower
-from hf_dissect.models.target_modules import choose_target_modules
+from hf_dissect.models.target_modules import set_target_modules
 
 BASE_FOLDER = "base_model"
 """Subfolder of an adapter's folder for its base model, if that has no name to load it by."""
@@ -77,7 +85,7 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any], frozen_towe
     Raises:
         ValueError: If the adapter does not fit the model, or the model has one already.
     """
-    if isinstance(model, PeftModel):
+    if find_adapted(model) is not None:
         raise ValueError(
             "adapter: model.name_or_path holds an adapter already, whose training continues; set adapter to null, or "
             "name the adapter's base model."
@@ -86,18 +94,13 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any], frozen_towe
         config = adapter_config(settings)
         if frozen_tower is not None and hasattr(config, "exclude_modules"):
             config.exclude_modules = _build_exclusion_pattern(frozen_tower, config.exclude_modules)
-        if model.config.model_type == "dual_encoder" and _lacks_targets(config):
-            config.target_modules = choose_target_modules(model, frozen_tower)
+        set_target_modules(config, model, frozen_tower)
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ValueError(f"adapter: {error}") from error
     if frozen_tower is not None:
         freeze_tower(adapted, frozen_tower)
     return adapted
-
-
-def _lacks_targets(config: Any) -> bool:
-    return getattr(config, "target_modules", "") is None and not getattr(config, "target_parameters", None)
 
 
 def _build_exclusion_pattern(tower: str, given: Any) -> str:
@@ -120,10 +123,10 @@ def describe_adapter(model: nn.Module) -> dict[str, Any] | None:
         The `type`, the number of `trained_parameters`, and the `settings` that differ from their defaults; None
         without an adapter.
     """
-    adapted = _find_peft_model(model)
+    adapted = find_adapted(model)
     if adapted is None:
         return None
-    config = adapted.peft_config[adapted.active_adapter]
+    config = _get_config(adapted)
     defaults = type(config)()
     shown = {"variant", "num_experts", "r", "decorrelation_weight"}
     settings = {}
@@ -141,8 +144,8 @@ def describe_adapter(model: nn.Module) -> dict[str, Any] | None:
 
 def find_base(model: nn.Module) -> str | None:
     """Return the name or path of the base of a model's adapter; None without an adapter or a name."""
-    adapted = _find_peft_model(model)
-    return None if adapted is None else adapted.peft_config[adapted.active_adapter].base_model_name_or_path or None
+    adapted = find_adapted(model)
+    return None if adapted is None else _get_config(adapted).base_model_name_or_path or None
 
 
 # ---- saving and loading ----
@@ -190,14 +193,18 @@ def save_base(model: nn.Module, folder: str | Path) -> None:
         model: Model, wrapped or not.
         folder: Folder of the adapter.
     """
-    adapted = _find_peft_model(model)
+    adapted = find_adapted(model)
     if adapted is None or find_base(adapted):
         return
     base: Any = bare_model(adapted)
     with torch.device("meta"):
         names = type(base)(base.config).state_dict().keys()
     tensors = {_strip_wrappers(name): tensor for name, tensor in base.state_dict().items()}
-    base.save_pretrained(Path(folder) / BASE_FOLDER, state_dict={name: tensors[name] for name in names})
+    is_injected, base._hf_peft_config_loaded = base._hf_peft_config_loaded, False  # else only the adapter is saved
+    try:
+        base.save_pretrained(Path(folder) / BASE_FOLDER, state_dict={name: tensors[name] for name in names})
+    finally:
+        base._hf_peft_config_loaded = is_injected
 
 
 def _load_base(name_or_path: str) -> PreTrainedModel:
@@ -213,7 +220,7 @@ def restore_base(model: nn.Module, folder: str | Path) -> None:
         model: Model, wrapped or not.
         folder: Folder of the adapter.
     """
-    adapted = _find_peft_model(model)
+    adapted = find_adapted(model)
     if adapted is None or not (Path(folder) / BASE_FOLDER).is_dir():
         return
     base = bare_model(adapted)
@@ -222,9 +229,49 @@ def restore_base(model: nn.Module, folder: str | Path) -> None:
     base.load_state_dict({name: saved[own] for name, own in names.items() if own in saved}, strict=False)
 
 
+def restore_adapter(model: nn.Module, folder: str | Path) -> bool:
+    """Load what a checkpoint holds of a model with an adapter and the Trainer does not load by itself.
+
+    That is the base that `save_base` wrote, and an adapter that `add_adapter` of transformers put into the model.
+
+    Args:
+        model: Model, wrapped or not.
+        folder: Folder of the adapter.
+
+    Returns:
+        True if nothing is left for the Trainer to load.
+    """
+    restore_base(model, folder)
+    adapted, weights = find_adapted(model), Path(folder) / "adapter_model.safetensors"
+    if adapted is None or isinstance(adapted, PeftModel) or not weights.is_file():
+        return False
+    state = {name.removeprefix("base_model.model."): weight for name, weight in load_file(weights).items()}
+    set_peft_model_state_dict(adapted, state, adapter_name=get_active_adapter(adapted))
+    return True
+
+
+def list_unsaved_weights(model: nn.Module, reloaded: nn.Module) -> list[str]:
+    """Return the names of the weights that train and that saving and loading does not bring back.
+
+    Args:
+        model: Model, with or without an adapter.
+        reloaded: Model that was loaded from its files.
+    """
+    trained = {name: part for name, part in bare_model(model).named_parameters() if part.requires_grad}
+    adapted = find_adapted(model)
+    if adapted is None:
+        return sorted(trained.keys() - bare_model(reloaded).state_dict(keep_vars=True).keys())
+    saved = get_peft_model_state_dict(adapted, adapter_name=get_active_adapter(adapted)).values()
+    places = {tensor.data_ptr() for tensor in saved}
+    if not find_base(adapted):  # the base is saved, too
+        loaded = {_strip_wrappers(name) for name in bare_model(reloaded).state_dict()}
+        trained = {name: part for name, part in trained.items() if _strip_wrappers(name) not in loaded}
+    return sorted(name for name, part in trained.items() if part.data_ptr() not in places)
+
+
 def _strip_wrappers(name: str) -> str:
     """Return the name of a tensor in the base alone, without the layers that PEFT put around it."""
-    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+    return re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)", "", name)
 
 
 def check_same_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -238,13 +285,13 @@ def check_same_adapter(model: nn.Module, folder: str | Path) -> None:
         ValueError: If the model has no adapter, or type, names or shapes differ.
         OSError: If the files cannot be read.
     """
-    adapted, folder = _find_peft_model(model), Path(folder)
+    adapted, folder = find_adapted(model), Path(folder)
     way_out = "name a checkpoint of this run, or start again in another output_dir"
     if adapted is None:
         raise ValueError(
             f"checkpoint {str(folder)!r} holds an adapter, but the model to be trained has none; {way_out}"
         )
-    config, weights = adapted.peft_config[adapted.active_adapter], folder / "adapter_model.safetensors"
+    config, weights = _get_config(adapted), folder / "adapter_model.safetensors"
     try:
         saved_type = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
         if not weights.is_file():
@@ -258,7 +305,7 @@ def check_same_adapter(model: nn.Module, folder: str | Path) -> None:
             f"checkpoint {str(folder)!r} holds an adapter of type {saved_type}, but that of the model to be trained "
             f"is of type {_get_type_name(config)}; {way_out}"
         )
-    expected = get_peft_model_state_dict(adapted, adapter_name=adapted.active_adapter)
+    expected = get_peft_model_state_dict(adapted, adapter_name=get_active_adapter(adapted))
     expected = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if Counter(saved.values()) != Counter(expected.values()):
         other = next(iter(sorted(saved.items() ^ expected.items())))
@@ -272,10 +319,29 @@ def _get_type_name(config: PeftConfig) -> str:
     return cast(Enum, config.peft_type).value
 
 
-def _find_peft_model(model: nn.Module) -> PeftModel | None:
-    """Return the model with its adapter, inside any wrapper; None without an adapter."""
+def _get_config(adapted: PeftModel | PreTrainedModel) -> PeftConfig:
+    return cast(Any, adapted).peft_config[get_active_adapter(adapted)]
+
+
+def get_active_adapter(adapted: PeftModel | PreTrainedModel) -> str:
+    """Return the name of the active adapter, the first one of several, of a model that `find_adapted` returns."""
+    active: Any = adapted.active_adapters
+    return (active if isinstance(adapted, PeftModel) else active())[0]
+
+
+def find_adapted(model: nn.Module) -> PeftModel | PreTrainedModel | None:
+    """Return the model with its adapter, inside any wrapper; None without an adapter.
+
+    Args:
+        model: Model, wrapped or not.
+
+    Returns:
+        A model of PEFT, or a model of transformers whose own `add_adapter` put the adapter into it.
+    """
     inner: Any = model
     while not isinstance(inner, PeftModel):
+        if getattr(inner, "_hf_peft_config_loaded", False) is True:
+            return inner
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(inner, nn.Module):
             return None

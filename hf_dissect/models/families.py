@@ -1,11 +1,15 @@
 """The differences between model families: towers, scale, padding and loss."""
 
+import dataclasses
+import inspect
 import math
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 TOWERS = {
     "vision": ("vision_model", "visual", "vision_tower", "image_encoder"),
@@ -27,6 +31,8 @@ POSITIONS_AFTER_PADDING = {
     "xlm-roberta-xl",
     "xmod",
 }
+OUTPUTS = ("image_embeds", "text_embeds")
+"""Outputs of a dual encoder that training and evaluation need, `(B, D)` each of unit length."""
 LARGEST_LOG_SCALE = math.log(100)
 TEMPERATURE_RANGE = (0.01, 1.0)
 
@@ -63,7 +69,8 @@ def check_dual_encoder(model: nn.Module) -> None:
         model: Model, wrapped or not.
 
     Raises:
-        ValueError: If `get_image_features` or `get_text_features` is missing; the message names which.
+        ValueError: If `get_image_features` or `get_text_features` is missing, or if the model declares outputs without
+            embeddings; the message names which.
     """
     bare = bare_model(model)
     missing = [name for name in ("get_image_features", "get_text_features") if not callable(getattr(bare, name, None))]
@@ -73,6 +80,69 @@ def check_dual_encoder(model: nn.Module) -> None:
             "be embedded separately; use a dual encoder, such as a CLIP, SigLIP, SigLIP 2, ALIGN, Chinese-CLIP or "
             "VisionTextDualEncoder model, or give your class these methods"
         )
+    declared = _list_output_fields(bare)
+    if declared and not any(fields.issuperset(OUTPUTS) for fields in declared.values()):
+        raise ValueError(
+            f"model of class {type(bare).__name__} returns {' or '.join(declared)}, without {', '.join(OUTPUTS)}; use "
+            "a dual encoder, such as a CLIP model, or derive a class whose forward returns these (see transformers' "
+            "CLIPOutput)"
+        )
+
+
+def _list_output_fields(bare: nn.Module) -> dict[str, set[str]]:
+    """Return the fields of each kind of output that a model's forward pass declares, by the name of the kind."""
+    annotation = inspect.signature(bare.forward).return_annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return {
+        kind.__name__: {field.name for field in dataclasses.fields(kind)}
+        for kind in kinds
+        if issubclass(kind, ModelOutput) and dataclasses.is_dataclass(kind)
+    }
+
+
+def check_outputs(outputs: Any) -> None:
+    """Check that a forward pass returned embeddings by their names.
+
+    Args:
+        outputs: Outputs of the forward pass.
+
+    Raises:
+        ValueError: They are a tuple, or one is missing.
+    """
+    if not isinstance(outputs, Mapping):
+        raise ValueError(
+            f"the model returns a {type(outputs).__name__}; it must name its outputs: set config.return_dict to True, "
+            f"or return a dict with {', '.join(OUTPUTS)}"
+        )
+    if missing := [name for name in OUTPUTS if outputs.get(name) is None]:
+        raise ValueError(
+            f"the outputs of the model lack {', '.join(missing)} (it returns {', '.join(outputs)}); its forward must "
+            "return them, as that of CLIP does"
+        )
+
+
+def check_tokens(model: nn.Module, tokenizer: Any) -> None:
+    """Check that a text tower has an embedding for each token of a tokenizer.
+
+    Args:
+        model: Dual encoder, wrapped or not.
+        tokenizer: Tokenizer; one without a vocabulary is not checked.
+
+    Raises:
+        ValueError: It has fewer.
+    """
+    for network in list_networks(model):
+        tower = next((part for name in TOWERS["text"] if (part := getattr(network, name, None)) is not None), None)
+        try:
+            size = cast(Any, tower).get_input_embeddings().weight.shape[0]
+            largest = max(tokenizer.get_vocab().values())
+        except (AttributeError, NotImplementedError, TypeError, ValueError):
+            continue  # a tower or a tokenizer of an unknown kind
+        if largest >= size > 1:
+            raise ValueError(
+                f"the tokenizer has tokens up to number {largest}, but the text tower has embeddings for {size} only; "
+                "use the model's own tokenizer, or add embeddings with resize_token_embeddings of the text tower"
+            )
 
 
 def freeze_tower(model: nn.Module, tower: str) -> int:

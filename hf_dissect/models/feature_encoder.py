@@ -109,7 +109,7 @@ def find_feature_size(model_or_config: Any, tower: str) -> int | None:
     config = model_or_config
     if isinstance(model_or_config, nn.Module):
         config = getattr(bare_model(model_or_config), "config", None)
-    part = getattr(config, f"{tower}_config", None)
+    part: Any = getattr(config, f"{tower}_config", None)
     # By the name of the type, because a module that is reloaded has another class.
     is_stored = getattr(part, "model_type", None) == PrecomputedFeaturesConfig.model_type
     return part.hidden_size if is_stored else None

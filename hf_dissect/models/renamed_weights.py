@@ -1,6 +1,7 @@
 """Restoring weights from a checkpoint whose tensors transformers has renamed on saving."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,23 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_dissect.models.adapters import restore_adapter
 from hf_dissect.models.families import bare_model
 
 logger = logging.getLogger(__name__)
+
+
+def restore_weights(model: nn.Module, folder: str | Path, load: Callable[[], None]) -> None:
+    """Load the weights of a checkpoint, with an adapter and under whatever names they were saved.
+
+    Args:
+        model: Model, wrapped or not.
+        folder: Folder of the checkpoint.
+        load: Function of the Trainer that loads the weights.
+    """
+    if not restore_adapter(model, folder):
+        load()
+        restore_renamed_weights(model, folder)
 
 
 def restore_renamed_weights(model: nn.Module, folder: str | Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
@@ -20,6 +19,7 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from hf_dissect.mola.config import MolaConfig
+from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
 from hf_dissect.mola.hooks import attach_hooks, hook_input_layers
 from hf_dissect.mola.layer import MolaLayer, wrap_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
@@ -29,6 +29,7 @@ from hf_dissect.mola.saved_state import describe_misfit, select_base_state
 from hf_dissect.mola.target_modules import TARGET_MODULES
 from hf_dissect.mola.towers import (
     choose_router_sources,
+    find_device_and_dtype,
     find_input_layer,
     find_towers,
     get_num_channels,
@@ -112,7 +113,8 @@ class MolaModel(BaseTuner):
         if router is not None:
             # Only this router: adding an adapter must not change which of the others train.
             router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
-        routing._move_adapter_to_device_of_base_layer(adapter_name, *_find_device_and_dtype(model))
+        routing._move_adapter_to_device_of_base_layer(adapter_name, *find_device_and_dtype(model))
+        keep_frozen_statistics(model)
 
     def _build_router(self, config: MolaConfig, model: nn.Module) -> Router | None:
         if config.variant == "grad":
@@ -293,6 +295,7 @@ class MolaModel(BaseTuner):
             self._check_tasks_to_merge(adapter_names)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.routing.detach()
+        release_statistics(model)
         del model.mola
         return model
 
@@ -335,16 +338,3 @@ class MolaModel(BaseTuner):
                 describe_misfit(config, "has weights for layers that this base does not have:", unexpected)
             )
         return remapped
-
-
-def _find_device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    adapter_parameters = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-        for name, parameter in module.named_parameters()
-        if not name.startswith("base_layer")
-    }
-    base = (parameter for parameter in model.parameters() if id(parameter) not in adapter_parameters)
-    parameter = next((parameter for parameter in base if parameter.is_floating_point()), None)
-    return (None, None) if parameter is None else (parameter.device, parameter.dtype)

@@ -109,3 +109,17 @@ def get_num_channels(module: nn.Module) -> int:
     """Return the number of channels of the images that a tower takes; 3 if its configuration does not say."""
     config = getattr(module, "config", None)
     return getattr(getattr(config, "vision_config", config), "num_channels", 3)
+
+
+def find_device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Return device and type of the weights of a base model, adapters aside; None twice without any."""
+    adapter_parameters = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for name, parameter in module.named_parameters()
+        if not name.startswith("base_layer")
+    }
+    base = (parameter for parameter in model.parameters() if id(parameter) not in adapter_parameters)
+    parameter = next((parameter for parameter in base if parameter.is_floating_point()), None)
+    return (None, None) if parameter is None else (parameter.device, parameter.dtype)

@@ -1,5 +1,6 @@
 """Checks of a recipe's data, adapter and evaluation against the settings they must agree with."""
 
+import codecs
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,12 +43,50 @@ def data_conflicts(data: DataSection, training: Mapping[str, Any]) -> Iterator[F
             ("data.streaming", "data.path"),
             f"false, but the shards of {show(data.path)} lie elsewhere; set it to true, or copy them here first",
         )
+    if data.skip_bad_shards and data.source != "webdataset":
+        yield (
+            ("data.skip_bad_shards", "data.source"),
+            f"true is only for data.source webdataset, not {data.source}; set it to false",
+        )
     for name in ("image_features", "text_features"):
         if data.streaming and getattr(data, name):
             yield (
                 (f"data.{name}", "data.streaming"),
                 f"{show(getattr(data, name))} needs rows in a fixed order; set data.streaming to false",
             )
+
+
+def reading_conflicts(data: DataSection) -> Iterator[Fault]:
+    """Yield the faults of how files are read, and of settings that the source does not read."""
+    local = ("folder", "imagefolder")
+    for name, sources in (("separator", local), ("encoding", local), ("image_root", (*local, "hub"))):
+        value = getattr(data, name)
+        if value is not None and data.source not in sources:
+            yield (
+                (f"data.{name}", "data.source"),
+                f"{show(value)} is only for data.source {', '.join(sources)}, not {data.source}; leave it out",
+            )
+    if data.image_root is not None and data.source == "hub" and data.streaming:
+        yield (
+            ("data.image_root", "data.streaming"),
+            f"{show(data.image_root)} needs the rows at hand; set data.streaming to false, or leave it out",
+        )
+    if data.separator is not None and not _is_separator(data.separator):
+        yield (
+            ("data.separator",),
+            f"{show(data.separator)} is not allowed; allowed: one character, such as ';', or tab",
+        )
+    if data.encoding is not None and not _is_encoding(data.encoding):
+        yield (
+            ("data.encoding",),
+            f"{show(data.encoding)} is not allowed; allowed: utf-8, cp1252, latin-1, utf-16 or another text encoding "
+            "that Python knows",
+        )
+    if "{}" not in data.class_template and "{class}" not in data.class_template:
+        yield (
+            ("data.class_template",),
+            f"{show(data.class_template)} is not allowed; allowed: text with {{}} or {{class}} for the class",
+        )
 
 
 def noise_conflicts(data: DataSection) -> Iterator[Fault]:
@@ -116,6 +155,18 @@ def zero_shot_conflicts(zero_shot: ZeroShotSection | None, data: DataSection) ->
             (f"{where}.path", f"{where}.source", "data.source"),
             f"missing; only data.source scenes brings labelled images of its own, not {data.source}",
         )
+
+
+def _is_separator(separator: str) -> bool:
+    return separator in ("tab", "\\t") or (len(separator) == 1 and separator not in '"\r\n\0')
+
+
+def _is_encoding(encoding: str) -> bool:
+    try:
+        "".encode(encoding)
+        return bool(codecs.lookup(encoding))
+    except (LookupError, ValueError):
+        return False
 
 
 def _is_template(template: str) -> bool:

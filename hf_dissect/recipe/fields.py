@@ -45,11 +45,16 @@ class RecipeError(ValueError):
 
 
 class Faults:
-    """The faults found so far, and the keys they concern."""
+    """The faults found so far, and the keys they concern.
 
-    def __init__(self) -> None:
+    Args:
+        places: Dotted keys of the recipe by their last part, to suggest one where a key has another section or none.
+    """
+
+    def __init__(self, places: Mapping[str, Sequence[str]] | None = None) -> None:
         self.messages: list[str] = []
         self._keys: list[str] = []
+        self._places = places or {}
 
     def add(self, key: str, problem: str) -> None:
         """Note that the setting `key` has a `problem`."""
@@ -60,9 +65,11 @@ class Faults:
         """Note a key that does not exist, and no longer check the one that it may have been meant for."""
         section, _, name = key.rpartition(".")
         known = list(known)
+        places = [place for place in self._places.get(name, ()) if place != key]
         near = find_nearest(name, known)
+        meant = suggest(name, known) or (f"; did you mean {' or '.join(map(repr, places))}?" if places else "")
         allowed = allowed or ", ".join(known)
-        self.add(key, f"unknown key (value {show(value)}); allowed: {allowed}{suggest(name, known)}")
+        self.add(key, f"unknown key (value {show(value)}); allowed: {allowed}{meant}")
         self._keys += [f"{section}.{near}".lstrip(".")] if near else []
 
     def add_misplaced(self, key: str, value: Any, place: str) -> None:

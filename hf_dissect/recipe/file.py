@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,6 +14,7 @@ from hf_dissect.recipe.fields import (
     read_section,
     read_training,
 )
+from hf_dissect.recipe.places import list_places
 from hf_dissect.recipe.rules import Fault, run_conflicts
 from hf_dissect.recipe.yaml import format_yaml, parse_yaml
 from hf_dissect.settings import describe_problem, find_nearest, list_settings, show
@@ -55,11 +57,11 @@ class RecipeFile:
 
     @classmethod
     def _build(cls, settings: dict[str, Any], source: str, overrides: Sequence[str]) -> Self:
-        faults = Faults()
+        faults = Faults(list_places(cls.sections()))
         apply_overrides(settings, overrides, faults)
         find_unusable_numbers(settings, "", faults)
         fields = {field.name: field.type for field in cls._fields()}
-        sources, sections, readers = cls.argument_sources(), cls._sections(), cls._readers()
+        sources, sections, readers = cls.argument_sources(), cls.sections(), cls._readers()
         values: dict[str, Any] = {"name": ""}
         for key, value in settings.items():
             if key in cls.MEANT_FOR_OTHERS:
@@ -89,13 +91,14 @@ class RecipeFile:
         """Return the dotted key that sets a trainer argument, by the argument."""
         return {
             declaration.argument: f"{key}.{name}"
-            for key, section in cls._sections().items()
+            for key, section in cls.sections().items()
             for name, (_, declaration) in list_settings(section).items()
             if declaration.argument
         }
 
     @classmethod
-    def _sections(cls) -> dict[str, type]:
+    def sections(cls) -> dict[str, type]:
+        """Return the dataclass of each section that is one, by its key."""
         return {
             field.name: field.type
             for field in cls._fields()
@@ -225,7 +228,7 @@ def _apply_override(settings: dict[str, Any], override: str, faults: Faults) -> 
     key = key.strip()
     *sections, name = key.split(".")
     if not equals or not name or not all(sections):
-        faults.add(key or "override", f"{show(override)} is not an override; allowed: section.key=value")
+        faults.add(*explain_no_override(override))
         return
     try:
         value = parse_yaml(text)
@@ -242,6 +245,18 @@ def _apply_override(settings: dict[str, Any], override: str, faults: Faults) -> 
             faults.add(key, f"{above} is {show(place)}, not a mapping; give it as a whole: {above}=...")
             return
     place[name] = value
+
+
+def explain_no_override(word: str) -> tuple[str, str]:
+    """Return the key to blame for a word that is not `section.key=value`, and what is wrong with it."""
+    if word.endswith((".yaml", ".yml")):
+        return word, f"{show(word)} is a second recipe; a command takes one, so run it once for each"
+    if match := re.fullmatch(r"-*([A-Za-z_][\w.]*):\s*(.*)", word):
+        key, value = match.groups()
+        return key, f"{show(word)} is not an override; write {key}={value or 'VALUE'}, with = in place of :"
+    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", word):
+        return word, f"{show(word)} is not an override; allowed: section.key=value, such as {word}=VALUE"
+    return word or "override", f"{show(word)} is not an override; allowed: section.key=value"
 
 
 def load_settings(path_or_shipped_name: str | Path) -> tuple[dict[str, Any], str]:

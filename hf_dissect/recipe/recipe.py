@@ -11,6 +11,7 @@ from hf_dissect.recipe.data_rules import (
     data_conflicts,
     evaluation_conflicts,
     noise_conflicts,
+    reading_conflicts,
     zero_shot_conflicts,
 )
 from hf_dissect.recipe.fields import Faults, RecipeError
@@ -90,6 +91,7 @@ class Recipe(RecipeFile):
         yield from model_conflicts(model, data, self.evaluation)
         yield from adapter_conflicts(self.adapter, data)
         yield from data_conflicts(data, training)
+        yield from reading_conflicts(data)
         yield from noise_conflicts(data)
         yield from selection_conflicts(selection, training)
         yield from option_conflicts(selection)

@@ -19,8 +19,32 @@ def run_conflicts(name: str, description: str, training: Mapping[str, Any]) -> I
         yield ("description",), f"{show(description)} is not allowed; allowed: one line"
     if training.get("bf16") and training.get("fp16"):
         yield ("training.fp16", "training.bf16"), "true is not allowed together with training.bf16; set one to false"
+    yield from _best_model_conflicts(training)
     if training.get("max_steps") == 0:
         yield ("training.max_steps",), "0 is not allowed; allowed: at least 1, or -1 for training.num_train_epochs"
+
+
+def _best_model_conflicts(training: Mapping[str, Any]) -> Iterator[Fault]:
+    evaluates, saves = (
+        training.get(f"{name}_strategy", default) for name, default in (("eval", "no"), ("save", "steps"))
+    )
+    keys = ("training.load_best_model_at_end", "training.eval_strategy", "training.save_strategy")
+    if training.get("load_best_model_at_end"):
+        if evaluates == "no":
+            yield keys, "true needs evaluations to choose by; set training.eval_strategy to 'epoch' or 'steps'"
+        elif saves not in (evaluates, "best"):
+            yield (
+                keys,
+                f"true needs a checkpoint for each evaluation; set training.save_strategy ({show(saves)}) to "
+                f"{show(evaluates)}, as training.eval_strategy, or to 'best'",
+            )
+    if saves == "best" and evaluates == "no":
+        yield keys[:0:-1], "'best' needs evaluations to choose by; set training.eval_strategy to 'epoch' or 'steps'"
+    if saves == "best" and not training.get("metric_for_best_model"):
+        yield (
+            ("training.metric_for_best_model", "training.save_strategy"),
+            "missing; training.save_strategy 'best' needs one, such as recall_sum or loss",
+        )
 
 
 def model_source_conflicts(

@@ -81,6 +81,12 @@ class ModelSection:
         "Hub id or folder that the second network of objective.gsc.dual starts from; null: with config, one more of "
         "random weights.",
     )
+    check_reload: bool = setting(
+        True,
+        "Before training, save the model to a temporary folder, load it, and warn if it gives other embeddings; "
+        "models of more than a billion weights are not checked.",
+        argument="check_reload",
+    )
 
 
 @dataclasses.dataclass
@@ -102,12 +108,18 @@ class DataSection:
     validation_split: str | None = setting("validation", "Split evaluated during training; null: none.")
     test_split: str | None = setting("test", "Split of the final figures; null: none.")
     streaming: bool = setting(False, "Read while training instead of before it; needs training.max_steps.")
+    skip_bad_shards: bool = setting(
+        False,
+        "Of a shard that is damaged, cut off or unreachable, train on the pairs before this place and count it, "
+        "instead of an error.",
+    )
     image_column: str | None = setting(
         None, "Column of the images; null: recognised by its name, such as image.", argument="image_column"
     )
     caption_column: str | None = setting(
         None,
-        "Column of the caption or the list of captions; null: recognised by its name, such as caption.",
+        "Column of the caption or the list of captions; null: recognised by its name, such as caption. Of shards, a "
+        "member such as txt, or a field of the JSON.",
         argument="caption_column",
     )
     id_column: str | None = setting(
@@ -116,6 +128,18 @@ class DataSection:
     task_column: str | None = setting(None, "Column of the task or domain; null: none.", argument="task_column")
     clean_column: str | None = setting(
         None, "Column that is true where the caption belongs to the image; null: clean.", argument="clean_column"
+    )
+    separator: str | None = setting(
+        None, "Character between the fields of .csv and .tsv files (tab for a tab); null: the one in the header."
+    )
+    encoding: str | None = setting(
+        None, "Encoding of text files, such as cp1252 or utf-16; null: UTF-8, or what their byte order mark says."
+    )
+    image_root: str | None = setting(
+        None, "Folder to which the paths of pictures in a table are relative; null: the folder of the table."
+    )
+    class_template: str = setting(
+        "a photo of a {}", "Caption of a picture in a class folder; {} or {class} stands for the name of the folder."
     )
     image_features: str | None = setting(
         None, ".npz with one (rows, dim) array a split, read by the vision tower instead of the images."
@@ -262,6 +286,12 @@ class EvaluationSection:
 
     retrieval: bool = setting(True, "Recall at 1, 5 and 10 in both directions.")
     noise_detection: bool = setting(True, "Separation of mismatched pairs by the scores, where the truth is known.")
+    max_train_pairs: int | None = setting(
+        10_000,
+        "Training pairs, chosen at random, that are scored for noise_detection when training has ended; null: all.",
+        within="[2, inf)",
+        argument="max_train_pairs",
+    )
     zero_shot: ZeroShotSection | None = setting(None, "Zero-shot classification; null: none.")
     batch_size: int | None = setting(
         None, "Pairs a device at evaluation; null: training.per_device_eval_batch_size.", within="[1, inf)"

@@ -89,6 +89,10 @@ def parse_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = ", ".join(part for part in (error.context, error.problem) if part)
+        if "'\\t'" in problem:
+            problem += "; YAML is indented by spaces, never by tabs"
+        elif "expected a single document" in problem:
+            problem += "; a file holds one recipe, without a line ---"
         raise ValueError(f"{place}{problem}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error

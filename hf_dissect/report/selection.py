@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,8 @@ def write_report(
         loss=_draw_panels(groups, _LOSS, uids),
         retrieval=_draw_panels(groups, _RETRIEVAL, uids),
         noise=_draw_panels(groups, _NOISE, uids, reference=_NOISE_REFERENCE),
+        whole_run_noise=_describe_noise(runs),
+        samples=_list_samples(runs),
         has_final=any(as_mapping(run.metrics.get("final")) for run in runs),
         sheets=[_draw_sheet(run, uids) for run in runs],
         open_sheet=next((i for i, run in enumerate(runs) if run.worst_dropped), 0),
@@ -213,7 +215,6 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
     metrics = [run.metrics for run in runs]
     selection = [as_mapping(values.get("selection")) for values in metrics]
     times = [to_finite(as_mapping(values.get("times")).get("total_s")) for values in metrics]
-    candidates = [series(run.log_history or [], _NOISE_REFERENCE)[1] for run in runs]
     return [
         (
             "Strategy",
@@ -226,13 +227,43 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         ("Mismatched among kept", show_range("noise_kept", [values.get("noise_kept") for values in selection])),
         (
             "Mismatched among candidates",
-            show_range("noise_candidates", [sum(values) / len(values) for values in candidates if values]),
+            show_range("noise_candidates", [_find_candidate_noise(run) for run in runs]),
         ),
         (
             "Wall-clock, all runs" if len(runs) > 1 else "Wall-clock",
             show_range("total_s", [sum(time for time in times if time is not None)] if any(times) else []),
         ),
     ]
+
+
+def _find_candidate_noise(run: RunSummary) -> float | None:
+    """Return the share of mismatched pairs among the candidates of a run, from its figures or else from its logs."""
+    figure = to_finite(as_mapping(run.metrics.get("selection")).get("noise_candidates"))
+    logged = series(run.log_history or [], _NOISE_REFERENCE)[1]
+    return figure if figure is not None else sum(logged) / len(logged) if logged else None
+
+
+def _describe_noise(runs: Sequence[RunSummary]) -> str:
+    """Return the shares of mismatched pairs over the whole of each run, as far as they are known."""
+    parts = []
+    for run in runs:
+        kept = to_finite(as_mapping(run.metrics.get("selection")).get("noise_kept"))
+        if kept is not None:
+            shown = format_number(kept, "noise_kept"), format_number(_find_candidate_noise(run), "noise_candidates")
+            parts.append(f"{run.name}: {shown[0]} of the kept, {shown[1]} of the candidates")
+    return "; ".join(parts)
+
+
+def _list_samples(runs: Sequence[RunSummary]) -> list[str]:
+    """Return a note for each run whose training pairs were scored in part."""
+    counts = [(run.name, run.metrics.get("scored_train_pairs"), run.metrics.get("num_pairs")) for run in runs]
+    known = [(name, count, f" of {total:,}" if total else "") for name, count, total in counts if count is not None]
+    return [f"{name}: {count:,}{of_all}" for name, count, of_all in known]
+
+
+def _describe_problem(entry: Mapping[str, Any]) -> str:
+    path = "" if entry.get("path") is None else f": {entry['path']}"
+    return f"{entry.get('id')}: {entry.get('problem')}{path}"
 
 
 def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
@@ -244,4 +275,6 @@ def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
         "reasons": as_mapping(bad.get("reasons")),
         "ids": ids[:MAX_BAD_IDS],
         "more_ids": len(ids) > MAX_BAD_IDS,
+        "shards": as_mapping(as_mapping(run.metrics.get("skipped_shards")).get("shards")),
+        "problems": [_describe_problem(entry) for entry in bad.get("problems") or [] if isinstance(entry, Mapping)],
     }

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from hf_dissect.evaluation import format_results_table, summarise_seeds
 from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.report.selection import RunSummary, write_report
+from hf_dissect.runs.before_training import check_surroundings
 from hf_dissect.runs.output_folder import replace_output_dir
 from hf_dissect.runs.run import load_data, run_recipe
 from hf_dissect.training.run_folder import write_json
@@ -58,6 +59,7 @@ def compare(
     seeds: Sequence[int] | None = None,
     *,
     resume: bool = False,
+    overwrite: bool | None = None,
     announce: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Run each strategy with each seed, on the same data, for the same number of optimiser steps.
@@ -71,6 +73,8 @@ def compare(
         seeds: Seeds of initial weights, order of the data and random choices; None for those of the recipe's
             `compare` section. The data and their noise stay the same.
         resume: True to keep the runs that finished with the same settings instead of running them again.
+        overwrite: True to remove what earlier runs left in the folders of these runs; False to refuse to run, with
+            `resume`, where a finished run has other settings; None to write over it.
         announce: Function that is called with a line of text before each run.
 
     Returns:
@@ -78,6 +82,7 @@ def compare(
 
     Raises:
         RecipeError: A strategy or seed does not fit the recipe; nothing has run then.
+        ValueError: A finished run has other settings, or see `run_recipe`.
     """
     # Settings of the recipe are checked and saved with the comparison.
     given = {"strategies": strategies, "seeds": seeds}
@@ -87,6 +92,9 @@ def compare(
     strategies, seeds, folder = recipe.compare.strategies, recipe.compare.seeds, Path(recipe.output_dir)
     # The seeds are the outer loop, so that a machine that becomes slower does so for all strategies.
     planned = [(spec, seed, _vary(recipe, spec, seed, folder)) for seed in seeds for spec in strategies]
+    if resume and overwrite is False:
+        _check_same_settings([variation for _, _, variation in planned])
+    check_surroundings(recipe)
     splits = load_data(recipe)
     summaries: list[RunSummary] = []
     comparison: dict[str, Any] = {}
@@ -96,7 +104,7 @@ def compare(
             announce(f"[{number}/{len(planned)}] {name}: finished before")
         else:
             announce(f"[{number}/{len(planned)}] {name}")
-            run_recipe(variation, splits, name=name)
+            run_recipe(variation, splits, name=name, overwrite=bool(overwrite))
         processes = PartialState()
         processes.wait_for_everyone()  # all processes read a file that the first one writes
         summaries.append(RunSummary.load(Path(variation.output_dir) / "report_data.json"))
@@ -126,6 +134,17 @@ def _is_finished(variation: Recipe) -> bool:
     saved, wanted = Recipe.load(folder / "recipe.yaml").to_dict(), variation.to_dict()
     # The section `compare` lists the other runs and does not change this one.
     return saved | {"compare": None} == wanted | {"compare": None}
+
+
+def _check_same_settings(variations: Sequence[Recipe]) -> None:
+    """Raise a ValueError if a run has finished with other settings than it would have now."""
+    for variation in variations:
+        folder = Path(variation.output_dir)
+        if (folder / "report_data.json").is_file() and not _is_finished(variation):
+            raise ValueError(
+                f"{folder} holds a finished run with other settings, which would be lost; give the settings of that "
+                "run, name another folder with --output-dir, or add --overwrite."
+            )
 
 
 def _summarise(recipe: Recipe, summaries: list[RunSummary], done: list[tuple[str, int]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.trainer_utils import IntervalStrategy
 
 import hf_dissect.distillation.encoders  # noqa: F401  (registers the small encoders by their model_type)
 from hf_dissect.data.loading import load_splits
@@ -28,6 +29,14 @@ from hf_dissect.distillation.trainer import DistillationTrainer
 from hf_dissect.distillation.training_args import DistillationTrainingArguments
 from hf_dissect.distillation.training_data import Columns, check_lengths, list_columns
 from hf_dissect.models.tokenizer_training import train_tokenizer
+from hf_dissect.runs.before_training import (
+    check_disk_space,
+    check_optimizer,
+    check_splits,
+    check_surroundings,
+    name_training_keys,
+)
+from hf_dissect.runs.output_folder import check_run_folder, remove_results
 from hf_dissect.runs.training import show_progress, train_to_end
 from hf_dissect.training.checkpoints import find_checkpoint
 
@@ -35,24 +44,34 @@ VOCABULARY = 4096
 """Size of the vocabulary of a tokenizer trained here, unless the configuration says another."""
 
 
-def run_distillation(recipe: DistillationRecipe, *, resume: bool = False) -> dict[str, Any]:
+def run_distillation(recipe: DistillationRecipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train and evaluate as a recipe says, and leave a complete run folder.
 
     Args:
         recipe: Recipe of the run; its `output_dir` is the run folder.
         resume: True to continue from the last complete checkpoint in the run folder.
+        overwrite: True to remove what an earlier run left in the run folder, when training begins.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
-        ValueError: There is no checkpoint to resume from, or settings and data do not fit.
+        HubUnreachable: The Hub is needed, and does not answer.
+        ValueError: There is no checkpoint to resume from, the folder holds a model of another program, or settings and
+            data do not fit.
     """
     checkpoint = find_checkpoint(recipe.output_dir) if resume else None
+    check_surroundings(recipe)
+    if checkpoint is None:
+        check_run_folder(recipe, overwrite=overwrite)
     splits = load_columns(recipe.data)
     trainer = build_trainer(recipe, splits)
-    train_to_end(trainer, checkpoint)
-    return trainer.finish(splits.get("test"))
+    check_disk_space(trainer.model, trainer.args)
+    if overwrite and checkpoint is None:
+        remove_results(Path(recipe.output_dir))
+    with trainer.stop_request.listen():  # also between the last step and the final figures
+        train_to_end(trainer, checkpoint)
+        return trainer.finish(splits.get("test"))
 
 
 def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> DistillationTrainer:
@@ -65,7 +84,9 @@ def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> 
     Raises:
         ValueError: Settings and data do not fit.
     """
-    arguments = DistillationTrainingArguments(**recipe.training_arguments(), save_run_folder=False)
+    with name_training_keys(recipe.training):
+        arguments = DistillationTrainingArguments(**recipe.training_arguments(), save_run_folder=False)
+    check_splits(splits, {}, IntervalStrategy(arguments.eval_strategy).value)
     student, *auxiliaries = recipe.modalities()
     wanted = [student, *(auxiliaries if arguments.weights.needs_teacher else ())]
     encoders, processors = {}, {}
@@ -75,15 +96,17 @@ def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> 
         encoders[column], processor = load_encoder(recipe.modalities()[column], column, splits["train"][column])
         if processor is not None:
             processors[column] = processor
-    trainer = DistillationTrainer(
-        encoders.pop(student),
-        arguments,
-        encoders,
-        splits["train"],
-        splits.get("validation"),
-        processors=processors,
-        recipe=recipe,
-    )
+    with name_training_keys(recipe.training):
+        trainer = DistillationTrainer(
+            encoders.pop(student),
+            arguments,
+            encoders,
+            splits["train"],
+            splits.get("validation"),
+            processors=processors,
+            recipe=recipe,
+        )
+    check_optimizer(arguments, trainer.model)
     show_progress(trainer)
     return trainer
 
@@ -93,7 +116,8 @@ def load_columns(section: DistillationDataSection) -> dict[str, Columns]:
     if section.source == "npz":
         splits: dict[str, Columns] = {"train": read_arrays(cast(str, section.path))}  # a checked recipe has a path
     else:
-        names = ("source", "path", "name", "train_split", "validation_split", "test_split")
+        names = ["source", "path", "name", "train_split", "validation_split", "test_split"]
+        names += ["separator", "encoding", "image_root"]
         given = {name: getattr(section, name) for name in names}
         if section.group_column is not None:
             given |= {"validation_split": None, "test_split": None}

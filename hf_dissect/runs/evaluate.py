@@ -10,7 +10,7 @@ import datasets
 
 from hf_dissect.data import as_pairs
 from hf_dissect.data.arrow_columns import is_list, list_lengths, read_chunked_column
-from hf_dissect.data.pair_columns import CAPTION_COLUMNS
+from hf_dissect.data.pair_columns import find_usual_caption_column
 from hf_dissect.data.stored_features import FEATURES_COLUMN
 from hf_dissect.data.tasks import number_tasks_as_saved, read_task_names
 from hf_dissect.distillation.saved_student import is_student
@@ -29,6 +29,7 @@ from hf_dissect.runs.saved_model import (
     load_split,
     trains_with_mask,
 )
+from hf_dissect.runs.zero_shot import check_class_names
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training_args import DissectTrainingArguments
@@ -220,7 +221,7 @@ def _list_columns(rows: Any) -> list[str]:
 def _has_captions(rows: Any, caption_column: str | None) -> bool:
     if caption_column is not None:
         return True
-    name = next((name for name in CAPTION_COLUMNS if name in _list_columns(rows)), None)
+    name = find_usual_caption_column(_list_columns(rows))
     if name is None or not isinstance(rows, datasets.Dataset):
         return name is not None
     captions = read_chunked_column(rows, name)
@@ -267,5 +268,6 @@ def _prepare_images(
                 "it with --max-rows, or name files of this machine with --data."
             )
         rows = datasets.Dataset.from_list(list(rows), features=rows.features)
+    check_class_names(rows, list(names), find_label_column(rows.column_names, label_column))
     LabelledImages(rows, names, _find_image_column(section), label_column, section.task_column)
     return rows

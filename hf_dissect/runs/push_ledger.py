@@ -55,7 +55,7 @@ def push_ledger(
         HubError: The folder has no ledger, like that of a distillation, or see `Repository.open` and `upload`.
     """
     folder = Path(run)
-    if is_student(folder):
+    if folder.exists() and is_student(folder):
         raise HubError(
             f"{folder} is the run of a distillation, which chooses no pairs and keeps no scores of them; publish its "
             f"student with: hf-dissect push {folder} {repo_id}"

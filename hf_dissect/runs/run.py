@@ -2,23 +2,42 @@
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import transformers
+from transformers.trainer_utils import IntervalStrategy
 
-from hf_dissect.data import PairDataset, as_pairs, load_splits, make_scene_classes
+from hf_dissect.data import PairDataset, as_pairs, load_splits
 from hf_dissect.data.stored_features import find_feature_sizes
-from hf_dissect.evaluation import evaluate_zero_shot
+from hf_dissect.evaluation import retrieval_metrics
+from hf_dissect.evaluation.passes import show_pass
 from hf_dissect.models.adapters import add_adapter
 from hf_dissect.models.loading import freeze_tower, list_networks, load_model_and_processor
 from hf_dissect.models.twin_encoder import TwinDualEncoder
-from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe, ZeroShotSection
-from hf_dissect.runs.saved_model import load_split
+from hf_dissect.recipe.recipe import DataSection, ModelSection, Recipe
+from hf_dissect.runs.before_training import (
+    check_best_metric,
+    check_disk_space,
+    check_optimizer,
+    check_splits,
+    check_surroundings,
+    name_training_keys,
+)
+from hf_dissect.runs.output_folder import check_run_folder, remove_results
 from hf_dissect.runs.training import show_progress, train_to_end
+from hf_dissect.runs.zero_shot import compute_zero_shot_figures, load_labelled_images
 from hf_dissect.trainer import DissectTrainer
 from hf_dissect.training.checkpoints import find_checkpoint
 from hf_dissect.training_args import DissectTrainingArguments
+from hf_dissect.training_data import wrap_pairs
+
+__all__ = ["build_trainer", "compute_zero_shot_figures", "load_data", "run_recipe"]
+
+logger = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 200_000
 """Largest number of captions of a stream from which a tokenizer is trained."""
@@ -30,39 +49,56 @@ def run_recipe(
     *,
     name: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train and evaluate as a recipe says, and leave a complete run folder.
+
+    All that the recipe names is checked before the first step.
 
     Args:
         recipe: Recipe of the run; its `output_dir` is the run folder.
         splits: Splits by name, as from `load_data`; None to load them.
         name: Name of the run in its report; None for that of the strategy.
         resume: True to continue from the last complete checkpoint in the run folder.
+        overwrite: True to remove what an earlier run left in the run folder, when training begins.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
-        ValueError: There is no checkpoint to resume from, or settings and data do not fit, see `build_trainer`.
+        HubUnreachable: The Hub is needed, and does not answer.
+        ValueError: There is no checkpoint to resume from, the folder holds a model of another program, or settings and
+            data do not fit, see `build_trainer`.
     """
     checkpoint = find_checkpoint(recipe.output_dir) if resume else None
+    check_surroundings(recipe)
+    if checkpoint is None:
+        check_run_folder(recipe, overwrite=overwrite)
+    section = recipe.evaluation.zero_shot
+    images = None if section is None else load_labelled_images(section, recipe)
     splits = load_data(recipe) if splits is None else splits
     trainer = build_trainer(recipe, splits)
     processor = trainer.processing_class
-    train_to_end(trainer, checkpoint)
+    wrap_pairs("test_dataset", splits.get("test"), trainer.args, trainer.data_collator)
+    check_disk_space(trainer.model, trainer.args)
+    if overwrite and checkpoint is None:
+        remove_results(Path(recipe.output_dir))
 
     def evaluate_classes() -> dict[str, float]:
-        section = recipe.evaluation.zero_shot
         with trainer.times.measure("evaluation"):
-            return {} if section is None else compute_zero_shot_figures(trainer.model, processor, section, recipe)
+            return (
+                {} if section is None else compute_zero_shot_figures(trainer.model, processor, section, recipe, images)
+            )
 
-    return trainer.finish(
-        splits.get("test"),
-        name=name,
-        more_figures=evaluate_classes,
-        retrieval=recipe.evaluation.retrieval,
-        noise_detection=recipe.evaluation.noise_detection,
-    )
+    with trainer.stop_request.listen():  # also between the last step and the final figures
+        train_to_end(trainer, checkpoint)
+        return trainer.finish(
+            splits.get("test"),
+            name=name,
+            more_figures=None if section is None else evaluate_classes,
+            retrieval=recipe.evaluation.retrieval,
+            noise_detection=recipe.evaluation.noise_detection,
+        )
 
 
 def load_data(recipe: Recipe) -> dict[str, Any]:
@@ -80,21 +116,30 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     Raises:
         ValueError: Settings and data do not fit, see `DissectTrainer`, `load_splits` and `load_model_and_processor`.
     """
-    arguments = DissectTrainingArguments(**recipe.training_arguments(), save_run_folder=False)
+    with name_training_keys(recipe.training):
+        arguments = DissectTrainingArguments(**recipe.training_arguments(), save_run_folder=False)
+    check_best_metric(arguments, retrieval_metrics(np.eye(2), np.eye(2)))
     splits = load_data(recipe) if splits is None else splits
+    check_splits(splits, _list_named_splits(recipe.data), IntervalStrategy(arguments.eval_strategy).value)
+    if recipe.evaluation.retrieval and not {"validation", "test"} & {*splits}:
+        logger.warning(
+            "evaluation.retrieval: the data have a train split only, so there will be no retrieval figures."
+        )
     pairs = {split: as_pairs(rows, **arguments.column_names()) for split, rows in splits.items()}
     # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
     transformers.set_seed(arguments.seed)
     model, processor = _load_model_and_processor(recipe, pairs["train"])
+    check_optimizer(arguments, model)
     try:
-        trainer = DissectTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=pairs["train"],
-            eval_dataset=pairs.get("validation"),
-            processing_class=processor,
-            recipe=recipe,
-        )
+        with name_training_keys(recipe.training):
+            trainer = DissectTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=pairs["train"],
+                eval_dataset=pairs.get("validation"),
+                processing_class=processor,
+                recipe=recipe,
+            )
     except RuntimeError as error:
         if "to be installed" not in str(error):
             raise
@@ -103,31 +148,12 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     return trainer
 
 
-def compute_zero_shot_figures(
-    model: Any, processor: Any, section: ZeroShotSection, recipe: Recipe
-) -> dict[str, float]:
-    """Compute the zero-shot accuracies that a recipe asks for.
-
-    Args:
-        model: Dual encoder.
-        processor: Processor of the model.
-        section: Section of the recipe; without a path, the classes are those of the scenes.
-        recipe: Recipe, for the settings of the scenes.
-
-    Returns:
-        Figures of `evaluate_zero_shot` under the names `zero_shot_*`.
-    """
-    if section.path is None:
-        rows = make_scene_classes(
-            recipe.data.scenes_test, seed=recipe.data.scenes_seed, image_size=recipe.data.scenes_image_size
-        )
-    else:
-        source = cast(str, section.source)  # a checked recipe with a path has one
-        rows = load_split(DataSection(source=source, path=section.path), section.split)
-    figures = evaluate_zero_shot(
-        model, processor, rows, section.classes, section.templates, section.image_column, section.label_column
-    )
-    return {f"zero_shot_{key}": value for key, value in figures.items()}
+def _list_named_splits(data: DataSection) -> dict[str, str | None]:
+    """Return the names of the splits that a recipe sets itself, since data without the usual ones are sound."""
+    if data.source == "scenes":
+        return {}
+    named = {split: getattr(data, f"{split}_split") for split in ("validation", "test")}
+    return {split: name for split, name in named.items() if name != split}
 
 
 def _load_model_and_processor(recipe: Recipe, pairs: Any) -> tuple[Any, Any]:
@@ -143,7 +169,7 @@ def _load_model_and_processor(recipe: Recipe, pairs: Any) -> tuple[Any, Any]:
 
 def _load_section(section: ModelSection, pairs: Any) -> tuple[Any, Any]:
     arguments = dataclasses.asdict(section)
-    del arguments["second_name_or_path"]
+    del arguments["second_name_or_path"], arguments["check_reload"]
     sizes = find_feature_sizes(pairs) if section.vision is not None else None
     return load_model_and_processor(**arguments, captions=_read_captions(pairs), feature_sizes=sizes)
 
@@ -169,6 +195,10 @@ def _make_twins(first: Any, section: ModelSection, pairs: Any) -> Any:
 
 
 def _read_captions(pairs: Any) -> Iterable[str]:
+    return show_pass(_list_captions(pairs), "captions for the tokenizer", unit="caption")
+
+
+def _list_captions(pairs: Any) -> Iterable[str]:
     if isinstance(pairs, PairDataset):
         return pairs.captions()
     captions = (pair["caption"] for pair in pairs)

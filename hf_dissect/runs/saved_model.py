@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 
 from hf_dissect.data import load_splits
 from hf_dissect.data.files import FILE_NAME_COLUMN, METADATA_NAMES, TABLE_FORMATS
-from hf_dissect.data.shard_files import is_remote
+from hf_dissect.data.shards.files import is_remote, is_shard_name
 from hf_dissect.distillation.recipe import DistillationDataSection
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import RECIPE_FILE
 from hf_dissect.hub.pull import download_model, pull_recipe
+from hf_dissect.hub.reachability import HubNeed, check_reachable, is_on_hub
 from hf_dissect.recipe.file import read_settings
 from hf_dissect.recipe.recipe import DataSection, Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 
-_TARS = (".tar", ".tar.gz", ".tgz")
 _Section = TypeVar("_Section", DataSection, DistillationDataSection)
 _Rows = TypeVar("_Rows")
 
@@ -29,8 +29,11 @@ def fetch_model(checkpoint: str) -> str:
     """Download the model at `hub:USER/REPO` and return its folder; return any other checkpoint as it is.
 
     Raises:
-        HubError: The Hub has no such model, or cannot be reached.
+        HubError: The Hub has no such model.
+        HubUnreachable: The model is on the Hub, which does not answer.
     """
+    if is_on_hub(checkpoint):
+        check_reachable([HubNeed("model", checkpoint)])
     return str(download_model(HubAddress.parse(checkpoint))) if is_hub_address(checkpoint) else checkpoint
 
 
@@ -84,15 +87,20 @@ def choose_data(checkpoint: str, data: str | None, recipe: Recipe | None) -> Dat
         recipe: Recipe of the checkpoint, if it has one.
 
     Raises:
+        HubUnreachable: The data are on the Hub, which does not answer.
         ValueError: There are neither data nor a recipe.
     """
     if data is None:
         if recipe is None:
             raise ValueError(describe_missing_recipe(checkpoint))
+        if recipe.data.source == "hub":
+            check_reachable([HubNeed("data.path", str(recipe.data.path), "dataset", "name other data with --data")])
         return recipe.data
     if data == "scenes":
         return DataSection(source="scenes", scenes_train=1)
     source = recognise_source(data)
+    if source == "hub":
+        check_reachable([HubNeed("data", data, "dataset", "name a local file or folder")])
     return DataSection(source=source, path=data, streaming=source == "webdataset" and is_remote(data))
 
 
@@ -103,12 +111,12 @@ def recognise_source(data: str) -> str:
     tables than those that describe them a "webdataset".
     """
     place = Path(data).expanduser()
-    if data.endswith(_TARS):
+    if is_shard_name(data):
         return "webdataset"
     if not place.exists() and not data.startswith((".", "/", "~")):
         return "hub"
     files = [file for pattern in ("*", "*/*") for file in place.glob(pattern) if not file.name.startswith(".")]
-    shards = {file.name.partition(".")[0] for file in files if file.name.endswith(_TARS)}
+    shards = {file.name.partition(".")[0] for file in files if is_shard_name(file.name)}
     tables = {file.stem for file in files if file.suffix.lower() in TABLE_FORMATS and not _describes_shard(file.stem)}
     if shards and tables <= shards:
         return "webdataset"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from hf_dissect.losses.contrastive import MAX_LOGITS, per_pair_loss
 from hf_dissect.losses.logit_rows import sigmoid_losses, softmax_losses, split_rows
+from hf_dissect.models.families import check_outputs
 from hf_dissect.models.loading import logit_scale_and_bias
 
 
@@ -158,6 +159,7 @@ def score(
     with evaluation_mode(model), _preserve_random_state(inputs), autocast():
         for start in range(0, size, step):
             outputs = forward(**{name: value[start : start + step] for name, value in inputs.items()})
+            check_outputs(outputs)
             image_embeds.append(F.normalize(outputs["image_embeds"].float(), dim=-1))
             text_embeds.append(F.normalize(outputs["text_embeds"].float(), dim=-1))
     scale, bias = logit_scale_and_bias(model)

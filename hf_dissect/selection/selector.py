@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from hf_dissect.data.bad_rows import BadRows
+from hf_dissect.data.first_pairs import check_batch
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import key_hash
+from hf_dissect.data.problems import PROBLEM_KEY, read_problems
 from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import find_loss_kind
 from hf_dissect.selection.ledger import SampleLedger
@@ -159,10 +161,13 @@ class OnlineSelector:
 
         Raises:
             TooManyBadRows: More rows are unreadable than `bad_rows` allows.
+            ValueError: The batch of another collator lacks the ids, or holds something other than tensors.
         """
+        check_batch(batch)
         step, self._step = self._step if step is None else step, self._step + 1
-        sample_id = batch["sample_id"].cpu()
-        good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu())
+        sample_id, problems = batch["sample_id"].cpu(), read_problems(batch)
+        good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu(), problems)
+        batch = {name: value for name, value in batch.items() if name != PROBLEM_KEY}
         sizes = self._agree(len(good))
         batch = self._prepare(model, batch)
         candidates = self.score(model, batch, sample_id, good).subset(good)

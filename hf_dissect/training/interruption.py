@@ -9,8 +9,9 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from hf_dissect.training.checkpoints import find_last_checkpoint
@@ -33,6 +34,24 @@ class StoppedBySignal(SystemExit):
 
     def __str__(self) -> str:
         return f"Stopped by SIGTERM; the run can be resumed from {self.checkpoint}."
+
+
+class StoppedAfterTraining(StoppedBySignal):
+    """Exit after SIGTERM that came after the last step, with the model and the figures so far in the run folder.
+
+    Args:
+        folder: Run folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(str(find_last_checkpoint(folder)))
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return (
+            f"Stopped by SIGTERM after the last step; the model is in {self.folder}, and metrics.json there has the "
+            f"figures that were ready. Compute others with: hf-dissect evaluate {self.folder}."
+        )
 
 
 class DataWorkerDied(RuntimeError):
@@ -80,7 +99,9 @@ def _is_about_dead_worker(error: BaseException) -> bool:
 
 
 class StopRequest:
-    """Request to end the run after the current step, made by SIGTERM; a second SIGTERM ends the process at once.
+    """Request to end the run, made by SIGTERM; a second SIGTERM ends the process at once.
+
+    In training, the run ends after the current step. After it, see `interrupt`.
 
     Attributes:
         made: True if this process received the signal.
@@ -89,6 +110,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = self.granted = False
+        self._listens = self._holds = False
+        self._make_exit: Callable[[], BaseException] | None = None  # inside of `interrupt`
 
     def grant_if(self, asked: bool) -> None:
         """Grant the request if it was made on any process.
@@ -102,7 +125,13 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Treat SIGTERM as a request inside the block, if it runs in the main thread, as Python requires."""
+        """Treat SIGTERM as a request inside the block, if it runs in the main thread, as Python requires.
+
+        A block inside of another one changes nothing.
+        """
+        if self._listens:
+            yield
+            return
         self.made = self.granted = False
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -114,9 +143,42 @@ class StopRequest:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
             self.made = True
+            self._exit_if_due()
 
         signal.signal(signal.SIGTERM, note)
+        self._listens = True
         try:
             yield
         finally:
+            self._listens = False
             signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+    @contextmanager
+    def interrupt(self, make_exit: Callable[[], BaseException], asked: bool) -> Iterator[None]:
+        """End the block as soon as SIGTERM arrives, or at its beginning if it has arrived before.
+
+        Args:
+            make_exit: Function that returns the exception to raise.
+            asked: True if any process has received the signal, the same on all processes.
+        """
+        if asked:
+            raise make_exit()
+        self._make_exit = make_exit
+        try:
+            yield
+        finally:
+            self._make_exit = None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Let the block end before SIGTERM is answered, because it writes files that belong together."""
+        self._holds = True
+        try:
+            yield
+        finally:
+            self._holds = False
+        self._exit_if_due()
+
+    def _exit_if_due(self) -> None:
+        if self.made and not self._holds and self._make_exit is not None:
+            raise self._make_exit()

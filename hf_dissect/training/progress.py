@@ -7,6 +7,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
+
+from hf_dissect.evaluation.passes import make_bar
 
 _POSTFIX = {
     "loss": "loss",
@@ -31,6 +34,19 @@ class RunProgress(ProgressCallback):
             self.training_bar = tqdm(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, mininterval=interval
             )
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show a bar for an evaluation that takes more than a few seconds."""
+        if self.prediction_bar is None and state.is_world_process_zero and has_length(eval_dataloader):
+            self.prediction_bar = make_bar("evaluation", len(eval_dataloader))
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def close(self) -> None:
         """Leave the bars in their state when training ends early."""

@@ -15,6 +15,25 @@ from hf_dissect.report.data import replace_file
 
 METRICS_FILE = "metrics.json"
 PACKAGES = ("hf_dissect", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "pillow", "numpy")
+OWN_FILES = (
+    *("recipe.yaml", METRICS_FILE, "report.html", "report_data.json", "report.png", "report.svg"),
+    *("ledger.safetensors", "selection.parquet", "tasks.json", "dissect_state.json", "dissect_state.safetensors"),
+    *("scores.parquet", "audit.html"),
+)
+"""Files by which a folder is recognised as that of a run or of an audit."""
+MODEL_FILES = (
+    *("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.bin"),
+    *("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "modules.json", "model_index.json"),
+)
+"""Patterns of the files of a saved model, whatever program saved it."""
+WRITTEN_FILES = (
+    *("README.md", "config.json", "generation_config.json", "adapter_config.json", "training_args.bin"),
+    *("model*.safetensors", "model.safetensors.index.json", "adapter_model.*", "pytorch_model*"),
+    *("*processor_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+    "trainer_state.json",
+)
+"""Patterns of the further files that a run writes next to those by which it is recognised."""
 _PRIVATE_SETTINGS = {
     *("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "initial_ledger", "push_to_hub"),
     *("hub_token", "hub_model_id", "hub_strategy", "hub_revision", "hub_private_repo", "hub_always_push"),
@@ -66,6 +85,42 @@ def list_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+def find_result(folder: str | Path) -> Path | None:
+    """Return a file of a folder that no run may overwrite unasked: of a model, of a run or of an audit; None without.
+
+    A checkpoint counts, too, and every file that a run would replace.
+    """
+    patterns = (*OWN_FILES, *MODEL_FILES, "checkpoint-*", *WRITTEN_FILES)
+    return next((path for pattern in patterns for path in sorted(Path(folder).glob(pattern))), None)
+
+
+def find_foreign_model(folder: str | Path) -> Path | None:
+    """Return a file of a model in a folder that holds no run of this package; None without one."""
+    if any((Path(folder) / name).exists() for name in OWN_FILES):
+        return None
+    own = {part.name for part in Path(folder).glob("training_args.bin")}
+    return next(
+        (path for pattern in MODEL_FILES for path in sorted(Path(folder).glob(pattern)) if path.name not in own), None
+    )
+
+
+def check_not_foreign(folder: str | Path, writes: bool) -> None:
+    """Check that a run does not write over the model of another program.
+
+    Args:
+        folder: Folder of the run.
+        writes: True if the run leaves its model there.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if writes and (foreign := find_foreign_model(folder)) is not None:
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds a model that is not of a run ({foreign.name}), which the end of "
+            "training would replace; name another folder, or set save_run_folder=False and save the model yourself."
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,6 +1,8 @@
 """Base of the trainers: complete checkpoints or none, exact resuming, a stop on request, a card and a run folder."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,13 +17,15 @@ from hf_dissect.hub.publisher import Publisher
 from hf_dissect.hub.push import Push
 from hf_dissect.models.loading import check_same_architecture
 from hf_dissect.models.sharding import ShardableScalars
+from hf_dissect.mola.frozen_statistics import keep_frozen_statistics
 from hf_dissect.training import checkpoints
 from hf_dissect.training.card_callback import ModelCardCallback
+from hf_dissect.training.final_figures import RunWriter
 from hf_dissect.training.interruption import StoppedBySignal, StopRequest, explain_dead_worker
 from hf_dissect.training.loss_since_log import LossSinceLog
 from hf_dissect.training.non_finite import check_finite_weights
 from hf_dissect.training.resume_callback import ResumeCallback
-from hf_dissect.training.run_folder import METRICS_FILE, list_times, list_versions, replace_non_finite, write_json
+from hf_dissect.training.run_folder import check_not_foreign, list_times, list_versions, replace_non_finite
 from hf_dissect.training.run_state import Part, find_moved_step, read_state, restore_state, save_state
 from hf_dissect.training.summary import Summary
 from hf_dissect.training.time_spent import TimeSpent
@@ -33,7 +37,7 @@ class BaseTrainer(Trainer):
 
     It writes checkpoints completely or not at all, ends with a checkpoint on SIGTERM, resumes runs exactly, updates
     the model card and publishes runs without anything private. A subclass defines what it saves (`save_extra`,
-    `parts`), how it counts epochs (`begin_epoch`, `reset`) and what it reports (`final_figures`, `summary`).
+    `parts`), how it counts epochs (`begin_epoch`, `reset`) and what it reports (`compute_figures`, `summary`).
 
     Args:
         model: Model to train.
@@ -101,8 +105,8 @@ class BaseTrainer(Trainer):
         """Check that a checkpoint fits the model; raise a `ValueError` if not."""
         check_same_architecture(self.model, folder)
 
-    def final_figures(self, test_dataset: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the figures of the trained model by name; every rank calls this method."""
+    def compute_figures(self, test_dataset: Any, *args: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        """Yield the figures of the trained model by name, part by part; every rank calls this method."""
         raise NotImplementedError
 
     # ---- the run ----
@@ -125,14 +129,16 @@ class BaseTrainer(Trainer):
         found = checkpoints.find_checkpoint(output_dir) if source is True else source
         checkpoint = str(found) if found else None
         if checkpoint is None:
+            check_not_foreign(output_dir, self.args.save_run_folder)
             self.reset(step=0)
         else:
             self.check_checkpoint(checkpoint)
         if self.is_world_process_zero():
             checkpoints.remove_unfinished(output_dir)
-        output = self._train(checkpoint, *args, **kwargs)
-        if self.args.save_run_folder:
-            self.finish()
+        with self.stop_request.listen():  # also between the last step and the final figures
+            output = self._train(checkpoint, *args, **kwargs)
+            if self.args.save_run_folder:
+                self.finish()
         return output
 
     def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -153,26 +159,19 @@ class BaseTrainer(Trainer):
         Args:
             test_dataset: Data of the final figures; None for `eval_dataset`.
             name: Name of the run in report and figures; None for the name in its summary.
-            options: Keyword arguments of `final_figures`.
+            options: Keyword arguments of `compute_figures`.
 
         Returns:
             Content of `metrics.json`.
         """
-        # The model comes first, so that no later error loses it, and is pushed with the rest of the folder.
-        self.save_model(_internal_call=True)
-        final = self.final_figures(test_dataset, **options)
-        metrics = {**self.run_metrics(final), **self.summary.gather_metrics(self.ranks)}
-        if name is not None:
-            metrics["name"] = name
-        if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            write_json(folder / METRICS_FILE, metrics)
-            self.summary.write_report(folder, metrics, self.state.log_history)
-        # The card comes last, because PEFT writes a card next to each adapter that it saves.
-        self.model_card.finish(self.args, self.state, metrics, "validation" if test_dataset is None else "test")
-        if self.args.push_to_hub:
-            self.push_run_folder()
-        return metrics
+        parts = (self.args, self.state, self.summary, self.model_card, self.ranks, self.run_metrics)
+        return RunWriter(*parts, name).write(
+            self.compute_figures(test_dataset, **options),
+            self.stop_request,
+            save_model=partial(self.save_model, _internal_call=True),
+            publish=self.push_run_folder if self.args.push_to_hub else None,
+            evaluated="validation" if test_dataset is None else "test",
+        )
 
     def run_metrics(self, final: dict[str, Any]) -> dict[str, Any]:
         """Return the content of `metrics.json` on this process, with the figures `final`."""
@@ -271,6 +270,7 @@ class BaseTrainer(Trainer):
         return epochs, steps * self.args.gradient_accumulation_steps
 
     def _prepare_for_training(self, *arguments: Any) -> Any:
+        keep_frozen_statistics(self.model)
         if self._scalars is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._scalars = ShardableScalars(self.model)
         return super()._prepare_for_training(*arguments)

@@ -156,6 +156,27 @@ def test_ctrl_c_stops_with_one_line_and_the_run_can_be_resumed(workplace):
     assert figures_without_times(workplace / "runs/tiny")["steps"] >= 5 * 4
 
 
+@pytest.mark.slow
+def test_sigterm_in_the_last_pass_keeps_model_and_figures(workplace):
+    """Start the command and score many pairs when it has trained; the bar of that pass is awaited."""
+    settings = ["training.max_steps=2", "data.scenes_train=6000", "evaluation.max_train_pairs=null"]
+    command = [*COMMAND, "train", "tiny.yaml", *settings, "evaluation.batch_size=4"]
+    with subprocess.Popen(command, cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True) as running:
+        seen = ""
+        while "scoring pairs" not in seen and (letter := running.stderr.read(1)):
+            seen += letter
+        running.send_signal(signal.SIGTERM)
+        seen += running.communicate(timeout=60)[1]
+    assert running.returncode == 143 and "Traceback" not in seen, seen
+    last = seen.strip().splitlines()[-1]
+    assert "Stopped by SIGTERM after the last step; the model is in runs/tiny" in last
+    assert "hf-dissect evaluate runs/tiny" in last
+    metrics = json.loads((workplace / "runs/tiny/metrics.json").read_text())
+    assert metrics["unfinished"] is True and metrics["final"]["recall_sum"] > 0
+    assert "noise_detection_auroc" not in metrics["final"]
+    assert main(["evaluate", "runs/tiny", "--max-rows", "16"]) == 0
+
+
 # ---- evaluate ----
 
 

@@ -8,6 +8,7 @@ import xxhash
 from datasets import Dataset, Features, Image, List, Value
 from testing import tiny_models
 
+from hf_dissect.data import shuffle_captions
 from hf_dissect.data.pairs import PairColumns, PairDataset, PairStream, as_pairs, key_hash
 
 
@@ -188,7 +189,34 @@ def test_tasks_are_integers_or_ranked_names():
 )
 def test_an_unusable_truth_is_told_before_training(clean, message):
     with pytest.raises(ValueError, match=message):
-        as_pairs(three_rows(clean=clean))
+        as_pairs(three_rows(clean=clean), clean="clean")
+
+
+@pytest.mark.parametrize("values", [["a", "b", "c"], [0.5, 1.0, 0.0], [0, 1, 2], [["x"], [], ["y"]], [-1, 0, 1]])
+def test_a_column_of_a_usual_name_that_holds_no_truth_means_something_else(values):
+    for data in (three_rows(clean=values), three_rows(clean=values).to_iterable_dataset()):
+        if isinstance(values[0], int) and isinstance(data, datasets.IterableDataset):
+            continue  # a stream does not know the values of a column beforehand
+        pairs = as_pairs(data)
+        assert not pairs.knows_truth and "is_clean" not in next(iter(pairs))
+
+
+def test_the_next_usual_name_is_looked_at():
+    pairs = as_pairs(table(caption=["a", "b"], clean=["x", "y"], is_clean=[True, False]))
+    assert pairs.columns.clean == "is_clean" and [pair["is_clean"] for pair in pairs] == [True, False]
+
+
+@pytest.mark.parametrize("values", [[True, False, True], [0, 1, 1]])
+def test_true_and_false_or_0_and_1_are_the_truth(values):
+    assert [pair["is_clean"] for pair in as_pairs(table(caption=["a", "b", "c"], clean=values))] == list(
+        map(bool, values)
+    )
+
+
+@pytest.mark.parametrize(("values", "column"), [(["x", "y"], "is_clean"), ([True, True], "clean")])
+def test_noise_leaves_a_column_of_another_kind_alone(values, column):
+    noisy = shuffle_captions(table(caption=["a", "b"], clean=values), rate=1.0)
+    assert noisy[column] == [False, False] and (column == "clean" or noisy["clean"] == values)
 
 
 def test_lists_of_truth_need_lists_of_captions():

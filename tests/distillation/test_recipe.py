@@ -56,6 +56,8 @@ def test_shipped_recipes_are_sound_and_read_back(name, tmp_path):
         ("data.path=null", "data.path: missing"),
         ("data.test_groups=[1]", "data.test_groups: 1 is among data.train_groups, too"),
         ("data.group_column=null", "data.group_column: missing; arrays are one table"),
+        ("data.separator=;", "data.separator: ';' is only for tables, not for data.source npz; leave it out"),
+        ("data.encoding=cp1252", "data.encoding: 'cp1252' is only for tables, not for data.source npz; leave it out"),
         ("data.validation_groups=[]", "training.eval_strategy: needs validation rows"),
         ("training.learning_rate=fast", "training.learning_rate"),
         ("selection.ratio=0.5", "selection: unknown key"),

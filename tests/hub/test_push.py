@@ -12,6 +12,8 @@ from testing.loopback_hub import Fault, LoopbackHub
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_dissect.cli import main
+from hf_dissect.data.bad_rows import BadReason, BadRows
+from hf_dissect.data.problems import join_problem
 from hf_dissect.hub.published_files import select_published_files
 from hf_dissect.hub.push import push_run
 from hf_dissect.hub.repository import HubError
@@ -221,6 +223,16 @@ def test_paths_in_configurations_are_nulled(own_run):
     (own_run / "config.json").write_text(json.dumps(config | base))
     content = json.loads(select_published_files(own_run, "ada/tiny")[0]["config.json"])
     assert content == config | {"_name_or_path": None, "nested": [{"cache": None}], "token": "/", "words": "and/or"}
+
+
+def test_the_paths_of_unreadable_pictures_are_not_published_and_do_not_stop_a_push(own_run):
+    metrics = json.loads((own_run / "metrics.json").read_text())
+    rows = BadRows(1.0, num_pairs=9)
+    problem = join_problem("no such file", str(Path.home() / "pictures" / "7.jpg"))
+    rows.add(torch.tensor([7]), torch.tensor([BadReason.IMAGE], dtype=torch.int8), {0: problem})
+    (own_run / "metrics.json").write_text(json.dumps({**metrics, "bad_rows": rows.summary()}))
+    content = json.loads(select_published_files(own_run, "ada/tiny")[0]["metrics.json"])
+    assert content["bad_rows"]["problems"] == [{"id": 7, "problem": "no such file", "path": None}]
 
 
 @pytest.mark.parametrize(

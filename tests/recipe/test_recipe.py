@@ -191,6 +191,37 @@ def test_every_setting_is_explained(section):
             "data.name: 'y' is only for data.source hub, not folder",
         ),
         (
+            {"data": {"source": "folder", "path": "d", "separator": "; "}},
+            "data.separator: '; ' is not allowed; allowed: one character, such as ';', or tab",
+        ),
+        (
+            {"data": {"source": "folder", "path": "d", "separator": ""}},
+            "data.separator: '' is not allowed",
+        ),
+        (
+            {"data": {"source": "folder", "path": "d", "encoding": "ansi2"}},
+            "data.encoding: 'ansi2' is not allowed; allowed: utf-8, cp1252, latin-1, utf-16 or another",
+        ),
+        (
+            {"data": {"source": "hub", "path": "d", "encoding": "cp1252"}},
+            "data.encoding: 'cp1252' is only for data.source folder, imagefolder, not hub; leave it out",
+        ),
+        (
+            {"data": {"image_root": "pictures"}},
+            "data.image_root: 'pictures' is only for data.source folder, imagefolder, hub, not scenes",
+        ),
+        (
+            {
+                "data": {"source": "hub", "path": "d", "image_root": "p", "streaming": True},
+                "training": {"max_steps": 5},
+            },
+            "data.image_root: 'p' needs the rows at hand; set data.streaming to false",
+        ),
+        (
+            {"data": {"source": "folder", "path": "d", "class_template": "a photo"}},
+            "data.class_template: 'a photo' is not allowed; allowed: text with {} or {class} for the class",
+        ),
+        (
             {"data": {"noise_rate": 0.2, "noise_permutation": "o.npy"}},
             "data.noise_permutation: 'o.npy' and data.noise_rate 0.2 are both set",
         ),
@@ -555,10 +586,12 @@ def test_training_arguments_gather_the_sections():
     )
     assert recipe.training_arguments() == {
         "seed": 3,
+        "check_reload": True,
         "learning_rate": 0.01,
         "output_dir": "runs/small",
         "selection_strategy": "dissect",
         "selection_ratio": 0.3,
+        "max_train_pairs": 10_000,
         "selection_scope": "global",
         "selection_warmup_epochs": 1,
         "selection_options": {"variant": "momentum"},

@@ -16,6 +16,7 @@ from hf_dissect.report.selection import PairSample, RunSummary, write_report
 from hf_dissect.report.tables import results_table
 
 SCRIPT = "<script>alert(1)</script>"
+PROBLEMS = [{"id": 17, "problem": "no such file", "path": "/data/17.jpg"}, {"id": 4711, "problem": "x", "path": None}]
 
 
 def make_run(name="dissect", noise=True, samples=12):
@@ -37,7 +38,7 @@ def make_run(name="dissect", noise=True, samples=12):
         "final": {"retrieval_r@1_image_to_text": 12.5, "recall_sum": 101.0},
         "selection": {"kept_share": 0.5, "noise_kept": 0.2 if noise else None},
         "times": {"total_s": 100.0, "data_s": 10.0, "scoring_s": 25.0, "training_s": 50.0, "evaluation_s": 5.0},
-        "bad_rows": {"count": 2, "reasons": {"undecodable image": 2}, "ids": [17, 4711]},
+        "bad_rows": {"count": 2, "reasons": {"undecodable image": 2}, "ids": [17, 4711], "problems": PROBLEMS},
         "settings": {"selection": {"ratio": 0.5}, "training": {"seed": 0}},
         "versions": {"torch": "2.13.0"},
     }
@@ -55,6 +56,7 @@ def test_page_holds_everything_and_is_well_formed(tmp_path):
     assert page.count("img") == 24
     # loss, evaluation loss; recall sum, image to text; mismatched; histogram, correlation
     assert sum(tag == "svg" and attrs.get("role") == "img" for tag, attrs in page.tags) == 7
+    assert "17: no such file: /data/17.jpg" in page.text and "4711: x" in page.text
     for words in ("caption 11 of dissect", "30,000", "12.50", "25.0 s", "undecodable image: 2", "17, 4711", "2.13.0"):
         assert words in page.text
     assert page.text.count("✓ clean") == page.text.count("✗ mismatched") == 12
@@ -106,7 +108,7 @@ def test_nothing_of_the_user_becomes_markup(tmp_path):
         "final": {f"metric{SCRIPT}": 1.0},
         "settings": {SCRIPT: {"path": SCRIPT}},
         "versions": {SCRIPT: SCRIPT},
-        "bad_rows": {"count": 1, "reasons": {SCRIPT: 1}, "ids": [SCRIPT]},
+        "bad_rows": {"count": 1, "reasons": {SCRIPT: 1}, "ids": [SCRIPT], "problems": [{"problem": SCRIPT}]},
     }
     table = [{"strategy": SCRIPT, "seeds": [0, 1], SCRIPT: {"mean": 1.0, "std": 0.1}}]
     for arguments in ({}, {"table": table}):
@@ -278,3 +280,22 @@ def test_import_is_light():
     heavy = "('torch', 'matplotlib', 'numpy')"
     code = f"import sys, hf_dissect.report.selection; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_short_run_shows_what_it_knows_without_a_log(tmp_path):
+    run = make_run()
+    run.log_history = []
+    run.metrics["selection"] = {"kept_share": 0.5, "noise_kept": 0.25, "noise_candidates": 0.4}
+    page = report(tmp_path, [run])
+    assert "Not known" not in page.text and "No curve: the run ended before its first log" in page.text
+    assert "25.0 % of the kept, 40.0 % of the candidates" in page.text
+    assert "Mismatched among candidates40.0 %" in page.text  # among the facts at the top
+    run.metrics["selection"] = {"kept_share": 0.5}
+    assert "Not known: the data does not say which captions are mismatched" in report(tmp_path, [run]).text
+
+
+def test_figures_of_a_sample_are_named_as_such(tmp_path):
+    run = make_run()
+    assert "random sample of the training pairs" not in report(tmp_path, [run]).text
+    run.metrics |= {"scored_train_pairs": 10_000, "num_pairs": 29_000}
+    assert f"{run.name}: 10,000 of 29,000" in report(tmp_path, [run]).text

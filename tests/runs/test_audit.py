@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from testing import tiny_models
+from testing.tar_files import write_tar
 from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SampleLedger, load_model_and_processor, make_scenes
@@ -20,7 +21,18 @@ from hf_dissect.evaluation import noise_detection_metrics
 from hf_dissect.runs.audit import audit
 from hf_dissect.runs.run import run_recipe
 
-COLUMNS = ["rank", "sample_id", "row", "place", "caption", "correlation", "score", "p_mismatched", "is_clean"]
+COLUMNS = [
+    "rank",
+    "sample_id",
+    "row",
+    "place",
+    "caption",
+    "correlation",
+    "score",
+    "p_mismatched",
+    "local_fdr",
+    "is_clean",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +56,109 @@ def audited(run, tmp_path_factory):
     return audit(str(run), output_dir=folder), folder
 
 
-def test_the_table_has_all_pairs_the_most_suspicious_first(audited):
-    result, folder = audited
-    table = pq.read_table(folder / "scores.parquet")
-    assert table.equals(result.table)
-    assert table.column_names[:9] == COLUMNS and table.column_names[-1] == "problem"
+def test_the_table_has_all_pairs_the_most_suspicious_first(run, tmp_path):
+    rows = shuffle_captions(make_scenes(256, seed=5), rate=0.1)
+    rows.to_parquet(tmp_path / "x.parquet")
+    result = audit(str(run), data=str(tmp_path / "x.parquet"), output_dir=tmp_path / "audit")
+    table = pq.read_table(tmp_path / "audit" / "scores.parquet")
+    assert table.equals(result.table) and result.num_trained == 0
+    assert table.column_names[:10] == COLUMNS and table.column_names[-1] == "problem"
     assert table["rank"].to_pylist() == list(range(1, 257)) and sorted(table["row"].to_pylist()) == list(range(256))
-    score = table["score"].to_numpy()
-    assert (np.diff(score) >= 0).all() and (np.diff(table["p_mismatched"].to_numpy()) <= 0).all()
-    rows = shuffle_captions(make_scenes(256), rate=0.1)
+    for column in ("p_mismatched", "local_fdr"):
+        assert (np.diff(table[column].to_numpy()) <= 0).all()
+    assert (np.diff(table["score"].to_numpy()) >= 0).all()
     assert table["caption"].to_pylist() == [rows["caption"][row] for row in table["row"].to_pylist()]
     assert table["is_clean"].to_pylist() == [rows["clean"][row] for row in table["row"].to_pylist()]
     assert table["problem"].null_count == 256
+
+
+def test_nothing_is_estimated_of_pairs_that_the_run_trained_on(run, audited):
+    result, folder = audited
+    assert result.num_trained == 256 and result.mismatched_share is result.interval is result.separation is None
+    table = result.table
+    assert table["trained_on"].to_pylist() == [True] * 256
+    assert table["p_mismatched"].null_count == table["local_fdr"].null_count == 256
+    # The warm-up took one epoch, so that its history is from before training; the pairs are ranked by it.
+    history = open_ledger(run).read("history", torch.tensor(table["sample_id"].to_pylist())).numpy()
+    assert (np.diff(history) >= 0).all()
+    np.testing.assert_array_equal(table["earlier_correlation"].to_numpy(), history)
+    page = (folder / "audit.html").read_text()
+    assert "not known: the model trained on these pairs" in page and "hf-dissect audit --fit" in page
+
+
+@pytest.mark.parametrize("change", ["same rows", "rows in another order", "part of them", "other captions", "by key"])
+def test_pairs_of_the_run_are_recognised_wherever_they_come_from(run, tmp_path, change):
+    rows = shuffle_captions(make_scenes(256), rate=0.1).remove_columns("clean")
+    new = make_scenes(60, seed=9)
+    if change == "rows in another order":
+        rows = rows.shuffle(seed=1)
+    elif change == "part of them":
+        rows = datasets.concatenate_datasets([rows.select(range(40)), new.cast(rows.features)])
+    elif change == "other captions":
+        rows = make_scenes(256)
+    given = {}
+    if change == "by key":
+        rows, given = rows.add_column("name", [f"k{place}" for place in range(256)]), {"id_column": "name"}
+    rows.to_parquet(tmp_path / "x.parquet")
+    result = audit(str(run), data=str(tmp_path / "x.parquet"), output_dir=tmp_path / "a", **given)
+    if change == "part of them":
+        assert result.num_trained == 40 and result.separation is not None
+        trained = [(row["row"] < 40, row["p_mismatched"] is None) for row in result.table.to_pylist()]
+        assert all(is_old == is_unknown for is_old, is_unknown in trained)
+    else:
+        assert result.num_trained == 256 and result.mismatched_share is None
+
+
+def test_an_export_of_learnt_or_inseparable_pairs_is_refused_unless_forced(run, tmp_path):
+    shuffle_captions(make_scenes(80, seed=7), rate=0.5).to_parquet(tmp_path / "x.parquet")
+    given = {"output_dir": tmp_path / "a", "export_to": tmp_path / "clean"}
+    with pytest.raises(ValueError, match="the model trained on 256 of these pairs.*--export-anyway"):
+        audit(str(run), **given)
+    assert (tmp_path / "a" / "scores.parquet").is_file() and not (tmp_path / "clean").exists()
+    with pytest.raises(ValueError, match="with an AUROC of 0.* only .at least 0.8.*--export-anyway"):
+        audit(str(run), data=str(tmp_path / "x.parquet"), **given)
+    with pytest.raises(ValueError, match="have no p_mismatched to choose by; give --keep"):
+        audit(str(run), **given, export_anyway=True)
+    assert not (tmp_path / "clean").exists()
+    result = audit(str(run), **given, export_anyway=True, keep=0.25)
+    assert result.export.pairs_after == 64
+    best = sorted(result.table["row"].to_pylist()[192:])
+    kept = datasets.load_dataset(str(tmp_path / "clean"), split="train")
+    assert list(kept["caption"]) == [shuffle_captions(make_scenes(256), rate=0.1)["caption"][row] for row in best]
+
+
+def test_the_table_leads_back_to_the_data_of_the_user(run, tmp_path):
+    rows = make_scenes(20, seed=3)
+    (tmp_path / "pictures" / "sub").mkdir(parents=True)
+    names = [f"sub/{place}.png" for place in range(20)]
+    for name, picture in zip(names, rows["image"], strict=True):
+        (tmp_path / "pictures" / name).write_bytes(picture["bytes"])
+    table = {"file_name": names, "caption": rows["caption"], "photo": [f"p{place}" for place in range(20)]}
+    datasets.Dataset.from_dict(table).to_csv(tmp_path / "pictures" / "metadata.csv")
+    result = audit(str(run), data=str(tmp_path / "pictures"), output_dir=tmp_path / "a", id_column="photo")
+    for row in result.table.to_pylist():
+        assert row["file_name"].endswith(names[row["row"]]) and row["id"] == f"p{row['row']}"
+        assert row["caption"] == rows["caption"][row["row"]]
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for shard in range(2):
+        members = {}
+        for place in range(10 * shard, 10 * shard + 10):
+            members[f"s{place:03}.png"] = (tmp_path / "pictures" / names[place]).read_bytes()
+            members[f"s{place:03}.txt"] = rows["caption"][place].encode()
+        write_tar(tars / f"{shard}.tar", members)
+    result = audit(str(run), data=str(tars), output_dir=tmp_path / "b")
+    assert {row["key"]: row["caption"] for row in result.table.to_pylist()} == {
+        f"s{place:03}": caption for place, caption in enumerate(rows["caption"])
+    }
+
+
+def test_a_text_column_called_clean_does_no_harm(run, tmp_path):
+    rows = make_scenes(30, seed=3)
+    rows = rows.add_column("clean", [f"cleaned {place}" for place in range(30)])
+    rows.to_parquet(tmp_path / "x.parquet")
+    result = audit(str(run), data=str(tmp_path / "x.parquet"), output_dir=tmp_path / "a")
+    assert result.auroc is None and "is_clean" not in result.table.column_names
 
 
 def test_mismatched_pairs_stand_first(tmp_path):
@@ -76,14 +179,15 @@ def test_mismatched_pairs_stand_first(tmp_path):
         data=str(tmp_path / "x.parquet"),
         output_dir=tmp_path / "audit",
         export_to=tmp_path / "clean",
-        threshold=0.9,
+        threshold=0.5,
+        export_anyway=True,
     )
     is_clean = torch.tensor(result.table["is_clean"].to_pylist())
     auroc = noise_detection_metrics(torch.tensor(result.table["score"].to_pylist()), is_clean)["auroc"]
     assert result.auroc == pytest.approx(auroc, abs=1e-6) and auroc > 0.9
     assert (~is_clean[:32]).float().mean() > 0.75
     assert result.mismatched_share == pytest.approx(0.25, abs=0.12)
-    likely = (result.table["p_mismatched"].to_numpy() > 0.9).sum()
+    likely = (result.table["p_mismatched"].to_numpy() > 0.5).sum()
     kept = pq.read_table(tmp_path / "clean")
     assert 0 < likely == 128 - kept.num_rows and np.mean(kept["clean"].to_pylist()) > 0.85
 
@@ -142,11 +246,16 @@ def test_unreadable_rows_are_listed_and_not_exported(run, tmp_path):
         output_dir=tmp_path / "audit",
         export_to=tmp_path / "clean",
         keep=0.5,
+        export_anyway=True,
     )
     assert sorted(result.bad_rows.reasons) == [7, 9]
     last = result.table.slice(38).to_pylist()
     assert [(row["row"], row["rank"], row["score"]) for row in last] == [(7, None, None), (9, None, None)]
-    assert [row["problem"] for row in last] == ["image missing or undecodable", "caption missing or empty"]
+    problem = "UnidentifiedImageError: not a picture, the file holds b'no picture'"
+    assert [row["problem"] for row in last] == [
+        f"image missing or undecodable: {problem}",
+        "caption missing or empty",
+    ]
     assert "Unreadable pairs (2)" in (tmp_path / "audit" / "audit.html").read_text()
     assert result.export.pairs_after == 19
     kept = datasets.load_dataset(str(tmp_path / "clean"), split="train")
@@ -198,10 +307,17 @@ def test_a_model_of_stored_features_needs_no_pictures(tmp_path):
 
 def test_the_command_reports_its_findings(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shuffle_captions(make_scenes(60), rate=0.3).to_parquet("pairs.parquet")
-    assert main(["audit", str(run), "--data", "pairs.parquet", "--export-clean", "clean", "--keep", "0.8"]) == 0
+    shuffle_captions(make_scenes(60, seed=8), rate=0.3).to_parquet("pairs.parquet")
+    command = ["audit", str(run), "--data", "pairs.parquet", "--export-clean", "clean", "--keep", "0.8"]
+    assert main(command) == 2
+    assert "--export-anyway" in capsys.readouterr().err
+    assert main([*command, "--export-anyway", "--output-dir", "audit"]) == 0
     said = capsys.readouterr().out
-    assert "60 pairs, about " in said and "AUROC of the score" in said and "page    audit/audit.html" in said
+    assert (
+        "60 pairs, share of mismatched ones " in said
+        and "AUROC of the ranking" in said
+        and "page    audit-2/audit.html" in said
+    )
     assert "12 of 60 pairs dropped, 48 of 60 rows kept" in said and pq.read_table("clean").num_rows == 48
 
 
@@ -212,6 +328,11 @@ def test_the_command_reports_its_findings(run, tmp_path, monkeypatch, capsys):
         (["--export-clean", "x", "--keep", "0.8", "--threshold", "0.5"], "give one of them"),
         (["--export-clean", "x", "--keep", "1.5"], "above 0 and at most 1"),
         (["--export-clean", "x", "--threshold", "-1"], "a probability, from 0 to 1"),
+        (["--export-clean", "x", "--max-fdr", "0"], "between 0 and 1"),
+        (["--export-clean", "x", "--max-fdr", "0.1", "--keep", "0.8"], "--keep and --max-fdr both choose"),
+        (["--export-anyway"], "name a folder with --export-clean as well"),
+        (["--folds", "3"], "not a setting of an audit by a checkpoint"),
+        (["--fit", "x.parquet"], "audits without a checkpoint"),
         (["--split", "dev"], "split 'dev': the data have train, validation, test"),
         (["--data", "nowhere.parquet", "--export-clean", "."], "is not empty"),
     ],

@@ -286,12 +286,12 @@ def test_figures_are_reported_as_they_come_and_kept_when_a_later_part_fails(run,
     figures = evaluate_checkpoint(str(run[0]), data=str(tmp_path / "both.parquet"), report=parts.append)
     assert len(parts) == 2 and parts[1] == figures
     assert parts[0] == {key: value for key, value in figures.items() if not key.startswith("zero_shot")}
-    # Retrieval counts unreadable pictures; the classes fail if none is left.
+    # Nothing is computed where the first pictures all fail.
     output = tmp_path / "figures.json"
     command = ["evaluate", str(run[0]), "--data", str(tmp_path / "broken.parquet"), "--output", str(output)]
     assert main(command) == 2
     shown = capsys.readouterr()
-    assert "None of the 24 images in 'image' could be decoded" in shown.err
+    assert "eval_dataset: none of the first 16 pictures can be read. First problems: Unidentified" in shown.err
 
 
 def test_retrieval_figures_outlive_a_fault_of_the_classes(run, tmp_path, capsys, monkeypatch):

@@ -64,6 +64,34 @@ def test_image_folder(tmp_path):
     assert metrics["num_pairs"] == 32 and metrics["final"] == {} and metrics["bad_rows"]["count"] == 0
 
 
+@pytest.mark.parametrize("form", ["open_clip", "sidecars", "classes", "saved"])
+def test_folders_as_others_leave_them(tmp_path, form):
+    rows, folder = make_scenes(32), tmp_path / "data"
+    (folder / "pictures" / "x").mkdir(parents=True)
+    (folder / "pictures" / "y_z").mkdir()
+    pictures = [f"pictures/{'y_z' if number % 2 else 'x'}/{number}.png" for number in range(32)]
+    for picture, row in zip(pictures, rows, strict=True):
+        (folder / picture).write_bytes(row["image"]["bytes"])
+        if form == "sidecars":
+            (folder / picture).with_suffix(".txt").write_text(row["caption"])
+    columns = {}
+    if form == "open_clip":
+        lines = [
+            f"{picture.replace('/', chr(92))}\t{row['caption']}" for picture, row in zip(pictures, rows, strict=True)
+        ]
+        (folder / "train.csv").write_text("\n".join(["filepath\ttitle", *lines, "pictures/gone.png\tNA"]))
+        columns = {"image_column": "filepath", "caption_column": "title"}
+    elif form == "saved":
+        rows.save_to_disk(str(tmp_path / "saved"))
+        folder = tmp_path / "saved"
+    data = {**SCENES_ONLY, "source": "folder", "path": str(folder), **columns}
+    selection = {**ONE_EPOCH["selection"], "max_bad_fraction": 0.1}
+    given = {**ONE_EPOCH, "selection": selection, "evaluation": {"retrieval": False}}
+    metrics = run_recipe(tiny_recipe(tmp_path / "run", data=data, **given))
+    missing = int(form == "open_clip")
+    assert metrics["num_pairs"] == 32 + missing and metrics["bad_rows"]["count"] == missing
+
+
 def test_streamed_tar_shards(tmp_path):
     (tmp_path / "shards").mkdir()
     for shard, split in enumerate(["train", "train", "validation"]):

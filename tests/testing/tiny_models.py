@@ -22,6 +22,7 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    EfficientNetConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -230,6 +231,21 @@ def tiny_align(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = bert_tokenizer()
     config = AlignConfig(text_config=_text_config(tokenizer), vision_config=ALIGN_VISION, projection_dim=32)
     return AlignModel(config).eval(), AlignProcessor(square_image_processor(), tokenizer)
+
+
+def tiny_efficientnet_dual_encoder(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A VisionTextDualEncoder of EfficientNet (batch norm with statistics of its own) and BERT."""
+    torch.manual_seed(seed)
+    tokenizer = bert_tokenizer()
+    vision = EfficientNetConfig(**{**ALIGN_VISION, "hidden_dim": 1280}, hidden_size=1280)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision, BertConfig(**_text_config(tokenizer)), projection_dim=32
+    )
+    model = VisionTextDualEncoderModel(config)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.copy_(torch.rand(buffer.shape) + ("var" in name) * 0.5)
+    return model.eval(), VisionTextDualEncoderProcessor(square_image_processor(), tokenizer)
 
 
 def tiny_picture(index: int, seed: int = 0) -> tuple[PILImage.Image, str]:

@@ -15,6 +15,9 @@ from hf_dissect.data.streaming.shuffle import BlockShuffle, BlockState
 
 logger = logging.getLogger(__name__)
 
+_SKIPPED = "skipped_shards"
+"""Key of a worker's state for the shards that it has not read to their end, see `record_skipped`."""
+
 Batch = dict[str, torch.Tensor]
 Collator = Callable[[Sequence[dict[str, Any]]], Batch]
 
@@ -140,6 +143,8 @@ class StreamLoader:
 
         The place is lost if settings have changed. The pass then starts again, in another order, with a warning.
         """
+        for worker in state["workers"]:
+            self.dataset.skipped_shards.update(worker.get(_SKIPPED, {}))
         changed = {name: value for name, value in asdict(self._settings).items() if state.get(name) != value}
         if not changed:
             self._restarts, self._turn, self._states = state["restarts"], state["turn"], list(state["workers"])
@@ -152,14 +157,17 @@ class StreamLoader:
             ", ".join(map(str, changed.values())),
             pass_number,
         )
-        start = BlockState(start=Place(pass_number), last_pass=pass_number)
+        start = BlockState(start=Place(pass_number), last_pass=pass_number).to_json()
+        if self.dataset.skipped_shards:
+            start[_SKIPPED] = dict(self.dataset.skipped_shards)
         self._restarts, self._turn = state["restarts"] + 1, 0
-        self._states = [start.to_json() for _ in self._states]
+        self._states = [dict(start) for _ in self._states]
 
     def _accept(self, batch: Batch | ValueError, state: dict[str, Any]) -> Batch:
         if isinstance(batch, ValueError):
             raise batch
         self._states[self._turn] = state
+        self.dataset.skipped_shards.update(state.get(_SKIPPED, {}))
         self._turn = (self._turn + 1) % len(self._states)
         return batch
 
@@ -189,26 +197,35 @@ class _WorkerBatches(IterableDataset):
         number = (self.turn + (info.id if info else 0)) % len(self.states)
         state = self.states[number]
         try:
-            pairs = self._open_part(number, BlockState.from_json(state))
+            reader = self._choose_part(number)
+            reader.skipped_shards.update(state.get(_SKIPPED, {}))
+            pairs = self._open_part(reader, BlockState.from_json(_drop_skipped(state)))
             while True:
                 batch = self.collator([next(pairs) for _ in range(self.settings.batch_size)])
                 state = pairs.state.to_json()
+                if reader.skipped_shards:
+                    state = {**state, _SKIPPED: dict(reader.skipped_shards)}
                 yield batch, state
         except ValueError as error:
             # Raised here, torch would bury the message, which is for people to read, in the worker's traceback.
             error.add_note(traceback.format_exc())
             yield error, state
 
-    def _open_part(self, number: int, state: BlockState) -> BlockShuffle:
+    def _choose_part(self, number: int) -> StreamPart:
         settings = self.settings
         # Neighbouring parts belong to different ranks, so that shards in excess of the parts spread over the ranks.
         part, num_parts = number * settings.world_size + settings.rank, settings.world_size * len(self.states)
-        shards_seed = pairs_seed = None
-        if settings.shuffle_buffer:
-            shards_seed = (0, settings.seed, self.restarts)
-            pairs_seed = (1, settings.seed, self.restarts, part)
-        reader = StreamPart(self.stream, part, num_parts, shards_seed)
-        return BlockShuffle(reader.read, settings.shuffle_buffer or settings.batch_size, pairs_seed, state)
+        seed = (0, settings.seed, self.restarts) if settings.shuffle_buffer else None
+        return StreamPart(self.stream, part, num_parts, seed)
+
+    def _open_part(self, reader: StreamPart, state: BlockState) -> BlockShuffle:
+        settings = self.settings
+        seed = (1, settings.seed, self.restarts, reader.part) if settings.shuffle_buffer else None
+        return BlockShuffle(reader.read, settings.shuffle_buffer or settings.batch_size, seed, state)
+
+
+def _drop_skipped(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != _SKIPPED}
 
 
 def _keep_unchanged(batch: Any) -> Any:

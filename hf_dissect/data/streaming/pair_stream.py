@@ -1,6 +1,7 @@
 """Turn the rows of a streamed image-text table into (image, caption) pairs, with one row in memory at a time."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 
 from hf_dissect.data.images import image_content, is_feature_vector
-from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, key_hash, select_undecoded
+from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, find_truth_column, key_hash, select_undecoded
+from hf_dissect.data.shards.skipped import record_skipped
 
 
 class PairStream(torch.utils.data.IterableDataset):
@@ -20,6 +22,10 @@ class PairStream(torch.utils.data.IterableDataset):
     Args:
         rows: Stream of images and captions.
         columns: Columns of the stream that make a pair.
+
+    Attributes:
+        skipped_shards: Shards that were not read to their end so far, with the reason; those that a worker of a
+            `StreamLoader` met are added with its batches.
     """
 
     num_samples = None
@@ -27,6 +33,7 @@ class PairStream(torch.utils.data.IterableDataset):
     def __init__(self, rows: datasets.IterableDataset, columns: PairColumns) -> None:
         self.columns = columns
         self.rows = select_undecoded(rows, columns)
+        self.skipped_shards: dict[str, str] = {}
 
     @classmethod
     def from_dataset(cls, dataset: datasets.IterableDataset, **names: str | None) -> "PairStream":
@@ -38,12 +45,13 @@ class PairStream(torch.utils.data.IterableDataset):
             ValueError: If the stream has no rows, or columns are missing.
         """
         available = dataset.column_names
-        if available is None:
-            first = next(iter(dataset), None)
-            if first is None:
-                raise ValueError(NO_ROWS)
-            available = list(first)
-        return cls(dataset, PairColumns.recognise(available, **names))
+        if available is not None:
+            columns = PairColumns.recognise(available, **names)
+            return cls(dataset, replace(columns, clean=find_truth_column(dataset, names.get("clean"))))
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(NO_ROWS)
+        return cls(dataset, PairColumns.recognise(list(first), **names))
 
     @property
     def knows_truth(self) -> bool:
@@ -57,7 +65,7 @@ class PairStream(torch.utils.data.IterableDataset):
             ValueError: If the stream has no rows.
         """
         empty = True
-        for row in self.rows:
+        for row in record_skipped(iter(self.rows), self.skipped_shards):
             empty = False
             yield from self.make_pairs(row)
         if empty and torch.utils.data.get_worker_info() is None:  # one of several workers may be left without rows
@@ -76,6 +84,8 @@ class PairStream(torch.utils.data.IterableDataset):
         for place, caption in enumerate((captions or [None]) if several else [captions]):
             pair = {"image": image, "caption": caption}
             pair["sample_id"] = self._make_id(row, caption, place if several else None)
+            if self.columns.sample_id and isinstance(row[self.columns.sample_id], str):
+                pair["key"] = row[self.columns.sample_id]
             if self.columns.task:
                 pair["task_id"] = self._check_task(row[self.columns.task])
             if self.columns.clean:
@@ -85,7 +95,8 @@ class PairStream(torch.utils.data.IterableDataset):
     def _make_id(self, row: Mapping[str, Any], caption: Any, place: int | None) -> int:
         name = self.columns.sample_id
         if name is None:
-            return key_hash((image_content(row[self.columns.image]) or b"") + str(caption).encode())
+            text = str(caption).encode("utf-8", "surrogatepass")
+            return key_hash((image_content(row[self.columns.image]) or b"") + text)
         key = row[name]
         if isinstance(key, bool) or not isinstance(key, int | str):
             raise ValueError(f"id_column={name!r} holds {key!r}; ids are integers or strings, and every row has one.")

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 
 from hf_dissect.data.pair_columns import NO_ROWS
+from hf_dissect.data.shards.skipped import describe_all_skipped, record_skipped
 from hf_dissect.data.streaming.pair_stream import PairStream
 
 _COUNTING = {"TakeExamplesIterable", "SkipExamplesIterable"}
@@ -44,6 +45,9 @@ class StreamPart:
         part: Number of this part, from 0.
         num_parts: Number of parts, which is that of all workers of all processes.
         seed: Numbers on which the order of the shards depends, equal for all parts; None keeps the order of the data.
+
+    Attributes:
+        skipped_shards: Shards that were not read to their end so far, with the reason.
     """
 
     def __init__(self, stream: PairStream, part: int, num_parts: int, seed: Sequence[int] | None) -> None:
@@ -51,6 +55,7 @@ class StreamPart:
         self.part = part
         self.num_parts = num_parts
         self.seed = seed
+        self.skipped_shards: dict[str, str] = {}
         self._num_shards = count_separate_shards(stream.rows)
         self._has_own_shuffle = has_own_shuffle(stream.rows)
 
@@ -62,13 +67,15 @@ class StreamPart:
         """
         known_to_have_rows = place != Place(place.pass_number)
         for pass_number in itertools.count(place.pass_number):
+            has_pairs = False
             for placed in self._read_pass(place if pass_number == place.pass_number else Place(pass_number)):
-                known_to_have_rows = True
+                known_to_have_rows = has_pairs = True
                 yield placed
-            if not known_to_have_rows:
+            # With skipped shards, rows there were before may be gone, such as those of a server that is down.
+            if not known_to_have_rows or (self.skipped_shards and not has_pairs):
                 # An empty share does not prove an empty stream: rows may be fewer than parts, or shards empty.
                 if next(self.stream.rows.iter(batch_size=1), None) is None:
-                    raise ValueError(NO_ROWS)
+                    raise ValueError(NO_ROWS + describe_all_skipped(self.skipped_shards))
                 known_to_have_rows = True
 
     def _read_pass(self, begin: Place) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -84,7 +91,8 @@ class StreamPart:
             source = place.source
             # `iter(batch_size=1)` and not `iter(shard)`: in a torch worker the latter splits the rows among the
             # workers a second time, although each worker has its own part.
-            for row, values in enumerate(shard.iter(batch_size=1), start=place.row):
+            rows = record_skipped(shard.iter(batch_size=1), self.skipped_shards)
+            for row, values in enumerate(rows, start=place.row):
                 if row % step == offset:
                     pairs = enumerate(self.stream.make_pairs({name: value[0] for name, value in values.items()}))
                     before = place.pair if row == place.row else 0

@@ -6,6 +6,7 @@ WebDataset shards are usually named by, are unknown to fsspec and expanded here.
 
 import glob
 import io
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath, PurePosixPath
@@ -13,11 +14,22 @@ from typing import BinaryIO, cast
 
 import fsspec
 
-from hf_dissect.data.split_files import group_by_split, list_folder, require_path, summarize_error
-from hf_dissect.data.web_file import WebFile
+from hf_dissect.data.shards.web_file import WebFile
+from hf_dissect.data.split_files import group_by_split, join_names, list_folder, require_path, summarize_error
+
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+"""Ends of the names of shards; compression is recognised by the content."""
 
 _GLOB_MARKS = "*?["
 _WEB = ("http://", "https://")
+
+
+logger = logging.getLogger(__name__)
+
+
+def is_shard_name(path: str) -> bool:
+    """Return whether a path or pattern names tar shards, plain or compressed."""
+    return path.lower().endswith(ENDINGS)
 
 
 def find_shards(path: str, split_names: Mapping[str, str | None]) -> dict[str, list[str]]:
@@ -77,11 +89,12 @@ def _find_local_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
     """Return absolute names by path, and the folder above which names do not count."""
     if not _is_pattern(path):
         root = require_path(path)
-        shards = [root] if root.is_file() else [f for pattern in ("*.tar", "*/*.tar") for f in root.glob(pattern)]
+        shards = [root] if root.is_file() else _list_shards(root)
         if not shards:
             raise FileNotFoundError(
-                f"data.path {path!r} holds no .tar file; found {list_folder(root)}. Name the folder of the shards, or "
-                "a pattern such as shards/train-{000..003}.tar."
+                f"data.path {path!r} holds no .tar file, plain or compressed ({', '.join(ENDINGS)}); found "
+                f"{list_folder(root)}. Name the folder of the shards, or a pattern such as "
+                "shards/train-{000..003}.tar."
             )
         return {shard: str(shard.absolute()) for shard in shards}, root
     shards = []
@@ -91,6 +104,20 @@ def _find_local_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
             raise FileNotFoundError(f"data.path {path!r}: no file {pattern!r}. Correct the pattern or add the shard.")
         shards += matches
     return {shard: str(shard.absolute()) for shard in shards}, _cut_pattern(str(Path(path).expanduser()), Path)
+
+
+def _list_shards(root: Path) -> list[Path]:
+    """Return the shards in a folder and its subfolders; of a shard that is there twice, the shorter name."""
+    inside = [file for pattern in ("*", "*/*") for file in root.glob(pattern)]
+    shards = [file for file in inside if is_shard_name(file.name) and not file.name.startswith(".") and file.is_file()]
+    by_stem: dict[Path, list[Path]] = {}
+    for shard in sorted(shards, key=lambda shard: (len(shard.name), shard)):
+        ending = max((ending for ending in ENDINGS if shard.name.lower().endswith(ending)), key=len)
+        by_stem.setdefault(shard.with_name(shard.name[: -len(ending)]), []).append(shard)
+    copies = [copy for first, *others in by_stem.values() for copy in others]
+    if copies:
+        logger.warning("Left out, as the same shard is there in another form: %s", join_names(sorted(copies)))
+    return [first for first, *_ in by_stem.values()]
 
 
 def _find_remote_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
@@ -113,19 +140,25 @@ def _find_remote_shards(path: str) -> tuple[dict[PurePath, str], PurePath]:
 def _match_addresses(path: str, pattern: str) -> list[str]:
     """Return the shards that fit a pattern; its server is only asked if the pattern leaves something open."""
     web = pattern.startswith(_WEB)
-    if ".tar" in pattern and not any(mark in pattern for mark in ("*" if web else _GLOB_MARKS)):
+    if (".tar" in pattern or is_shard_name(pattern)) and not any(
+        mark in pattern for mark in ("*" if web else _GLOB_MARKS)
+    ):
         return [pattern]
     if web:
         raise ValueError(
             f"data.path {path!r}: a web server does not tell which files it has; name the shards with braces, such as "
             "https://host/train-{000..123}.tar."
         )
-    patterns = (
-        [pattern] if any(mark in pattern for mark in _GLOB_MARKS) else [f"{pattern}/*.tar", f"{pattern}/*/*.tar"]
-    )
+    is_open = any(mark in pattern for mark in _GLOB_MARKS)
+    patterns = [pattern] if is_open else [f"{pattern}/*", f"{pattern}/*/*"]
     try:
         files = fsspec.core.url_to_fs(pattern)[0]
-        return [files.unstrip_protocol(name) for each in patterns for name in sorted(files.glob(each))]
+        return [
+            files.unstrip_protocol(name)
+            for each in patterns
+            for name in sorted(files.glob(each))
+            if is_open or is_shard_name(name)
+        ]
     except FileNotFoundError:
         return []
     except Exception as error:  # clients and connections raise errors of many kinds, with the same way out

@@ -13,7 +13,7 @@ from testing.tar_files import write_tar
 
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs
-from hf_dissect.data.shard_files import expand_braces, open_shard
+from hf_dissect.data.shards.files import expand_braces, open_shard
 from hf_dissect.data.streaming.loader import StreamLoader
 
 
@@ -124,7 +124,7 @@ print(json.dumps(found))
 
 
 def read_from_the_hub(*paths, **environment):
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **environment}
     command = [sys.executable, "-c", READ_FROM_THE_HUB, *paths]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,1 @@
+"""WebDataset tar shards as rows of pairs: nothing is left out in silence."""
