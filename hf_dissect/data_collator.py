@@ -81,12 +81,12 @@ class SelectionCollator:
         problems = [_describe_caption(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
         image_keys = [key_hash(image_content(row["image"]) or b"") for row in rows]
-        batch = self._process_distinct_images(rows, image_keys, reasons, problems)
+        images = self._process_distinct_images(rows, image_keys, reasons, problems)
         if self.text_feature_size is None:
-            batch |= self._tokenise(captions)
+            batch = {**images, **self._tokenise(captions)}
             caption_keys = list(map(key_hash, captions))
         else:
-            batch["text_features"] = stack_text_features(rows, reasons, self.text_feature_size)
+            batch = {**images, "text_features": stack_text_features(rows, reasons, self.text_feature_size)}
             caption_keys = [key_hash(vector.tobytes()) for vector in batch["text_features"].numpy()]
         batch["sample_id"] = _read_integers(rows, "sample_id")
         batch["image_key"] = torch.tensor(image_keys)

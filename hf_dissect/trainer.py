@@ -24,8 +24,7 @@ from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
 from hf_dissect.models.adapters import save_base
-from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias
-from hf_dissect.models.renamed_weights import restore_weights
+from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias, restore_weights
 from hf_dissect.models.tasks import select_representations
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
@@ -87,7 +86,7 @@ class DissectTrainer(BaseTrainer):
         **trainer_arguments: Any,
     ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
-        training_data.check_arguments(args, data_collator, processing_class, model, eval_dataset, trainer_arguments)
+        training_data.check_arguments(args, data_collator, processing_class, eval_dataset, trainer_arguments, model)
         train_dataset, eval_dataset = training_data.prepare_data(model, train_dataset, eval_dataset, args)
         trainer_arguments.setdefault("compute_metrics", compute_retrieval)
         super().__init__(
@@ -310,8 +309,8 @@ class DissectTrainer(BaseTrainer):
             self.selector.epoch -= training_data.count_pairs(self.train_dataset) is None and self.stream is None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
-        restore_weights(self.model, resume_from_checkpoint, load_weights)
+        load = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        restore_weights(self.model, resume_from_checkpoint, load)
 
     def _load_best_model(self) -> None:
         restore_weights(self.model, str(self.state.best_model_checkpoint), super()._load_best_model)

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_arguments(
-    args: Any, data_collator: Any, processing_class: Any, model: Any, evaluation: Any, given: Mapping[str, Any]
+    args: Any, data_collator: Any, processing_class: Any, evaluation: Any, given: Mapping[str, Any], model: Any = None
 ) -> None:
     """Check the training arguments, and that there is a collator or a processor.
 
@@ -45,9 +45,9 @@ def check_arguments(
         args: Arguments of the run.
         data_collator: Collator, or None.
         processing_class: Processor, or None.
-        model: Dual encoder; None if the trainer makes it later.
         evaluation: Evaluation data, a dict of several, or None.
         given: Further arguments of `transformers.Trainer`, by name.
+        model: Model, or None; one that reads stored features of the captions needs no tokenizer.
 
     Raises:
         TypeError: `args` is not a `DissectTrainingArguments`.
@@ -171,15 +171,15 @@ def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingA
 
 def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
     """Build the collator for a model and its processor; raise a `ValueError` if tokens have no embedding."""
-    size = find_feature_size(model, "text")
-    if size is None:
-        check_tokens(model, find_tokenizer(processor))
+    reads_features, text_size = find_feature_size(model, "vision") is not None, find_feature_size(model, "text")
+    if text_size is not None:
+        return SelectionCollator(processor, reads_features=reads_features, text_feature_size=text_size)
+    check_tokens(model, find_tokenizer(processor))
     return SelectionCollator(
         processor,
         text_padding=find_text_padding(model),
-        max_caption_length=choose_caption_length(model, processor, args) if size is None else None,
-        reads_features=find_feature_size(model, "vision") is not None,
-        text_feature_size=size,
+        max_caption_length=choose_caption_length(model, processor, args),
+        reads_features=reads_features,
     )
 
 

@@ -87,7 +87,7 @@ def _audit(options: argparse.Namespace) -> None:
         from hf_dissect.runs.audit import audit
 
         given |= {"data": options.data, "task_column": options.task_column, "ledger": options.ledger}
-        given |= {"text_features": options.text_features}
+        given["text_features"] = options.text_features
         result = audit(options.checkpoint, **given)
     if is_first_process():
         _print_result(result)

@@ -26,7 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 import hf_dissect.mola  # noqa: F401 (registers the type with PEFT)
 from hf_dissect.models.families import TOWERS, bare_model, freeze_tower
-from hf_dissect.models.target_modules import complete_target_modules
+from hf_dissect.models.target_modules import set_target_modules
 
 BASE_FOLDER = "base_model"
 """Subfolder of an adapter's folder for its base model, if that has no name to load it by."""
@@ -94,7 +94,7 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any], frozen_towe
         config = adapter_config(settings)
         if frozen_tower is not None and hasattr(config, "exclude_modules"):
             config.exclude_modules = _build_exclusion_pattern(frozen_tower, config.exclude_modules)
-        complete_target_modules(config, model, frozen_tower)
+        set_target_modules(config, model, frozen_tower)
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ValueError(f"adapter: {error}") from error

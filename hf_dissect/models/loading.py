@@ -36,6 +36,7 @@ from hf_dissect.models.families import (
 from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.from_scratch import build_model_and_processor
 from hf_dissect.models.pretrained_parts import LOADING_ERRORS, load_image_processor, load_tokenizer, loading_error
+from hf_dissect.models.renamed_weights import restore_weights
 from hf_dissect.models.two_towers import build_from_towers
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "check_same_architecture",
     "find_text_padding",
     "LOADING_ERRORS",
+    "restore_weights",
 ]
 
 

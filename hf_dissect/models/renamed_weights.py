@@ -15,16 +15,16 @@ from hf_dissect.models.families import bare_model
 logger = logging.getLogger(__name__)
 
 
-def restore_weights(model: nn.Module, folder: str, load_weights: Callable[[], None]) -> None:
-    """Load the weights of a checkpoint with the Trainer's loader, and what that loader leaves out.
+def restore_weights(model: nn.Module, folder: str | Path, load: Callable[[], None]) -> None:
+    """Load the weights of a checkpoint, with an adapter and under whatever names they were saved.
 
     Args:
         model: Model, wrapped or not.
         folder: Folder of the checkpoint.
-        load_weights: Loader of the Trainer.
+        load: Function of the Trainer that loads the weights.
     """
     if not restore_adapter(model, folder):
-        load_weights()
+        load()
         restore_renamed_weights(model, folder)
 
 

@@ -5,6 +5,22 @@ from typing import Any
 from hf_dissect.mola.target_modules import TARGET_MODULES
 
 
+def set_target_modules(config: Any, model: Any, frozen_tower: str | None = None) -> None:
+    """Set the target modules of an adapter, in place, if none are named and the model has two towers of any kind.
+
+    Args:
+        config: Configuration of the adapter.
+        model: Dual encoder; one of another type has the defaults that PEFT knows.
+        frozen_tower: Tower that gets no adapter, `"vision"` or `"text"`.
+
+    Raises:
+        ValueError: If there are no defaults for a tower.
+    """
+    is_open = getattr(config, "target_modules", "") is None and not getattr(config, "target_parameters", None)
+    if is_open and model.config.model_type == "dual_encoder":
+        config.target_modules = choose_target_modules(model, frozen_tower)
+
+
 def choose_target_modules(model: Any, frozen_tower: str | None = None) -> list[str]:
     """Choose the layers of both towers that an adapter changes, by the types of the towers.
 
@@ -32,16 +48,3 @@ def choose_target_modules(model: Any, frozen_tower: str | None = None) -> list[s
             )
         chosen |= dict.fromkeys(TARGET_MODULES[kind])
     return list(chosen)
-
-
-def complete_target_modules(config: Any, model: Any, frozen_tower: str | None = None) -> None:
-    """Choose the layers of an adapter for a dual encoder of two towers, which no map of PEFT knows, if none are given.
-
-    Args:
-        config: Configuration of the adapter, which is changed in place.
-        model: Model that the adapter is for.
-        frozen_tower: Tower that gets no adapter.
-    """
-    is_open = getattr(config, "target_modules", "") is None and not getattr(config, "target_parameters", None)
-    if is_open and model.config.model_type == "dual_encoder":
-        config.target_modules = choose_target_modules(model, frozen_tower)

@@ -26,7 +26,8 @@ def make_text_tower(config: PreTrainedConfig) -> PreTrainedModel:
 def take_encoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the encoder of an encoder-decoder, or of a model that has only kept its encoder (T5); otherwise it."""
     own_class: Any = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(model.config), None)
-    has_kept_encoder = type(model) is own_class and own_class is not MODEL_MAPPING.get(type(model.config), None)
+    kept: Any = own_class if type(model) is own_class else None
+    has_kept_encoder = kept is not None and kept is not MODEL_MAPPING.get(type(model.config), None)
     return model.get_encoder() if has_kept_encoder or model.config.is_encoder_decoder else model
 
 

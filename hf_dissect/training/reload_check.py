@@ -24,7 +24,7 @@ from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.data.pairs import PairStream
 from hf_dissect.models.adapters import find_adapted, is_adapter, list_unsaved_weights, load_adapter, save_base
 from hf_dissect.models.families import bare_model
-from hf_dissect.models.feature_encoder import PrecomputedFeaturesConfig
+from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.selection.scoring import evaluation_mode
 from hf_dissect.training.checkpoints import UNFINISHED_FOLDER
 from hf_dissect.training.clamp_logit_scale import ClampLogitScale
@@ -237,16 +237,23 @@ def _make_batch(model: nn.Module, collator: Any, pairs: Any) -> dict[str, torch.
 def _make_rows(model: nn.Module) -> list[dict[str, Any]]:
     from PIL import Image
 
-    vision = getattr(getattr(bare_model(model), "config", None), "vision_config", None)
+    sizes = {tower: find_feature_size(model, tower) for tower in ("vision", "text")}
     generator, captions = np.random.default_rng(0), _CAPTIONS
-    if isinstance(vision, PrecomputedFeaturesConfig):
-        images: list[Any] = list(generator.normal(size=(NUM_PAIRS, vision.hidden_size)).astype(np.float32))
-    else:
-        images = [Image.fromarray(part) for part in generator.integers(0, 256, (NUM_PAIRS, 64, 64, 3), dtype=np.uint8)]
-    return [
+    vectors = {
+        tower: list(generator.normal(size=(NUM_PAIRS, size)).astype(np.float32))
+        for tower, size in sizes.items()
+        if size is not None
+    }
+    images: list[Any] = vectors.get("vision") or [
+        Image.fromarray(part) for part in generator.integers(0, 256, (NUM_PAIRS, 64, 64, 3), dtype=np.uint8)
+    ]
+    rows: list[dict[str, Any]] = [
         {"image": image, "caption": caption, "sample_id": row, "task_id": 0}
         for row, (image, caption) in enumerate(zip(images, captions, strict=True))
     ]
+    for row, vector in zip(rows, vectors.get("text", []), strict=False):
+        row["text_features"] = vector
+    return rows
 
 
 @torch.no_grad()
