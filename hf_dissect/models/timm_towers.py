@@ -80,8 +80,8 @@ def find_timm_repository(name: str) -> str:
 def make_timm_image_processor(pretrained_cfg: Mapping[str, Any] | None, where: str) -> CLIPImageProcessorPil:
     """Build an image processor that prepares pictures as timm does for evaluation, without torchvision.
 
-    The shorter side is resized to `input_size / crop_pct` and the middle cut out; a crop may lie one pixel beside
-    that of torchvision.
+    The shorter side is resized to `input_size / crop_pct` and the middle cut out; a crop may lie one pixel away
+    from that of torchvision.
 
     Args:
         pretrained_cfg: `pretrained_cfg` of a timm model, with `input_size`, `mean`, `std`, `interpolation`,

@@ -675,7 +675,7 @@ def test_shipped_recipe_is_sound(name, tmp_path):
     assert arguments.selection_ratio == recipe.selection.ratio == 0.5
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "clip-finetune"])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in ("clip-finetune", "two-towers")])
 def test_shipped_model_can_be_built(name):
     import torch
     from transformers import AutoConfig, AutoModel
