@@ -31,8 +31,8 @@ NOTE = (
     "The score says how much more likely image and caption occur together than by chance (pointwise mutual "
     "information, in nats, estimated by the model): pairs with the lowest scores are the likeliest to be mismatched. "
     "p(mismatched) compares the score with those of images with captions of other pairs, and so does the local false "
-    "discovery rate. Mismatched captions that nearly fit, such as those of a similar image, are hardly found, and are not "
-    "in the estimates."
+    "discovery rate. Mismatched captions that nearly fit, such as those of a similar image, are hardly found, and "
+    "are not in the estimates."
 )
 
 
