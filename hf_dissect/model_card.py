@@ -32,7 +32,7 @@ TAGS = ("clip", "dissect", "sample-selection", "image-text-retrieval", "hf_disse
 
 _TEMPLATE = "dissect.md.jinja"
 STORED_FEATURES = "stored features"
-"""What stands in the place of a tower's name if the run read stored features."""
+"""Words in the place of a tower's name if the run read stored features."""
 _TITLE = "CLIP trained with hf_dissect"
 
 
