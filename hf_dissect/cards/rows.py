@@ -161,7 +161,9 @@ def tabulate_noise(metrics: Mapping[str, Any]) -> Rows:
             name = key.removeprefix(_DETECTION).replace("auroc", "AUROC").replace("_", " ")
             rows.append((f"Final scores: {name}", _format_figure(key, value)))
     if (count := metrics.get("scored_train_pairs")) is not None:
-        rows.append(("Final scores rest on", f"a random sample of {count:,} training pairs"))
+        # The pairs of a stream have no number, and the first of them are taken.
+        sample = "a random sample of" if metrics.get("num_pairs") is not None else "the first"
+        rows.append(("Final scores rest on", f"{sample} {count:,} training pairs"))
     return format_rows(rows)
 
 

@@ -288,7 +288,8 @@ class EvaluationSection:
     noise_detection: bool = setting(True, "Separation of mismatched pairs by the scores, where the truth is known.")
     max_train_pairs: int | None = setting(
         10_000,
-        "Training pairs, chosen at random, that are scored for noise_detection when training has ended; null: all.",
+        "Training pairs, chosen at random (of a stream, the first), that are scored for noise_detection when training "
+        "has ended; null: all.",
         within="[2, inf)",
         argument="max_train_pairs",
     )

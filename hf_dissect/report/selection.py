@@ -257,8 +257,11 @@ def _describe_noise(runs: Sequence[RunSummary]) -> str:
 def _list_samples(runs: Sequence[RunSummary]) -> list[str]:
     """Return a note for each run whose training pairs were scored in part."""
     counts = [(run.name, run.metrics.get("scored_train_pairs"), run.metrics.get("num_pairs")) for run in runs]
-    known = [(name, count, f" of {total:,}" if total else "") for name, count, total in counts if count is not None]
-    return [f"{name}: {count:,}{of_all}" for name, count, of_all in known]
+    return [
+        f"{name}: {count:,} of {total:,}" if total else f"{name}: the first {count:,} of a stream"
+        for name, count, total in counts
+        if count is not None
+    ]
 
 
 def _describe_problem(entry: Mapping[str, Any]) -> str:

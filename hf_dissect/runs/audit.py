@@ -61,7 +61,7 @@ def audit(
     """Rank the pairs of a data set by how likely they are mismatched, by a trained model.
 
     Nothing is estimated for pairs that the run trained on. They are ranked by what the run recorded of them before it
-    trained on them, where it did; see `fit_audit` for them.
+    trained on them, where it did; see `audit_by_fit` for them.
 
     Args:
         checkpoint: Run folder, `checkpoint-N` folder, Hub id, or `hub:USER/REPO` to use the recipe there as well.

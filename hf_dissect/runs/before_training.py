@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -140,12 +140,12 @@ def check_scheduler(args: TrainingArguments) -> None:
         ) from error
 
 
-def check_best_metric(args: TrainingArguments, known: Mapping[str, Any]) -> None:
+def check_best_metric(args: TrainingArguments, known: Iterable[str]) -> None:
     """Check that `metric_for_best_model` is a figure of an evaluation.
 
     Args:
         args: Arguments of the run.
-        known: Figures of an evaluation, by name.
+        known: Names of the figures of an evaluation.
 
     Raises:
         ValueError: It is not; the message names the key of the recipe.

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_dissect.data import PairDataset, as_pairs, load_splits
 from hf_dissect.data.stored_features import find_feature_sizes
-from hf_dissect.evaluation import retrieval_metrics
 from hf_dissect.evaluation.passes import show_pass
+from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.models.adapters import add_adapter
 from hf_dissect.models.loading import freeze_tower, list_networks, load_model_and_processor
 from hf_dissect.models.twin_encoder import TwinDualEncoder
@@ -118,7 +117,7 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     """
     with name_training_keys(recipe.training):
         arguments = DissectTrainingArguments(**recipe.training_arguments(), save_run_folder=False)
-    check_best_metric(arguments, retrieval_metrics(np.eye(2), np.eye(2)))
+    check_best_metric(arguments, RETRIEVAL_FIGURES)
     splits = load_data(recipe) if splits is None else splits
     check_splits(splits, _list_named_splits(recipe.data), IntervalStrategy(arguments.eval_strategy).value)
     if recipe.evaluation.retrieval and not {"validation", "test"} & {*splits}:
