@@ -23,11 +23,6 @@ LABEL_COLUMN = "label"
 logger = logging.getLogger(__name__)
 
 
-def find_pictures(root: Path) -> list[Path]:
-    """Return all pictures in a folder and its subfolders in the order of their names, without hidden ones."""
-    return [file for file in walk_files(root) if file.suffix.lower() in PICTURE_SUFFIXES]
-
-
 def walk_files(root: Path) -> list[Path]:
     """Return all files in a folder and its subfolders in the order of their names, without hidden ones."""
     files, seen = [], set()
