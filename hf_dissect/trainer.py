@@ -224,7 +224,7 @@ class DissectTrainer(BaseTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the loader of data to evaluate or to predict, with all rows."""
-        if not training_data.includes(self.eval_dataset, eval_dataset):
+        if not training_data.is_checked(eval_dataset, self.train_dataset, self.eval_dataset):
             eval_dataset = training_data.wrap_evaluation_pairs(
                 eval_dataset, self.model, self.train_dataset, self.args, self.data_collator
             )

@@ -92,9 +92,10 @@ def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments, coll
     return pairs
 
 
-def includes(known: Any, dataset: Any) -> bool:
-    """Return whether a data set is the one of the trainer, or one of several, which was checked with the trainer."""
-    return any(dataset is part for part in (known, *(known.values() if isinstance(known, dict) else ())))
+def is_checked(dataset: Any, train: Any, evaluation: Any) -> bool:
+    """Return True for a data set of the trainer, or one of several, which was checked with the trainer."""
+    parts = evaluation.values() if isinstance(evaluation, dict) else ()
+    return any(dataset is known for known in (train, evaluation, *parts))
 
 
 def wrap_evaluation_pairs(dataset: Any, model: Any, train: Any, args: DissectTrainingArguments, collator: Any) -> Any:

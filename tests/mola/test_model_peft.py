@@ -15,7 +15,7 @@ from testing.tiny_bases import (
     pictures,
     tiny_bert,
     tiny_bert_classifier,
-    tiny_gpt2,
+    tiny_regnet,
     tiny_resnet,
     tiny_vit,
     tokens,
@@ -296,7 +296,7 @@ def test_default_targets(make, count):
 
 def test_an_architecture_without_default_targets_says_what_to_do():
     with pytest.raises(ValueError, match="target_modules"):
-        adapted(tiny_gpt2(), variant="grad")
+        adapted(tiny_regnet(), variant="grad")
 
 
 def test_layers_to_transform():
