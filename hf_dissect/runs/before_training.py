@@ -18,6 +18,7 @@ from hf_dissect.hub.address import is_hub_address
 from hf_dissect.hub.reachability import HubNeed, HubUnreachable, check_reachable, is_on_hub
 from hf_dissect.hub.repository import HubError
 from hf_dissect.recipe.file import RecipeFile
+from hf_dissect.training.training_args import is_one_of_several_without_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ def check_precision(training: Mapping[str, Any]) -> None:
         ValueError: It cannot; the message names the key of the recipe.
     """
     has_device = torch.accelerator.is_available()
-    uses_cpu = bool(training.get("use_cpu")) or not has_device
+    # Several processes that find no GPU train on the CPU, as if use_cpu were set.
+    chooses_cpu = bool(training.get("use_cpu")) or is_one_of_several_without_accelerator()
+    uses_cpu = chooses_cpu or not has_device
     reason = "training.use_cpu is true" if has_device else "this machine has none that torch sees"
     if training.get("tf32") and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
         raise ValueError("training.tf32: true needs an NVIDIA GPU of the generation Ampere or later; set it to null.")
@@ -55,7 +58,7 @@ def check_precision(training: Mapping[str, Any]) -> None:
         if training.get(name) and uses_cpu:
             raise ValueError(f"training.{name}: true needs a GPU, and {reason}; set it to false.")
     for name in ("bf16", "bf16_full_eval"):
-        if training.get(name) and not has_device and not training.get("use_cpu"):
+        if training.get(name) and not has_device and not chooses_cpu:
             raise ValueError(
                 f"training.{name}: true needs a GPU, and {reason}; set it to false, or training.use_cpu to true for "
                 "bf16 on the CPU."
