@@ -67,6 +67,8 @@ COMMANDS = {
         *FINETUNE,
         "objective.gsc.warmup_epochs=0",
     ],
+    "hf-dissect train mine.yaml objective.noisy_channel={} selection.strategy=none": FINETUNE,
+    "hf-dissect train mine.yaml selection.strategy=noisy_channel": FINETUNE,
     "make peft-suite": None,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
