@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from hf_dissect import DissectTrainingArguments
+from hf_dissect.hub.shared_recipe import select_shareable
 from hf_dissect.recipe.file import read_description, shipped_recipes
+from hf_dissect.recipe.objective_schema import NoisyChannelSection
 from hf_dissect.recipe.recipe import (
     STRATEGIES,
     CompareSection,
@@ -654,6 +656,16 @@ def test_soft_labels_have_the_same_defaults_in_a_recipe_and_in_python():
     changed = Recipe.from_dict(minimal()).with_overrides(["objective.gsc.beta=0.5"])
     assert changed.objective.gsc == GscSection(beta=0.5)
     assert changed.with_overrides(["objective.gsc=null"]).objective.gsc is None
+
+
+def test_an_objective_without_settings_survives_a_round_trip(tmp_path):
+    recipe = Recipe.from_dict(minimal()).with_overrides(["objective.noisy_channel={}"])
+    assert recipe.objective.noisy_channel == NoisyChannelSection()
+    recipe.save(tmp_path / "recipe.yaml")
+    loaded = Recipe.load(tmp_path / "recipe.yaml")
+    assert loaded == recipe and loaded.training_arguments()["noisy_channel"] == {}
+    assert select_shareable(loaded.to_dict())[0]["objective"]["noisy_channel"] == {}
+    assert loaded.with_overrides(["objective.noisy_channel=null"]).objective.noisy_channel is None
 
 
 def test_every_option_that_a_recipe_allows_is_one_of_the_strategy():
