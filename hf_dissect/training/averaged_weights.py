@@ -208,8 +208,9 @@ class AveragedWeights(TrainerCallback):
         )
 
     def _restore_means(self, saved: Mapping[str, torch.Tensor]) -> None:
-        known = {**self._parameters, **dict.fromkeys(self._statistics)}
-        if wrong := [name for name, mean in saved.items() if not self._fits(name, mean, known)]:
+        # A scalar has a dimension while the model is split.
+        shapes = {name: _list_sizes(self._get(name)) for name in (*self._parameters, *self._statistics)}
+        if wrong := [name for name, mean in saved.items() if _list_sizes(mean) != shapes.get(name)]:
             raise ValueError(
                 f"The checkpoint holds the mean of other weights than those of the model ({', '.join(wrong[:3])}); "
                 "resume with the settings of the run that wrote it, or without average_weights."
@@ -221,10 +222,6 @@ class AveragedWeights(TrainerCallback):
             if isinstance(own, DTensor):
                 mean = distribute_tensor(mean, own.device_mesh, own.placements)
             _get_own_part(own).copy_(_get_own_part(mean))
-
-    def _fits(self, name: str, mean: torch.Tensor, known: Mapping[str, Any]) -> bool:
-        # A scalar has a dimension while the model is split.
-        return name in known and mean.squeeze().shape == self._get(name).squeeze().shape
 
 
 def find_start(share: float, max_steps: int) -> int:
@@ -254,6 +251,10 @@ def _check_setup(share: float, accelerator: Accelerator, optimizer: Any) -> None
             f"average_weights={share} cannot be used with {type(optimizer).__name__}, which changes the weights for "
             "evaluation itself; leave average_weights out, or choose another optimiser."
         )
+
+
+def _list_sizes(tensor: torch.Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]
 
 
 def _get_own_part(tensor: torch.Tensor) -> torch.Tensor:
