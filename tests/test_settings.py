@@ -12,6 +12,7 @@ from hf_dissect.distillation import DistillationRecipe, DistillationTrainingArgu
 from hf_dissect.objectives.gsc import GscObjective
 from hf_dissect.recipe import Recipe, RecipeError
 from hf_dissect.recipe.objective_schema import GscSection
+from hf_dissect.recipe.schema import TrainingSection
 from hf_dissect.selection.options import OPTIONS
 from hf_dissect.settings import describe_problem, find_setting, list_members, list_settings
 
@@ -45,7 +46,7 @@ def own_fields(arguments: type) -> list[dataclasses.Field]:
 
 def sections_of(recipe: type) -> dict[str, type]:
     """Every section of a recipe by its dotted key, nested ones too."""
-    found = {}
+    found = {"training": TrainingSection}  # next to the fields of transformers
 
     def visit(key: str, section: type) -> None:
         found[key] = section
@@ -98,7 +99,7 @@ def test_every_argument_has_one_declaration_and_repeats_its_type(kind):
         assert find_setting(field) is not None, field.name
         if field.name == "save_run_folder":  # a recipe always writes it
             continue
-        section, name = sources[field.name].rsplit(".", 1)
+        section, name = sources.get(field.name, f"training.{field.name}").rsplit(".", 1)
         if field.name == "student_column":  # the same section describes every modality
             continue
         (source,) = (item for item in dataclasses.fields(sections[section]) if item.name == name)
@@ -109,7 +110,7 @@ def test_every_argument_has_one_declaration_and_repeats_its_type(kind):
             for _, setting in list_settings(part).values()
             if setting.argument == field.name
         ]
-        assert len(declarations) == (0 if section == "distillation" else 1)
+        assert len(declarations) == (0 if section in ("distillation", "training") else 1)
         expected, repeated = list_settings(sections[section])[name][0], hints[field.name]
         if field.name in arguments._VALID_DICT_FIELDS:  # also as JSON, from the command line
             assert {dict[str, Any], str} <= set(list_members(repeated)) <= {dict[str, Any], str, type(None)}
@@ -165,6 +166,8 @@ def test_an_impossible_value_gets_the_same_verdict_in_a_recipe_and_in_the_argume
     given = {name: value for name, source in recipe.argument_sources().items() if source == key and name in own}
     if key.startswith("objective.gsc."):
         given = {"gsc": {key.rpartition(".")[2]: value}}
+    if key.startswith("training."):
+        given = {key.rpartition(".")[2]: value}
     if given:
         with pytest.raises(ValueError) as in_arguments:
             arguments("unused", **given)

@@ -43,6 +43,7 @@ def find_papers(metrics: Mapping[str, Any], *, model_type: str | None = None, lo
         _OF_STRATEGY.get(metrics.get("strategy", "")),
         *(_OF_STRATEGY[name] for name in ("gsc", "noisy_channel") if settings.get(name) is not None),
         _OF_ADAPTER.get(as_mapping(metrics.get("adapter")).get("type", "")),
+        "izmailov2018swa" if metrics.get("averaged_weights") else None,
         "gao2021gradcache" if settings.get("grad_cache_chunk_size") else None,
         _OF_DISTILLATION.get(metrics.get("method", "")),
         None if model_type is None else _OF_MODEL.get(model_type, "radford2021clip"),

@@ -10,6 +10,7 @@ from hf_dissect.cards.privacy import hub_dataset, may_be_published
 from hf_dissect.report.tables import (
     as_mapping,
     collect_run_figures,
+    describe_averaging,
     format_number,
     results_table,
     select_final_figures,
@@ -124,6 +125,7 @@ def tabulate_training(metrics: Mapping[str, Any], recipe: "RecipeFile | None", m
             ("Recipe", None if recipe is None else recipe.name),
             *method,
             ("Optimiser steps", _format_count(metrics.get("steps"))),
+            ("Final weights", describe_averaging(metrics)),
             ("Seed", metrics.get("seed")),
             ("Wall-clock", _format_figure("total_s", as_mapping(metrics.get("times")).get("total_s"))),
             ("Time for scoring", _format_figure("scoring_share", collect_run_figures(metrics)["scoring_share"])),

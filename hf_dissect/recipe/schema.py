@@ -236,6 +236,18 @@ class SelectionSection:
 
 
 @dataclasses.dataclass
+class TrainingSection:
+    """Settings of the section `training` next to the fields of `transformers.TrainingArguments`."""
+
+    average_weights: float | None = setting(
+        None,
+        "Share of the optimiser steps, the last ones, whose weights are averaged; their mean is the final model. 0.75 "
+        "averages over the last three quarters; null: the last weights are the final model.",
+        within="(0, 1]",
+    )
+
+
+@dataclasses.dataclass
 class ZeroShotSection:
     """Classification by class names; without a path, of the scenes (data.source: scenes)."""
 

@@ -27,7 +27,14 @@ from hf_dissect.report.plots import (
     series,
     to_finite,
 )
-from hf_dissect.report.tables import Table, as_mapping, collect_run_figures, format_number, results_table
+from hf_dissect.report.tables import (
+    Table,
+    as_mapping,
+    collect_run_figures,
+    describe_averaging,
+    format_number,
+    results_table,
+)
 
 __all__ = ["PairSample", "RunSummary", "write_report"]
 
@@ -226,6 +233,7 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         ("Runs", str(len(runs)) if len(runs) > 1 else ""),
         ("Pairs", show_range("num_pairs", [values.get("num_pairs") for values in metrics])),
         ("Optimiser steps", show_range("steps", [values.get("steps") for values in metrics])),
+        ("Final weights", "; ".join(dict.fromkeys(filter(None, map(describe_averaging, metrics))))),
         ("Kept of the candidates", show_range("kept_share", [values.get("kept_share") for values in selection])),
         ("Mismatched among kept", show_range("noise_kept", [values.get("noise_kept") for values in selection])),
         (

@@ -100,8 +100,8 @@ def test_every_setting_is_explained(section):
         ),
         (
             {"training": {"learning_rte": 0.1}},
-            "training.learning_rte: unknown key (value 0.1); allowed: the fields of transformers.TrainingArguments; "
-            "did you mean 'learning_rate'?",
+            "training.learning_rte: unknown key (value 0.1); allowed: average_weights and the fields of "
+            "transformers.TrainingArguments; did you mean 'learning_rate'?",
         ),
         (
             {"selection": {"options": {"variante": "momentum"}}},
