@@ -88,7 +88,7 @@ class SelectionSummary:
         }
 
     def _list_bare_objectives(self) -> list[str]:
-        """Return the objectives that are chosen by an empty mapping, which is no default like other empty values."""
+        """Return the objectives that are set to an empty mapping, which other settings mean nothing by."""
         return [name for name in list_robust_objectives() if getattr(self._args, name) == {}]
 
     def _is_sampled(self) -> bool:
