@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_dissect.data.noise_kinds import describe_noise
 from hf_dissect.data.shards.skipped import summarize_skipped
 from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation.selection_figures import (
@@ -65,11 +66,19 @@ class SelectionSummary:
             "name": name,
             "strategy": name,
             "num_pairs": count_pairs(self._dataset),
+            **({} if (noise := self._describe_noise()) is None else {"injected_noise": noise}),
             "selection": {**compute_selection_figures(self._selector.monitor), **self._label_figures},
             **({} if adapter is None else {"adapter": adapter}),
             **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
             "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),
         }
+
+    def _describe_noise(self) -> str | None:
+        """Describe the captions that the recipe makes wrong on purpose; None without any."""
+        data = getattr(self._recipe, "data", None)
+        if data is None:
+            return None
+        return describe_noise(data.noise_kind, data.noise_rate, data.noise_seed, data.noise_permutation)
 
     def _is_sampled(self) -> bool:
         """Return True if the figures of noise detection rest on a sample of the training pairs."""
