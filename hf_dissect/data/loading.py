@@ -221,8 +221,8 @@ def _check_noise(
         raise ValueError(f"data.noise_kind must be one of {', '.join(NOISE_KINDS)}, got {noise_kind!r}.")
     if noise_kind != "random" and not noise_rate:
         raise ValueError(
-            f"data.noise_kind is {noise_kind!r}, but data.noise_rate is {noise_rate}: no caption would be changed. Set "
-            "data.noise_rate to the share of captions to change, or leave data.noise_kind out."
+            f"data.noise_kind is {noise_kind!r}, but data.noise_rate is {noise_rate}: no caption would be changed. "
+            "Set data.noise_rate to the share of captions to change, or leave data.noise_kind out."
         )
     if noise_kind == "partial" and text_features is not None:
         raise ValueError(
