@@ -17,6 +17,7 @@ from hf_dissect.evaluation.selection_figures import (
 )
 from hf_dissect.model_card import describe_model
 from hf_dissect.models.adapters import describe_adapter
+from hf_dissect.objective import Objective
 from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
 from hf_dissect.training.run_folder import list_changed_settings
@@ -33,13 +34,22 @@ class SelectionSummary:
 
     Args:
         selector: Selector of the run.
+        objective: Objective of the run.
         dataset: Training data.
         recipe: Recipe of the run; None without one.
         args: Arguments of the run.
     """
 
-    def __init__(self, selector: OnlineSelector, dataset: Any, recipe: Any, args: DissectTrainingArguments) -> None:
+    def __init__(
+        self,
+        selector: OnlineSelector,
+        objective: Objective,
+        dataset: Any,
+        recipe: Any,
+        args: DissectTrainingArguments,
+    ) -> None:
         self._selector = selector
+        self._objective = objective
         self._dataset = dataset
         self._recipe = recipe
         self._args = args
@@ -67,7 +77,12 @@ class SelectionSummary:
             "strategy": name,
             "num_pairs": count_pairs(self._dataset),
             **({} if (noise := self._describe_noise()) is None else {"injected_noise": noise}),
-            "selection": {**compute_selection_figures(self._selector.monitor), **self._label_figures},
+            "selection": {
+                **compute_selection_figures(self._selector.monitor),
+                **self._selector.strategy.compute_figures(),
+                **({} if self._objective.robust is None else self._objective.robust.compute_figures()),
+                **self._label_figures,
+            },
             **({} if adapter is None else {"adapter": adapter}),
             **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
             "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),
