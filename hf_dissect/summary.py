@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_dissect.data.noise_kinds import describe_noise
 from hf_dissect.data.shards.skipped import summarize_skipped
 from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation.selection_figures import (
@@ -76,6 +77,7 @@ class SelectionSummary:
             "name": name,
             "strategy": name,
             "num_pairs": count_pairs(self._dataset),
+            **({} if (noise := self._describe_noise()) is None else {"injected_noise": noise}),
             "selection": {
                 **compute_selection_figures(self._selector.monitor),
                 **self._selector.strategy.compute_figures(),
@@ -90,6 +92,13 @@ class SelectionSummary:
     def _list_bare_objectives(self) -> list[str]:
         """Return the objectives that are set to an empty mapping, which other settings mean nothing by."""
         return [name for name in list_robust_objectives() if getattr(self._args, name) == {}]
+
+    def _describe_noise(self) -> str | None:
+        """Describe the captions that the recipe makes wrong on purpose; None without any."""
+        data = getattr(self._recipe, "data", None)
+        if data is None:
+            return None
+        return describe_noise(data.noise_kind, data.noise_rate, data.noise_seed, data.noise_permutation)
 
     def _is_sampled(self) -> bool:
         """Return True if the figures of noise detection rest on a sample of the training pairs."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_dissect.cards.metadata import DATA_NAMES
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
+from hf_dissect.data.noise_kinds import describe_noise
 from hf_dissect.report.tables import (
     as_mapping,
     collect_run_figures,
@@ -69,8 +70,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
     data = recipe.data
     name = hub_dataset(data.source, data.path)
     scenes = data.source == "scenes"
-    noise = f"{data.noise_rate:.0%} of the training captions shuffled, seed {data.noise_seed}"
-    fixed = "training captions in the order of a fixed permutation"
+    noise = describe_noise(data.noise_kind, data.noise_rate, data.noise_seed, data.noise_permutation)
     return [
         ("Data", name or DATA_NAMES[data.source]),
         ("Configuration", data.name if name else None),
@@ -80,7 +80,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
         ("Column of the tasks", data.task_column),
         ("Rows used", f"the first {data.max_train_rows:,}" if data.max_train_rows else None),
         ("Images", "stored features" if data.image_features else None),
-        ("Injected noise", fixed if data.noise_permutation else noise if data.noise_rate else None),
+        ("Injected noise", noise),
     ]
 
 

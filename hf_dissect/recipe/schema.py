@@ -12,6 +12,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
 }
 """Variants of each strategy, the default first."""
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
+NOISE_KINDS = ("random", "neighbours", "partial")
 
 
 @dataclasses.dataclass
@@ -151,8 +152,14 @@ class DataSection:
     )
     max_train_rows: int | None = setting(None, "Train on the first rows only.", within="[1, inf)")
     max_eval_rows: int | None = setting(None, "Evaluate on the first rows only.", within="[1, inf)")
-    noise_rate: float = setting(0.0, "Share of the training captions that is shuffled.", within="[0, 1)")
-    noise_seed: int = setting(0, "Seed of the shuffling.", within="[0, inf)")
+    noise_rate: float = setting(0.0, "Share of the training captions that is made wrong.", within="[0, 1)")
+    noise_seed: int = setting(0, "Seed of the choice of these captions.", within="[0, inf)")
+    noise_kind: str = setting(
+        "random",
+        "Kind of the wrong captions; random: exchanged at random; neighbours: exchanged between images whose stored "
+        "features (data.image_features) are near each other; partial: one noun replaced.",
+        choices=NOISE_KINDS,
+    )
     noise_permutation: str | None = setting(None, ".npy, int (num_pairs,): pair i gets caption number order[i].")
     num_workers: int = setting(
         0, "Processes that decode and tokenise.", within="[0, inf)", argument="dataloader_num_workers"

@@ -229,6 +229,26 @@ def test_every_setting_is_explained(section):
             "data.noise_permutation: 'o.npy' and data.noise_rate 0.2 are both set",
         ),
         (
+            {"data": {"noise_kind": "near"}},
+            "data.noise_kind: 'near' is not allowed; allowed: random, neighbours, partial",
+        ),
+        (
+            {"data": {"noise_kind": "partial"}},
+            "data.noise_kind: 'partial' would change no caption: data.noise_rate is 0",
+        ),
+        (
+            {"data": {"noise_kind": "partial", "noise_permutation": "o.npy"}},
+            "data.noise_kind: 'partial' and data.noise_permutation 'o.npy' are both set",
+        ),
+        (
+            {"data": {"noise_kind": "neighbours", "noise_rate": 0.2}},
+            "data.noise_kind: 'neighbours' needs stored features of the images; name a .npz file with",
+        ),
+        (
+            {"data": {"noise_kind": "partial", "noise_rate": 0.2, "text_features": "t.npz"}},
+            "data.noise_kind: 'partial' changes words, but data.text_features 't.npz' would stay",
+        ),
+        (
             {"data": {"streaming": True, "noise_rate": 0.2}, "training": {"max_steps": 5}},
             "data.noise_rate: 0.2 needs all captions at once; set data.streaming to false",
         ),
