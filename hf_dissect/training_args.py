@@ -40,6 +40,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     selection_scope: str = declared(SelectionSection, "scope")
     selection_warmup_epochs: int = declared(SelectionSection, "warmup_epochs")
     selection_options: dict[str, Any] | str | None = declared(SelectionSection, "options")
+    selection_reference: str | None = declared(SelectionSection, "reference")
     initial_ledger: str | None = declared(SelectionSection, "ledger")
     scoring_batch_size: int | None = declared(SelectionSection, "scoring_batch_size")
     record_selection: bool = declared(SelectionSection, "record")
@@ -64,8 +65,9 @@ class DissectTrainingArguments(BaseTrainingArguments):
             defaults = {name: getattr(GscSection, name) for name in list_settings(GscSection)}
             self.gsc = defaults | _read_options("gsc", self.gsc, example='{"gamma": 0.01}')
             check_values(GscSection, self.gsc, "gsc: ")
-        if isinstance(self.initial_ledger, os.PathLike):
-            self.initial_ledger = os.fspath(self.initial_ledger)
+        for name in ("initial_ledger", "selection_reference"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
         super().__post_init__()
         strategy = self.make_strategy()
         self._check_enough_pairs(strategy)

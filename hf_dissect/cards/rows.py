@@ -85,6 +85,7 @@ def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[
     kept = as_mapping(metrics.get("selection")).get("kept_share")
     return [
         *((f"Selection: {key}", value) for key, value in selection.items()),
+        ("Reference model", metrics.get("reference")),
         ("Candidates that trained", _format_figure("kept_share", kept)),
         *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
         ("Frozen tower", None if recipe is None else recipe.model.freeze),
