@@ -116,19 +116,16 @@ class DissectTrainer(BaseTrainer):
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["objective"] = Part(self.objective)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
-        callbacks = make_callbacks(self.data_collator, self.train_dataset)
-        for callback in (*callbacks, ReferencePass(self.selector, self.stop_request)):
+        for callback in make_callbacks(self.data_collator, self.train_dataset):
             self.add_callback(callback)
+        self.add_callback(ReferencePass(self.selector, self.stop_request))
 
     def _make_selector(self, strategy: SelectionStrategy, reference: nn.Module | None) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
-        run = {"model": self.model, "pairs": pairs, "collator": self.data_collator, "device": args.device}
-        make_collator = partial(training_data.make_collator, args=args)
+        parts = (self.model, args, pairs, self.data_collator, training_data.make_collator)
         return OnlineSelector(
             strategy,
-            reference=load_reference(
-                strategy, args.selection_reference, reference, make_collator=make_collator, **run
-            ),
+            reference=load_reference(strategy, reference, *parts),
             **args.selector_settings(),
             num_samples=getattr(pairs, "num_samples", None),
             columns=self.objective.columns,
@@ -145,8 +142,9 @@ class DissectTrainer(BaseTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
         if not isinstance(self.train_dataset, PairStream):
-            loading = plan_loading(self.selector, self.train_dataset, self._train_batch_size, self._get_train_sampler)
-            return self._get_dataloader(self.train_dataset, "Training", *loading, is_training=True)
+            pairs: Any = self.train_dataset
+            loading = plan_loading(self.selector, pairs, self._train_batch_size, self._get_train_sampler)
+            return self._get_dataloader(pairs, "Training", *loading, is_training=True)
         self.stream = training_data.make_stream_loader(self.train_dataset, self.data_collator, self.args)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])

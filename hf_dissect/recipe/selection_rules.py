@@ -73,8 +73,8 @@ def reference_conflicts(selection: SelectionSection, compare: CompareSection, da
     if needs_one and selection.reference is None:
         yield (
             keys,
-            f"null leaves {selection.strategy} nothing to compare with; allowed: the Hub id or the folder of a trained "
-            "dual encoder that reads the same inputs as the model",
+            f"null leaves {selection.strategy} nothing to compare with; allowed: the Hub id or the folder of a "
+            "trained dual encoder that reads the same inputs as the model",
         )
     others = {spec.partition(":")[0] for spec in compare.strategies}
     if selection.reference is not None and not needs_one and not others & set(WITH_REFERENCE):

@@ -22,9 +22,10 @@ class Dissect(SelectionStrategy):
     A pair without history takes the median differential of its batch. A batch without any history is selected at
     random, because a first visit contains no information about a pair.
 
-    With `history` "average" or "snapshot", the historical correlation is that by an earlier state of the model, a moving
-    average or a snapshot of its weights (`PastModel`), so that pairs that are seen once have a history, too. That is
-    ours, not the paper's. Both variants then rest; the ledger column holds the last such score of a pair.
+    With `history` "average" or "snapshot", the historical correlation is that by an earlier state of the model, a
+    moving average or a snapshot of its weights (`PastModel`), so that pairs that are seen once have a history, too.
+    That is ours, not the paper's. `variant` and `warmup_epochs` then have no effect; the ledger column holds the last
+    such score of a pair.
 
     Args:
         variant, momentum, warmup_on, history, average_momentum, model_warmup_steps, snapshot_every: See

@@ -72,11 +72,9 @@ def find_unused_option(options: Mapping[str, Any]) -> tuple[str, str] | None:
     for name, histories in _OF_HISTORY.items():
         default = getattr(DissectOptions, name)
         if options.get(name, default) != default and history not in histories:
-            return (
-                name,
-                f"{options[name]!r} has no effect with history: {history}; leave it out, or set history to "
-                + (" or ".join(histories)),
-            )
+            needed = " or ".join(histories)
+            problem = f"has no effect with history: {history}; leave it out, or set history to {needed}"
+            return name, f"{options[name]!r} {problem}"
     if history != "ledger" and options.get("variant") == "momentum":
         return "variant", f"'momentum' averages scores in the ledger, and history: {history} reads none; leave it out"
     return None

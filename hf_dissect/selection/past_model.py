@@ -104,9 +104,7 @@ def _list_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
     weights = {_strip_wrappers(name): weight for name, weight in [*trained, *buffers]}
-    if any(
-        isinstance(weight, DTensor) or any(hasattr(weight, mark) for mark in _SPLIT) for weight in weights.values()
-    ):
+    if any(isinstance(part, DTensor) or any(hasattr(part, mark) for mark in _SPLIT) for part in weights.values()):
         raise ValueError(
             "selection.options.history: a copy of the model needs whole weights on every process, and these are split "
             "(FSDP, DeepSpeed); set it to ledger, or train with DDP."

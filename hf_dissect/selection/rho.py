@@ -16,9 +16,9 @@ class Rho(SelectionStrategy):
     the pair has under a model that was trained on held-out data. Here both are the contrastive loss of the pair in a
     batch of candidates.
 
-    The irreducible loss is taken *once* and stays fixed, as in algorithm 1 of the paper: the loss in the shuffled batch
-    in which the reference met the pair. `Learnability` and `Jest` instead compare both models on the batch of the
-    moment. For a stream, the batch of the first visit decides.
+    The irreducible loss is taken *once* and stays fixed, as in algorithm 1 of the paper: the loss in the shuffled
+    batch in which the reference met the pair. `Learnability` and `Jest` instead compare both models on the batch of
+    the moment. For a stream, the batch of the first visit decides.
 
     A pair that the reference could not score takes the median of its batch.
     """

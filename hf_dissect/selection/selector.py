@@ -183,8 +183,8 @@ class OnlineSelector:
                 with past.in_place_of(model):
                     scores.past_correlation = self._score(model, batch, sample_id).correlation
             if self.reference is not None and (self.strategy.reference == "batch" or not self.knows_reference):
-                settings = {"chunk_size": self.scoring_batch_size, "autocast": self.hooks.autocast}
-                scores.reference = self.reference.score(batch, sample_id, **settings)
+                chunk_size, autocast = self.scoring_batch_size, self.hooks.autocast
+                scores.reference = self.reference.score(batch, sample_id, chunk_size=chunk_size, autocast=autocast)
             self.hooks.check_finite(scores.correlation[readable], "the correlation", sample_id[readable])
         return scores
 

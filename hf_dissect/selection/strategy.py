@@ -36,9 +36,9 @@ class SelectionStrategy:
         columns: Ledger columns of the rule, in addition to the `correlation` that is always recorded.
         stand_ins: Column that replaces an own column if a run starts with the ledger of another rule.
         keeps_all: True if every candidate trains, so that the selection ratio has no effect.
-        reference: Use of a reference model. "": none. "stored": its scores are kept in the ledger before the first step
-            (`measure_reference`), and for a stream, it scores every batch. "batch": it scores every batch. "before":
-            its scores must be in the ledger before the first step.
+        reference: Use of a reference model. "": none. "stored": its scores are put in the ledger before the first
+            step (`measure_reference`), and for a stream, it scores every batch. "batch": it scores every batch.
+            "before": its scores must be in the ledger before the first step.
         past_model: Copy of the model from earlier steps that scores the candidates, too; None without one.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
             `select`, so that a resumed run chooses like an uninterrupted one, and the random stream of the training is

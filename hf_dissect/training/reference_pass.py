@@ -23,8 +23,8 @@ from hf_dissect.training.interruption import StoppedBySignal, StopRequest
 class ReferencePass(TrainerCallback):
     """Callback that has the reference model score all pairs when training begins.
 
-    The pairs are read once, in shuffled batches of nearly the size of the candidate batches, so that the losses have as
-    many negatives as in training; with the selection scope "global", these are the pairs of all ranks. What the
+    The pairs are read once, in shuffled batches of nearly the size of the candidate batches, so that the losses have
+    as many negatives as in training; with the selection scope "global", these are the pairs of all ranks. What the
     strategy keeps of the scores is written to the ledger after the last batch. So a pass that is interrupted leaves
     nothing, and a checkpoint holds all of it. A strategy that needs the embeddings of every batch ("batch") gets them
     from an `EmbeddingStore`, if that is small enough; it is not in checkpoints, and a resumed run fills it again.
@@ -104,8 +104,8 @@ class ReferencePass(TrainerCallback):
             raise StoppedBySignal(str(find_last_checkpoint(str(args.output_dir)) or "its beginning"))
         batch = {name: value for name, value in batch.items() if name != PROBLEM_KEY}
         batch = selector.hooks.prepare(batch) if selector.hooks.prepare is not None else batch
-        settings = {"chunk_size": selector.scoring_batch_size, "autocast": selector.hooks.autocast}
-        return reference.score(batch, sample_id, **settings).subset(good), sizes
+        chunk_size, autocast = selector.scoring_batch_size, selector.hooks.autocast
+        return reference.score(batch, sample_id, chunk_size=chunk_size, autocast=autocast).subset(good), sizes
 
     def _measure(self, scores: CandidateScores, sizes: list[int]) -> dict[str, torch.Tensor]:
         """Measure what the strategy keeps of the scores, and return it for the pairs of all ranks."""

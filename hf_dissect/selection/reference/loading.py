@@ -1,6 +1,7 @@
 """Loading of the reference model that a strategy needs, and checks that it fits model and data."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,31 +20,29 @@ _CAPTIONS = ("a photo of 2 red dogs on the left", "Zwei Hunde, naïvely drawn; '
 
 def load_reference(
     strategy: SelectionStrategy,
-    source: str | None,
     given: nn.Module | None,
-    *,
     model: nn.Module,
+    args: Any,
     pairs: Any,
     collator: Any,
-    make_collator: Callable[[nn.Module, Any], Any],
-    device: torch.device,
+    make_collator: Callable[..., Any],
 ) -> ReferenceModel | None:
     """Load the reference model of a run, and check that it fits; None for a strategy that needs none.
 
     Args:
         strategy: Strategy of the run.
-        source: Hub id or folder of the reference; None if it is given, or not needed.
-        given: Reference as a model in memory, which is frozen; None without one.
+        given: Reference as a model in memory, which is frozen; None for the one that `args` names.
         model: Model that trains.
+        args: Arguments of the run, with `selection_reference` and `device`.
         pairs: Training pairs, or None.
         collator: Collator of the run.
-        make_collator: Function that makes the collator of a model and its processor.
-        device: Device of the run.
+        make_collator: Function that makes the collator of a model and its processor for `args`.
 
     Raises:
         ValueError: The reference is missing, not needed, or does not fit; the message names the setting.
         OSError: The reference cannot be read or downloaded.
     """
+    source = args.selection_reference
     has_one = source is not None or given is not None
     if not strategy.reference:
         if has_one:
@@ -74,10 +73,10 @@ def load_reference(
     _check_other_model(where, given, model)
     check_dual_encoder(given)
     _check_kind(where, given, model, strategy)
-    _check_inputs(where, given, processor, model, collator, make_collator)
-    given.to(device)  # type: ignore[arg-type]  # the stubs of transformers narrow nn.Module.to
+    _check_inputs(where, given, processor, model, collator, partial(make_collator, args=args))
+    given.to(args.device)
     reference = ReferenceModel(given, source)
-    _check_forward(where, reference, pairs, collator, model, device)
+    _check_forward(where, reference, pairs, collator, model, args.device)
     return reference
 
 
@@ -167,12 +166,10 @@ def _check_pictures(where: str, own: Any, collator: Any) -> None:
     )
     if not same:
         shapes = [tuple(part["pixel_values"].shape[1:]) for part in (theirs, ours)]
-        found = (
-            f"makes {shapes[0]} of a picture, that of the model {shapes[1]}" if shapes[0] != shapes[1] else "differs"
-        )
+        found = "differs" if shapes[0] == shapes[1] else f"makes {shapes[0]} of a picture, not {shapes[1]}"
         raise ValueError(
-            f"{where}: its image processor {found}, so one batch cannot serve both; take a reference of the same image "
-            "size and normalisation, or load the model with the image processor of the reference."
+            f"{where}: its image processor {found}, so one batch cannot serve both; take a reference of the same "
+            "image size and normalisation, or load the model with the image processor of the reference."
         )
 
 

@@ -51,9 +51,9 @@ class ReferenceModel:
         """
         if self.store is not None:
             device = next(self.model.parameters()).device
-            embeds = [part.to(device).float() for part in self.store.read(sample_id)]
+            image_embeds, text_embeds = (part.to(device).float() for part in self.store.read(sample_id))
             scale, bias = logit_scale_and_bias(self.model)
-            return CandidateScores(sample_id, *embeds, scale.mean(), bias.mean(), self.kind)
+            return CandidateScores(sample_id, image_embeds, text_embeds, scale.mean(), bias.mean(), self.kind)
         inputs = forward_inputs(self.model, batch)
         return score(
             self.model, inputs, sample_id, kind=self.kind, chunk_size=chunk_size or len(sample_id), autocast=autocast
