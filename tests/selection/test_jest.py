@@ -13,7 +13,7 @@ DRAWS = {"softmax": draw_for_softmax, "sigmoid": draw_for_sigmoid}
 
 
 def chances_written_out(learner, reference, kind: str) -> dict[tuple[int, int], float]:
-    """Chance of each sequence of two pairs: `exp(gain)` where the gain is the growth of the sub-batch's learnability."""
+    """Chance of each sequence of two pairs, `exp(gain)`, with the growth of the sub-batch's learnability as the gain."""
     size = len(learner)
 
     def learnability(chosen):
@@ -34,7 +34,7 @@ def test_two_blocks_of_one_pair_are_drawn_with_the_written_out_chances(kind):
     chances = chances_written_out(logits_of(learner), logits_of(reference), kind)
     matrices = compute_logit_matrix(learner), compute_logit_matrix(reference)
     generator = torch.Generator().manual_seed(0)
-    rounds = 6000
+    rounds = 3000
     drawn = Counter(tuple(DRAWS[kind](*matrices, k=2, chunks=2, generator=generator).tolist()) for _ in range(rounds))
     for pair in itertools.permutations(range(4), 2):
         spread = math.sqrt(chances[pair] * (1 - chances[pair]) / rounds)

@@ -1,4 +1,4 @@
-"""Called by test_reference_pass.py: runs that compare with a reference, in one process or several that choose together."""
+"""Called by test_reference_pass.py: runs that compare with a reference, in one process or two that choose together."""
 
 import os
 
@@ -10,7 +10,7 @@ from testing import tiny_models
 CANDIDATES = 16
 
 
-def train_with_reference(folder="/tmp") -> dict[str, tuple[torch.Tensor, list[int]]]:
+def train_with_reference() -> dict[str, tuple[torch.Tensor, list[int]]]:
     """Return by strategy what the reference left in the ledger, and the ids that the first step kept, sorted."""
     results = {}
     for strategy in ("learnability", "rho", "jest", "coreset"):

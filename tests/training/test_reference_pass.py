@@ -91,9 +91,8 @@ def test_the_pass_scores_every_pair_once_before_the_first_step(strategy, column,
     logits = text @ image.T * reference.logit_scale.exp()
     losses = ((logits.logsumexp(1) + logits.logsumexp(0)) / 2 - logits.diagonal()).detach()
     found = trainer.ledger.column(column)
-    found = {"learnability": lambda: recover_losses(found, 64), "coreset": lambda: -found}.get(
-        strategy, lambda: found
-    )()
+    as_loss = {"learnability": lambda evidence: recover_losses(evidence, 64), "coreset": torch.neg, "rho": torch.clone}
+    found = as_loss[strategy](found)
     torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-4)
     # Frozen, in evaluation mode, and not trained.
     assert weights(reference).equal(before) and not any(part.requires_grad for part in reference.parameters())
@@ -200,6 +199,7 @@ def test_a_coreset_alone_is_read(tmp_path):
 
     trainer.data_collator = watch
     trainer.train()
+    trainer.data_collator = collate
     first = read[:4]  # the pass
     assert sorted(sum(first, [])) == list(range(64))
     image, text = embeds_of(trainer.selector.reference.model, trainer, range(64))

@@ -112,7 +112,7 @@ def _check_inputs(
                 "the same inputs."
             )
     tokenizer = getattr(collator, "tokenizer", None)
-    if tokenizer is not None:
+    if tokenizer is not None and processor is None:
         try:
             check_tokens(reference, tokenizer)
         except ValueError as error:
