@@ -13,7 +13,7 @@ DRAWS = {"softmax": draw_for_softmax, "sigmoid": draw_for_sigmoid}
 
 
 def chances_written_out(learner, reference, kind: str) -> dict[tuple[int, int], float]:
-    """Chance of each sequence of two pairs, `exp(gain)`, with the growth of the sub-batch's learnability as the gain."""
+    """Chance of each sequence of two pairs, `exp(gain)`; the gain is the growth of the sub-batch's learnability."""
     size = len(learner)
 
     def learnability(chosen):

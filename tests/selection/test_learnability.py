@@ -30,19 +30,17 @@ def test_the_evidence_gives_the_loss_that_it_was_made_of(kind):
 
 
 def test_evidence_found_among_many_serves_a_small_batch():
-    """The reference meets the pairs among 400; its loss among 20 of them follows, up to the chance of the strangers."""
+    """The reference meets the pairs among 400; its loss among 20 of them follows, up to the luck of the strangers."""
     learner, reference = scores_of(0, 400, dim=64), scores_of(1, 400, dim=64, noise=0.3)
     strategy, ledger = make_strategy("learnability"), SampleLedger(600, columns=("reference_evidence",))
-    ledger.write(
-        "reference_evidence", reference.sample_id, strategy.measure_reference(reference)["reference_evidence"]
-    )
+    evidence = strategy.measure_reference(reference)["reference_evidence"]
+    ledger.write("reference_evidence", reference.sample_id, evidence)
     part = torch.arange(20)
     small, small_reference = learner.subset(part), torch.tensor(own_losses(reference.subset(part)))
     recovered = small.own_loss - strategy.select(small, ledger, 5).priority
     assert (recovered - small_reference).abs().mean() < 0.25 * small_reference.mean()
-    assert (
-        reference.own_loss[:20] - small_reference
-    ).abs().mean() > small_reference.mean()  # the loss itself does not
+    # The loss among all does not serve.
+    assert (reference.own_loss[:20] - small_reference).abs().mean() > small_reference.mean()
 
 
 def test_a_pair_without_evidence_is_neutral_and_a_batch_without_any_random():

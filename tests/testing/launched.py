@@ -18,10 +18,7 @@ from testing.drawing import leave_out_drawing
 # (conftest.py), as it is what the server finds modules by.
 multiprocessing.set_forkserver_preload(
     [
-        "testing.two_ranks",
-        "testing.distilling_ranks",
-        "testing.cached_steps",
-        "testing.faulty_run",
+        *("testing.two_ranks", "testing.distilling_ranks", "testing.cached_steps", "testing.faulty_run"),
         "testing.reference_ranks",
     ]
 )
