@@ -41,6 +41,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     selection_scope: str = declared(SelectionSection, "scope")
     selection_warmup_epochs: int = declared(SelectionSection, "warmup_epochs")
     selection_options: dict[str, Any] | str | None = declared(SelectionSection, "options")
+    selection_reference: str | None = declared(SelectionSection, "reference")
     initial_ledger: str | None = declared(SelectionSection, "ledger")
     scoring_batch_size: int | None = declared(SelectionSection, "scoring_batch_size")
     record_selection: bool = declared(SelectionSection, "record")
@@ -70,8 +71,9 @@ class DissectTrainingArguments(BaseTrainingArguments):
             self.noisy_channel = _read_options("noisy_channel", self.noisy_channel, example="{}")
             if self.noisy_channel:
                 raise ValueError(f"noisy_channel={self.noisy_channel!r}: it has no settings; pass {{}}.")
-        if isinstance(self.initial_ledger, os.PathLike):
-            self.initial_ledger = os.fspath(self.initial_ledger)
+        for name in ("initial_ledger", "selection_reference"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
         super().__post_init__()
         strategy = self.make_strategy()
         self._check_enough_pairs(strategy)

@@ -14,6 +14,10 @@ _OF_STRATEGY = {
     "ncr": "huang2021ncr",
     "gsc": "zhao2024gsc",
     "noisy_channel": "efron2001empirical",
+    "learnability": "evans2024jest",
+    "jest": "evans2024jest",
+    "rho": "mindermann2022rho",
+    "coreset": "hessel2021clipscore",
 }
 _OF_ADAPTER = {"mola": "zhou2024mola", "lora": "hu2022lora"}
 _OF_MODEL = {

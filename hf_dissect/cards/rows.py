@@ -92,6 +92,7 @@ def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[
     figures = as_mapping(metrics.get("selection"))
     return [
         *((f"Selection: {key}", value) for key, value in selection.items()),
+        ("Reference model", metrics.get("reference")),
         *((name, _format_figure(key, figures.get(key))) for key, name in _FIGURES.items()),
         *((name, "yes" if settings.get(key) == {} else settings.get(key)) for key, name in _OBJECTIVE.items()),
         ("Frozen tower", None if recipe is None else recipe.model.freeze),

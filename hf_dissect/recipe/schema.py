@@ -233,6 +233,12 @@ class SelectionSection:
         within="[0, 1]",
         argument="max_bad_fraction",
     )
+    reference: str | None = setting(
+        None,
+        "Hub id or folder of the trained dual encoder that learnability, rho, jest and coreset compare with; it must "
+        "read the same inputs as the model, and is neither trained nor saved.",
+        argument="selection_reference",
+    )
     ledger: str | None = setting(
         None,
         "Scores of the same pairs to begin with: a run folder, a checkpoint, Parquet files, or hub:USER/REPO, a data "

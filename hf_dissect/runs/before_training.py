@@ -22,7 +22,7 @@ from hf_dissect.training.training_args import is_one_of_several_without_accelera
 
 logger = logging.getLogger(__name__)
 
-_MODEL_KEYS = ("name_or_path", "second_name_or_path", "tokenizer", "processor")
+_MODEL_KEYS = ("name_or_path", "second_name_or_path", "tokenizer", "processor", "reference")
 _STATE_SHARE = 2  # the optimiser keeps two numbers for each weight
 
 
