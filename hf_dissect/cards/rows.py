@@ -25,7 +25,8 @@ _Values = Sequence[tuple[str, object]]
 
 _SELECTION = {"selection_ratio", "selection_scope", "selection_warmup_epochs", "selection_options"}
 _SELECTION |= {"mask_false_negatives"}
-_OBJECTIVE = {"gsc": "Soft labels (GSC)", "grad_cache_chunk_size": "GradCache: pairs a pass"}
+_OBJECTIVE = {"gsc": "Soft labels (GSC)", "rince": "Robust loss (RINCE)", "symnce": "Robust loss (SymNCE)"}
+_OBJECTIVE |= {"grad_cache_chunk_size": "GradCache: pairs a pass"}
 # None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"
@@ -71,6 +72,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
         ("Scenes", f"{data.scenes_image_size} pixels wide, seed {data.scenes_seed}" if scenes else None),
         ("Styles", data.scenes_tasks if scenes and data.scenes_tasks > 1 else None),
         ("Column of the tasks", data.task_column),
+        ("Column of the weights", data.weight_column),
         ("Rows used", f"the first {data.max_train_rows:,}" if data.max_train_rows else None),
         ("Images", "stored features" if data.image_features else None),
         ("Injected noise", fixed if data.noise_permutation else noise if data.noise_rate else None),

@@ -33,6 +33,7 @@ from hf_dissect.recipe.selection_rules import (
     compare_conflicts,
     gsc_conflicts,
     option_conflicts,
+    robust_conflicts,
     selection_conflicts,
     twin_conflicts,
 )
@@ -95,6 +96,7 @@ class Recipe(RecipeFile):
         yield from selection_conflicts(selection, training)
         yield from option_conflicts(selection)
         yield from gsc_conflicts(self.objective.gsc, selection, training)
+        yield from robust_conflicts(self.objective, training)
         yield from twin_conflicts(self.objective.gsc, model, self.adapter)
         yield from evaluation_conflicts(self.evaluation, data, training)
         yield from zero_shot_conflicts(self.evaluation.zero_shot, data)

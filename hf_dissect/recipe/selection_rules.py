@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_dissect.recipe.fields import training_value
-from hf_dissect.recipe.objective_schema import GscSection
+from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
@@ -38,11 +38,18 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
             ("selection.warmup_epochs", "selection.strategy", "selection.options", "selection.ledger"),
             f"0 leaves no history to select by; allowed: at least 1{way_out}",
         )
-    if warms_up and steps <= 0 and selection.warmup_epochs >= epochs:
+    # An epoch of scan marks the pairs that later ones prune.
+    needed = selection.warmup_epochs + 1 if selection.strategy == "scan" else selection.warmup_epochs
+    if (warms_up or selection.strategy == "scan") and steps <= 0 and needed >= epochs:
         yield (
             ("selection.warmup_epochs", "training.num_train_epochs", "training.max_steps", "selection.options"),
             f"{selection.warmup_epochs} leaves no epoch to select in; "
-            f"allowed: less than training.num_train_epochs ({epochs:g})",
+            f"allowed: less than training.num_train_epochs ({epochs:g})"
+            + (
+                ", by more than 1 for scan, which marks the pairs for an epoch"
+                if needed > selection.warmup_epochs
+                else ""
+            ),
         )
 
 
@@ -78,6 +85,23 @@ def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training:
             f"{gsc.warmup_epochs} leaves no epoch with soft labels; "
             f"allowed: less than training.num_train_epochs ({epochs:g})",
         )
+
+
+def robust_conflicts(objective: ObjectiveSection, training: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield the faults of the objectives that replace the contrastive loss."""
+    given = [name for name in ("gsc", "rince", "symnce") if getattr(objective, name) is not None]
+    if len(given) > 1:
+        keys = tuple(f"objective.{name}" for name in given)
+        yield keys, f"set together with {keys[1]}, and each replaces the contrastive loss; set all but one to null"
+    epochs = training_value(training, "num_train_epochs")
+    for name in given:
+        warmup_epochs = getattr(objective, name).warmup_epochs
+        if name != "gsc" and training_value(training, "max_steps") <= 0 and warmup_epochs >= epochs:
+            yield (
+                (f"objective.{name}.warmup_epochs", "training.num_train_epochs", "training.max_steps"),
+                f"{warmup_epochs} leaves no epoch with its loss; "
+                f"allowed: less than training.num_train_epochs ({epochs:g})",
+            )
 
 
 def twin_conflicts(gsc: GscSection | None, model: ModelSection, adapter: Mapping[str, Any] | None) -> Iterator[Fault]:

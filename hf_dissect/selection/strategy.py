@@ -35,6 +35,7 @@ class SelectionStrategy:
         columns: Ledger columns of the rule, in addition to the `correlation` that is always recorded.
         stand_ins: Column that replaces an own column if a run starts with the ledger of another rule.
         keeps_all: True if every candidate trains, so that the selection ratio has no effect.
+        warmup: What the steps of a warm-up do, for a warning.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
             `select`, so that a resumed run chooses like an uninterrupted one, and the random stream of the training is
             not touched.
@@ -44,6 +45,7 @@ class SelectionStrategy:
     columns: ClassVar[tuple[str, ...]] = ()
     stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
+    warmup: ClassVar[str] = "train on a random subset"
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
@@ -69,6 +71,17 @@ class SelectionStrategy:
             epoch: Epoch, counted from 0.
             ledger: Ledger to read from.
         """
+
+    def begin_run(self, num_steps: int) -> None:
+        """Begin a run, before a saved state is loaded.
+
+        Args:
+            num_steps: Number of optimiser steps of the run.
+        """
+
+    def choose_ratio(self, ratio: float) -> float:
+        """Return the selection ratio of the next selection, the same on every rank, from that of the settings."""
+        return ratio
 
     def begin_step(self) -> None:
         """Begin an optimiser step, of one selection or more; called on every rank."""

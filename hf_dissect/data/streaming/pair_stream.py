@@ -10,6 +10,7 @@ import torch
 
 from hf_dissect.data.images import image_content, is_feature_vector
 from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, find_truth_column, key_hash, select_undecoded
+from hf_dissect.data.pair_keys import WEIGHT_KEY
 from hf_dissect.data.shards.skipped import record_skipped
 
 
@@ -90,6 +91,11 @@ class PairStream(torch.utils.data.IterableDataset):
                 pair["task_id"] = self._check_task(row[self.columns.task])
             if self.columns.clean:
                 pair["is_clean"] = self._check_truth(row[self.columns.clean], caption, place)
+            if self.columns.weight:
+                weight = row[self.columns.weight]
+                pair[WEIGHT_KEY] = (
+                    (weight[place] if place < len(weight) else None) if isinstance(weight, list) else weight
+                )
             yield pair
 
     def _make_id(self, row: Mapping[str, Any], caption: Any, place: int | None) -> int:
