@@ -10,10 +10,18 @@ from transformers import TrainingArguments
 
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.gsc import GscObjective
+from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
 from hf_dissect.objectives.rince import RinceObjective
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.objectives.symnce import SymnceObjective
-from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, RinceSection, SymnceSection
+from hf_dissect.recipe.objective_schema import (
+    GscSection,
+    ObjectiveSection,
+    RinceSection,
+    SymnceSection,
+    find_clash,
+    list_robust_objectives,
+)
 from hf_dissect.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -50,6 +58,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     gsc: dict[str, Any] | str | None = declared(ObjectiveSection, "gsc")
     rince: dict[str, Any] | str | None = declared(ObjectiveSection, "rince")
     symnce: dict[str, Any] | str | None = declared(ObjectiveSection, "symnce")
+    noisy_channel: dict[str, Any] | str | None = declared(ObjectiveSection, "noisy_channel")
     max_train_pairs: int | None = declared(EvaluationSection, "max_train_pairs")
     image_column: str | None = declared(DataSection, "image_column")
     caption_column: str | None = declared(DataSection, "caption_column")
@@ -61,7 +70,10 @@ class DissectTrainingArguments(BaseTrainingArguments):
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
     check_reload: bool = declared(ModelSection, "check_reload")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc", "rince", "symnce"]
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        *("selection_options", "gsc", "rince", "symnce", "noisy_channel"),
+    ]
 
     def __post_init__(self) -> None:
         self.selection_options = self._read_selection_options()
@@ -72,6 +84,10 @@ class DissectTrainingArguments(BaseTrainingArguments):
         for name, section, example in _ROW_OBJECTIVES:
             if getattr(self, name) is not None:
                 setattr(self, name, _read_section(name, section, getattr(self, name), example=example))
+        if self.noisy_channel is not None:
+            self.noisy_channel = _read_options("noisy_channel", self.noisy_channel, example="{}")
+            if self.noisy_channel:
+                raise ValueError(f"noisy_channel={self.noisy_channel!r}: it has no settings; pass {{}}.")
         if isinstance(self.initial_ledger, os.PathLike):
             self.initial_ledger = os.fspath(self.initial_ledger)
         super().__post_init__()
@@ -83,6 +99,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
                 f"num_train_epochs={self.num_train_epochs}; train longer, warm up shorter, or use dissect's "
                 "momentum variant."
             )
+        self._check_objectives()
         self._check_gsc()
         self._check_robust_objective()
 
@@ -95,6 +112,11 @@ class DissectTrainingArguments(BaseTrainingArguments):
                 f"{robust.name}: warmup_epochs={robust.warmup_epochs} leaves no epoch with its loss in "
                 f"num_train_epochs={self.num_train_epochs}; train longer, or warm up shorter."
             )
+
+    def _check_objectives(self) -> None:
+        names = [name for name in list_robust_objectives() if getattr(self, name) is not None]
+        if clash := find_clash(self.selection_strategy, names):
+            raise ValueError(f"{clash[0]}={getattr(self, clash[0])!r} {clash[1]} (null is None in Python).")
 
     def _check_gsc(self) -> None:
         gsc = self.make_gsc()
@@ -160,21 +182,12 @@ class DissectTrainingArguments(BaseTrainingArguments):
         return Objective(kind, self.mask_false_negatives, self.make_robust_objective(), num_networks)
 
     def make_robust_objective(self) -> RobustObjective | None:
-        """Build the objective that replaces the contrastive loss; None for the contrastive loss.
-
-        Raises:
-            ValueError: Several objectives are set, or one is set wrongly.
-        """
-        made: list[RobustObjective | None] = [
-            self.make_gsc(),
-            None if self.rince is None else RinceObjective(**_read_options("rince", self.rince, example=_RINCE)),
-            None if self.symnce is None else SymnceObjective(**_read_options("symnce", self.symnce, example=_SYMNCE)),
-        ]
-        given = [objective for objective in made if objective is not None]
-        if len(given) > 1:
-            names = " and ".join(objective.name for objective in given)
-            raise ValueError(f"{names} are both set, and each replaces the contrastive loss; leave all but one out.")
-        return given[0] if given else None
+        """Build the objective that replaces the contrastive loss; None for the contrastive loss."""
+        if self.rince is not None:
+            return RinceObjective(**_read_options("rince", self.rince, example=_RINCE))
+        if self.symnce is not None:
+            return SymnceObjective(**_read_options("symnce", self.symnce, example=_SYMNCE))
+        return self.make_gsc() if self.noisy_channel is None else NoisyChannelObjective()
 
     def make_gsc(self) -> GscObjective | None:
         """Build the objective of GSC that the arguments describe; None without soft labels."""

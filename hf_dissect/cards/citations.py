@@ -17,8 +17,10 @@ _OF_STRATEGY = {
     "scan": "guo2024scan",
     "divbs": "hong2024divbs",
     "forgetting": "toneva2019forgetting",
+    "noisy_channel": "efron2001empirical",
 }
-_OF_OBJECTIVE = {"gsc": "zhao2024gsc", "rince": "chuang2022rince", "symnce": "cui2025symnce"}
+_OF_OBJECTIVE = {name: _OF_STRATEGY[name] for name in ("gsc", "noisy_channel")}
+_OF_OBJECTIVE |= {"rince": "chuang2022rince", "symnce": "cui2025symnce"}
 _OF_ADAPTER = {"mola": "zhou2024mola", "lora": "hu2022lora"}
 _OF_MODEL = {
     "siglip": "zhai2023siglip",

@@ -55,9 +55,10 @@ class PairDataset(torch.utils.data.Dataset):
     """Map-style pairs of a `datasets.Dataset`.
 
     Item i is a dict with `image`, `caption`, `sample_id`, and `task_id`, `is_clean` and `weight` where the table has
-    them. A row with a list of captions gives one pair per caption, numbered row by row. A row without a caption gives one pair,
-    which the collator counts as bad. Ids are the pair numbers, or come from the id column (see `make_pair_ids`); then,
-    strings are in the item as `key`. A table with a transform (`with_transform`) gives what the transform returns.
+    them. A row with a list of captions gives one pair per caption, numbered row by row. A row without a caption gives
+    one pair, which the collator counts as bad. Ids are the pair numbers, or come from the id column (see
+    `make_pair_ids`); then, strings are in the item as `key`. A table with a transform (`with_transform`) gives what
+    the transform returns.
 
     Args:
         rows: Table of images and captions.

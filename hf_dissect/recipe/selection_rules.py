@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_dissect.recipe.fields import training_value
-from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection
+from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, find_clash, list_robust_objectives
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
@@ -68,6 +68,14 @@ def option_conflicts(selection: SelectionSection) -> Iterator[Fault]:
         yield (f"selection.options.{name}",), problem
 
 
+def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection) -> Iterator[Fault]:
+    """Yield the faults of an objective next to another one, or to a strategy."""
+    names = [name for name in list_robust_objectives() if getattr(objective, name) is not None]
+    if clash := find_clash(selection.strategy, names):
+        others = [f"objective.{name}" for name in names if name != clash[0]]
+        yield (f"objective.{clash[0]}", *others, "selection.strategy"), clash[1]
+
+
 def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:
     """Yield the faults of training with soft labels."""
     if gsc is None:
@@ -88,15 +96,12 @@ def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training:
 
 
 def robust_conflicts(objective: ObjectiveSection, training: Mapping[str, Any]) -> Iterator[Fault]:
-    """Yield the faults of the objectives that replace the contrastive loss."""
-    given = [name for name in ("gsc", "rince", "symnce") if getattr(objective, name) is not None]
-    if len(given) > 1:
-        keys = tuple(f"objective.{name}" for name in given)
-        yield keys, f"set together with {keys[1]}, and each replaces the contrastive loss; set all but one to null"
+    """Yield the faults of the warm-ups of the robust losses."""
     epochs = training_value(training, "num_train_epochs")
-    for name in given:
-        warmup_epochs = getattr(objective, name).warmup_epochs
-        if name != "gsc" and training_value(training, "max_steps") <= 0 and warmup_epochs >= epochs:
+    for name in ("rince", "symnce"):
+        section = getattr(objective, name)
+        warmup_epochs = 0 if section is None else section.warmup_epochs
+        if training_value(training, "max_steps") <= 0 < warmup_epochs and warmup_epochs >= epochs:
             yield (
                 (f"objective.{name}.warmup_epochs", "training.num_train_epochs", "training.max_steps"),
                 f"{warmup_epochs} leaves no epoch with its loss; "

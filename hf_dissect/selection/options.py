@@ -98,6 +98,7 @@ OPTIONS: dict[str, type] = {
     "scan": ScanOptions,
     "divbs": NoOptions,
     "forgetting": ForgettingOptions,
+    "noisy_channel": NoOptions,
     "none": NoOptions,
 }
 """Options of each strategy, by its name."""

@@ -10,6 +10,7 @@ from hf_dissect.selection.gsc import Gsc
 from hf_dissect.selection.info_batch import InfoBatch
 from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
 from hf_dissect.selection.ncr import Ncr
+from hf_dissect.selection.noisy_channel import NoisyChannelSampling
 from hf_dissect.selection.scan import Scan
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.uniform import KeepAll, Random
@@ -19,7 +20,7 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
     for strategy in (
         *(Dissect, Random, SmallLoss, BigLoss, ClipScore, Ncr, Gsc),
         *(InfoBatch, Scan, DivBS, Forgetting),
-        KeepAll,
+        *(NoisyChannelSampling, KeepAll),
     )
 }
 
