@@ -56,6 +56,13 @@ METHODS = {
     "small_loss": ["selection.strategy=small_loss"],
     "ncr": ["selection.strategy=ncr", "selection.warmup_epochs=1"],
     "dissect": ["selection.strategy=dissect", "selection.warmup_epochs=4"],
+    "info_batch": ["selection.strategy=info_batch"],
+    "scan": ["selection.strategy=scan", "selection.warmup_epochs=1"],
+    "divbs": ["selection.strategy=divbs"],
+    "forgetting": ["selection.strategy=forgetting"],
+    "forgetting-never-learnt-last": ["selection.strategy=forgetting", "selection.options.never_learnt=last"],
+    "rince": [*ALL_PAIRS, "objective.rince={}"],
+    "symnce": [*ALL_PAIRS, "objective.symnce={}"],
     "gsc": GSC,
     "gsc-without-labels": [*GSC, "objective.gsc.beta=1e-9"],  # its loss and temperature alone
     "gsc+": [*GSC, "objective.gsc.dual=true"],

@@ -84,7 +84,7 @@ class SelectionCollator:
         problems = [_describe_caption(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
         image_keys = [key_hash(image_content(row["image"]) or b"") for row in rows]
-        weights = _read_weights(rows, reasons, problems) if WEIGHT_KEY in rows[0] else None
+        weights = _read_weights(rows, reasons, problems) if any(WEIGHT_KEY in row for row in rows) else None
         images = self._process_distinct_images(rows, image_keys, reasons, problems)
         if self.text_feature_size is None:
             batch = {**images, **self._tokenise(captions)}

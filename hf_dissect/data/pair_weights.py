@@ -12,7 +12,7 @@ import torch
 from hf_dissect.data.arrow_columns import is_list, list_lengths
 from hf_dissect.data.pair_keys import GIVEN_WEIGHT, WEIGHT_KEY
 
-_ALLOWED = "a weight is a finite number of at least 0"
+_WAY_OUT = "a weight is a finite number of at least 0. Mend the column, or leave weight_column out."
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -30,6 +30,34 @@ def describe_weight_problem(value: Any) -> str | None:
     return f"weight {number:g}, which is too large" if number > _LARGEST else None
 
 
+def check_weight_type(name: str, kind: pa.DataType) -> pa.DataType:
+    """Return the type of single weights in a column of numbers or lists of numbers.
+
+    Args:
+        name: Name of the column.
+        kind: Type of the column.
+
+    Raises:
+        ValueError: If the column holds something else.
+    """
+    single = kind.value_type if is_list(kind) else kind
+    if not (pa.types.is_integer(single) or pa.types.is_floating(single) or pa.types.is_decimal(single)):
+        raise ValueError(f"weight_column={name!r} holds {kind}; {_WAY_OUT}")
+    return single
+
+
+def pick_weight(value: Any, place: int | None) -> Any:
+    """Return the weight of a pair of a row: its entry in a list, or the value of the row.
+
+    Args:
+        value: Value of the column.
+        place: Place of the pair's caption in a list of captions; None for a row of one caption.
+    """
+    if place is None or not isinstance(value, list):
+        return value
+    return value[place] if place < len(value) else None
+
+
 def check_weights(name: str, weights: pa.ChunkedArray, captions: pa.ChunkedArray) -> None:
     """Check that every pair has a weight: one for a row, or a list parallel to its captions.
 
@@ -42,11 +70,7 @@ def check_weights(name: str, weights: pa.ChunkedArray, captions: pa.ChunkedArray
         ValueError: If weights are of another type, missing, not finite, negative, or not parallel to the captions; the
             message names the first such row.
     """
-    way_out = f"{_ALLOWED}. Mend the column, or leave weight_column out."
-    several = is_list(weights.type)
-    kind = weights.type.value_type if several else weights.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
-        raise ValueError(f"weight_column={name!r} holds {kind}; {way_out}")
+    kind, several, way_out = check_weight_type(name, weights.type), is_list(weights.type), _WAY_OUT
     row_of_value = np.arange(len(weights))
     if several:
         if not is_list(captions.type):

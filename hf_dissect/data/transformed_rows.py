@@ -36,8 +36,9 @@ def recognise_transformed(rows: datasets.Dataset, **names: str | None) -> PairCo
     given |= {"weight_column": columns.weight}
     for argument, wanted in given.items():
         if wanted is not None and wanted not in rows.column_names:
+            kinds = "weights" if argument == "weight_column" else "ids, tasks and truth"
             raise ValueError(
-                f"{argument}={wanted!r}: ids, tasks, truth and weights must be columns of the table, which has "
+                f"{argument}={wanted!r}: {kinds} must be columns of the table, which has "
                 f"{', '.join(rows.column_names)}; make the column with map() instead of with_transform()."
             )
     present = {name: name if name in rows.column_names else None for name in (columns.clean, columns.text_features)}

@@ -41,7 +41,9 @@ def choose_diverse(features: torch.Tensor, k: int) -> torch.Tensor:
     Returns:
         Positions of the candidates, int64 `(k,)`, in the order of the choice.
     """
-    features = torch.nn.functional.normalize(features.float(), dim=1)
+    # The new part of a candidate is a small difference of large numbers once many are chosen.
+    precision = torch.float32 if features.device.type == "mps" else torch.float64
+    features = torch.nn.functional.normalize(features.to(precision), dim=1)
     total = features.sum(0)
     is_left = torch.ones(len(features), dtype=torch.bool, device=features.device)
     chosen: list[torch.Tensor] = []
