@@ -42,6 +42,13 @@ METHODS = {
     "gsc-without-labels": [*GSC, "objective.gsc.beta=1e-9"],  # its loss and temperature alone
     "gsc+": [*GSC, "objective.gsc.dual=true"],
     "gsc+-without-labels": [*GSC, "objective.gsc.dual=true", "objective.gsc.beta=1e-9"],  # what two networks gain
+    "info_batch": ["selection.strategy=info_batch"],
+    "scan": ["selection.strategy=scan", "selection.warmup_epochs=1"],
+    "divbs": ["selection.strategy=divbs"],
+    "forgetting": ["selection.strategy=forgetting"],
+    "forgetting-never-learnt-last": ["selection.strategy=forgetting", "selection.options.never_learnt=last"],
+    "rince": [*ALL_PAIRS, "objective.rince={}"],
+    "symnce": [*ALL_PAIRS, "objective.symnce={}"],
     "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
     "noisy_channel-half": ["selection.strategy=noisy_channel"],
     "oracle": ALL_PAIRS,  # knows the truth: mismatched pairs have no weight

@@ -14,8 +14,9 @@ from transformers.trainer_utils import TrainOutput
 from hf_dissect import training_data
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pair_keys import OPTIONAL_ROW_KEYS, ROW_KEYS
 from hf_dissect.data.pair_sample import sample_pairs
-from hf_dissect.data.pairs import ROW_KEYS, PairStream
+from hf_dissect.data.pairs import PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_encoder import PairEncoder
@@ -342,7 +343,7 @@ class DissectTrainer(BaseTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "key", "task_id", "is_clean", "text_features"]
+        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, *OPTIONAL_ROW_KEYS]
         self._signature_columns = list(dict.fromkeys(names))  # type: ignore[assignment]  # transformers declares None
 
     def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:

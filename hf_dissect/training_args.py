@@ -11,8 +11,17 @@ from transformers import TrainingArguments
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.gsc import GscObjective
 from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
+from hf_dissect.objectives.rince import RinceObjective
 from hf_dissect.objectives.robust import RobustObjective
-from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, find_clash, list_robust_objectives
+from hf_dissect.objectives.symnce import SymnceObjective
+from hf_dissect.recipe.objective_schema import (
+    GscSection,
+    ObjectiveSection,
+    RinceSection,
+    SymnceSection,
+    find_clash,
+    list_robust_objectives,
+)
 from hf_dissect.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -48,6 +57,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
     grad_cache_chunk_size: int | None = declared(ObjectiveSection, "grad_cache_chunk_size")
     gsc: dict[str, Any] | str | None = declared(ObjectiveSection, "gsc")
+    rince: dict[str, Any] | str | None = declared(ObjectiveSection, "rince")
+    symnce: dict[str, Any] | str | None = declared(ObjectiveSection, "symnce")
     noisy_channel: dict[str, Any] | str | None = declared(ObjectiveSection, "noisy_channel")
     max_train_pairs: int | None = declared(EvaluationSection, "max_train_pairs")
     image_column: str | None = declared(DataSection, "image_column")
@@ -55,11 +66,15 @@ class DissectTrainingArguments(BaseTrainingArguments):
     id_column: str | None = declared(DataSection, "id_column")
     task_column: str | None = declared(DataSection, "task_column")
     clean_column: str | None = declared(DataSection, "clean_column")
+    weight_column: str | None = declared(DataSection, "weight_column")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
     check_reload: bool = declared(ModelSection, "check_reload")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc", "noisy_channel"]
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        *("selection_options", "gsc", "rince", "symnce", "noisy_channel"),
+    ]
 
     def __post_init__(self) -> None:
         self.selection_options = self._read_selection_options()
@@ -67,6 +82,9 @@ class DissectTrainingArguments(BaseTrainingArguments):
             defaults = {name: getattr(GscSection, name) for name in list_settings(GscSection)}
             self.gsc = defaults | _read_options("gsc", self.gsc, example='{"gamma": 0.01}')
             check_values(GscSection, self.gsc, "gsc: ")
+        for name, section, example in _ROW_OBJECTIVES:
+            if getattr(self, name) is not None:
+                setattr(self, name, _read_section(name, section, getattr(self, name), example=example))
         if self.noisy_channel is not None:
             self.noisy_channel = _read_options("noisy_channel", self.noisy_channel, example="{}")
             if self.noisy_channel:
@@ -85,6 +103,17 @@ class DissectTrainingArguments(BaseTrainingArguments):
             )
         self._check_objectives()
         self._check_gsc()
+        self._check_robust_objective()
+
+    def _check_robust_objective(self) -> None:
+        robust = self.make_robust_objective()
+        if robust is None or robust.name == "gsc":
+            return
+        if self.max_steps <= 0 and robust.warmup_epochs >= math.ceil(self.num_train_epochs):
+            raise ValueError(
+                f"{robust.name}: warmup_epochs={robust.warmup_epochs} leaves no epoch with its loss in "
+                f"num_train_epochs={self.num_train_epochs}; train longer, or warm up shorter."
+            )
 
     def _check_objectives(self) -> None:
         names = [name for name in list_robust_objectives() if getattr(self, name) is not None]
@@ -126,7 +155,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     def make_strategy(self) -> SelectionStrategy:
         """Build the strategy that the arguments describe."""
         options = self._read_selection_options()
-        if self.selection_strategy in ("dissect", "ncr"):
+        if self.selection_strategy in ("dissect", "ncr", "scan"):
             options.setdefault("warmup_epochs", self.selection_warmup_epochs)
         if self.selection_strategy == "dissect":
             options.setdefault("history_given", self.initial_ledger is not None)
@@ -156,6 +185,10 @@ class DissectTrainingArguments(BaseTrainingArguments):
 
     def make_robust_objective(self) -> RobustObjective | None:
         """Build the objective that replaces the contrastive loss; None for the contrastive loss."""
+        if self.rince is not None:
+            return RinceObjective(**_read_options("rince", self.rince, example=_RINCE))
+        if self.symnce is not None:
+            return SymnceObjective(**_read_options("symnce", self.symnce, example=_SYMNCE))
         return self.make_gsc() if self.noisy_channel is None else NoisyChannelObjective()
 
     def make_gsc(self) -> GscObjective | None:
@@ -176,6 +209,24 @@ class DissectTrainingArguments(BaseTrainingArguments):
             "task": self.task_column,
             "clean": self.clean_column,
         }
+
+    def training_columns(self) -> dict[str, str | None]:
+        """Return the names of the columns of the training data, which alone have weights; see `column_names`."""
+        return {**self.column_names(), "weight": self.weight_column}
+
+
+_RINCE, _SYMNCE = '{"q": 0.5}', '{"beta": 0.2}'
+_ROW_OBJECTIVES = (("rince", RinceSection, _RINCE), ("symnce", SymnceSection, _SYMNCE))
+
+
+def _read_section(name: str, section: type, given: Any, *, example: str) -> dict[str, Any]:
+    """Return the settings of an objective with the defaults of those that are not given."""
+    options, known = _read_options(name, given, example=example), list_settings(section)
+    for unknown in options.keys() - known.keys():
+        raise ValueError(f"{name}={given!r}: {unknown!r} is not a setting of it; allowed: {', '.join(known)}.")
+    options = {key: getattr(section, key) for key in known} | options
+    check_values(section, options, f"{name}: ")
+    return options
 
 
 def _read_options(name: str, given: Any, *, example: str) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_dissect import DissectTrainingArguments
 from hf_dissect.distillation import DistillationRecipe, DistillationTrainingArguments
 from hf_dissect.objectives.gsc import GscObjective
+from hf_dissect.objectives.rince import RinceObjective
+from hf_dissect.objectives.symnce import SymnceObjective
 from hf_dissect.recipe import Recipe, RecipeError
-from hf_dissect.recipe.objective_schema import GscSection
+from hf_dissect.recipe.objective_schema import GscSection, RinceSection, SymnceSection
 from hf_dissect.recipe.schema import TrainingSection
 from hf_dissect.selection.options import OPTIONS
 from hf_dissect.settings import describe_problem, find_setting, list_members, list_settings
@@ -34,6 +36,8 @@ OTHER = {
     "selection.options": {"momentum": 0.25},
     "selection.ledger": "hub:somebody/scores",
     "objective.gsc": {"beta": 0.25},
+    "objective.rince": {"q": 0.25, "lam": 0.25, "temperature": None, "warmup_epochs": 0},
+    "objective.symnce": {"beta": 0.25, "temperature": None, "warmup_epochs": 0},
     "objective.noisy_channel": {},
     "distillation.term_weights": {"hinton": 0.25},
 }
@@ -164,8 +168,9 @@ def test_an_impossible_value_gets_the_same_verdict_in_a_recipe_and_in_the_argume
     assert fault.startswith(f"{key}: {shown!r} is not allowed; allowed: ")
     own = {field.name for field in own_fields(arguments)}
     given = {name: value for name, source in recipe.argument_sources().items() if source == key and name in own}
-    if key.startswith("objective.gsc."):
-        given = {"gsc": {key.rpartition(".")[2]: value}}
+    if key.count(".") == 2 and key.startswith("objective."):
+        _, objective, name = key.split(".")
+        given = {objective: {name: value}}
     if key.startswith("training."):
         given = {key.rpartition(".")[2]: value}
     if given:
@@ -174,9 +179,13 @@ def test_an_impossible_value_gets_the_same_verdict_in_a_recipe_and_in_the_argume
         assert str(in_arguments.value).endswith(f"={fault.partition(': ')[2]}.")
 
 
-def test_soft_labels_have_the_defaults_of_their_objective():
-    made = GscObjective()
-    assert dataclasses.asdict(GscSection()).items() <= vars(made).items()
+def test_objectives_have_the_defaults_of_their_sections():
+    for section, objective in (
+        (GscSection, GscObjective),
+        (RinceSection, RinceObjective),
+        (SymnceSection, SymnceObjective),
+    ):
+        assert dataclasses.asdict(section()).items() <= vars(objective()).items()
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)

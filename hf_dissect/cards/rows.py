@@ -29,6 +29,8 @@ _SELECTION = {"selection_ratio", "selection_scope", "selection_warmup_epochs", "
 _SELECTION |= {"mask_false_negatives"}
 _OBJECTIVE = {
     "gsc": "Soft labels (GSC)",
+    "rince": "Robust loss (RINCE)",
+    "symnce": "Robust loss (SymNCE)",
     "noisy_channel": "Weights of the noisy channel",
     "grad_cache_chunk_size": "GradCache: pairs a pass",
 }
@@ -78,6 +80,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
         ("Scenes", f"{data.scenes_image_size} pixels wide, seed {data.scenes_seed}" if scenes else None),
         ("Styles", data.scenes_tasks if scenes and data.scenes_tasks > 1 else None),
         ("Column of the tasks", data.task_column),
+        ("Column of the weights", data.weight_column),
         ("Rows used", f"the first {data.max_train_rows:,}" if data.max_train_rows else None),
         ("Images", "stored features" if data.image_features else None),
         ("Injected noise", noise),

@@ -19,10 +19,17 @@ def softmax_losses(logits: torch.Tensor, first: int, mask: torch.Tensor | None) 
     Returns:
         Losses `(r,)`, in at least single precision.
     """
+    logits = mask_negatives(logits, first, mask)
     labels = torch.arange(len(logits), device=logits.device) + first
-    if mask is not None:
-        logits = logits.masked_fill(_off_diagonal(mask, labels), -torch.inf)
     return F.cross_entropy(promote_to_float32(logits), labels, reduction="none")
+
+
+def mask_negatives(logits: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return logits `(r, c)` with `-inf` where `mask` is True, except for the true pairs; see `softmax_losses`."""
+    if mask is None:
+        return logits
+    labels = torch.arange(len(logits), device=logits.device) + first
+    return logits.masked_fill(_off_diagonal(mask, labels), -torch.inf)
 
 
 def sigmoid_losses(logits: torch.Tensor, first: int | None, mask: torch.Tensor | None) -> torch.Tensor:

@@ -35,6 +35,7 @@ from hf_dissect.recipe.selection_rules import (
     objective_conflicts,
     option_conflicts,
     reference_conflicts,
+    robust_conflicts,
     selection_conflicts,
     twin_conflicts,
 )
@@ -100,6 +101,7 @@ class Recipe(RecipeFile):
         yield from objective_conflicts(self.objective, selection)
         yield from reference_conflicts(selection, self.compare, data)
         yield from gsc_conflicts(self.objective.gsc, selection, training)
+        yield from robust_conflicts(self.objective, training)
         yield from twin_conflicts(self.objective.gsc, model, self.adapter)
         yield from evaluation_conflicts(self.evaluation, data, training)
         yield from zero_shot_conflicts(self.evaluation.zero_shot, data)

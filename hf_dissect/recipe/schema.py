@@ -130,6 +130,12 @@ class DataSection:
     clean_column: str | None = setting(
         None, "Column that is true where the caption belongs to the image; null: clean.", argument="clean_column"
     )
+    weight_column: str | None = setting(
+        None,
+        "Column of the weights of the training pairs, numbers of at least 0 that their losses are multiplied by; "
+        "evaluation ignores it; null: none.",
+        argument="weight_column",
+    )
     separator: str | None = setting(
         None, "Character between the fields of .csv and .tsv files (tab for a tab); null: the one in the header."
     )
@@ -203,7 +209,8 @@ class SelectionSection:
     )
     warmup_epochs: int = setting(
         1,
-        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them.",
+        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them; of scan, epochs on "
+        "all candidates before its first cycle.",
         within="[0, inf)",
         argument="selection_warmup_epochs",
     )

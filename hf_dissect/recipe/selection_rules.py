@@ -41,11 +41,18 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
             ("selection.warmup_epochs", "selection.strategy", "selection.options", "selection.ledger"),
             f"0 leaves no history to select by; allowed: at least 1{way_out}",
         )
-    if warms_up and steps <= 0 and selection.warmup_epochs >= epochs:
+    # An epoch of scan marks the pairs that later ones prune.
+    needed = selection.warmup_epochs + 1 if selection.strategy == "scan" else selection.warmup_epochs
+    if (warms_up or selection.strategy == "scan") and steps <= 0 and needed >= epochs:
         yield (
             ("selection.warmup_epochs", "training.num_train_epochs", "training.max_steps", "selection.options"),
             f"{selection.warmup_epochs} leaves no epoch to select in; "
-            f"allowed: less than training.num_train_epochs ({epochs:g})",
+            f"allowed: less than training.num_train_epochs ({epochs:g})"
+            + (
+                ", by more than 1 for scan, which marks the pairs for an epoch"
+                if needed > selection.warmup_epochs
+                else ""
+            ),
         )
 
 
@@ -116,6 +123,20 @@ def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training:
             f"{gsc.warmup_epochs} leaves no epoch with soft labels; "
             f"allowed: less than training.num_train_epochs ({epochs:g})",
         )
+
+
+def robust_conflicts(objective: ObjectiveSection, training: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield the faults of the warm-ups of the robust losses."""
+    epochs = training_value(training, "num_train_epochs")
+    for name in ("rince", "symnce"):
+        section = getattr(objective, name)
+        warmup_epochs = 0 if section is None else section.warmup_epochs
+        if training_value(training, "max_steps") <= 0 < warmup_epochs and warmup_epochs >= epochs:
+            yield (
+                (f"objective.{name}.warmup_epochs", "training.num_train_epochs", "training.max_steps"),
+                f"{warmup_epochs} leaves no epoch with its loss; "
+                f"allowed: less than training.num_train_epochs ({epochs:g})",
+            )
 
 
 def twin_conflicts(gsc: GscSection | None, model: ModelSection, adapter: Mapping[str, Any] | None) -> Iterator[Fault]:

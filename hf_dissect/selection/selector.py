@@ -10,6 +10,8 @@ from torch import nn
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.first_pairs import check_batch
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pair_keys import GIVEN_WEIGHT
+from hf_dissect.data.pair_weights import multiply_weights
 from hf_dissect.data.pairs import key_hash
 from hf_dissect.data.problems import PROBLEM_KEY, read_problems
 from hf_dissect.distributed import Ranks
@@ -137,8 +139,8 @@ class OnlineSelector:
             micro_step: Number of the batch within the step, if gradients are accumulated.
 
         Returns:
-            Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)` if the strategy has
-            weights.
+            Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)`, the product of the
+            weights of the strategy and of the data, if there are any.
 
         Raises:
             TooManyBadRows: More rows are unreadable than `bad_rows` allows.
@@ -288,7 +290,8 @@ class OnlineSelector:
     def _num_selected(self, num_candidates: int) -> int:
         if self.strategy.keeps_all:
             return num_candidates
-        return min(num_candidates, max(2, round(self.ratio * num_candidates)))
+        ratio = self.strategy.choose_ratio(self.ratio)
+        return min(num_candidates, max(2, round(ratio * num_candidates)))
 
     def _note(
         self, batch: Batch, candidates: CandidateScores, good: torch.Tensor, kept: Kept, sizes: list[int], step: int
@@ -310,12 +313,13 @@ class OnlineSelector:
         self.strategy.record(sample_id, correlation, self.ledger, measured)
 
     def _keep(self, batch: Batch, good: torch.Tensor, kept: Kept) -> dict[str, torch.Tensor]:
+        device = batch["sample_id"].device
         if len(kept.indices) == len(batch["sample_id"]) and kept.weights is None:
             kept_batch = dict(batch)
         else:
-            device = batch["sample_id"].device
             rows = good[kept.indices].to(device)
             kept_batch = {name: value[rows] for name, value in batch.items()}
-            if kept.weights is not None:
-                kept_batch["pair_weight"] = kept.weights.to(device)
+        weights = multiply_weights(kept.weights, kept_batch.pop(GIVEN_WEIGHT, None), device)
+        if weights is not None:
+            kept_batch["pair_weight"] = weights
         return rebalance(kept_batch, kept.counts, self.ranks, self.padding)

@@ -40,6 +40,7 @@ class SelectionStrategy:
             step (`measure_reference`), and for a stream, it scores every batch. "batch": it scores every batch.
             "before": its scores must be in the ledger before the first step.
         past_model: Copy of the model from earlier steps that scores the candidates, too; None without one.
+        warmup: What the steps of a warm-up do, for a warning.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
             `select`, so that a resumed run chooses like an uninterrupted one, and the random stream of the training is
             not touched.
@@ -50,6 +51,7 @@ class SelectionStrategy:
     stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
     reference: ClassVar[str] = ""
+    warmup: ClassVar[str] = "train on a random subset"
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
@@ -76,6 +78,17 @@ class SelectionStrategy:
             epoch: Epoch, counted from 0.
             ledger: Ledger to read from.
         """
+
+    def begin_run(self, num_steps: int) -> None:
+        """Begin a run, before a saved state is loaded.
+
+        Args:
+            num_steps: Number of optimiser steps of the run.
+        """
+
+    def choose_ratio(self, ratio: float) -> float:
+        """Return the selection ratio of the next selection, the same on every rank, from that of the settings."""
+        return ratio
 
     def begin_step(self) -> None:
         """Begin an optimiser step, of one selection or more; called on every rank."""

@@ -155,7 +155,8 @@ def test_every_setting_is_explained(section):
         (
             {"selection": {"strategy": "disect"}},
             "selection.strategy: 'disect' is not allowed; "
-            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, noisy_channel, none; "
+            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, "
+            "info_batch, scan, divbs, forgetting, noisy_channel, none; "
             "did you mean 'dissect'?",
         ),
         (
@@ -390,7 +391,8 @@ def test_every_setting_is_explained(section):
         (
             {"compare": {"strategies": ["none", "luck"]}},
             "compare.strategies: 'luck' is not a strategy; "
-            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, noisy_channel, none, "
+            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, "
+            "info_batch, scan, divbs, forgetting, noisy_channel, none, "
             "dissect:warmup, dissect:momentum",
         ),
         ({"compare": {"strategies": ["random:momentum"]}}, "compare.strategies: 'random:momentum' is not a strategy"),
@@ -624,7 +626,7 @@ def test_training_arguments_gather_the_sections():
             | {"shuffle_buffer": 100},
             selection={"ratio": 0.3, "record": True, "options": {"variant": "momentum"}, "mask_false_negatives": True}
             | {"scope": "global"},
-            objective={"grad_cache_chunk_size": 16, "gsc": None, "noisy_channel": None},
+            objective={"grad_cache_chunk_size": 16, "gsc": None, "noisy_channel": None, "rince": None},
             evaluation={"batch_size": 64},
             training={"seed": 3, "learning_rate": 0.01},
         )
@@ -645,6 +647,9 @@ def test_training_arguments_gather_the_sections():
         "grad_cache_chunk_size": 16,
         "gsc": None,
         "noisy_channel": None,
+        "rince": None,
+        "symnce": None,
+        "weight_column": None,
         "scoring_batch_size": None,
         "record_selection": True,
         "max_bad_fraction": 0.01,
