@@ -137,7 +137,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
 
     def _check_enough_pairs(self, strategy: SelectionStrategy) -> None:
         candidates = self.per_device_train_batch_size
-        ratio = 1 if strategy.keeps_all else self.selection_ratio
+        loads_all = strategy.keeps_all and strategy.reference != "before"
+        ratio = 1 if loads_all else self.selection_ratio
         if ratio * candidates < 2 - 1e-9:
             kept = f"{ratio * candidates:g} pair{'' if ratio * candidates == 1 else 's'}"
             raise ValueError(

@@ -23,7 +23,7 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
     """Yield the faults of ratio, batch and warm-up."""
     batch = training_value(training, "per_device_train_batch_size")
     kept = round(selection.ratio * batch)
-    if selection.strategy not in ("none", "coreset") and selection.ratio * batch < 2 - 1e-9:
+    if selection.strategy != "none" and selection.ratio * batch < 2 - 1e-9:
         yield (
             ("selection.ratio", "training.per_device_train_batch_size", "selection.strategy"),
             f"{selection.ratio} of training.per_device_train_batch_size {batch} keeps "
