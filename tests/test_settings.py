@@ -153,10 +153,10 @@ def test_every_setting_reaches_its_argument(kind, tmp_path):
             and not describe_problem(value, expected, declaration.choices, declaration.within)
         )
         arrived = recipe.from_dict(with_value(recipe, key, changed[key])).training_arguments()
-        assert arrived.pop(argument) == changed[key] or argument == "gsc", key
+        assert arrived.pop(argument) == changed[key] or key.startswith("objective."), key
         assert arrived == {name: value for name, value in made.items() if name != argument}
         taken = arguments(str(tmp_path), max_steps=5, **{argument: changed[key]})
-        assert getattr(taken, argument) == changed[key] or taken.gsc["beta"] == 0.25
+        assert getattr(taken, argument) == changed[key] or changed[key].items() <= getattr(taken, argument).items()
 
 
 @pytest.mark.parametrize(

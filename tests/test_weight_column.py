@@ -162,6 +162,11 @@ class OwnPairs(torch.utils.data.Dataset):
         return {**self.rows[place], self.key: WEIGHTS[place]}
 
 
+class OwnStream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from OwnPairs()
+
+
 def test_columns_that_would_not_be_read_are_refused(tmp_path):
     with pytest.raises(ValueError, match="train_dataset: weight_column='importance': no such column; the data has"):
         trainer_of(tmp_path, tiny_models.tiny_pairs(PAIRS))
@@ -171,6 +176,8 @@ def test_columns_that_would_not_be_read_are_refused(tmp_path):
         trainer_of(tmp_path, as_pairs(table()))
     with pytest.raises(ValueError, match="'importance' would not be read: OwnPairs makes its pairs itself.*'weight'"):
         trainer_of(tmp_path, OwnPairs("mass"))
+    with pytest.raises(ValueError, match="'importance' would not be read: OwnStream makes its pairs itself"):
+        trainer_of(tmp_path, OwnStream())
     trainer = trainer_of(tmp_path, OwnPairs(), weight_column=None)
     _, kept = first_loss(trainer)
     assert kept["pair_weight"].tolist() == [WEIGHTS[place] for place in kept["sample_id"].tolist()]

@@ -38,7 +38,7 @@ _FIGURES = {"kept_share": "Candidates that trained", "estimated_mismatched": "Mi
 # None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"
-    "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|.*_column|skip_memory|greater_is|do_"
+    "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|(?!weight_).*_column|skip_memory|greater_is|do_"
     "|restore|enable_jit|ddp|fsdp|deepspeed|accelerator|include|prediction|batch_eval|max_bad|local_rank|debug).*"
 )
 _NOISE = {
@@ -80,7 +80,6 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
         ("Scenes", f"{data.scenes_image_size} pixels wide, seed {data.scenes_seed}" if scenes else None),
         ("Styles", data.scenes_tasks if scenes and data.scenes_tasks > 1 else None),
         ("Column of the tasks", data.task_column),
-        ("Column of the weights", data.weight_column),
         ("Rows used", f"the first {data.max_train_rows:,}" if data.max_train_rows else None),
         ("Images", "stored features" if data.image_features else None),
         ("Injected noise", noise),
@@ -97,7 +96,7 @@ def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[
         *((f"Selection: {key}", value) for key, value in selection.items()),
         ("Reference model", metrics.get("reference")),
         *((name, _format_figure(key, figures.get(key))) for key, name in _FIGURES.items()),
-        *((name, "yes" if settings.get(key) == {} else settings.get(key)) for key, name in _OBJECTIVE.items()),
+        *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
         ("Frozen tower", None if recipe is None else recipe.model.freeze),
     ]
 

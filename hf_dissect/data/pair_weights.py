@@ -111,7 +111,7 @@ def check_weighted(pairs: Any, column: str | None) -> None:
             f"weight_column={column!r}: train_dataset was wrapped without it; pass weight={column!r} to as_pairs, or "
             "the table itself to the trainer."
         )
-    if not hasattr(pairs, "__getitem__") or WEIGHT_KEY not in pairs[0]:
+    if not hasattr(pairs, "__len__") or WEIGHT_KEY not in pairs[0]:
         raise ValueError(
             f"weight_column={column!r} would not be read: {type(pairs).__name__} makes its pairs itself. Let it give "
             f"each pair a number {WEIGHT_KEY!r} and leave weight_column out, or pass a table."

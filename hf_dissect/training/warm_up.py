@@ -42,7 +42,7 @@ def count_steps(num_pairs: int | None, args: Any) -> int:
     """Count the optimiser steps of a run.
 
     Args:
-        num_pairs: Number of training pairs; None for a stream, which needs `max_steps`.
+        num_pairs: Number of training pairs; None for a stream, whose length `max_steps` gives.
         args: Arguments of the run.
     """
     if args.max_steps > 0 or num_pairs is None:
