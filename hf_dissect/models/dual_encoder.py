@@ -5,7 +5,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput, image_text_contrastive_loss
@@ -297,3 +303,4 @@ def _as_output(
 # `exist_ok`, because a module may be imported twice (a reloading notebook, a spawned worker's second path).
 AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
 AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(DualEncoderConfig, DualEncoder, exist_ok=True)

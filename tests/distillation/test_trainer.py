@@ -152,7 +152,7 @@ def test_the_student_loads_without_trainer_teacher_or_auxiliaries(tmp_path):
     torch.save(batch, tmp_path / "batch.pt")
     script = f"""
 import sys, torch
-import hf_dissect.distillation
+import hf_dissect
 from transformers import AutoModel, AutoModelForImageClassification
 batch = torch.load({str(tmp_path / "batch.pt")!r}, weights_only=True)
 for kind in (AutoModel, AutoModelForImageClassification):
