@@ -108,7 +108,7 @@ class DissectTrainer(BaseTrainer):
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
-        self.summary = SelectionSummary(self.selector, train_dataset, recipe, args)
+        self.summary = SelectionSummary(self.selector, train_dataset, recipe, args, eval_dataset)
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
@@ -327,6 +327,7 @@ class DissectTrainer(BaseTrainer):
             noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
         dataset, unlogged = self.eval_dataset if test_dataset is None else test_dataset, {}
+        self.summary.evaluated["test"] = test_dataset
         if retrieval and dataset is not None:
             yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
         if more_figures is not None:

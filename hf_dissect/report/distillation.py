@@ -9,7 +9,13 @@ from typing import Any
 
 from hf_dissect.report.page import make_legend_entry, write_page
 from hf_dissect.report.plots import DASHES, Curve, describe_curves, draw_curves, series
-from hf_dissect.report.tables import compare_settings, format_number, results_table, select_final_figures
+from hf_dissect.report.tables import (
+    compare_settings,
+    describe_problems,
+    format_number,
+    results_table,
+    select_final_figures,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ def write_distillation_report(
         results=results_table([(name, select_final_figures(metrics))], corner="run"),
         panels=_draw_panels(log_history),
         rows=metrics["rows"],
+        problems=[f"row {problem}" for problem in describe_problems(metrics["rows"])],
         terms=compare_settings([name], [metrics["term_weights"]], corner="weight of the term")[0],
     )
 
