@@ -16,6 +16,7 @@ from hf_dissect.evaluation.selection_figures import (
 )
 from hf_dissect.model_card import describe_model
 from hf_dissect.models.adapters import describe_adapter
+from hf_dissect.objective import Objective
 from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
 from hf_dissect.training.run_folder import list_changed_settings
@@ -32,6 +33,7 @@ class SelectionSummary:
 
     Args:
         selector: Selector of the run.
+        objective: Objective of the run.
         dataset: Training data.
         recipe: Recipe of the run; None without one.
         args: Arguments of the run.
@@ -44,6 +46,7 @@ class SelectionSummary:
     def __init__(
         self,
         selector: OnlineSelector,
+        objective: Objective,
         dataset: Any,
         recipe: Any,
         args: DissectTrainingArguments,
@@ -51,6 +54,7 @@ class SelectionSummary:
     ) -> None:
         self.evaluated = {"validation": evaluation}
         self._selector = selector
+        self._objective = objective
         self._dataset = dataset
         self._recipe = recipe
         self._args = args
@@ -77,7 +81,12 @@ class SelectionSummary:
             "name": name,
             "strategy": name,
             "num_pairs": count_pairs(self._dataset),
-            "selection": {**compute_selection_figures(self._selector.monitor), **self._label_figures},
+            "selection": {
+                **compute_selection_figures(self._selector.monitor),
+                **self._selector.strategy.compute_figures(),
+                **({} if self._objective.robust is None else self._objective.robust.compute_figures()),
+                **self._label_figures,
+            },
             **({} if adapter is None else {"adapter": adapter}),
             **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
             "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),

@@ -21,17 +21,16 @@ from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_encoder import PairEncoder
 from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
-from hf_dissect.losses import grad_cached_backward
 from hf_dissect.model_card import SelectionCard, tag_model
 from hf_dissect.models.adapters import save_base
 from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias, restore_weights
-from hf_dissect.models.tasks import select_representations
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
+from hf_dissect.training.chunked_step import step_in_chunks
 from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.reload_check import make_callbacks
 from hf_dissect.training.run_folder import drop_speed
@@ -108,9 +107,11 @@ class DissectTrainer(BaseTrainer):
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
-        self.summary = SelectionSummary(self.selector, train_dataset, recipe, args, eval_dataset)
+        parts = (self.selector, self.objective)
+        self.summary = SelectionSummary(*parts, train_dataset, recipe, args, eval_dataset)
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
+        self.parts["objective"] = Part(self.objective)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
         for callback in make_callbacks(self.data_collator, self.train_dataset):
             self.add_callback(callback)
@@ -148,6 +149,7 @@ class DissectTrainer(BaseTrainer):
         batches = epoch_iterator if self._stream_batches is None else self._stream_batches
         with self.times.measure("data"):
             candidates, num_items = super().get_batch_samples(batches, num_batches, device)
+        self.objective.begin_step()
         return [
             self.selector.select(self.model_wrapped, batch, step=self.state.global_step, micro_step=number)
             for number, batch in enumerate(candidates)
@@ -189,33 +191,24 @@ class DissectTrainer(BaseTrainer):
         if chunk_size is None or len(inputs["sample_id"]) <= chunk_size:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            loss = self._train_in_chunks(model, inputs, chunk_size)
+            loss = step_in_chunks(
+                model,
+                self._prepare_inputs(inputs),
+                self._compute_loss,
+                chunk_size=chunk_size,
+                optimizer=self.optimizer,
+                accelerator=self.accelerator,
+                num_micro_batches=self.current_gradient_accumulation_steps,
+                autocast=self.compute_loss_context_manager,
+            )
         self._check_finite(loss, "the loss", inputs["sample_id"])
         return loss
-
-    def _train_in_chunks(self, model: nn.Module, inputs: Batch, chunk_size: int) -> torch.Tensor:
-        model.train()
-        if callable(switch_mode := getattr(self.optimizer, "train", None)):
-            switch_mode()
-        inputs = self._prepare_inputs(inputs)
-        share = 1 / self.current_gradient_accumulation_steps
-        loss = grad_cached_backward(
-            model,
-            forward_inputs(model, inputs),
-            lambda cached, scale, bias: self._compute_loss(model, inputs, cached, scale, bias, cached["projections"]),
-            chunk_size=chunk_size,
-            backward=lambda part: self.accelerator.backward(part * share),
-            no_sync=partial(self.accelerator.no_sync, model),
-            autocast=self.compute_loss_context_manager,
-            representations=partial(select_representations, model),
-        )
-        return loss * share
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of selection and decorrelation to the logs of training."""
         if "loss" in logs:
             logs.update(self.selector.pop_logs())
-            logs.update(self.objective.decorrelation.pop_logs())
+            logs.update(self.objective.pop_logs())
             if self.times["scoring"]:
                 logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
         super().log(logs, start_time)

@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_dissect.objective import GscObjective, Objective
+from hf_dissect.objective import Objective
+from hf_dissect.objectives.gsc import GscObjective
+from hf_dissect.objectives.robust import RobustObjective
+from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection
 from hf_dissect.recipe.schema import (
     DataSection,
     EvaluationSection,
-    GscSection,
     ModelSection,
-    ObjectiveSection,
     SelectionSection,
 )
 from hf_dissect.selection import SelectionStrategy, make_strategy
@@ -135,9 +136,13 @@ class DissectTrainingArguments(BaseTrainingArguments):
             num_networks: Number of networks of the model, 2 for a `TwinDualEncoder`.
 
         Raises:
-            ValueError: The soft labels do not fit the model.
+            ValueError: The robust objective does not fit the model.
         """
-        return Objective(kind, self.mask_false_negatives, self.make_gsc(), num_networks)
+        return Objective(kind, self.mask_false_negatives, self.make_robust_objective(), num_networks)
+
+    def make_robust_objective(self) -> RobustObjective | None:
+        """Build the objective that replaces the contrastive loss; None for the contrastive loss."""
+        return self.make_gsc()
 
     def make_gsc(self) -> GscObjective | None:
         """Build the objective of GSC that the arguments describe; None without soft labels."""

@@ -13,7 +13,8 @@ from hf_dissect.data import as_pairs, shuffle_captions
 from hf_dissect.evaluation.selection_figures import compute_label_figures
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.models.loading import logit_scale_and_bias
-from hf_dissect.objective import GscObjective, Objective
+from hf_dissect.objective import Objective
+from hf_dissect.objectives.gsc import GscObjective
 from hf_dissect.selection import STRATEGIES, Selection, SelectionStrategy
 
 IDS = torch.tensor([3, 9, 4, 1, 30, 22])
@@ -55,7 +56,7 @@ def loss_of(objective: Objective, model, outputs, ledger, **batch) -> torch.Tens
 
 def test_the_contrastive_loss_gives_way_to_that_of_the_soft_labels(clip, ledger):
     model, outputs = clip
-    objective = Objective("softmax", gsc=GscObjective(gamma=0.5, warmup_epochs=2))
+    objective = Objective("softmax", robust=GscObjective(gamma=0.5, warmup_epochs=2))
     weights = torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 0.5])
     contrastive = ContrastiveLoss()(outputs, weights=weights)
     for epoch in (0, 1):
@@ -71,7 +72,7 @@ def test_the_contrastive_loss_gives_way_to_that_of_the_soft_labels(clip, ledger)
 
 def test_the_scale_of_the_model_is_left_alone_but_has_a_gradient(clip, ledger):
     model, outputs = clip
-    objective = Objective("softmax", gsc=GscObjective(warmup_epochs=0))
+    objective = Objective("softmax", robust=GscObjective(warmup_epochs=0))
     loss = loss_of(objective, model, outputs, ledger)
     (gradient,) = torch.autograd.grad(loss, [model.logit_scale], retain_graph=True)
     assert gradient == 0  # None would keep DDP waiting
@@ -79,7 +80,7 @@ def test_the_scale_of_the_model_is_left_alone_but_has_a_gradient(clip, ledger):
 
 def test_the_evidence_is_that_of_the_pairs_and_their_labels(clip, ledger):
     outputs = clip[1]
-    evidence = Objective("softmax", gsc=GscObjective(temperature=0.2)).compute_evidence(outputs, IDS, ledger)
+    evidence = Objective("softmax", robust=GscObjective(temperature=0.2)).compute_evidence(outputs, IDS, ledger)
     images, texts = outputs["image_embeds"].detach(), outputs["text_embeds"].detach()
     logits = texts @ images.T / 0.2
     agreement = (logits.softmax(1).diagonal() + logits.softmax(0).diagonal()) / 2
@@ -91,7 +92,7 @@ def test_the_evidence_is_that_of_the_pairs_and_their_labels(clip, ledger):
 
 def test_impossible_settings_are_told():
     with pytest.raises(ValueError, match="gsc: .* model trains with the sigmoid loss; use a model of the softmax"):
-        Objective("sigmoid", gsc=GscObjective())
+        Objective("sigmoid", robust=GscObjective())
     for settings in ({"warmup_epochs": -1}, {"warmup_epochs": True}, {"dual": 1}, {"beta": 0}, {"gamma": -1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
             GscObjective(**settings)

@@ -9,9 +9,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dissect import DissectTrainingArguments
 from hf_dissect.distillation import DistillationRecipe, DistillationTrainingArguments
-from hf_dissect.objective import GscObjective
+from hf_dissect.objectives.gsc import GscObjective
 from hf_dissect.recipe import Recipe, RecipeError
-from hf_dissect.recipe.schema import GscSection
+from hf_dissect.recipe.objective_schema import GscSection
 from hf_dissect.selection.options import OPTIONS
 from hf_dissect.settings import describe_problem, find_setting, list_members, list_settings
 

@@ -1,8 +1,9 @@
 """The contrastive losses of CLIP and SigLIP, weighted per pair and with the negatives of all ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 
 from hf_dissect.distributed import gather_last_dimension, gather_with_grad, get_rank_and_world_size
 from hf_dissect.losses.logit_rows import (
@@ -12,10 +13,15 @@ from hf_dissect.losses.logit_rows import (
     promote_to_float32,
     sigmoid_losses,
     softmax_losses,
+    split_rows,
 )
 from hf_dissect.losses.sigmoid_ring import sigmoid_ring_loss
 
 KINDS = ("softmax", "sigmoid")
+Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Function from the losses of the own pairs and the numbers of pairs that they were found among, both `(b,)` without
+gradient, to the weights `(b,)`. The loss is `-log q`, with the probability `q` that the model gives the pair: of its
+partner among all (softmax, mean of both directions), or of being a pair (sigmoid)."""
 MAX_LOGITS = 2**24  # 64 MiB in single precision: enough to keep a GPU busy, and small compared with a model
 
 
@@ -55,7 +61,7 @@ class ContrastiveLoss:
         *,
         scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
+        weights: torch.Tensor | Weigh | None = None,
         image_key: torch.Tensor | None = None,
         caption_key: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -67,7 +73,7 @@ class ContrastiveLoss:
             scale: Factor from cosines to logits, a scalar with gradient; required unless the model's own logits are
                 used.
             bias: Summand of the logits, a scalar with gradient; None for 0.
-            weights: Factors of the per-pair losses, `(b,)`.
+            weights: Factors of the per-pair losses, `(b,)`, or a function that makes them from the losses.
             image_key: Image of each pair, int64 `(b,)`; required with `mask_false_negatives`.
             caption_key: Caption of each pair, int64 `(b,)`; required with `mask_false_negatives`.
 
@@ -87,7 +93,9 @@ class ContrastiveLoss:
             keys = torch.stack([image_key, caption_key])
         if get_rank_and_world_size()[1] == 1 and "logits_per_text" in outputs:
             mask = None if keys is None else find_false_negatives(keys, keys)
-            return _weighted_mean(per_pair_loss(outputs["logits_per_text"], kind=self.kind, mask=mask), weights)
+            logits = outputs["logits_per_text"]
+            losses = per_pair_loss(logits, kind=self.kind, mask=mask)
+            return _weighted_mean(losses, weights, _own_losses(losses, logits.diagonal(), self.kind), keys, keys)
         if scale is None:
             raise ValueError(
                 "scale is missing: it is required on several ranks, and for a model that returns no logits."
@@ -95,14 +103,18 @@ class ContrastiveLoss:
         bias = torch.zeros_like(scale) if bias is None else bias
         text_embeds, image_embeds = (promote_to_float32(outputs[name]) for name in ("text_embeds", "image_embeds"))
         with torch.autocast(text_embeds.device.type, enabled=False):
-            if self.kind == "sigmoid":
-                return sigmoid_ring_loss(text_embeds, image_embeds, scale, bias, weights, keys, self.max_logits)
             all_keys = None if keys is None else gather_last_dimension(keys)
-            losses = [
+            if self.kind == "sigmoid":
+                if callable(weights):
+                    logits = (text_embeds * image_embeds).sum(-1) * scale + bias
+                    weights = weights(_own_losses(logits, logits, self.kind), count_pairs(logits, keys, all_keys))
+                return sigmoid_ring_loss(text_embeds, image_embeds, scale, bias, weights, keys, self.max_logits)
+            directions = [
                 self._softmax(rows, gather_with_grad(columns), scale, bias, keys, all_keys)
                 for rows, columns in ((text_embeds, image_embeds), (image_embeds, text_embeds))
             ]
-        return _weighted_mean((losses[0] + losses[1]) / 2, weights)
+        losses = (directions[0] + directions[1]) / 2
+        return _weighted_mean(losses, weights, losses.detach(), keys, all_keys)
 
     def _softmax(
         self,
@@ -141,5 +153,36 @@ def per_pair_loss(logits: torch.Tensor, *, kind: str = "softmax", mask: torch.Te
     return (softmax_losses(logits, 0, mask) + softmax_losses(logits.t(), 0, mask)) / 2
 
 
-def _weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def count_pairs(losses: torch.Tensor, keys: torch.Tensor | None, all_keys: torch.Tensor | None) -> torch.Tensor:
+    """Count the pairs of all ranks that each own pair is compared with, itself included.
+
+    Args:
+        losses: Losses of the own pairs `(b,)`.
+        keys: Image and caption of the own pairs, int64 `(2, b)`; None without a mask of false negatives.
+        all_keys: Image and caption of the pairs of all ranks, int64 `(2, N)`; None without a mask.
+
+    Returns:
+        Counts, float `(b,)`.
+    """
+    if keys is None or all_keys is None:
+        return torch.full_like(losses.detach(), len(losses) * get_rank_and_world_size()[1])
+    rows = split_rows(keys.shape[1], all_keys.shape[1], MAX_LOGITS)
+    same = [find_false_negatives(keys[:, part], all_keys).sum(1) for part in rows]
+    return (all_keys.shape[1] - torch.cat(same) + 1).to(losses.dtype)
+
+
+def _own_losses(losses: torch.Tensor, logits: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return `-log q` of each pair from its loss in the batch and its own logit, without gradient."""
+    return losses.detach() if kind == "softmax" else -F.logsigmoid(promote_to_float32(logits.detach()))
+
+
+def _weighted_mean(
+    losses: torch.Tensor,
+    weights: torch.Tensor | Weigh | None,
+    own_losses: torch.Tensor,
+    keys: torch.Tensor | None,
+    all_keys: torch.Tensor | None,
+) -> torch.Tensor:
+    if callable(weights):
+        weights = weights(own_losses, count_pairs(losses, keys, all_keys))
     return losses.mean() if weights is None else (losses * weights.to(losses)).mean()

@@ -17,15 +17,14 @@ from hf_dissect.recipe.data_rules import (
 from hf_dissect.recipe.fields import Faults, RecipeError
 from hf_dissect.recipe.file import RecipeFile
 from hf_dissect.recipe.model_rules import model_conflicts
+from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
     CompareSection,
     DataSection,
     EvaluationSection,
-    GscSection,
     ModelSection,
-    ObjectiveSection,
     SelectionSection,
     ZeroShotSection,
     parse_strategy,

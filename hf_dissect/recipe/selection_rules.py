@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_dissect.recipe.fields import training_value
+from hf_dissect.recipe.objective_schema import GscSection
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
     CompareSection,
-    GscSection,
     ModelSection,
     SelectionSection,
     parse_strategy,

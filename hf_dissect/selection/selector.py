@@ -165,6 +165,8 @@ class OnlineSelector:
         """
         check_batch(batch)
         step, self._step = self._step if step is None else step, self._step + 1
+        if micro_step == 0:
+            self.strategy.begin_step()
         sample_id, problems = batch["sample_id"].cpu(), read_problems(batch)
         good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu(), problems)
         batch = {name: value for name, value in batch.items() if name != PROBLEM_KEY}
@@ -243,7 +245,7 @@ class OnlineSelector:
 
     def pop_logs(self) -> dict[str, float]:
         """Return the figures of the selections since the last call, as `selection_*`."""
-        return self.monitor.pop_logs()
+        return self.monitor.pop_logs() | self.strategy.pop_logs()
 
     def reset(self, step: int = 0) -> None:
         """Count epochs from the beginning again, and discard the record of selections from step `step` on."""
@@ -257,6 +259,7 @@ class OnlineSelector:
             "epoch": self.epoch,
             "updated_epoch": self.updated_epoch,
             "monitor": self.monitor.state_dict(),
+            "strategy": self.strategy.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -264,6 +267,8 @@ class OnlineSelector:
         self.epoch = state["epoch"]
         self.updated_epoch = state["updated_epoch"]
         self.monitor.load_state_dict(state["monitor"])
+        if state.get("strategy"):
+            self.strategy.load_state_dict(state["strategy"])
 
     def _agree(self, num_good: int) -> list[int]:
         if self.hooks.agree is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -70,6 +70,9 @@ class SelectionStrategy:
             ledger: Ledger to read from.
         """
 
+    def begin_step(self) -> None:
+        """Begin an optimiser step, of one selection or more; called on every rank."""
+
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Choose `k` of the `B` candidates.
 
@@ -112,6 +115,21 @@ class SelectionStrategy:
             measured: Values that `measure` returned, `(n,)` each; empty or None if it was not called, because the
                 pairs were not scored or a rank had no candidates.
         """
+
+    def pop_logs(self) -> dict[str, float]:
+        """Return figures of the rule since the last call, for the logs of training."""
+        return {}
+
+    def compute_figures(self) -> dict[str, float]:
+        """Return figures of the rule for `metrics.json`, such as an estimated share of mismatched pairs."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the rule that is not in the ledger, as plain data and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
 
 
 def keep_largest(priority: torch.Tensor, k: int) -> Selection:

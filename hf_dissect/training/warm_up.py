@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 def list_warm_ups(strategy: Any, objective: Any) -> dict[str, int]:
     """Return the number of epochs of each warm-up of a run, by what the steps of the warm-up do."""
     warmup_epochs: dict[str, int] = {"train on a random subset": getattr(strategy, "warmup_epochs", 0)}
-    if objective.gsc is not None:
-        warmup_epochs["train by the contrastive loss, without soft labels"] = objective.gsc.warmup_epochs
+    if objective.robust is not None:
+        warmup_epochs[objective.robust.warmup] = objective.robust.warmup_epochs
     return warmup_epochs
 
 

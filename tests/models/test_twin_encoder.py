@@ -14,7 +14,8 @@ from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.gsc import GscLoss, gsc_evidence
 from hf_dissect.models.loading import check_dual_encoder, clamp_logit_scale_, find_loss_kind, freeze_tower
 from hf_dissect.models.loading import logit_scale_and_bias as scale_and_bias
-from hf_dissect.objective import GscObjective, Objective
+from hf_dissect.objective import Objective
+from hf_dissect.objectives.gsc import GscObjective
 from hf_dissect.recipe.recipe import RecipeError
 from hf_dissect.runs.run import build_trainer, run_recipe
 
@@ -133,7 +134,7 @@ FIRST, SECOND = torch.tensor([0.7, 0.2, 0.5, 0.1]), torch.tensor([0.3, 0.6, 0.8,
 
 def test_each_network_trains_with_the_labels_of_the_other(answers, ledger):
     twins, _, both, alone = answers
-    objective = Objective("softmax", gsc=GscObjective(gamma=0.5, warmup_epochs=1, dual=True), num_networks=2)
+    objective = Objective("softmax", robust=GscObjective(gamma=0.5, warmup_epochs=1, dual=True), num_networks=2)
     weights = torch.tensor([1.0, 2.0, 0.0, 1.0])
 
     def loss(**batch):
@@ -158,7 +159,7 @@ def test_each_network_trains_with_the_labels_of_the_other(answers, ledger):
 
 
 def test_the_evidence_of_each_network_is_recorded_by_itself(ledger):
-    objective = Objective("softmax", gsc=GscObjective(beta=0.5, dual=True), num_networks=2)
+    objective = Objective("softmax", robust=GscObjective(beta=0.5, dual=True), num_networks=2)
     columns = {"agreement": 0.5, "structure": 0.1, "agreement_2": 0.25, "structure_2": 0.2}
     objective.record(IDS, {name: torch.full((4,), value) for name, value in columns.items()}, ledger)
     objective.update(ledger)
@@ -174,9 +175,9 @@ def test_the_labels_of_both_tell_matched_from_mismatched(ledger):
 
 def test_one_network_where_two_are_meant_is_refused_and_the_reverse():
     with pytest.raises(ValueError, match=r"gsc: dual=true .*TwinDualEncoder\.of\(first, second\)"):
-        Objective("softmax", gsc=GscObjective(dual=True))
+        Objective("softmax", robust=GscObjective(dual=True))
     with pytest.raises(ValueError, match="gsc: the model consists of two networks"):
-        Objective("softmax", gsc=GscObjective(), num_networks=2)
+        Objective("softmax", robust=GscObjective(), num_networks=2)
     Objective("softmax", num_networks=2)  # plain training of both
 
 
