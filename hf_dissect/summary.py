@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_dissect.cards.privacy import hub_id
 from hf_dissect.data.noise_kinds import describe_noise
-from hf_dissect.data.shards.skipped import summarize_skipped
+from hf_dissect.data.shards.skipped import find_skipped, summarize_all_skipped
 from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation.selection_figures import (
     compute_label_figures,
@@ -39,6 +39,10 @@ class SelectionSummary:
         dataset: Training data.
         recipe: Recipe of the run; None without one.
         args: Arguments of the run.
+        evaluation: Data evaluated during training, a dict of several, or None.
+
+    Attributes:
+        evaluated: Data of the evaluations by the name of the split.
     """
 
     def __init__(
@@ -48,7 +52,9 @@ class SelectionSummary:
         dataset: Any,
         recipe: Any,
         args: DissectTrainingArguments,
+        evaluation: Any = None,
     ) -> None:
+        self.evaluated = {"validation": evaluation}
         self._selector = selector
         self._objective = objective
         self._dataset = dataset
@@ -106,9 +112,11 @@ class SelectionSummary:
     def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
         """Return the unreadable rows and skipped shards of all ranks; every rank calls this method."""
         figures = {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
-        everyone = ranks.gather_objects(getattr(self._dataset, "skipped_shards", {}))
-        skipped = {shard: reason for record in everyone for shard, reason in record.items()}
-        return {**figures, **({"skipped_shards": summarize_skipped(skipped)} if skipped else {})}
+        own = {split: find_skipped(data) for split, data in {"train": self._dataset, **self.evaluated}.items()}
+        everyone = ranks.gather_objects(own)
+        skipped = {split: {shard: why for one in everyone for shard, why in one[split].items()} for split in own}
+        entry = summarize_all_skipped(skipped)
+        return {**figures, **({"skipped_shards": entry} if entry else {})}
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Return the recipe, the facts of the model, its base model, and the scores of the last epoch."""
