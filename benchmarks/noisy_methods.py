@@ -42,10 +42,20 @@ METHODS = {
     "gsc-without-labels": [*GSC, "objective.gsc.beta=1e-9"],  # its loss and temperature alone
     "gsc+": [*GSC, "objective.gsc.dual=true"],
     "gsc+-without-labels": [*GSC, "objective.gsc.dual=true", "objective.gsc.beta=1e-9"],  # what two networks gain
+    "info_batch": ["selection.strategy=info_batch"],
+    "scan": ["selection.strategy=scan", "selection.warmup_epochs=1"],
+    "divbs": ["selection.strategy=divbs"],
+    "forgetting": ["selection.strategy=forgetting"],
+    "forgetting-never-learnt-last": ["selection.strategy=forgetting", "selection.options.never_learnt=last"],
+    "rince": [*ALL_PAIRS, "objective.rince={}"],
+    "symnce": [*ALL_PAIRS, "objective.symnce={}"],
+    "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
+    "noisy_channel-unsmoothed": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0"],
+    "noisy_channel-half": ["selection.strategy=noisy_channel"],
     "oracle": ALL_PAIRS,  # knows the truth: mismatched pairs have no weight
 }
 IN_README_CONDITIONS = ("random0", "random20", "random40", "random60", "neighbours20", "neighbours40", "neighbours60")
-IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "oracle")
+IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "oracle")
 
 CONDITIONS = ("random0", "random20", "random40", "random60", "random80")
 CONDITIONS += ("neighbours20", "neighbours40", "neighbours60", "partial40")

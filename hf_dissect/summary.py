@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_dissect.cards.privacy import hub_id
 from hf_dissect.data.noise_kinds import describe_noise
 from hf_dissect.data.shards.skipped import summarize_skipped
 from hf_dissect.distributed import Ranks
@@ -72,6 +73,7 @@ class SelectionSummary:
     def collect_metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
         """Return the strategy, the figures of the selection, the adapter and the settings."""
         name, adapter = self._selector.strategy.name, describe_adapter(model)
+        reference = self._selector.reference
         return {
             "name": name,
             "strategy": name,
@@ -83,6 +85,7 @@ class SelectionSummary:
                 **({} if self._objective.robust is None else self._objective.robust.compute_figures()),
                 **self._label_figures,
             },
+            **({} if reference is None else {"reference": hub_id(reference.name) or "a local model"}),
             **({} if adapter is None else {"adapter": adapter}),
             **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
             "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),

@@ -41,6 +41,7 @@ def load_splits(
     id_column: str | None = None,
     task_column: str | None = None,
     clean_column: str | None = None,
+    weight_column: str | None = None,
     separator: str | None = None,
     encoding: str | None = None,
     image_root: str | None = None,
@@ -83,6 +84,7 @@ def load_splits(
         id_column: Column with the ids; in text files, integers or text.
         task_column: Column with the tasks; in text files, integers or text.
         clean_column: Column for the truth about injected noise, `clean` if None.
+        weight_column: Column with the weights of the train split.
         separator: Character between the fields of `.csv` and `.tsv` files; None takes it from the header.
         encoding: Encoding of text files; None for UTF-8. A byte order mark comes before either.
         image_root: Folder to which the paths of pictures in tables are relative; None for the folder of the table.
@@ -125,6 +127,7 @@ def load_splits(
         id_column=id_column,
         task_column=task_column,
         clean_column=clean_column,
+        weight_column=weight_column,
     )
     check_reading_options(options, source, streaming)
     address = path or ""  # an empty one was refused for the sources that read it
@@ -155,6 +158,7 @@ def load_splits(
             id_column=id_column,
             task_column=task_column,
             clean_column=clean_column,
+            weight_column=weight_column,
             skip_bad_shards=skip_bad_shards,
         )
     splits = {split: _stop_decoding(rows, image_column) for split, rows in splits.items()}

@@ -130,6 +130,12 @@ class DataSection:
     clean_column: str | None = setting(
         None, "Column that is true where the caption belongs to the image; null: clean.", argument="clean_column"
     )
+    weight_column: str | None = setting(
+        None,
+        "Column of the weights of the training pairs, numbers of at least 0 that their losses are multiplied by; "
+        "evaluation ignores it; null: none.",
+        argument="weight_column",
+    )
     separator: str | None = setting(
         None, "Character between the fields of .csv and .tsv files (tab for a tab); null: the one in the header."
     )
@@ -203,7 +209,8 @@ class SelectionSection:
     )
     warmup_epochs: int = setting(
         1,
-        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them.",
+        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them; of scan, epochs on "
+        "all candidates before its first cycle.",
         within="[0, inf)",
         argument="selection_warmup_epochs",
     )
@@ -233,12 +240,30 @@ class SelectionSection:
         within="[0, 1]",
         argument="max_bad_fraction",
     )
+    reference: str | None = setting(
+        None,
+        "Hub id or folder of the trained dual encoder that learnability, rho, jest and coreset compare with; it must "
+        "read the same inputs as the model, and is neither trained nor saved.",
+        argument="selection_reference",
+    )
     ledger: str | None = setting(
         None,
         "Scores of the same pairs to begin with: a run folder, a checkpoint, Parquet files, or hub:USER/REPO, a data "
         "set that hf-dissect push-ledger published; null: none. With them, dissect needs no warm-up. A resumed run "
         "continues with its own ledger.",
         argument="initial_ledger",
+    )
+
+
+@dataclasses.dataclass
+class TrainingSection:
+    """Settings of the section `training` next to the fields of `transformers.TrainingArguments`."""
+
+    average_weights: float | None = setting(
+        None,
+        "Share of the optimiser steps, the last ones, whose weights are averaged; their mean is the final model. 0.75 "
+        "averages over the last three quarters; null: the last weights are the final model.",
+        within="(0, 1]",
     )
 
 

@@ -29,6 +29,10 @@ _MEANINGS = {
     "differential, large for pairs that belong together",
     "loss": "the contrastive loss at the last visit",
     "p_clean": "probability that the pair is matched, by a mixture of two Gaussians on the losses",
+    "prunable": "1 for one of the largest losses of its batch (ill-matched), -1 for one of the smallest (redundant)",
+    "learnt": "1 if image and caption ranked each other first at the last visit, otherwise 0",
+    "forgotten": "number of times that the pair was learnt and then not; infinite if it was never learnt",
+    "evidence": "log odds of the caption against that of one stranger at the last visit, by the noisy channel",
     "y_cm": "soft label across the modalities; the smaller of `y_cm` and `y_im` is the trust in the pair",
     "y_im": "soft label within the modalities",
 }
