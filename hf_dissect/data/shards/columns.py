@@ -236,14 +236,14 @@ def _first_captions(
     for name in names:
         if name in members and (text := _decode(members[name])):
             return [text], False
-    unencodable: list[str] = []  # a caption for want of a better one, which is then counted for what it is
+    unencodable: list[str | None] = []  # a caption for want of a better one, which is then counted for what it is
     for name in fields:
         value = record.get(name)
         if isinstance(value, list):
             texts = [escape_unencodable(text) for text in value if isinstance(text, str)]
             if any(text.strip() and not is_unencodable(text) for text in texts):
                 return texts, True
-            unencodable += filter(is_unencodable, texts)
+            unencodable += [text for text in texts if is_unencodable(text)]
         elif isinstance(value, str) and value.strip():
             if can_be_encoded(value):
                 return [value], False
