@@ -30,9 +30,10 @@ class EvidenceTemperature:
 
     `sigma` is the standard deviation of the logits within rows and columns, of the last step. `tau_ML` is the factor
     of the grid with the largest likelihood `mean log(pi_t n q_t + 1 - pi_t)`, a moving average over the steps, where
-    each factor `t` has its own share `pi_t`, the moving average of its posteriors. The likelihood alone would take too
-    small a factor, because the model learns from the pairs that it judges. A model that knows its pairs, or one with a
-    usual logit scale, has `tau = 1`, which changes nothing.
+    each factor `t` has its own share `pi_t`, the moving average of its posteriors. Of factors that are within 0.01 of
+    it, the largest is taken, since the likelihoods are those of a sample. The likelihood alone would take too small a
+    factor, because the model learns from the pairs that it judges. A model that knows its pairs, or one with a usual
+    logit scale, has `tau = 1`, which changes nothing.
 
     Attributes:
         value: `tau`, which stays the same within an optimiser step.
@@ -41,6 +42,7 @@ class EvidenceTemperature:
     KEPT = 0.95
     FACTOR = 2.0
     SPREAD = 2.5
+    TOLERANCE = 0.01
     LOWEST, HIGHEST = 0.05, 0.999
 
     def __init__(self) -> None:
@@ -68,7 +70,8 @@ class EvidenceTemperature:
             likelihoods, shares = (self._sums[:-2] / count).split(len(GRID))
             self._likelihoods = torch.lerp(likelihoods, self._likelihoods, self.KEPT)
             self._shares = torch.lerp(shares, self._shares, self.KEPT).clamp(self.LOWEST, self.HIGHEST)
-            likeliest = GRID[int(self._likelihoods.argmax())]
+            likely = self._likelihoods >= self._likelihoods.max() - self.TOLERANCE
+            likeliest = GRID[int(likely.nonzero()[0])]
             sigma = math.sqrt(max(self._sums[-2].item() / count, 1e-12))
             self.value = min(1.0, max(self.FACTOR * likeliest, self.SPREAD / sigma))
             self._lowest = min(self._lowest, self.value)
@@ -193,7 +196,7 @@ def _measure(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | No
     logits = promote_to_float32(logits)
     logits = logits - logits.gather(1, labels[:, None])
     if mask is None:
-        variance = logits.var(1, correction=0)
+        variance = (logits - logits.mean(1, keepdim=True)).square().mean(1)
     else:
         excluded = exclude_negatives(mask, labels)
         counts = (~excluded).sum(1)

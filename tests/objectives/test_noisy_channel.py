@@ -18,6 +18,7 @@ from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
 from hf_dissect.data import shuffle_captions
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.distributed import Ranks
+from hf_dissect.losses.noisy_channel import NoisyChannel
 from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
@@ -107,6 +108,13 @@ def state_of(trainer: DissectTrainer) -> dict[str, torch.Tensor]:
     return columns | {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
+def make_over_confident(model: torch.nn.Module, channel: NoisyChannel) -> None:
+    """Set the logit scale to 100, and let the channel have seen steps in which small factors were the likeliest."""
+    model.logit_scale.data.fill_(math.log(100))
+    state = channel.temperature.state_dict()
+    channel.temperature.load_state_dict(state | {"likelihoods": state["likelihoods"][:-1] + [9.0]})
+
+
 RUNS = {
     "map, accumulation": dict(gradient_accumulation_steps=2, dropout=0.1),
     "stream, two workers": dict(stream=True, dataloader_num_workers=2),
@@ -121,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path):
     settings = dict(SMALL, save_steps=5, max_steps=12, **RUNS[run])
     whole = make_trainer(tmp_path, **settings)
     if run == "over-confident":
-        whole.model.logit_scale.data.fill_(math.log(100))
+        make_over_confident(whole.model, whole.objective.robust.channel)
     whole.train()
     state = state_of(whole)
     logged = [entry.get("selection_evidence_temperature") for entry in whole.state.log_history if "loss" in entry]
@@ -221,13 +229,13 @@ def train_on_rank(steps: int = 3):
     found = {}
     for family in ("tiny_clip", "tiny_siglip"):
         model, batch = model_and_batch(family)
-        model.logit_scale.data.fill_(math.log(100))
+        make_over_confident(model, (robust := NoisyChannelObjective()).channel)
         batch["sample_id"] = torch.arange(10) * 3
         size = 10 // world
         batch = {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
         model = DistributedDataParallel(model.train()) if world > 1 else model.train()
         kind = "softmax" if family == "tiny_clip" else "sigmoid"
-        objective = Objective(kind, mask_false_negatives=True, robust=NoisyChannelObjective())
+        objective = Objective(kind, mask_false_negatives=True, robust=robust)
         ledger, ranks = SampleLedger(40, columns=("evidence",)), Ranks(Accelerator(cpu=True))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         for _ in range(steps):
@@ -242,9 +250,10 @@ def train_on_rank(steps: int = 3):
             optimizer.step()
         objective.begin_step()
         found[family] = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-        temperature = objective.robust.channel.temperature.value
-        assert temperature < 1
-        found[family] |= {"temperature": torch.tensor(temperature), "pi": torch.tensor(objective.robust.channel.pi), "evidence": ledger.column("evidence")}
+        temperature = objective.robust.channel.temperature
+        found[family] |= {"pi": torch.tensor(objective.robust.channel.pi), "evidence": ledger.column("evidence")}
+        found[family]["temperature"] = torch.tensor(temperature.value)
+        assert temperature.pop_lowest() < 0.5
         shares = ranks.gather(torch.tensor([objective.robust.channel.pi], dtype=torch.float64))
         assert (shares == shares[0]).all()
     return found

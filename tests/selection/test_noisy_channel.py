@@ -140,6 +140,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path):
     whole, resumed = (make_trainer(tmp_path, **settings, **RUNS[run]) for _ in range(2))
     if run == "over-confident":
         whole.model.logit_scale.data.fill_(math.log(100))
+        state = whole.strategy.channel.temperature.state_dict()
+        whole.strategy.channel.temperature.load_state_dict(state | {"likelihoods": state["likelihoods"][:-1] + [9.0]})
     whole.train()
     assert (whole.strategy.channel.temperature.value < 1) is (run == "over-confident")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
