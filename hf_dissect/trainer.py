@@ -28,11 +28,13 @@ from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.selection.reference.loading import load_reference
 from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.chunked_step import step_in_chunks
 from hf_dissect.training.non_finite import check_finite
+from hf_dissect.training.reference_pass import ReferencePass, plan_loading
 from hf_dissect.training.reload_check import make_callbacks
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
@@ -52,6 +54,7 @@ class DissectTrainer(BaseTrainer):
         processing_class: Processor of the model, which is saved with it.
         strategy: Strategy of the run; None for the one that `args` names.
         recipe: `Recipe` of the run, which is saved with it; None without one.
+        reference_model: Reference of the strategy, frozen here; None for the one that `args` names.
         trainer_arguments: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -83,6 +86,7 @@ class DissectTrainer(BaseTrainer):
         processing_class: Any = None,
         strategy: SelectionStrategy | None = None,
         recipe: Any = None,
+        reference_model: nn.Module | None = None,
         **trainer_arguments: Any,
     ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
@@ -105,21 +109,25 @@ class DissectTrainer(BaseTrainer):
         self.data_collator = training_data.try_collator(collator, train_dataset, eval_dataset)
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
-        self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
+        self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
-        self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args)
+        parts = (self.selector, self.objective)
+        self.summary = SelectionSummary(*parts, train_dataset, recipe, args, eval_dataset)
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["objective"] = Part(self.objective)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
         for callback in make_callbacks(self.data_collator, self.train_dataset):
             self.add_callback(callback)
+        self.add_callback(ReferencePass(self.selector, self.stop_request))
 
-    def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
+    def _make_selector(self, strategy: SelectionStrategy, reference: nn.Module | None) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
+        parts = (self.model, args, pairs, self.data_collator, training_data.make_collator)
         return OnlineSelector(
             strategy,
+            reference=load_reference(strategy, reference, *parts),
             **args.selector_settings(),
             num_samples=getattr(pairs, "num_samples", None),
             columns=self.objective.columns,
@@ -136,7 +144,9 @@ class DissectTrainer(BaseTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
         if not isinstance(self.train_dataset, PairStream):
-            return super().get_train_dataloader()
+            pairs: Any = self.train_dataset
+            loading = plan_loading(self.selector, pairs, self._train_batch_size, self._get_train_sampler)
+            return self._get_dataloader(pairs, "Training", *loading, is_training=True)
         self.stream = training_data.make_stream_loader(self.train_dataset, self.data_collator, self.args)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
@@ -207,10 +217,7 @@ class DissectTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of selection and decorrelation to the logs of training."""
         if "loss" in logs:
-            logs.update(self.selector.pop_logs())
-            logs.update(self.objective.pop_logs())
-            if self.times["scoring"]:
-                logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
+            logs.update(self.summary.pop_logs(self.times))
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -320,6 +327,7 @@ class DissectTrainer(BaseTrainer):
             noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
         dataset, unlogged = self.eval_dataset if test_dataset is None else test_dataset, {}
+        self.summary.evaluated["test"] = test_dataset
         if retrieval and dataset is not None:
             yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
         if more_figures is not None:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_dissect.cards.metadata import DATA_NAMES
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
+from hf_dissect.data.noise_kinds import describe_noise
 from hf_dissect.report.tables import (
     as_mapping,
     collect_run_figures,
+    describe_averaging,
     format_number,
+    list_skipped_shards,
     results_table,
     select_final_figures,
 )
@@ -55,13 +58,14 @@ def tabulate_data(metrics: Mapping[str, Any], recipe: "Recipe | None") -> Rows:
     """Tabulate the pairs that the model was trained on, and the noise that was put into them."""
     rows = [] if recipe is None else _tabulate_source(recipe)
     bad = as_mapping(metrics.get("bad_rows")).get("count")
-    shards = as_mapping(metrics.get("skipped_shards")).get("count")
+    shards = list_skipped_shards(metrics)
+    counts = ", ".join(f"{part.get('count')}" + f" ({split})" * (split != "train") for split, part in shards.items())
     return format_rows(
         [
             *rows,
             ("Training pairs", _format_count(metrics.get("num_pairs"))),
             ("Unreadable rows skipped", bad or None),
-            ("Shards not read to their end", shards or None),
+            ("Shards not read to their end", counts or None),
         ]
     )
 
@@ -70,8 +74,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
     data = recipe.data
     name = hub_dataset(data.source, data.path)
     scenes = data.source == "scenes"
-    noise = f"{data.noise_rate:.0%} of the training captions shuffled, seed {data.noise_seed}"
-    fixed = "training captions in the order of a fixed permutation"
+    noise = describe_noise(data.noise_kind, data.noise_rate, data.noise_seed, data.noise_permutation)
     return [
         ("Data", name or DATA_NAMES[data.source]),
         ("Configuration", data.name if name else None),
@@ -81,7 +84,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
         ("Column of the tasks", data.task_column),
         ("Rows used", f"the first {data.max_train_rows:,}" if data.max_train_rows else None),
         ("Images", "stored features" if data.image_features else None),
-        ("Injected noise", fixed if data.noise_permutation else noise if data.noise_rate else None),
+        ("Injected noise", noise),
     ]
 
 
@@ -93,8 +96,9 @@ def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[
     figures = as_mapping(metrics.get("selection"))
     return [
         *((f"Selection: {key}", value) for key, value in selection.items()),
+        ("Reference model", metrics.get("reference")),
         *((name, _format_figure(key, figures.get(key))) for key, name in _FIGURES.items()),
-        *((name, "yes" if settings.get(key) == {} else settings.get(key)) for key, name in _OBJECTIVE.items()),
+        *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
         ("Frozen tower", None if recipe is None else recipe.model.freeze),
     ]
 
@@ -126,6 +130,7 @@ def tabulate_training(metrics: Mapping[str, Any], recipe: "RecipeFile | None", m
             ("Recipe", None if recipe is None else recipe.name),
             *method,
             ("Optimiser steps", _format_count(metrics.get("steps"))),
+            ("Final weights", describe_averaging(metrics)),
             ("Seed", metrics.get("seed")),
             ("Wall-clock", _format_figure("total_s", as_mapping(metrics.get("times")).get("total_s"))),
             ("Time for scoring", _format_figure("scoring_share", collect_run_figures(metrics)["scoring_share"])),

@@ -23,7 +23,8 @@ Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 gradient, to the weights `(b,)`. The loss is `-log q`, with the probability `q` that the model gives the pair: of its
 partner among all (softmax, mean of both directions), or of being a pair (sigmoid)."""
 RowLosses = Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]
-"""Function from logits `(r, c)`, the column of the first true pair and a mask to losses `(r,)`: `softmax_losses`."""
+"""Function from logits `(r, c)`, the column of the first true pair and a mask to losses `(r,)`, such as
+`softmax_losses`; or to losses and those without a regulariser `(r, 2)`, of which the latter make weights."""
 MAX_LOGITS = 2**24  # 64 MiB in single precision: enough to keep a GPU busy, and small compared with a model
 
 
@@ -122,7 +123,7 @@ class ContrastiveLoss:
                 for rows, columns in ((text_embeds, image_embeds), (image_embeds, text_embeds))
             ]
         losses = (directions[0] + directions[1]) / 2
-        return _weighted_mean(losses, weights, losses.detach(), keys, all_keys)
+        return _weighted_mean(losses, weights, _own_losses(losses, losses, self.kind), keys, all_keys)
 
     def _softmax(
         self,
@@ -161,7 +162,8 @@ def per_pair_loss(
         row_losses: Loss of rows of logits in place of the cross-entropy, for softmax.
 
     Returns:
-        Losses `(b,)`: the mean of the two directions' cross-entropies (softmax), or the sum over the row (sigmoid).
+        Losses `(b,)`: the mean of the two directions' cross-entropies (softmax), or the sum over the row (sigmoid);
+        `(b, 2)` where `row_losses` has two.
     """
     if kind == "sigmoid":
         return sigmoid_losses(logits, 0, mask)
@@ -188,7 +190,9 @@ def count_pairs(losses: torch.Tensor, keys: torch.Tensor | None, all_keys: torch
 
 def _own_losses(losses: torch.Tensor, logits: torch.Tensor, kind: str) -> torch.Tensor:
     """Return `-log q` of each pair from its loss in the batch and its own logit, without gradient."""
-    return losses.detach() if kind == "softmax" else -F.logsigmoid(promote_to_float32(logits.detach()))
+    if kind == "sigmoid":
+        return -F.logsigmoid(promote_to_float32(logits.detach()))
+    return losses.detach() if losses.dim() == 1 else losses[:, 1].detach()
 
 
 def _weighted_mean(
@@ -198,6 +202,7 @@ def _weighted_mean(
     keys: torch.Tensor | None,
     all_keys: torch.Tensor | None,
 ) -> torch.Tensor:
+    losses = losses if losses.dim() == 1 else losses[:, 0]
     if callable(weights):
         weights = weights(own_losses, count_pairs(losses, keys, all_keys))
     return losses.mean() if weights is None else (losses * weights.to(losses)).mean()

@@ -53,7 +53,11 @@ class SymnceSection:
 
 @dataclasses.dataclass
 class NoisyChannelSection:
-    """Weights of the noisy channel for pairs that may be mismatched; it has no settings."""
+    """Weights of the noisy channel for pairs that may be mismatched."""
+
+    smoothing: float = setting(
+        0.0, "Share of the targets of the softmax loss that is uniform over the pairs of the batch.", within="[0, 1)"
+    )
 
 
 @dataclasses.dataclass
@@ -87,8 +91,8 @@ class ObjectiveSection:
     )
     noisy_channel: NoisyChannelSection | None = setting(
         None,
-        "Weight each pair by the estimated probability that its caption belongs to its image: {}, as it has no "
-        "settings; null: equal weights.",
+        "Weight each pair by the estimated probability that its caption belongs to its image: its settings, such as "
+        '{"smoothing": 0.1}, or {} for the defaults; null: equal weights.',
         argument="noisy_channel",
     )
 

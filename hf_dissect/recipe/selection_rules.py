@@ -10,11 +10,12 @@ from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
     CompareSection,
+    DataSection,
     ModelSection,
     SelectionSection,
     parse_strategy,
 )
-from hf_dissect.selection.options import OPTIONS
+from hf_dissect.selection.options import OPTIONS, WITH_REFERENCE, find_unused_option
 from hf_dissect.settings import find_problems, list_settings, show
 
 
@@ -31,7 +32,9 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
         )
     epochs, steps = training_value(training, "num_train_epochs"), training_value(training, "max_steps")
     is_dissect = selection.strategy == "dissect"
-    warms_up = is_dissect and selection.options.get("variant", "warmup") == "warmup" or selection.strategy == "ncr"
+    remembers_scores = selection.options.get("history", "ledger") == "ledger"
+    is_warmup = selection.options.get("variant", "warmup") == "warmup" and remembers_scores
+    warms_up = is_dissect and is_warmup or selection.strategy == "ncr"
     if warms_up and selection.warmup_epochs == 0 and not (is_dissect and selection.ledger):
         way_out = ", or selection.options.variant: momentum, or selection.ledger" if is_dissect else ""
         yield (
@@ -66,6 +69,33 @@ def option_conflicts(selection: SelectionSection) -> Iterator[Fault]:
             yield keys, f"unknown key (value {show(value)}); allowed for {strategy}: {', '.join(known)}"
     for name, problem in find_problems(options, selection.options):
         yield (f"selection.options.{name}",), problem
+    if strategy == "dissect" and (unused := find_unused_option(selection.options)):
+        yield (f"selection.options.{unused[0]}", "selection.options"), unused[1]
+
+
+def reference_conflicts(selection: SelectionSection, compare: CompareSection, data: DataSection) -> Iterator[Fault]:
+    """Yield the faults of the reference model."""
+    needs_one = selection.strategy in WITH_REFERENCE
+    keys = ("selection.reference", "selection.strategy", "selection.options")
+    if needs_one and selection.reference is None:
+        yield (
+            keys,
+            f"null leaves {selection.strategy} nothing to compare with; allowed: the Hub id or the folder of a "
+            "trained dual encoder that reads the same inputs as the model",
+        )
+    others = {spec.partition(":")[0] for spec in compare.strategies}
+    if selection.reference is not None and not needs_one and not others & set(WITH_REFERENCE):
+        yield (
+            keys,
+            f"{show(selection.reference)} would not be read: {selection.strategy} compares with no reference; set it "
+            f"to null, or selection.strategy to one of {', '.join(WITH_REFERENCE)}",
+        )
+    if selection.strategy == "coreset" and data.streaming:
+        yield (
+            ("data.streaming", "selection.strategy"),
+            "true does not go with selection.strategy coreset, which scores all pairs before the first step; set it "
+            "to false, or take learnability, rho or jest",
+        )
 
 
 def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection) -> Iterator[Fault]:

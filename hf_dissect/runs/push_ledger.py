@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from hf_dissect.cards.templates import render_card
+from hf_dissect.data.noise_kinds import CHANGES
 from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.hub.published_files import check_private
 from hf_dissect.hub.push import Push
@@ -119,4 +120,5 @@ def format_ledger_card(ledger: SavedLedger, settings: Mapping[str, Any], repo_id
         selection={key: json.dumps(selection[key]) for key in _SHOWN_SETTINGS if key in selection},
         count=count,
         noise_rate=data.get("noise_rate") or 0,
+        noise_verb=CHANGES.get(str(data.get("noise_kind")), CHANGES["random"]),
     )

@@ -163,8 +163,12 @@ class GatheredScores(CandidateScores):
         columns = {"sample_id": own.sample_id}
         if own.image_embeds is not None:
             columns["correlation"] = own.correlation
+        if own.past_correlation is not None:
+            columns["past_correlation"] = own.past_correlation
         columns = ranks.gather_columns(columns, sizes)
         self.sample_id = columns["sample_id"]
+        self.past_correlation = columns.get("past_correlation")
+        self.reference = None if own.reference is None else GatheredScores(own.reference, sizes, ranks)
         if own.image_embeds is not None:
             self.__dict__["correlation"] = columns["correlation"]
 
