@@ -236,7 +236,7 @@ def _first_captions(
     for name in names:
         if name in members and (text := _decode(members[name])):
             return [text], False
-    unencodable: list[str] = []  # a caption for want of a better one, which is then counted for what it is
+    unencodable: list[str | None] = []  # a caption for want of a better one, which is then counted for what it is
     for name in fields:
         value = record.get(name)
         if isinstance(value, list):
