@@ -112,8 +112,7 @@ class DissectTrainer(BaseTrainer):
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
-        parts = (self.selector, self.objective)
-        self.summary = SelectionSummary(*parts, train_dataset, recipe, args, eval_dataset)
+        self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["objective"] = Part(self.objective)
