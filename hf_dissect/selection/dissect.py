@@ -8,7 +8,7 @@ import torch
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.options import DissectOptions
 from hf_dissect.selection.scoring import CandidateScores
-from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+from hf_dissect.selection.strategy import SCORED_EPOCHS, Selection, SelectionStrategy, keep_largest, keep_random
 from hf_dissect.settings import check_values
 
 
@@ -81,6 +81,15 @@ class Dissect(SelectionStrategy):
         if not known.any():
             return keep_random(scores.num_candidates, k, self.generator)
         return keep_largest(torch.where(known, differential, differential[known].median()), k)
+
+    @property
+    def first_planned_epoch(self) -> int:
+        """First epoch, from 0, that knows a score after the history of the warm-up."""
+        return max(SCORED_EPOCHS, self.warmup_epochs + 1)
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan by the differential of the history and the last score; see `SelectionStrategy.plan`."""
+        return ledger.column("history") - ledger.column("correlation")
 
     def record(
         self,

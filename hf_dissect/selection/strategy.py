@@ -6,8 +6,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from hf_dissect.losses.contrastive import Weigh
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
+
+SCORED_EPOCHS = 2
+"""Number of epochs that score every candidate before a plan decides, until the model that scores is of use."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class SelectionStrategy:
         columns: Ledger columns of the rule, in addition to the `correlation` that is always recorded.
         stand_ins: Column that replaces an own column if a run starts with the ledger of another rule.
         keeps_all: True if every candidate trains, so that the selection ratio has no effect.
+        samples: True if `plan` returns weights that pairs are drawn in proportion to; False if the pairs of a block
+            with the largest values train.
+        plan_columns: Further ledger columns that `plan` reads; `evidence` is written by the selector.
+        why_no_plan: Reason why a rule without `plan` has none, for an error.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
             `select`, so that a resumed run chooses like an uninterrupted one, and the random stream of the training is
             not touched.
@@ -44,6 +52,9 @@ class SelectionStrategy:
     columns: ClassVar[tuple[str, ...]] = ()
     stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+    plan_columns: ClassVar[tuple[str, ...]] = ()
+    why_no_plan: ClassVar[str] = "it has no method plan"
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
@@ -85,6 +96,51 @@ class SelectionStrategy:
             The selected candidates.
         """
         raise NotImplementedError
+
+    @property
+    def can_plan(self) -> bool:
+        """True if the rule can choose pairs by the ledger alone, before they are loaded."""
+        return type(self).plan is not SelectionStrategy.plan
+
+    @property
+    def first_planned_epoch(self) -> int:
+        """First epoch, from 0, whose pairs are chosen by `plan` and not by `select`."""
+        return SCORED_EPOCHS
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Return what the rule ranks all pairs by in an epoch, from the ledger alone.
+
+        It is called at the beginning of an epoch, after `update` and `on_epoch_begin`, with `selection_rescore_every`
+        above 1. The values are frozen for the epoch.
+
+        Args:
+            ledger: Ledger with the values of earlier visits; read-only here.
+
+        Returns:
+            Values, float32 `(len(ledger),)`, in the order of `ledger.column`: larger is better, or weights of at least
+            0 if the rule `samples`. NaN for a pair that the ledger does not know.
+        """
+        raise NotImplementedError
+
+    def reweigh(self, planned: torch.Tensor, inclusion: torch.Tensor) -> torch.Tensor | Weigh | None:
+        """Return the factors of the losses of pairs that were chosen by `plan`.
+
+        Args:
+            planned: Planned values of the `k` pairs, float32 `(k,)`; NaN for pairs that the ledger did not know.
+            inclusion: Probabilities with which they were chosen, float32 `(k,)`, above 0.
+
+        Returns:
+            Factors `(k,)`, a function that makes them from the losses of the step, or None for equal ones.
+        """
+        return None
+
+    def record_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> None:
+        """Take in a whole block of candidates of which `plan` chose, after the ledger has its new values.
+
+        Args:
+            sample_id: Ids of the candidates of all ranks, also of those that were not loaded, int64 `(n,)`.
+            ledger: Ledger with the newest values; read-only here.
+        """
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure further values of each scored candidate, for `record` to receive from all ranks.

@@ -11,10 +11,15 @@ class Random(SelectionStrategy):
     """A rule that keeps a uniformly random subset of each batch: the baseline for every other rule."""
 
     name = "random"
+    first_planned_epoch = 0  # there is nothing to wait for
 
     def needs_scores(self, epoch: int) -> bool:
         """Return False."""
         return False
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan nothing in particular, so that the pairs of a block are chosen at random."""
+        return torch.zeros(len(ledger))
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Keep `k` random candidates; see `SelectionStrategy.select`."""
