@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.gsc import GscObjective
+from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
 from hf_dissect.objectives.robust import RobustObjective
-from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection
+from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, find_clash, list_robust_objectives
 from hf_dissect.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -46,6 +47,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
     grad_cache_chunk_size: int | None = declared(ObjectiveSection, "grad_cache_chunk_size")
     gsc: dict[str, Any] | str | None = declared(ObjectiveSection, "gsc")
+    noisy_channel: dict[str, Any] | str | None = declared(ObjectiveSection, "noisy_channel")
     max_train_pairs: int | None = declared(EvaluationSection, "max_train_pairs")
     image_column: str | None = declared(DataSection, "image_column")
     caption_column: str | None = declared(DataSection, "caption_column")
@@ -56,7 +58,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
     check_reload: bool = declared(ModelSection, "check_reload")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc", "noisy_channel"]
 
     def __post_init__(self) -> None:
         self.selection_options = self._read_selection_options()
@@ -64,6 +66,10 @@ class DissectTrainingArguments(BaseTrainingArguments):
             defaults = {name: getattr(GscSection, name) for name in list_settings(GscSection)}
             self.gsc = defaults | _read_options("gsc", self.gsc, example='{"gamma": 0.01}')
             check_values(GscSection, self.gsc, "gsc: ")
+        if self.noisy_channel is not None:
+            self.noisy_channel = _read_options("noisy_channel", self.noisy_channel, example="{}")
+            if self.noisy_channel:
+                raise ValueError(f"noisy_channel={self.noisy_channel!r}: it has no settings; pass {{}}.")
         if isinstance(self.initial_ledger, os.PathLike):
             self.initial_ledger = os.fspath(self.initial_ledger)
         super().__post_init__()
@@ -75,7 +81,13 @@ class DissectTrainingArguments(BaseTrainingArguments):
                 f"num_train_epochs={self.num_train_epochs}; train longer, warm up shorter, or use dissect's "
                 "momentum variant."
             )
+        self._check_objectives()
         self._check_gsc()
+
+    def _check_objectives(self) -> None:
+        names = [name for name in list_robust_objectives() if getattr(self, name) is not None]
+        if clash := find_clash(self.selection_strategy, names):
+            raise ValueError(f"{clash[0]}={getattr(self, clash[0])!r} {clash[1]} (null is None in Python).")
 
     def _check_gsc(self) -> None:
         gsc = self.make_gsc()
@@ -142,7 +154,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
 
     def make_robust_objective(self) -> RobustObjective | None:
         """Build the objective that replaces the contrastive loss; None for the contrastive loss."""
-        return self.make_gsc()
+        return self.make_gsc() if self.noisy_channel is None else NoisyChannelObjective()
 
     def make_gsc(self) -> GscObjective | None:
         """Build the objective of GSC that the arguments describe; None without soft labels."""

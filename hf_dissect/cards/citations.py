@@ -13,6 +13,7 @@ _OF_STRATEGY = {
     "clipscore": "hessel2021clipscore",
     "ncr": "huang2021ncr",
     "gsc": "zhao2024gsc",
+    "noisy_channel": "efron2001empirical",
 }
 _OF_ADAPTER = {"mola": "zhou2024mola", "lora": "hu2022lora"}
 _OF_MODEL = {
@@ -40,7 +41,7 @@ def find_papers(metrics: Mapping[str, Any], *, model_type: str | None = None, lo
     settings = as_mapping(metrics.get("settings"))
     keys = [
         _OF_STRATEGY.get(metrics.get("strategy", "")),
-        _OF_STRATEGY["gsc"] if settings.get("gsc") is not None else None,
+        *(_OF_STRATEGY[name] for name in ("gsc", "noisy_channel") if settings.get(name) is not None),
         _OF_ADAPTER.get(as_mapping(metrics.get("adapter")).get("type", "")),
         "gao2021gradcache" if settings.get("grad_cache_chunk_size") else None,
         _OF_DISTILLATION.get(metrics.get("method", "")),

@@ -25,7 +25,12 @@ _Values = Sequence[tuple[str, object]]
 
 _SELECTION = {"selection_ratio", "selection_scope", "selection_warmup_epochs", "selection_options"}
 _SELECTION |= {"mask_false_negatives"}
-_OBJECTIVE = {"gsc": "Soft labels (GSC)", "grad_cache_chunk_size": "GradCache: pairs a pass"}
+_OBJECTIVE = {
+    "gsc": "Soft labels (GSC)",
+    "noisy_channel": "Weights of the noisy channel",
+    "grad_cache_chunk_size": "GradCache: pairs a pass",
+}
+_FIGURES = {"kept_share": "Candidates that trained", "estimated_mismatched": "Mismatched pairs, as the run estimates"}
 # None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"
@@ -39,6 +44,7 @@ _NOISE = {
     "ranking_auroc_last_epoch": "AUROC of the selection rule, last epoch",
     "label_auroc": "AUROC of the soft labels",
     "p_clean_auroc": "AUROC of the mixture's posterior",
+    "evidence_auroc": "AUROC of the evidence of the noisy channel",
 }
 _DETECTION = "noise_detection_"
 
@@ -82,11 +88,11 @@ def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[
     settings = as_mapping(metrics.get("settings"))
     selection = {"strategy": metrics.get("strategy")}
     selection |= {key.removeprefix("selection_"): value for key, value in settings.items() if key in _SELECTION}
-    kept = as_mapping(metrics.get("selection")).get("kept_share")
+    figures = as_mapping(metrics.get("selection"))
     return [
         *((f"Selection: {key}", value) for key, value in selection.items()),
-        ("Candidates that trained", _format_figure("kept_share", kept)),
-        *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
+        *((name, _format_figure(key, figures.get(key))) for key, name in _FIGURES.items()),
+        *((name, "yes" if settings.get(key) == {} else settings.get(key)) for key, name in _OBJECTIVE.items()),
         ("Frozen tower", None if recipe is None else recipe.model.freeze),
     ]
 

@@ -1,8 +1,9 @@
 """The section of a recipe about the loss, and those of the objectives that may replace the contrastive one."""
 
 import dataclasses
+from collections.abc import Iterable
 
-from hf_dissect.settings import setting
+from hf_dissect.settings import list_members, list_settings, setting
 
 
 @dataclasses.dataclass
@@ -16,6 +17,11 @@ class GscSection:
     )
     warmup_epochs: int = setting(1, "Epochs that train by the contrastive loss first.", within="[0, inf)")
     dual: bool = setting(False, "Train two networks, each with the other's labels (GSC+); costs twice as much.")
+
+
+@dataclasses.dataclass
+class NoisyChannelSection:
+    """Weights of the noisy channel for pairs that may be mismatched; it has no settings."""
 
 
 @dataclasses.dataclass
@@ -35,3 +41,33 @@ class ObjectiveSection:
         '{"gamma": 0.01, "warmup_epochs": 2}, or {} for the defaults; null: the contrastive loss throughout.',
         argument="gsc",
     )
+    noisy_channel: NoisyChannelSection | None = setting(
+        None,
+        "Weight each pair by the estimated probability that its caption belongs to its image: {}, as it has no "
+        "settings; null: equal weights.",
+        argument="noisy_channel",
+    )
+
+
+def list_robust_objectives() -> tuple[str, ...]:
+    """Return the names of the objectives that may replace the contrastive loss, of which a run has one at most."""
+    types = {name: expected for name, (expected, _) in list_settings(ObjectiveSection).items()}
+    return tuple(name for name, kind in types.items() if any(map(dataclasses.is_dataclass, list_members(kind))))
+
+
+def find_clash(strategy: str, objectives: Iterable[str]) -> tuple[str, str] | None:
+    """Return an objective of a run that does not go with another one or with the strategy, and the problem.
+
+    Args:
+        strategy: Name of the strategy.
+        objectives: Names of the objectives that are set, see `list_robust_objectives`.
+    """
+    names = list(objectives)
+    if len(names) > 1:
+        return names[-1], f"does not go with {names[0]}: each replaces the contrastive loss; set one of them to null"
+    if names == ["noisy_channel"] == [strategy]:
+        return names[0], (
+            "does not go with the strategy noisy_channel: both weight the pairs by the same probabilities, which "
+            "would count twice; set the objective to null, or take the strategy none, which trains on all pairs"
+        )
+    return None

@@ -32,6 +32,7 @@ from hf_dissect.recipe.schema import (
 from hf_dissect.recipe.selection_rules import (
     compare_conflicts,
     gsc_conflicts,
+    objective_conflicts,
     option_conflicts,
     selection_conflicts,
     twin_conflicts,
@@ -94,6 +95,7 @@ class Recipe(RecipeFile):
         yield from noise_conflicts(data)
         yield from selection_conflicts(selection, training)
         yield from option_conflicts(selection)
+        yield from objective_conflicts(self.objective, selection)
         yield from gsc_conflicts(self.objective.gsc, selection, training)
         yield from twin_conflicts(self.objective.gsc, model, self.adapter)
         yield from evaluation_conflicts(self.evaluation, data, training)

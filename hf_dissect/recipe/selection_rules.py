@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_dissect.recipe.fields import training_value
-from hf_dissect.recipe.objective_schema import GscSection
+from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, find_clash, list_robust_objectives
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
@@ -59,6 +59,14 @@ def option_conflicts(selection: SelectionSection) -> Iterator[Fault]:
             yield keys, f"unknown key (value {show(value)}); allowed for {strategy}: {', '.join(known)}"
     for name, problem in find_problems(options, selection.options):
         yield (f"selection.options.{name}",), problem
+
+
+def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection) -> Iterator[Fault]:
+    """Yield the faults of an objective next to another one, or to a strategy."""
+    names = [name for name in list_robust_objectives() if getattr(objective, name) is not None]
+    if clash := find_clash(selection.strategy, names):
+        others = [f"objective.{name}" for name in names if name != clash[0]]
+        yield (f"objective.{clash[0]}", *others, "selection.strategy"), clash[1]
 
 
 def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:

@@ -42,7 +42,10 @@ _RETRIEVAL = (
     (r"eval_.*(image_to_text_r@1|r@1_image_to_text)", "image→text R@1", False),
     (r"eval_.*(text_to_image_r@1|r@1_text_to_image)", "text→image R@1", False),
 )
-_NOISE = (("selection_noise_kept", "mismatched among kept", True),)
+_NOISE = (
+    ("selection_noise_kept", "mismatched among kept", True),
+    ("selection_estimated_mismatched", "mismatched, estimated", True),
+)
 _NOISE_REFERENCE = "selection_noise_candidates"
 
 _Groups = Sequence[tuple[str, Sequence[RunSummary]]]
@@ -228,6 +231,10 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         (
             "Mismatched among candidates",
             show_range("noise_candidates", [_find_candidate_noise(run) for run in runs]),
+        ),
+        (
+            "Mismatched, estimated by the run",
+            show_range("estimated_mismatched", [values.get("estimated_mismatched") for values in selection]),
         ),
         (
             "Wall-clock, all runs" if len(runs) > 1 else "Wall-clock",

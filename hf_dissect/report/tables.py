@@ -20,7 +20,7 @@ _ORDER: tuple[str, ...] = (
 _ORDER += (r"noise_kept", r"total_s", r"scoring_share", r".*zero_shot.*", r"label_auroc", r".*noise.*")
 _LOWER_IS_BETTER = re.compile(r".*(rank|noise_kept|loss).*|.*_s")
 _HIGHER_IS_BETTER = re.compile(r".*(recall|r@|auroc|auc|precision|recognised|accuracy|top_?\d).*")
-_SHARE = re.compile(r".*(_share|noise_kept|noise_candidates|noise_rate)|kept_share")
+_SHARE = re.compile(r".*(_share|noise_kept|noise_candidates|noise_rate|estimated_mismatched)|kept_share")
 _COUNT = re.compile(r".*_num_.*|repeated_captions|.*_own_ceiling@\d+")
 _LABELS = {
     "noise_kept": "Mismatched among kept",
@@ -28,6 +28,7 @@ _LABELS = {
     "total_s": "Wall-clock",
     "scoring_share": "Time for scoring",
     "label_auroc": "Label AUROC",
+    "estimated_mismatched": "Estimated mismatched",
     "noise_detection_auroc": "Noise AUROC",
     "noise_detection_roc_auc": "Noise AUROC",
     "noise_detection_average_precision": "Noise average precision",
@@ -125,10 +126,17 @@ def collect_run_figures(metrics: Mapping) -> dict[str, Any]:
     return {
         **select_final_figures(metrics),
         "noise_kept": selection.get("noise_kept"),
-        "label_auroc": selection.get("label_auroc", selection.get("p_clean_auroc")),
+        "label_auroc": find_label_auroc(selection),
+        "estimated_mismatched": selection.get("estimated_mismatched"),
         "total_s": total,
         "scoring_share": scoring / total if total and scoring is not None else None,
     }
+
+
+def find_label_auroc(selection: Mapping) -> Any:
+    """Return the AUROC of a run's last opinion of its pairs: soft labels, a division, or evidence."""
+    known = (selection.get(f"{name}_auroc") for name in ("label", "p_clean", "evidence"))
+    return next((value for value in known if value is not None), None)
 
 
 def compare_settings(names: Sequence[str], settings: Sequence[object], *, corner: str) -> tuple[Table, Table]:

@@ -55,6 +55,7 @@ OPTIONS: dict[str, type] = {
     "clipscore": NoOptions,
     "ncr": NcrOptions,
     "gsc": GscOptions,
+    "noisy_channel": NoOptions,
     "none": NoOptions,
 }
 """Options of each strategy, by its name."""

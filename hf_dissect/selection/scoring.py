@@ -47,9 +47,17 @@ class CandidateScores:
     @cached_property
     def loss(self) -> torch.Tensor:
         """Contrastive loss of each pair among the candidates of this rank, float32 `(B,)` on the CPU."""
+        return self._compute_losses(self.kind)
+
+    @cached_property
+    def softmax_loss(self) -> torch.Tensor:
+        """Softmax loss of each pair among the candidates, float32 `(B,)` on the CPU, also for the sigmoid loss."""
+        return self.loss if self.kind == "softmax" else self._compute_losses("softmax")
+
+    def _compute_losses(self, kind: str) -> torch.Tensor:
         image_embeds, text_embeds = self.get_embeds()
         logits = text_embeds @ image_embeds.T * self.logit_scale + self.logit_bias
-        return per_pair_loss(logits.detach(), kind=self.kind).cpu()
+        return per_pair_loss(logits.detach(), kind=kind).cpu()
 
     def get_embeds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the embeddings of images and texts `(B, D)` of scored candidates.

@@ -7,11 +7,13 @@ from hf_dissect.selection.dissect import Dissect
 from hf_dissect.selection.gsc import Gsc
 from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
 from hf_dissect.selection.ncr import Ncr
+from hf_dissect.selection.noisy_channel import NoisyChannelSampling
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.uniform import KeepAll, Random
 
 STRATEGIES: dict[str, type[SelectionStrategy]] = {
-    strategy.name: strategy for strategy in (Dissect, Random, SmallLoss, BigLoss, ClipScore, Ncr, Gsc, KeepAll)
+    strategy.name: strategy
+    for strategy in (Dissect, Random, SmallLoss, BigLoss, ClipScore, Ncr, Gsc, NoisyChannelSampling, KeepAll)
 }
 
 

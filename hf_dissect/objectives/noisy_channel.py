@@ -1,0 +1,85 @@
+"""Objective of the noisy channel: pairs are weighted by the probability that their caption is not a stranger's."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from hf_dissect.losses import ContrastiveLoss
+from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
+from hf_dissect.objectives.robust import RobustObjective
+from hf_dissect.selection import SampleLedger
+from hf_dissect.selection.noisy_channel import record_evidence
+
+
+class NoisyChannelObjective(RobustObjective):
+    """Contrastive loss whose pairs have the weights of `NoisyChannel`, from the losses of the same forward pass.
+
+    It needs no scores and no history, so it works for pairs that are seen once. Weights of a strategy multiply with
+    its own. The evidence for each pair is in the ledger column `evidence`, see `compute_pair_evidence`.
+
+    Attributes:
+        channel: `NoisyChannel` with the estimated share of matched pairs.
+    """
+
+    name: ClassVar[str] = "noisy_channel"
+    kinds: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
+    columns = ("evidence",)
+    takes_mask: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.channel = NoisyChannel()
+        self._last_evidence: dict[str, torch.Tensor] = {}
+
+    def begin_step(self) -> None:
+        """Move the share of matched pairs by the pairs of the last step."""
+        self.channel.begin_step()
+
+    def compute_loss(
+        self,
+        contrastive_loss: ContrastiveLoss,
+        batch: Mapping[str, Any],
+        outputs: Mapping[str, torch.Tensor],
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        ledger: SampleLedger,
+    ) -> torch.Tensor:
+        """Compute the weighted contrastive loss, times the weights of the strategy; see `RobustObjective`."""
+
+        def weigh(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            posterior = self.channel.posterior(losses, counts)
+            evidence = find_evidence(losses, counts)
+            self._last_evidence = {"evidence": evidence, "posterior": posterior.float()}
+            weights, given = self.channel.weigh(posterior), batch.get("pair_weight")
+            return weights if given is None else weights * given.to(weights)
+
+        keys = {name: batch.get(name) for name in ("image_key", "caption_key")}
+        return contrastive_loss(outputs, scale=scale, bias=bias, weights=weigh, **keys)
+
+    def compute_evidence(
+        self, outputs: Mapping[str, torch.Tensor], sample_id: torch.Tensor, ledger: SampleLedger
+    ) -> dict[str, torch.Tensor]:
+        """Return `evidence` and `posterior` of the pairs whose loss was computed last, see `RobustObjective`."""
+        evidence, self._last_evidence = self._last_evidence, {}
+        return evidence
+
+    def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
+        """Write the evidence to the ledger, and observe the posteriors of all ranks."""
+        if "posterior" in evidence:
+            record_evidence(self.channel, ledger, sample_id, evidence)
+
+    def pop_logs(self) -> dict[str, float]:
+        """Return the estimated share of mismatched pairs, for the logs."""
+        return self.channel.pop_logs()
+
+    def compute_figures(self) -> dict[str, float]:
+        """Return the estimated share of mismatched pairs, for `metrics.json`."""
+        return self.channel.compute_figures()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the channel."""
+        return self.channel.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.channel.load_state_dict(state)
