@@ -27,7 +27,9 @@ from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
-from hf_dissect.selection.selector import Batch
+from hf_dissect.selection.block_choice import BlockCollator
+from hf_dissect.selection.loop_hooks import Batch
+from hf_dissect.selection.planned_pairs import plan_loading
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.chunked_step import step_in_chunks
@@ -141,6 +143,13 @@ class DissectTrainer(BaseTrainer):
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return cast(DataLoader, self.stream)  # the Trainer only iterates over it
 
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        pairs = plan_loading(self.selector.plan, dataset, self.ledger) if is_training else dataset
+        return super()._get_dataloader(pairs, *args, is_training=is_training, **kwargs)
+
+    def _get_collator_with_removed_columns(self, *args: Any, **kwargs: Any) -> BlockCollator:
+        return BlockCollator(super()._get_collator_with_removed_columns(*args, **kwargs))
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Batch], Any]:
         """Read the candidate batches of an update, and keep the pairs of each that the strategy selects."""
         if self.state.global_step >= self.state.max_steps:
@@ -185,6 +194,7 @@ class DissectTrainer(BaseTrainer):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Compute loss and gradients of a step, and stop before the weights change if the loss is not finite."""
         if len(inputs["sample_id"]) == 0:
+            self.selector.finish_step(model)
             return torch.zeros((), device=self.args.device)
         chunk_size = self.args.grad_cache_chunk_size
         if chunk_size is None or len(inputs["sample_id"]) <= chunk_size:
@@ -201,6 +211,7 @@ class DissectTrainer(BaseTrainer):
                 autocast=self.compute_loss_context_manager,
             )
         self._check_finite(loss, "the loss", inputs["sample_id"])
+        self.selector.finish_step(model)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -21,6 +21,7 @@ from hf_dissect.mola import mola_routing
 from hf_dissect.selection import SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.selection.planned_pairs import check_loading
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
     check_grad_cache,
@@ -239,6 +240,8 @@ def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluati
     check_dual_encoder(model)
     check_trainable(model, args)
     check_tasks(model, train, evaluation)
+    if args.selection_rescore_every > 1 and args.selection_strategy != "none":
+        check_loading(train)
 
 
 def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> None:

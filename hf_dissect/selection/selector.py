@@ -1,8 +1,6 @@
 """Online selection for any training loop: a batch of candidates goes in, the pairs worth a gradient come out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,43 +14,18 @@ from hf_dissect.data.pairs import key_hash
 from hf_dissect.data.problems import PROBLEM_KEY, read_problems
 from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import find_loss_kind
+from hf_dissect.selection.block_choice import count_selected
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.ledger_plan import make_plan
+from hf_dissect.selection.loaded_blocks import LoadedBlocks, add_evidence, take_block, write_evidence
+from hf_dissect.selection.loop_hooks import Batch, LoopHooks
 from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.options import SCOPES
 from hf_dissect.selection.scope import Kept, gather_selection, rebalance, select_from_all, select_from_own
-from hf_dissect.selection.scoring import CandidateScores, compute_correlation, score
+from hf_dissect.selection.scoring import CandidateScores, choose_autocast, compute_correlation, score
 from hf_dissect.selection.strategies import make_strategy
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
-
-Batch = dict[str, torch.Tensor]
-"""Batch of pairs as `SelectionCollator` makes it: tensors `(B, ...)` by name."""
-
-
-def _check_nothing(values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:
-    """Accept any scores."""
-
-
-@dataclass(frozen=True)
-class LoopHooks:
-    """Functions of the loop around a selector; the defaults suit a plain loop.
-
-    Args:
-        agree: Function from the number of readable candidates of this rank to the list of those of all ranks. A loop
-            can exchange more values between the ranks in the same call, which comes before each selection.
-        prepare: Function that moves a batch to the device of the model.
-        autocast: Function that returns the context of mixed precision.
-        measure: Function from the name of a part of the run to a context that measures its time.
-        check_finite: Function that raises an error if scores are not finite, from the scores, their name in the error,
-            and the sample ids.
-    """
-
-    agree: Callable[[int], list[int]] | None = None
-    prepare: Callable[[Batch], Batch] | None = None
-    autocast: Callable[[], AbstractContextManager] = nullcontext
-    measure: Callable[[str], AbstractContextManager] = nullcontext
-    check_finite: Callable[[torch.Tensor, str, torch.Tensor], None] = _check_nothing
-
 
 class OnlineSelector:
     """Selector that keeps the pairs that a strategy chooses from each batch, and records the scores of all candidates.
@@ -74,6 +47,9 @@ class OnlineSelector:
         ranks: Processes of the run; None for the processes that `accelerate` sees.
         bad_rows: Counter of unreadable rows; None for one that never stops the run.
         trace: Trace of the selections; None for figures without a record.
+        rescore_every: 1 to score every candidate in each step. With `m > 1`, the ledger decides before loading which
+            candidates train, and of the others a share of `1 / m` is scored again, see `plan` and `finish_step`.
+        scoring_dtype: Type of the numbers in the forward pass that scores; None for that of the training.
         hooks: Functions of the loop around the selector.
         options: Keyword arguments of the strategy, if it is given by name.
 
@@ -81,6 +57,7 @@ class OnlineSelector:
         ledger: `SampleLedger` with the last correlation of each pair and the columns of the strategy.
         strategy: `SelectionStrategy` of the run.
         bad_rows: `BadRows`, the unreadable rows so far.
+        plan: `LedgerPlan` that decides which candidates are loaded; None if all are.
         epoch: Current epoch, counted from 0.
         updated_epoch: Last epoch that began with an update of strategy and objective.
 
@@ -104,6 +81,8 @@ class OnlineSelector:
         ranks: Ranks | None = None,
         bad_rows: BadRows | None = None,
         trace: SelectionTrace | None = None,
+        rescore_every: int = 1,
+        scoring_dtype: torch.dtype | None = None,
         hooks: LoopHooks = LoopHooks(),  # noqa: B008 (immutable)
         **options: Any,
     ) -> None:
@@ -112,19 +91,23 @@ class OnlineSelector:
         if scope not in SCOPES:
             raise ValueError(f"scope={scope!r}: choose one of {', '.join(SCOPES)}.")
         self.strategy = make_strategy(strategy, **options) if isinstance(strategy, str) else strategy
-        names = dict.fromkeys(("correlation", *self.strategy.columns, *columns))
+        self.plan = make_plan(self.strategy, ratio, rescore_every, seed)
+        planned = () if self.plan is None else self.plan.columns
+        names = dict.fromkeys(("correlation", *self.strategy.columns, *columns, *planned))
         self.ledger = SampleLedger(num_samples, columns=tuple(names))
         self.ratio = ratio
         self.scope = scope
         self.seed = seed
         self.kind = kind
         self.scoring_batch_size = scoring_batch_size
+        self.scoring_dtype = scoring_dtype
         self.scores_all = scores_all
         self.padding = dict(padding or {})
         self.ranks = Ranks() if ranks is None else ranks
         self.bad_rows = BadRows(1.0, num_samples) if bad_rows is None else bad_rows
         self.trace = SelectionTrace() if trace is None else trace
         self.hooks = hooks
+        self._blocks = LoadedBlocks(self.strategy, self.ledger, self.ranks, self.trace)
         self.epoch = 0
         self.updated_epoch = 0
         self._step = 0
@@ -143,6 +126,8 @@ class OnlineSelector:
             if renew is not None:
                 renew(self.ledger)
         self.strategy.on_epoch_begin(epoch, self.ledger)
+        if self.plan is not None:
+            self.plan.begin_epoch(epoch, self.ledger)
 
     def select(
         self, model: nn.Module, batch: Batch, *, step: int | None = None, micro_step: int = 0
@@ -157,12 +142,13 @@ class OnlineSelector:
 
         Returns:
             Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)` if the strategy has
-            weights.
+            weights, and with a function `reweigh` if they follow from the losses, see `LoadedBlocks.keep`.
 
         Raises:
             TooManyBadRows: More rows are unreadable than `bad_rows` allows.
             ValueError: The batch of another collator lacks the ids, or holds something other than tensors.
         """
+        batch, block = take_block(batch)
         check_batch(batch)
         step, self._step = self._step if step is None else step, self._step + 1
         if micro_step == 0:
@@ -170,6 +156,11 @@ class OnlineSelector:
         sample_id, problems = batch["sample_id"].cpu(), read_problems(batch)
         good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu(), problems)
         batch = {name: value for name, value in batch.items() if name != PROBLEM_KEY}
+        if block is not None:
+            block.epoch, block.step = self.epoch, step
+            counts = self._agree(int((block.inclusion[good] > 0).sum()))
+            return self._blocks.keep(self._prepare(model, batch), block, good, counts)
+        self._blocks.pass_over()
         sizes = self._agree(len(good))
         batch = self._prepare(model, batch)
         candidates = self.score(model, batch, sample_id, good).subset(good)
@@ -193,16 +184,20 @@ class OnlineSelector:
         """
         if not self.scores_candidates:
             return CandidateScores(sample_id)
+        return self._score(model, batch, sample_id, self.scoring_batch_size, slice(None) if good is None else good)
+
+    def _score(
+        self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, chunk_size: int | None, readable: Any = slice(None)
+    ) -> CandidateScores:
         with self.hooks.measure("scoring"):
             scores = score(
                 model,
                 forward_inputs(model, batch),
                 sample_id,
                 kind=self.kind or find_loss_kind(model),
-                chunk_size=self.scoring_batch_size,
-                autocast=self.hooks.autocast,
+                chunk_size=chunk_size,
+                autocast=choose_autocast(model, self.scoring_dtype, self.hooks.autocast),
             )
-            readable = slice(None) if good is None else good
             self.hooks.check_finite(scores.correlation[readable], "the correlation", sample_id[readable])
         return scores
 
@@ -234,7 +229,7 @@ class OnlineSelector:
             record.
         """
         columns = {"sample_id": sample_id, **(more or {})}
-        if not self.scores_candidates:
+        if not self._blocks.add_outputs(outputs) and not self.scores_candidates:
             columns["correlation"] = compute_correlation(outputs["image_embeds"], outputs["text_embeds"]).detach()
         if len(columns) == 1:
             return {}
@@ -243,6 +238,19 @@ class OnlineSelector:
             self._record(gathered["sample_id"], gathered["correlation"])
         return gathered
 
+    def finish_step(self, model: nn.Module) -> None:
+        """End the training step of a batch, before or after the weights change; it matters with `rescore_every` only.
+
+        Candidates that a plan loaded to be scored are scored among those that trained, and the ledger gets the scores
+        of both. Every rank calls this method once for each batch that `select` returned, in the same order.
+
+        Args:
+            model: Dual encoder that trained, wrapped or not.
+        """
+        scores = self.strategy.needs_scores(self.epoch)
+        kind = self.kind or find_loss_kind(model)
+        self._blocks.finish(model, self._score, scores, kind, self.scoring_batch_size)
+
     def pop_logs(self) -> dict[str, float]:
         """Return the figures of the selections since the last call, as `selection_*`."""
         return self.monitor.pop_logs() | self.strategy.pop_logs()
@@ -250,6 +258,9 @@ class OnlineSelector:
     def reset(self, step: int = 0) -> None:
         """Count epochs from the beginning again, and discard the record of selections from step `step` on."""
         self.epoch, self.updated_epoch, self._step = -1, 0, step
+        self._blocks.clear()
+        if self.plan is not None:
+            self.plan.reset()
         self.trace.restart(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,6 +271,7 @@ class OnlineSelector:
             "updated_epoch": self.updated_epoch,
             "monitor": self.monitor.state_dict(),
             "strategy": self.strategy.state_dict(),
+            **({} if self.plan is None else {"plan": self.plan.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,6 +281,8 @@ class OnlineSelector:
         self.monitor.load_state_dict(state["monitor"])
         if state.get("strategy"):
             self.strategy.load_state_dict(state["strategy"])
+        if self.plan is not None and "plan" in state:
+            self.plan.load_state_dict(state["plan"])
 
     def _agree(self, num_good: int) -> list[int]:
         if self.hooks.agree is not None:
@@ -291,14 +305,20 @@ class OnlineSelector:
     def _num_selected(self, num_candidates: int) -> int:
         if self.strategy.keeps_all:
             return num_candidates
-        return min(num_candidates, max(2, round(self.ratio * num_candidates)))
+        return count_selected(self.ratio, num_candidates)
 
     def _note(
         self, batch: Batch, candidates: CandidateScores, good: torch.Tensor, kept: Kept, sizes: list[int], step: int
     ) -> None:
         """Write the choice to the trace, and the scores to the ledger, both on every rank."""
         is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
+        if self.plan is not None:
+            kept = add_evidence(kept, candidates, sizes, self.ledger)
         columns, measured = gather_selection(candidates, kept, is_clean, sizes, self.ranks)
+        if self.plan is not None:
+            write_evidence(self.ledger, columns["sample_id"], measured)
+            loaded = torch.ones_like(columns["kept"])
+            columns |= {"loaded": loaded, "scored": loaded & ("correlation" in columns)}
         self.trace.observe(self.epoch, step, columns)
         if "correlation" in columns:
             self._record(columns["sample_id"], columns["correlation"], measured)

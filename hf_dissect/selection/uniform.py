@@ -11,7 +11,11 @@ class Random(SelectionStrategy):
     """A rule that keeps a uniformly random subset of each batch: the baseline for every other rule."""
 
     name = "random"
-    first_planned_epoch = 0  # there is nothing to wait for
+
+    @property
+    def first_planned_epoch(self) -> int:
+        """First epoch, from 0, that is planned: there is nothing to wait for."""
+        return 0
 
     def needs_scores(self, epoch: int) -> bool:
         """Return False."""
