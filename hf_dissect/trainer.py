@@ -27,9 +27,8 @@ from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
-from hf_dissect.selection.block_choice import BlockCollator
 from hf_dissect.selection.loop_hooks import Batch
-from hf_dissect.selection.planned_pairs import plan_loading
+from hf_dissect.selection.planned_loading import BlockCollator, plan_loading
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.chunked_step import step_in_chunks
@@ -139,6 +138,7 @@ class DissectTrainer(BaseTrainer):
         if not isinstance(self.train_dataset, PairStream):
             return super().get_train_dataloader()
         self.stream = training_data.make_stream_loader(self.train_dataset, self.data_collator, self.args)
+        plan_loading(self.selector.plan, self.stream, self.ledger)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return cast(DataLoader, self.stream)  # the Trainer only iterates over it
@@ -194,7 +194,6 @@ class DissectTrainer(BaseTrainer):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Compute loss and gradients of a step, and stop before the weights change if the loss is not finite."""
         if len(inputs["sample_id"]) == 0:
-            self.selector.finish_step(model)
             return torch.zeros((), device=self.args.device)
         chunk_size = self.args.grad_cache_chunk_size
         if chunk_size is None or len(inputs["sample_id"]) <= chunk_size:

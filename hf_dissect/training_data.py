@@ -21,7 +21,7 @@ from hf_dissect.mola import mola_routing
 from hf_dissect.selection import SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.ledger import LEDGER_FILE
-from hf_dissect.selection.planned_pairs import check_loading
+from hf_dissect.selection.planned_loading import check_loading
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
     check_grad_cache,

@@ -45,25 +45,6 @@ class LoadedRows(list[Any]):
         self.loaded = loaded
 
 
-class BlockCollator:
-    """Collator that adds to a batch of `LoadedRows` which pairs of the block were loaded, and why.
-
-    Args:
-        collator: Collator of the rows; the batch of any other rows is unchanged.
-    """
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
-        """Collate `n` rows; add `inclusion` and `planned` `(n,)`, and `Loaded.unloaded` `(B - n,)` each."""
-        batch = self.collator(rows)
-        if not isinstance(rows, LoadedRows):
-            return batch
-        loaded = rows.loaded
-        return {**batch, "inclusion": loaded.inclusion, "planned": loaded.planned, **loaded.unloaded}
-
-
 @dataclass(frozen=True)
 class BlockRule:
     """Rule by which the plan decides about the pairs of a block, the same whoever asks: the sampler or a data worker.

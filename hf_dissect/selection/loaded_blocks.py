@@ -96,7 +96,7 @@ class LoadedBlocks:
             counts: Number of readable rows of each rank that were chosen to train.
 
         Returns:
-            Rows that train. For a strategy that samples, with `pair_weight` `(k,)`, the planned weights over the
+            Rows that train, none if a rank has none. For a strategy that samples, with `pair_weight` `(k,)`, the planned weights over the
             inclusion probabilities, and `reweigh`, a function to weights from the losses, if the strategy has one.
         """
         is_chosen = block.inclusion[good] > 0
@@ -110,7 +110,8 @@ class LoadedBlocks:
         device = batch["sample_id"].device
         block.held = {name: value[held.to(device)] for name, value in batch.items()}
         block.spare = {name: value[:1] for name, value in batch.items()}
-        self._waiting.append(block)
+        if min(counts):  # otherwise there is no training step that could end
+            self._waiting.append(block)
         kept = {name: value[train.to(device)] for name, value in batch.items()}
         if self.strategy.samples:
             planned, inclusion = block.planned[train], block.inclusion[train]
@@ -146,9 +147,9 @@ class LoadedBlocks:
         block = self._waiting.popleft() if self._waiting else None
         if block is None:
             return
-        numbers = self.ranks.gather_numbers(len(block.held["sample_id"]), len(block.unloaded["unloaded_id"]))
         if block.embeds is None:
-            return  # some rank could read none of the pairs that were to train
+            raise ValueError("finish_step came before record_training; call both for each batch, in this order.")
+        numbers = self.ranks.gather_numbers(len(block.held["sample_id"]), len(block.unloaded["unloaded_id"]))
         held = _score_held(model, block, score, int(numbers[:, 0].max()), chunk_size) if scores else None
         candidates = LoadedScores(block.sample_id, block.embeds, held, logit_scale_and_bias(model), kind)
         sizes = (numbers.sum(1) + block.num_trained).tolist()

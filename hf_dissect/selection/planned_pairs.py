@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from hf_dissect.data.arrow_columns import read_chunked_column
-from hf_dissect.data.pairs import PairDataset, PairStream
+from hf_dissect.data.pairs import PairDataset
 from hf_dissect.selection.block_choice import BlockRule, LoadedRows
 from hf_dissect.selection.ledger import SampleLedger
-from hf_dissect.selection.ledger_plan import PLAN_COLUMN, LedgerPlan
+from hf_dissect.selection.ledger_plan import PLAN_COLUMN
 
 
 class PlannedPairs(torch.utils.data.Dataset):
@@ -38,12 +38,19 @@ class PlannedPairs(torch.utils.data.Dataset):
         else:
             self._planned = torch.full((len(pairs),), torch.nan).share_memory_()
 
-    def publish(self, epoch: int | None, ledger: SampleLedger) -> None:
+    lag = 0
+
+    def position(self) -> int:
+        """Return 0: a plan holds for a whole epoch, whose batches are read from its beginning on."""
+        return 0
+
+    def publish(self, epoch: int | None, ledger: SampleLedger, begun: Sequence[int | None]) -> None:
         """Follow the plan in the ledger from now on.
 
         Args:
             epoch: Epoch, from 0; None to load all pairs.
             ledger: Ledger with the plan in the column `planned`.
+            begun: Without effect here.
         """
         self._epoch.fill_(-1 if epoch is None else epoch)
         if epoch is not None and self.sample_ids is not None:
@@ -74,39 +81,6 @@ class PlannedPairs(torch.utils.data.Dataset):
         if hasattr(self.pairs, "__getitems__"):
             return self.pairs.__getitems__(indices)
         return [self.pairs[index] for index in indices]
-
-
-def plan_loading(plan: LedgerPlan | None, pairs: Any, ledger: SampleLedger) -> Any:
-    """Return pairs of which the plan decides what is loaded; the pairs themselves without a plan.
-
-    Args:
-        plan: Plan of the run; None to load all candidates.
-        pairs: Map-style pairs.
-        ledger: Ledger of the run.
-    """
-    if plan is None:
-        return pairs
-    plan.reader = planned = PlannedPairs(pairs, plan.rule, ledger)
-    return planned
-
-
-def check_loading(pairs: Any) -> None:
-    """Check that training pairs can be left out before they are loaded.
-
-    Args:
-        pairs: Training pairs, or None.
-
-    Raises:
-        ValueError: Their ids are not known before they are loaded.
-    """
-    if pairs is None or isinstance(pairs, PairStream):
-        return
-    if not hasattr(pairs, "__getitem__"):
-        raise ValueError(
-            f"selection_rescore_every: a {type(pairs).__name__} yields pairs that are loaded already; stream them from "
-            "a datasets.IterableDataset, or set selection_rescore_every (selection.rescore_every in a recipe) to 1."
-        )
-    find_sample_ids(pairs)
 
 
 def find_sample_ids(pairs: Any) -> np.ndarray | None:

@@ -91,7 +91,7 @@ class OnlineSelector:
         if scope not in SCOPES:
             raise ValueError(f"scope={scope!r}: choose one of {', '.join(SCOPES)}.")
         self.strategy = make_strategy(strategy, **options) if isinstance(strategy, str) else strategy
-        self.plan = make_plan(self.strategy, ratio, rescore_every, seed)
+        self.plan = make_plan(self.strategy, ratio, rescore_every, seed, keeps_before=num_samples is None)
         planned = () if self.plan is None else self.plan.columns
         names = dict.fromkeys(("correlation", *self.strategy.columns, *columns, *planned))
         self.ledger = SampleLedger(num_samples, columns=tuple(names))
@@ -157,11 +157,12 @@ class OnlineSelector:
         good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu(), problems)
         batch = {name: value for name, value in batch.items() if name != PROBLEM_KEY}
         if block is not None:
-            block.epoch, block.step = self.epoch, step
             counts = self._agree(int((block.inclusion[good] > 0).sum()))
+            block.epoch, block.step = self.epoch, step
             return self._blocks.keep(self._prepare(model, batch), block, good, counts)
-        self._blocks.pass_over()
         sizes = self._agree(len(good))
+        if self.plan is not None and min(sizes):
+            self._blocks.pass_over()
         batch = self._prepare(model, batch)
         candidates = self.score(model, batch, sample_id, good).subset(good)
         kept = self._choose(candidates, sizes, step, micro_step)

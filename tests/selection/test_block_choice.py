@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_dissect.selection.block_choice import BlockCollator, BlockRule, LoadedRows, count_selected
+from hf_dissect.selection.block_choice import BlockRule, LoadedRows, count_selected
+from hf_dissect.selection.planned_loading import BlockCollator
 
 
 def rule_of(ratio=0.5, m=4, samples=False, scores=True, seed=0) -> BlockRule:
