@@ -60,6 +60,8 @@ METHODS = {
     "gsc-without-labels": [*GSC, "objective.gsc.beta=1e-9"],  # its loss and temperature alone
     "gsc+": [*GSC, "objective.gsc.dual=true"],
     "gsc+-without-labels": [*GSC, "objective.gsc.dual=true", "objective.gsc.beta=1e-9"],  # what two networks gain
+    "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
+    "noisy_channel-half": ["selection.strategy=noisy_channel"],
     "oracle": ALL_PAIRS,
 }
 OPINIONS = ("label_auroc", "p_clean_auroc", "ranking_auroc", "model_auroc")

@@ -58,7 +58,7 @@ def follow(folder: Path, data: Path) -> dict:
                 seconds[" ".join(words[:2]) if language == "console" else "exchange captions"] = round(
                     time.monotonic() - started
                 )
-        pushed = sorted(hub.model("ada/two-towers").files())
+        pushed = sorted(hub.model("ada/two-towers").files)
     import pyarrow.parquet as pq
     from sklearn.metrics import roc_auc_score
 

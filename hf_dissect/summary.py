@@ -17,6 +17,7 @@ from hf_dissect.evaluation.selection_figures import (
 from hf_dissect.model_card import describe_model
 from hf_dissect.models.adapters import describe_adapter
 from hf_dissect.objective import Objective
+from hf_dissect.recipe.objective_schema import list_robust_objectives
 from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
 from hf_dissect.training.run_folder import list_changed_settings
@@ -83,8 +84,12 @@ class SelectionSummary:
             },
             **({} if adapter is None else {"adapter": adapter}),
             **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
-            "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),
+            "settings": list_changed_settings(self._args, always=(*SHOWN_SETTINGS, *self._list_bare_objectives())),
         }
+
+    def _list_bare_objectives(self) -> list[str]:
+        """Return the objectives that are set to an empty mapping, which other settings mean nothing by."""
+        return [name for name in list_robust_objectives() if getattr(self._args, name) == {}]
 
     def _is_sampled(self) -> bool:
         """Return True if the figures of noise detection rest on a sample of the training pairs."""

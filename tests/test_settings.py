@@ -33,6 +33,7 @@ OTHER = {
     "selection.options": {"momentum": 0.25},
     "selection.ledger": "hub:somebody/scores",
     "objective.gsc": {"beta": 0.25},
+    "objective.noisy_channel": {},
     "distillation.term_weights": {"hinton": 0.25},
 }
 

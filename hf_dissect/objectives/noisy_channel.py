@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from hf_dissect.losses import ContrastiveLoss
+from hf_dissect.losses.logit_rows import promote_to_float32
 from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.selection import SampleLedger
@@ -17,6 +19,12 @@ class NoisyChannelObjective(RobustObjective):
 
     It needs no scores and no history, so it works for pairs that are seen once. Weights of a strategy multiply with
     its own. The evidence for each pair is in the ledger column `evidence`, see `compute_pair_evidence`.
+
+    The sigmoid loss decides for each image and caption whether they are a pair. The odds that the model gives a pair
+    are its density ratio up to a factor, which depends on the bias and on the batches that the bias was trained on.
+    Over strangers, the mean of the ratio is 1 by definition. With the mean over the batch in place of the factor, the
+    posterior is that of a softmax over the same logits. The weight multiplies the term of the pair itself: those of
+    the strangers in its row are right, also if the pair is not.
 
     Attributes:
         channel: `NoisyChannel` with the estimated share of matched pairs.
@@ -45,16 +53,28 @@ class NoisyChannelObjective(RobustObjective):
         ledger: SampleLedger,
     ) -> torch.Tensor:
         """Compute the weighted contrastive loss, times the weights of the strategy; see `RobustObjective`."""
+        given = batch.get("pair_weight")
+        own_weights: list[torch.Tensor] = []
 
         def weigh(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
             posterior = self.channel.posterior(losses, counts)
             evidence = find_evidence(losses, counts)
             self._last_evidence = {"evidence": evidence, "posterior": posterior.float()}
-            weights, given = self.channel.weigh(posterior), batch.get("pair_weight")
-            return weights if given is None else weights * given.to(weights)
+            own_weights.append(self.channel.weigh(posterior))
+            return own_weights[0] if given is None else own_weights[0] * given.to(losses)
 
         keys = {name: batch.get(name) for name in ("image_key", "caption_key")}
-        return contrastive_loss(outputs, scale=scale, bias=bias, weights=weigh, **keys)
+        if contrastive_loss.kind == "softmax":
+            return contrastive_loss(outputs, scale=scale, bias=bias, weights=weigh, **keys)
+        with torch.no_grad():
+            ContrastiveLoss("softmax", contrastive_loss.mask_false_negatives, contrastive_loss.max_logits)(
+                outputs, scale=scale, weights=weigh, **keys
+            )
+        loss = contrastive_loss(outputs, scale=scale, bias=bias, weights=given, **keys)
+        lacking = 1 - own_weights[0] if given is None else (1 - own_weights[0]) * given.to(own_weights[0])
+        images, texts = (promote_to_float32(outputs[name]) for name in ("image_embeds", "text_embeds"))
+        logits = (texts * images).sum(-1) * scale + bias
+        return loss - (lacking * F.softplus(-logits)).mean()
 
     def compute_evidence(
         self, outputs: Mapping[str, torch.Tensor], sample_id: torch.Tensor, ledger: SampleLedger

@@ -36,7 +36,7 @@ def find_inclusion(weights: torch.Tensor, k: int) -> torch.Tensor:
     largest = weights.sort(descending=True).values
     tails = largest.flip(0).cumsum(0).flip(0)  # the small ones first, so that none is lost
     numbers = torch.arange(k, dtype=torch.float64, device=weights.device)
-    # The first pair whose share of what is left is no more than 1 ends the certain ones.
+    # The certain pairs end before the first one that gets at most 1 of what is left.
     num_certain = int(((k - numbers) * largest[:k] <= tails[:k]).nonzero()[0])
     return ((k - num_certain) * (weights / tails[num_certain])).clamp_max(1)
 
