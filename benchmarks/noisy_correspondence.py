@@ -62,6 +62,7 @@ METHODS = {
     "gsc+-without-labels": [*GSC, "objective.gsc.dual=true", "objective.gsc.beta=1e-9"],  # what two networks gain
     "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
     "noisy_channel-half": ["selection.strategy=noisy_channel"],
+    "noisy_channel-half-m8": ["selection.strategy=noisy_channel", "selection.rescore_every=8"],
     "oracle": ALL_PAIRS,
 }
 OPINIONS = ("label_auroc", "p_clean_auroc", "ranking_auroc", "model_auroc")
@@ -97,6 +98,11 @@ class Collated(torch.utils.data.Dataset):
         chunks = [range(first, min(first + 1000, len(pairs))) for first in range(0, len(pairs), 1000)]
         batches = [collator(pairs.__getitems__(list(chunk))) for chunk in chunks]
         self.columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    @property
+    def sample_ids(self) -> list[int]:
+        """Ids that a plan knows before it loads pairs."""
+        return self.columns["sample_id"].tolist()
 
     def __len__(self) -> int:
         return len(self.columns["sample_id"])

@@ -227,6 +227,7 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         ("Pairs", show_range("num_pairs", [values.get("num_pairs") for values in metrics])),
         ("Optimiser steps", show_range("steps", [values.get("steps") for values in metrics])),
         ("Kept of the candidates", show_range("kept_share", [values.get("kept_share") for values in selection])),
+        ("Loaded of the candidates", show_range("loaded_share", [values.get("loaded_share") for values in selection])),
         ("Mismatched among kept", show_range("noise_kept", [values.get("noise_kept") for values in selection])),
         (
             "Mismatched among candidates",

@@ -1,13 +1,15 @@
 """Ledger-first: pairs are chosen before they are loaded, scored now and then, and none is written off for good."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from testing import tiny_models
+from testing import planned_ranks, tiny_models
+from testing.launched import on_ranks
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, SelectionStrategy
@@ -286,3 +288,8 @@ def test_a_repaired_pair_comes_back(m, tmp_path):
     assert watch.shares[0] == 0
     half = next(visit for visit, share in enumerate(watch.shares) if share >= 0.5)
     assert half <= math.ceil(0.7 * m) + 1 and watch.shares[-1] > 0.7, watch.shares
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_as_many_pairs_and_know_the_same(tmp_path):
+    on_ranks([2], tmp_path, partial(planned_ranks.check_all, tmp_path))
