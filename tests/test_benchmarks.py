@@ -111,6 +111,19 @@ def test_noisy_correspondence():
     assert found["ncr"]["detection"] == found["ncr"]["p_clean_auroc"]
 
 
+def test_selection_efficiency():
+    rows = tiny_models.tiny_pairs(32, captions_per_image=5).rename_column("caption", "captions")
+    rows.to_parquet("train.parquet")
+    np.savez("mobilenet_v1_features.npz", train=np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float16))
+    arguments = ["--data", ".", "--pairs", 32, "--batch", 16, "--epochs", 3, "--ratios", 0.5, "--m", 4]
+    results = run_benchmark("selection_efficiency", *arguments)
+    for kind in ("photographs", "features"):
+        naive, planned = (results[kind]["0.5"][name] for name in ("every candidate scored", "m = 4"))
+        assert naive["steady"]["forwards"] == 0.6 and naive["whole"]["loaded"] == 1
+        assert planned["steady"]["loaded"] < 1 and 0.6 < planned["steady"]["forwards"] <= 1
+        assert planned["whole"]["efficiency"] > 0 and planned["whole"]["loading"] > 0
+
+
 def test_audit_scores():
     tower = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2"
     settings = [

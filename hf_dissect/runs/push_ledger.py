@@ -29,6 +29,8 @@ _MEANINGS = {
     "loss": "the contrastive loss at the last visit",
     "p_clean": "probability that the pair is matched, by a mixture of two Gaussians on the losses",
     "evidence": "log odds of the caption against that of one stranger at the last visit, by the noisy channel",
+    "planned": "value that the selection rule ranked the pair by in the last epoch that was planned",
+    "planned_before": "the same in the epoch before",
     "y_cm": "soft label across the modalities; the smaller of `y_cm` and `y_im` is the trust in the pair",
     "y_im": "soft label within the modalities",
 }

@@ -1,4 +1,4 @@
-"""Plan of an epoch: what the ledger holds about each pair, frozen, so that pairs are left out before they are loaded."""
+"""Plan of an epoch: what the ledger holds about each pair, frozen, so that pairs can be left out before loading."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -106,7 +106,7 @@ def make_plan(
     """Build the plan of a run; None if every candidate is loaded and scored, or if all of them train."""
     if isinstance(rescore_every, bool) or not isinstance(rescore_every, int) or rescore_every < 1:
         raise ValueError(
-            f"rescore_every={rescore_every!r}: must be an integer of at least 1; 1 scores every candidate in each step."
+            f"rescore_every={rescore_every!r}: must be an integer of at least 1; 1 scores every candidate."
         )
     if rescore_every == 1 or strategy.keeps_all:
         return None

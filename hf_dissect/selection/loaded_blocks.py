@@ -1,4 +1,4 @@
-"""Blocks of which a plan has loaded a part: some pairs train, some are scored after it, and the others keep their past."""
+"""Blocks of which a plan has loaded a part: some pairs train, some are scored, and the others keep their past."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -69,9 +69,7 @@ class LoadedBlocks:
         trace: Trace of the selections.
     """
 
-    def __init__(
-        self, strategy: SelectionStrategy, ledger: SampleLedger, ranks: Ranks, trace: SelectionTrace
-    ) -> None:
+    def __init__(self, strategy: SelectionStrategy, ledger: SampleLedger, ranks: Ranks, trace: SelectionTrace) -> None:
         self.strategy = strategy
         self.ledger = ledger
         self.ranks = ranks
@@ -96,8 +94,9 @@ class LoadedBlocks:
             counts: Number of readable rows of each rank that were chosen to train.
 
         Returns:
-            Rows that train, none if a rank has none. For a strategy that samples, with `pair_weight` `(k,)`, the planned weights over the
-            inclusion probabilities, and `reweigh`, a function to weights from the losses, if the strategy has one.
+            Rows that train, none if a rank has none. For a strategy that samples, with `pair_weight` `(k,)`, the
+            planned weights over the inclusion probabilities, and with `reweigh`, a function from the losses to
+            weights, if the strategy has one.
         """
         is_chosen = block.inclusion[good] > 0
         train, others = good[is_chosen], good[~is_chosen]

@@ -1,4 +1,4 @@
-"""Functions of the loop around a selector, by which it agrees with other processes, moves batches and measures time."""
+"""Functions of the loop around a selector: it agrees with other processes, moves batches and measures time by them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

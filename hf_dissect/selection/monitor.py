@@ -134,7 +134,7 @@ class SelectionMonitor:
                 not rank.
             is_clean: Bool `(B,)`, True for a matched pair; None if the truth is unknown.
             loaded: Bool `(B,)`, True for a candidate that was loaded; None without a plan.
-            scored: Bool `(B,)`, True for a candidate that was scored by a forward pass of its own; None without a plan.
+            scored: Bool `(B,)`, True for a candidate that was scored for the selection alone; None without a plan.
         """
         if epoch != self.last_epoch.epoch:
             self.last_epoch = _LastEpoch(epoch)

@@ -64,7 +64,8 @@ def check_loading(pairs: Any) -> None:
         return
     if not hasattr(pairs, "__getitem__"):
         raise ValueError(
-            f"selection_rescore_every: a {type(pairs).__name__} yields pairs that are loaded already; stream them from "
-            "a datasets.IterableDataset, or set selection_rescore_every (selection.rescore_every in a recipe) to 1."
+            f"selection_rescore_every: a {type(pairs).__name__} yields pairs that are loaded already; stream "
+            "them from a datasets.IterableDataset, or set selection_rescore_every (selection.rescore_every in a "
+            "recipe) to 1."
         )
     find_sample_ids(pairs)

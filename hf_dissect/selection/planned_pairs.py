@@ -72,9 +72,7 @@ class PlannedPairs(torch.utils.data.Dataset):
         loaded = self.rule.choose(ids, self._planned[places], epoch)
         if self._truths is not None:
             is_left = torch.ones(len(places), dtype=torch.bool).index_fill(0, loaded.rows, False)
-            loaded = replace(
-                loaded, unloaded=loaded.unloaded | {"unloaded_clean": self._truths[places[is_left]]}
-            )
+            loaded = replace(loaded, unloaded=loaded.unloaded | {"unloaded_clean": self._truths[places[is_left]]})
         return LoadedRows(self._read(places[loaded.rows].tolist()), loaded)
 
     def _read(self, indices: list[int]) -> list[Any]:
@@ -94,9 +92,9 @@ def find_sample_ids(pairs: Any) -> np.ndarray | None:
     ids = getattr(pairs, "sample_ids", None)
     if ids is None or len(ids) != len(pairs):
         raise ValueError(
-            f"selection_rescore_every: {type(pairs).__name__} does not tell the ids of its pairs before it loads them, "
-            "so that no plan can leave pairs out; give it an attribute sample_ids, the ids in the order of the rows, "
-            "or set selection_rescore_every (selection.rescore_every in a recipe) to 1."
+            f"selection_rescore_every: {type(pairs).__name__} does not know the ids of its pairs before it loads "
+            "them, so that no plan can leave pairs out; give it an attribute sample_ids, the ids in the order of the "
+            "rows, or set selection_rescore_every (selection.rescore_every in a recipe) to 1."
         )
     return np.asarray(ids, dtype=np.int64)
 

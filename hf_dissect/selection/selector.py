@@ -27,6 +27,7 @@ from hf_dissect.selection.strategies import make_strategy
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
 
+
 class OnlineSelector:
     """Selector that keeps the pairs that a strategy chooses from each batch, and records the scores of all candidates.
 
@@ -188,7 +189,12 @@ class OnlineSelector:
         return self._score(model, batch, sample_id, self.scoring_batch_size, slice(None) if good is None else good)
 
     def _score(
-        self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, chunk_size: int | None, readable: Any = slice(None)
+        self,
+        model: nn.Module,
+        batch: Batch,
+        sample_id: torch.Tensor,
+        chunk_size: int | None,
+        readable: Any = slice(None),
     ) -> CandidateScores:
         with self.hooks.measure("scoring"):
             scores = score(

@@ -1,4 +1,4 @@
-"""The pairs of a block are chosen before they are loaded: the best or in proportion, a share again, the unknown always."""
+"""The pairs of a block are chosen before loading: the best or in proportion, a share again, the unknown always."""
 
 import math
 
@@ -97,6 +97,8 @@ def test_a_collator_of_any_rows_tells_what_was_loaded():
     assert set(BlockCollator(collate)([1, 2])) == {"sample_id"}
 
 
-@pytest.mark.parametrize(("ratio", "size", "wanted"), [(0.5, 9, 4), (0.5, 3, 2), (0.1, 4, 2), (1.0, 5, 5), (0.9, 1, 1)])
+@pytest.mark.parametrize(
+    ("ratio", "size", "wanted"), [(0.5, 9, 4), (0.5, 3, 2), (0.1, 4, 2), (1.0, 5, 5), (0.9, 1, 1)]
+)
 def test_number_of_pairs_to_keep(ratio, size, wanted):
     assert count_selected(ratio, size) == wanted

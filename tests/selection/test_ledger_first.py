@@ -107,7 +107,9 @@ def test_scores_of_trained_and_of_held_pairs(tmp_path):
 
     def embed(places):
         rows = collator(pairs.__getitems__(places))
-        out = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], pixel_values=rows["pixel_values"])
+        out = model(
+            input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], pixel_values=rows["pixel_values"]
+        )
         return out
 
     outputs = embed(chosen)
@@ -122,7 +124,9 @@ def test_scores_of_trained_and_of_held_pairs(tmp_path):
         wanted = naive_evidence(everyone.image_embeds, everyone.text_embeds, scale)[-1]
         assert value.item() == pytest.approx(wanted.item(), abs=2e-3)
         own = (everyone.image_embeds[-1] @ everyone.text_embeds[-1]) * 100
-        assert trainer.ledger.read("correlation", torch.tensor([place])).item() == pytest.approx(max(own.item(), 0), abs=1e-3)
+        assert trainer.ledger.read("correlation", torch.tensor([place])).item() == pytest.approx(
+            max(own.item(), 0), abs=1e-3
+        )
     assert evidence[6:].isnan().all() and trainer.ledger.read("correlation", torch.tensor(left)).isnan().all()
 
 
@@ -190,6 +194,7 @@ class Stubborn(SelectionStrategy):
 )
 def test_bad_settings_are_refused(settings, message, tmp_path):
     if "pairs" in settings:
+
         class Own(torch.utils.data.Dataset):
             pairs = as_pairs(tiny_models.tiny_pairs(SIZE))
 
@@ -293,3 +298,39 @@ def test_a_repaired_pair_comes_back(m, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_on_as_many_pairs_and_know_the_same(tmp_path):
     on_ranks([2], tmp_path, partial(planned_ranks.check_all, tmp_path))
+
+
+@torch.no_grad()
+def test_scores_in_half_precision(tmp_path):
+    """The type of the scores is that of the setting, whatever the training has."""
+    seen = []
+    for scoring_dtype in (None, "bfloat16"):
+        trainer = make_trainer(tmp_path, scoring_dtype=scoring_dtype, num_train_epochs=3)
+        linear = trainer.model.visual_projection
+        hook = linear.register_forward_hook(
+            lambda module, given, output: seen.append((torch.is_grad_enabled(), output.dtype))
+        )
+        with torch.enable_grad():
+            trainer.train()
+        hook.remove()
+    assert set(seen) == {(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_scoring_and_training_run_compiled(every, tmp_path):
+    compiled: list[bool] = []
+
+    def backend(graph, inputs):
+        def run(*values):
+            compiled.append(torch.is_grad_enabled())
+            return graph.forward(*values)
+
+        return run
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(backend, name=f"counting_{every}")
+    settings = {"torch_compile": True, "torch_compile_backend": f"counting_{every}", "selection_rescore_every": every}
+    trainer = make_trainer(tmp_path, num_train_epochs=3, **settings)
+    trainer.train()
+    assert set(compiled) == {True, False}  # the training step, and the scoring without gradient
+    assert trainer.run_metrics({})["selection"]["kept_share"] == 0.5

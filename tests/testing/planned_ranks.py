@@ -28,7 +28,9 @@ class CountsPairs(DissectTrainer):
 
 def planned_trainer(folder: Path, **settings) -> CountsPairs:
     defaults = {"selection_options": None, "selection_rescore_every": 3, "eval_strategy": "no", "check_reload": False}
-    return make_trainer(folder, CountsPairs, bad_row=True, **{**defaults, "save_steps": 7, "max_steps": 24, **settings})
+    return make_trainer(
+        folder, CountsPairs, bad_row=True, **{**defaults, "save_steps": 7, "max_steps": 24, **settings}
+    )
 
 
 class StopAt(TrainerCallback):

@@ -124,8 +124,14 @@ class StreamLoader:
         )  # otherwise the loader draws from the global one
         loader = DataLoader(
             _WorkerBatches(
-                self.dataset, self.collator, self._settings, self._restarts, self._turn, self._states,
-                pick=self.pick, first=self.num_batches,
+                self.dataset,
+                self.collator,
+                self._settings,
+                self._restarts,
+                self._turn,
+                self._states,
+                pick=self.pick,
+                first=self.num_batches,
             ),
             batch_size=None,
             collate_fn=_keep_unchanged,
