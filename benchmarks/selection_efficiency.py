@@ -28,7 +28,7 @@ from hf_dissect import OnlineSelector, Recipe, SelectionCollator, forward_inputs
 from hf_dissect.data import as_pairs
 from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.models.loading import logit_scale_and_bias
-from hf_dissect.selection.planned_loading import BlockCollator, plan_loading
+from hf_dissect.selection.planned_loading import BlockCollator, load_by_plan
 
 SCORED_EPOCHS = 2
 SIZES = {"photographs": (768, 128), "features": (6000, 500)}
@@ -61,7 +61,7 @@ class Arm:
         generator = torch.Generator().manual_seed(1)
         steps = len(pairs) // batch
         self.loader = DataLoader(
-            plan_loading(self.selector.plan, pairs, self.selector.ledger),
+            load_by_plan(self.selector.plan, pairs, self.selector.ledger),
             batch_size=size,
             sampler=RandomSampler(pairs, num_samples=steps * size, generator=generator),
             collate_fn=BlockCollator(SelectionCollator(processor)),

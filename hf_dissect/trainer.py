@@ -14,8 +14,9 @@ from transformers.trainer_utils import TrainOutput
 from hf_dissect import training_data
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pair_keys import OPTIONAL_ROW_KEYS, ROW_KEYS
 from hf_dissect.data.pair_sample import sample_pairs
-from hf_dissect.data.pairs import ROW_KEYS, PairStream
+from hf_dissect.data.pairs import PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_encoder import PairEncoder
@@ -27,12 +28,13 @@ from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
-from hf_dissect.selection.loop_hooks import Batch
-from hf_dissect.selection.planned_loading import BlockCollator, plan_loading
+from hf_dissect.selection.reference.loading import load_reference
+from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.chunked_step import step_in_chunks
 from hf_dissect.training.non_finite import check_finite
+from hf_dissect.training.reference_pass import ReferencePass
 from hf_dissect.training.reload_check import make_callbacks
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
@@ -52,6 +54,7 @@ class DissectTrainer(BaseTrainer):
         processing_class: Processor of the model, which is saved with it.
         strategy: Strategy of the run; None for the one that `args` names.
         recipe: `Recipe` of the run, which is saved with it; None without one.
+        reference_model: Reference of the strategy, frozen here; None for the one that `args` names.
         trainer_arguments: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -83,6 +86,7 @@ class DissectTrainer(BaseTrainer):
         processing_class: Any = None,
         strategy: SelectionStrategy | None = None,
         recipe: Any = None,
+        reference_model: nn.Module | None = None,
         **trainer_arguments: Any,
     ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
@@ -105,7 +109,7 @@ class DissectTrainer(BaseTrainer):
         self.data_collator = training_data.try_collator(collator, train_dataset, eval_dataset)
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
-        self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
+        self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args)
@@ -115,11 +119,14 @@ class DissectTrainer(BaseTrainer):
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
         for callback in make_callbacks(self.data_collator, self.train_dataset):
             self.add_callback(callback)
+        self.add_callback(ReferencePass(self.selector, self.stop_request))
 
-    def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
+    def _make_selector(self, strategy: SelectionStrategy, reference: nn.Module | None) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
+        parts = (self.model, args, pairs, self.data_collator, training_data.make_collator)
         return OnlineSelector(
             strategy,
+            reference=load_reference(strategy, reference, *parts),
             **args.selector_settings(),
             num_samples=getattr(pairs, "num_samples", None),
             columns=self.objective.columns,
@@ -135,20 +142,14 @@ class DissectTrainer(BaseTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
-        if not isinstance(self.train_dataset, PairStream):
-            return super().get_train_dataloader()
-        self.stream = training_data.make_stream_loader(self.train_dataset, self.data_collator, self.args)
-        plan_loading(self.selector.plan, self.stream, self.ledger)
+        pairs: Any = self.train_dataset
+        if not isinstance(pairs, PairStream):
+            loading = pairs, self._train_batch_size, self._get_train_sampler
+            return training_data.make_pair_loader(self._get_dataloader, self.selector, *loading)
+        self.stream = training_data.make_stream_loader(pairs, self.data_collator, self.args, self.selector)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return cast(DataLoader, self.stream)  # the Trainer only iterates over it
-
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        pairs = plan_loading(self.selector.plan, dataset, self.ledger) if is_training else dataset
-        return super()._get_dataloader(pairs, *args, is_training=is_training, **kwargs)
-
-    def _get_collator_with_removed_columns(self, *args: Any, **kwargs: Any) -> BlockCollator:
-        return BlockCollator(super()._get_collator_with_removed_columns(*args, **kwargs))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Batch], Any]:
         """Read the candidate batches of an update, and keep the pairs of each that the strategy selects."""
@@ -216,8 +217,7 @@ class DissectTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of selection and decorrelation to the logs of training."""
         if "loss" in logs:
-            logs.update(self.selector.pop_logs())
-            logs.update(self.objective.pop_logs())
+            logs.update(self.selector.pop_logs() | self.objective.pop_logs())
             if self.times["scoring"]:
                 logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
         super().log(logs, start_time)
@@ -343,7 +343,7 @@ class DissectTrainer(BaseTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "key", "task_id", "is_clean", "text_features"]
+        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, *OPTIONAL_ROW_KEYS]
         self._signature_columns = list(dict.fromkeys(names))  # type: ignore[assignment]  # transformers declares None
 
     def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:

@@ -321,6 +321,13 @@ def check_augmentation_trains(snippet, page, data, capsys):
     assert trainer.state.global_step == 20 and len(trainer.bad_rows) == 0
 
 
+def check_weights_of_a_column_train(snippet, page, data, capsys):
+    model, processor = tiny_models.tiny_clip()
+    trainer = run(snippet, page, model=model, processor=processor, dataset=tiny_models.tiny_pairs(96))["trainer"]
+    assert trainer.state.global_step == 20
+    assert [trainer.train_dataset[row]["weight"] for row in range(4)] == [1.0, 0.5, 1.0, 0.5]
+
+
 # The check of each Python snippet, by its page and its number there.
 def check_captions_are_exchanged(snippet, page, data, capsys):
     run(snippet.replace("/data", str(data)), page)
@@ -333,6 +340,7 @@ SNIPPETS = {
     ("README.md", 1): check_plain_loop_selects,
     ("docs/tutorial.md", 0): check_captions_are_exchanged,
     ("docs/python.md", 0): check_training_from_scratch,
+    ("docs/python.md", 1): check_weights_of_a_column_train,
     ("docs/data.md", 0): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/own_strategy.md", 0): check_strategy_trains,

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_dissect.cards.metadata import DATA_NAMES
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
+from hf_dissect.data.noise_kinds import describe_noise
 from hf_dissect.report.tables import (
     as_mapping,
     collect_run_figures,
+    describe_averaging,
     format_number,
     results_table,
     select_final_figures,
@@ -27,6 +29,8 @@ _SELECTION = {"selection_ratio", "selection_scope", "selection_warmup_epochs", "
 _SELECTION |= {"selection_rescore_every", "mask_false_negatives"}
 _OBJECTIVE = {
     "gsc": "Soft labels (GSC)",
+    "rince": "Robust loss (RINCE)",
+    "symnce": "Robust loss (SymNCE)",
     "noisy_channel": "Weights of the noisy channel",
     "grad_cache_chunk_size": "GradCache: pairs a pass",
 }
@@ -39,7 +43,7 @@ _FIGURES = {
 # None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"
-    "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|.*_column|skip_memory|greater_is|do_"
+    "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|(?!weight_).*_column|skip_memory|greater_is|do_"
     "|restore|enable_jit|ddp|fsdp|deepspeed|accelerator|include|prediction|batch_eval|max_bad|local_rank|debug).*"
 )
 _NOISE = {
@@ -73,8 +77,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
     data = recipe.data
     name = hub_dataset(data.source, data.path)
     scenes = data.source == "scenes"
-    noise = f"{data.noise_rate:.0%} of the training captions shuffled, seed {data.noise_seed}"
-    fixed = "training captions in the order of a fixed permutation"
+    noise = describe_noise(data.noise_kind, data.noise_rate, data.noise_seed, data.noise_permutation)
     return [
         ("Data", name or DATA_NAMES[data.source]),
         ("Configuration", data.name if name else None),
@@ -84,7 +87,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
         ("Column of the tasks", data.task_column),
         ("Rows used", f"the first {data.max_train_rows:,}" if data.max_train_rows else None),
         ("Images", "stored features" if data.image_features else None),
-        ("Injected noise", fixed if data.noise_permutation else noise if data.noise_rate else None),
+        ("Injected noise", noise),
     ]
 
 
@@ -96,8 +99,9 @@ def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[
     figures = as_mapping(metrics.get("selection"))
     return [
         *((f"Selection: {key}", value) for key, value in selection.items()),
+        ("Reference model", metrics.get("reference")),
         *((name, _format_figure(key, figures.get(key))) for key, name in _FIGURES.items()),
-        *((name, "yes" if settings.get(key) == {} else settings.get(key)) for key, name in _OBJECTIVE.items()),
+        *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
         ("Frozen tower", None if recipe is None else recipe.model.freeze),
     ]
 
@@ -129,6 +133,7 @@ def tabulate_training(metrics: Mapping[str, Any], recipe: "RecipeFile | None", m
             ("Recipe", None if recipe is None else recipe.name),
             *method,
             ("Optimiser steps", _format_count(metrics.get("steps"))),
+            ("Final weights", describe_averaging(metrics)),
             ("Seed", metrics.get("seed")),
             ("Wall-clock", _format_figure("total_s", as_mapping(metrics.get("times")).get("total_s"))),
             ("Time for scoring", _format_figure("scoring_share", collect_run_figures(metrics)["scoring_share"])),

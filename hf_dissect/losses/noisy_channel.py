@@ -23,6 +23,13 @@ class NoisyChannel:
     known by construction. Pairs are weighted by `P ** 2`, because a network can learn mismatched pairs by heart: their
     losses have full gradients, and those of learnt matched pairs next to none.
 
+    Where the model trains with smoothed targets, the smoothing makes all pairs a little alike. It is taken out of the
+    losses again: with the share `eps`, `n q = (1 - eps) r + eps` gives the density ratio `r`, and where `n q` is below
+    `2 eps`, the line through 0 continues it.
+
+    Args:
+        smoothing: Share of the targets in training that is uniform over the pairs, in [0, 1).
+
     Attributes:
         pi: Estimated share of matched pairs. It begins at 1/2, moves by 2 % towards the mean posterior of the pairs of
             each optimiser step, and stays within [0.05, 0.999].
@@ -33,10 +40,31 @@ class NoisyChannel:
     LOWEST, HIGHEST = 0.05, 0.999
     POWER = 2
 
-    def __init__(self) -> None:
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self.smoothing = smoothing
         self.pi = self.START
         self._sum = 0.0
         self._count = 0
+
+    def correct(self, losses: torch.Tensor, counts: torch.Tensor | int) -> torch.Tensor:
+        """Take the smoothing of the targets out of losses.
+
+        Args:
+            losses: Contrastive losses of the pairs, `-log q`, mean of both directions, `(b,)`.
+            counts: Number `n` of pairs that each was found among, itself included, `(b,)` or one for all.
+
+        Returns:
+            Losses `(b,)` without gradient, in at least single precision.
+        """
+        losses = promote_to_float32(losses.detach())
+        if not self.smoothing:
+            return losses
+        log_counts = torch.as_tensor(counts, dtype=losses.dtype, device=losses.device).log()
+        log_ratio, smoothing = log_counts - losses, self.smoothing
+        ratio = log_ratio.exp().clamp_min(2 * smoothing)
+        above = ((ratio - smoothing) / (1 - smoothing)).log()
+        below = log_ratio - math.log(2 * (1 - smoothing))
+        return (log_counts - torch.where(log_ratio > math.log(2 * smoothing), above, below)).clamp_min(0)
 
     def posterior(self, losses: torch.Tensor, counts: torch.Tensor | int) -> torch.Tensor:
         """Compute the probability of each pair to be matched.

@@ -1,17 +1,20 @@
 """Objective of the noisy channel: pairs are weighted by the probability that their caption is not a stranger's."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from hf_dissect.losses import ContrastiveLoss
-from hf_dissect.losses.logit_rows import promote_to_float32
+from hf_dissect.losses.logit_rows import promote_to_float32, smoothed_softmax_losses
 from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
 from hf_dissect.objectives.robust import RobustObjective
+from hf_dissect.recipe.objective_schema import NoisyChannelSection
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.noisy_channel import record_evidence
+from hf_dissect.settings import check_values
 
 
 class NoisyChannelObjective(RobustObjective):
@@ -26,6 +29,12 @@ class NoisyChannelObjective(RobustObjective):
     posterior is that of a softmax over the same logits. The weight multiplies the term of the pair itself: those of
     the strangers in its row are right, also if the pair is not.
 
+    The targets of the softmax loss are smoothed a little: near-duplicates and captions that nearly fit are then no
+    errors to be learnt by heart. The sigmoid loss has no smoothing.
+
+    Args:
+        smoothing: Share of the targets that is uniform over the pairs, in [0, 1).
+
     Attributes:
         channel: `NoisyChannel` with the estimated share of matched pairs.
     """
@@ -35,7 +44,9 @@ class NoisyChannelObjective(RobustObjective):
     columns = ("evidence",)
     takes_mask: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, smoothing: float = NoisyChannelSection.smoothing) -> None:
+        check_values(NoisyChannelSection, {"smoothing": smoothing})
+        self.smoothing = smoothing
         self.channel = NoisyChannel()
         self._last_evidence: dict[str, torch.Tensor] = {}
 
@@ -57,6 +68,7 @@ class NoisyChannelObjective(RobustObjective):
         own_weights: list[torch.Tensor] = []
 
         def weigh(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            losses = self.channel.correct(losses, counts)
             posterior = self.channel.posterior(losses, counts)
             evidence = find_evidence(losses, counts)
             self._last_evidence = {"evidence": evidence, "posterior": posterior.float()}
@@ -65,7 +77,14 @@ class NoisyChannelObjective(RobustObjective):
 
         keys = {name: batch.get(name) for name in ("image_key", "caption_key")}
         if contrastive_loss.kind == "softmax":
-            return contrastive_loss(outputs, scale=scale, bias=bias, weights=weigh, **keys)
+            self.channel.smoothing = self.smoothing
+            smoothed = ContrastiveLoss(
+                "softmax",
+                contrastive_loss.mask_false_negatives,
+                contrastive_loss.max_logits,
+                partial(smoothed_softmax_losses, smoothing=self.smoothing),
+            )
+            return smoothed(outputs, scale=scale, bias=bias, weights=weigh, **keys)
         with torch.no_grad():
             ContrastiveLoss("softmax", contrastive_loss.mask_false_negatives, contrastive_loss.max_logits)(
                 outputs, scale=scale, weights=weigh, **keys

@@ -20,8 +20,39 @@ class GscSection:
 
 
 @dataclasses.dataclass
+class RinceSection:
+    """A contrastive loss whose gradient does not grow with how wrong a pair is (RINCE, CVPR 2022)."""
+
+    q: float = setting(0.5, "Robustness; close to 0, the gradient is that of the contrastive loss.", within="(0, 1]")
+    lam: float = setting(0.01, "Weight of the sum over all pairs of the batch, lambda in the paper.", within="(0, 1]")
+    temperature: float | None = setting(
+        None,
+        "Temperature of the cosines, in place of the model's; null: the model's own, which trains.",
+        within="(0, inf)",
+    )
+    warmup_epochs: int = setting(0, "Epochs that train by the contrastive loss first.", within="[0, inf)")
+
+
+@dataclasses.dataclass
+class SymnceSection:
+    """The contrastive loss with a reverse one added (SymNCE, 2025)."""
+
+    beta: float = setting(0.2, "Weight of the reverse loss; at 1, both are symmetric.", within="[0, 1]")
+    temperature: float | None = setting(
+        None,
+        "Temperature of the cosines, in place of the model's; null: the model's own, which trains.",
+        within="(0, inf)",
+    )
+    warmup_epochs: int = setting(0, "Epochs that train by the contrastive loss first.", within="[0, inf)")
+
+
+@dataclasses.dataclass
 class NoisyChannelSection:
-    """Weights of the noisy channel for pairs that may be mismatched; it has no settings."""
+    """Weights of the noisy channel for pairs that may be mismatched, in a contrastive loss of smoothed targets."""
+
+    smoothing: float = setting(
+        0.1, "Share of the targets of the softmax loss that is uniform over the pairs of the batch.", within="[0, 1)"
+    )
 
 
 @dataclasses.dataclass
@@ -41,10 +72,22 @@ class ObjectiveSection:
         '{"gamma": 0.01, "warmup_epochs": 2}, or {} for the defaults; null: the contrastive loss throughout.',
         argument="gsc",
     )
+    rince: RinceSection | None = setting(
+        None,
+        "Train by the robust loss of RINCE (arXiv 2201.04309): its settings, such as "
+        '{"q": 0.5, "lam": 0.01}, or {} for the defaults; null: the contrastive loss.',
+        argument="rince",
+    )
+    symnce: SymnceSection | None = setting(
+        None,
+        "Train by the robust loss of SymNCE (arXiv 2501.01130): its settings, such as "
+        '{"beta": 0.2}, or {} for the defaults; null: the contrastive loss.',
+        argument="symnce",
+    )
     noisy_channel: NoisyChannelSection | None = setting(
         None,
-        "Weight each pair by the estimated probability that its caption belongs to its image: {}, as it has no "
-        "settings; null: equal weights.",
+        "Weight each pair by the estimated probability that its caption belongs to its image: its settings, such as "
+        '{"smoothing": 0.1}, or {} for the defaults; null: equal weights.',
         argument="noisy_channel",
     )
 

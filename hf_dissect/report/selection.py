@@ -27,7 +27,14 @@ from hf_dissect.report.plots import (
     series,
     to_finite,
 )
-from hf_dissect.report.tables import Table, as_mapping, collect_run_figures, format_number, results_table
+from hf_dissect.report.tables import (
+    Table,
+    as_mapping,
+    collect_run_figures,
+    describe_averaging,
+    format_number,
+    results_table,
+)
 
 __all__ = ["PairSample", "RunSummary", "write_report"]
 
@@ -218,6 +225,7 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
     metrics = [run.metrics for run in runs]
     selection = [as_mapping(values.get("selection")) for values in metrics]
     times = [to_finite(as_mapping(values.get("times")).get("total_s")) for values in metrics]
+    made = [values.get("injected_noise") for values in metrics]
     return [
         (
             "Strategy",
@@ -225,7 +233,9 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         ),
         ("Runs", str(len(runs)) if len(runs) > 1 else ""),
         ("Pairs", show_range("num_pairs", [values.get("num_pairs") for values in metrics])),
+        ("Injected noise", "; ".join(dict.fromkeys(str(noise) for noise in made if noise))),
         ("Optimiser steps", show_range("steps", [values.get("steps") for values in metrics])),
+        ("Final weights", "; ".join(dict.fromkeys(filter(None, map(describe_averaging, metrics))))),
         ("Kept of the candidates", show_range("kept_share", [values.get("kept_share") for values in selection])),
         ("Loaded of the candidates", show_range("loaded_share", [values.get("loaded_share") for values in selection])),
         ("Mismatched among kept", show_range("noise_kept", [values.get("noise_kept") for values in selection])),

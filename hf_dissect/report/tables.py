@@ -61,6 +61,14 @@ def as_mapping(value: object) -> Mapping:
     return value if isinstance(value, Mapping) else {}
 
 
+def describe_averaging(metrics: Mapping) -> str | None:
+    """Return how many weights the final model of a run is the mean of; None for a model of the last weights."""
+    averaged = as_mapping(metrics.get("averaged_weights"))
+    if not averaged:
+        return None
+    return f"mean of {averaged['steps']:,} steps, from step {averaged['first_step']:,} on"
+
+
 def label(key: str) -> str:
     """Return the column title of a metric, such as `Image→text R@1` for `retrieval_r@1_image_to_text`."""
     if key in _LABELS:

@@ -3,25 +3,29 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_dissect.data.pair_keys import GIVEN_WEIGHT
+from hf_dissect.data.pair_weights import multiply_weights
 from hf_dissect.distributed import Ranks, scale_to_mean_one
+from hf_dissect.losses.contrastive import Weigh
 from hf_dissect.losses.noisy_channel import find_evidence
 from hf_dissect.losses.pair_evidence import recover_losses
 from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.ledger_plan import LedgerPlan
 from hf_dissect.selection.loop_hooks import Batch
 from hf_dissect.selection.scope import Kept
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
 
-Scorer = Callable[[nn.Module, Batch, torch.Tensor, int], CandidateScores]
-"""Function that scores rows: model, batch `(n, ...)`, their ids `(n,)` and the number of rows in a forward pass."""
+Rescore = Callable[[Batch, int], CandidateScores]
+"""Function that scores rows: batch `(n, ...)` and the number of rows in a forward pass."""
 
 _UNLOADED = ("unloaded_id", "unloaded_planned", "unloaded_clean")
 
@@ -63,26 +67,64 @@ class LoadedBlocks:
     """Keeper of the blocks of a step, from the selection of their pairs to the record of their scores.
 
     Args:
+        plan: Plan of the run; None if all candidates are loaded, and there are no such blocks.
         strategy: Strategy of the run.
         ledger: Ledger of the run.
         ranks: Processes of the run.
         trace: Trace of the selections.
     """
 
-    def __init__(self, strategy: SelectionStrategy, ledger: SampleLedger, ranks: Ranks, trace: SelectionTrace) -> None:
+    def __init__(
+        self,
+        plan: LedgerPlan | None,
+        strategy: SelectionStrategy,
+        ledger: SampleLedger,
+        ranks: Ranks,
+        trace: SelectionTrace,
+    ) -> None:
+        self.plan = plan
         self.strategy = strategy
         self.ledger = ledger
         self.ranks = ranks
         self.trace = trace
         self._waiting: deque[LoadedBlock | None] = deque()
 
-    def clear(self) -> None:
-        """Forget the blocks of a run that ended in the middle of a step."""
-        self._waiting.clear()
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin or continue an epoch of the plan."""
+        if self.plan is not None:
+            self.plan.begin_epoch(epoch, self.ledger)
 
-    def pass_over(self) -> None:
-        """Leave out a batch whose candidates were all loaded and scored before they were selected."""
-        self._waiting.append(None)
+    def reset(self) -> None:
+        """Forget the plan, and the blocks of a run that ended in the middle of a step."""
+        self._waiting.clear()
+        if self.plan is not None:
+            self.plan.reset()
+
+    def pass_over(self, sizes: list[int]) -> None:
+        """Leave out a batch that was loaded as a whole, and trains unless a rank has none of its `sizes`."""
+        if self.plan is not None and min(sizes):
+            self._waiting.append(None)
+
+    def add_evidence(self, kept: Kept, candidates: CandidateScores, sizes: list[int]) -> Kept:
+        """Add the evidence of scored candidates to what the strategy measured, if a plan reads it.
+
+        Args:
+            kept: Choice of this rank.
+            candidates: Scores of its candidates.
+            sizes: Number of candidates of each rank.
+        """
+        if self.plan is None or "evidence" not in self.ledger.columns or not min(sizes):
+            return kept
+        if candidates.image_embeds is None:
+            return kept
+        return replace(kept, measured={"evidence": candidates.evidence, **kept.measured})
+
+    def note_whole(self, columns: dict[str, torch.Tensor], measured: Mapping[str, torch.Tensor]) -> None:
+        """Record the evidence of candidates that were all loaded, `(n,)` of all ranks, and mark them as such."""
+        if self.plan is not None:
+            self._write_evidence(columns["sample_id"], measured)
+            loaded = torch.ones_like(columns["kept"])
+            columns |= {"loaded": loaded, "scored": loaded & ("correlation" in columns)}
 
     def keep(self, batch: Batch, block: LoadedBlock, good: torch.Tensor, counts: list[int]) -> Batch:
         """Return the rows that train, the same number on every rank, and hold the others back.
@@ -94,9 +136,9 @@ class LoadedBlocks:
             counts: Number of readable rows of each rank that were chosen to train.
 
         Returns:
-            Rows that train, none if a rank has none. For a strategy that samples, with `pair_weight` `(k,)`, the
-            planned weights over the inclusion probabilities, and with `reweigh`, a function from the losses to
-            weights, if the strategy has one.
+            Rows that train, none if a rank has none, with `pair_weight` `(k,)` if the data or the strategy weight
+            pairs: the planned weights over the inclusion probabilities. If the strategy weights them by the losses
+            of the step, too, `reweigh` is the function from losses to weights.
         """
         is_chosen = block.inclusion[good] > 0
         train, others = good[is_chosen], good[~is_chosen]
@@ -112,11 +154,16 @@ class LoadedBlocks:
         if min(counts):  # otherwise there is no training step that could end
             self._waiting.append(block)
         kept = {name: value[train.to(device)] for name, value in batch.items()}
+        given, weights = kept.pop(GIVEN_WEIGHT, None), None
         if self.strategy.samples:
             planned, inclusion = block.planned[train], block.inclusion[train]
-            kept["pair_weight"] = scale_to_mean_one(_fill_by_mean(planned) / inclusion).to(device)
-            if (weigh := self.strategy.reweigh(planned.to(device), inclusion.to(device))) is not None:
-                kept["reweigh"] = weigh  # type: ignore[assignment]  # the one entry that is not a tensor
+            weights = scale_to_mean_one(_fill_by_mean(planned) / inclusion)
+            weigh = self.strategy.reweigh(planned.to(device), inclusion.to(device))
+            if weigh is not None:
+                # The one entry that is not a tensor.
+                kept["reweigh"] = weigh if given is None else partial(_weigh_both, weigh, given)  # type: ignore[assignment]
+        if (product := multiply_weights(weights, given, device)) is not None:
+            kept["pair_weight"] = product
         return kept
 
     def add_outputs(self, outputs: Mapping[str, torch.Tensor]) -> bool:
@@ -133,14 +180,13 @@ class LoadedBlocks:
         self._waiting[0].embeds = images, texts
         return True
 
-    def finish(self, model: nn.Module, score: Scorer, scores: bool, kind: str, chunk_size: int | None) -> None:
+    def finish(self, model: nn.Module, kind: str, rescore: Rescore | None, chunk_size: int | None) -> None:
         """Score the rows of the first batch that were held back, and record its block; every rank calls this method.
 
         Args:
             model: Model with the weights of the training step.
-            score: Function that scores rows.
-            scores: False if no pair is scored in this epoch.
             kind: Loss of the model.
+            rescore: Function that scores rows; None if no pair is scored in this epoch.
             chunk_size: Largest number of rows in a forward pass; None for any.
         """
         block = self._waiting.popleft() if self._waiting else None
@@ -149,10 +195,11 @@ class LoadedBlocks:
         if block.embeds is None:
             raise ValueError("finish_step came before record_training; call both for each batch, in this order.")
         numbers = self.ranks.gather_numbers(len(block.held["sample_id"]), len(block.unloaded["unloaded_id"]))
-        held = _score_held(model, block, score, int(numbers[:, 0].max()), chunk_size) if scores else None
+        most = int(numbers[:, 0].max())
+        held = _score_held(block, rescore, most, chunk_size) if rescore is not None and most else None
         candidates = LoadedScores(block.sample_id, block.embeds, held, logit_scale_and_bias(model), kind)
         sizes = (numbers.sum(1) + block.num_trained).tolist()
-        self._record(block, candidates, scores, sizes)
+        self._record(block, candidates, rescore is not None, sizes)
 
     def _record(self, block: LoadedBlock, candidates: "LoadedScores", scores: bool, sizes: list[int]) -> None:
         """Write the new values to the ledger and the block to the trace, both on every rank."""
@@ -181,13 +228,18 @@ class LoadedBlocks:
         sample_id, correlation = everywhere["sample_id"][is_new], everywhere["correlation"][is_new]
         self.ledger.write("correlation", sample_id, correlation)
         new = {name: everywhere[f"measured.{name}"][is_new] for name in measured}
-        write_evidence(self.ledger, sample_id, new)
+        self._write_evidence(sample_id, new)
         self.strategy.record(sample_id, correlation, self.ledger, new)
         self.strategy.record_block(everywhere["sample_id"], self.ledger)
         shown = {name: everywhere[name] for name in columns}
         shown["correlation"] = self.ledger.read("correlation", everywhere["sample_id"])
         shown["scored"] = is_new & ~everywhere["kept"]
         self.trace.observe(block.epoch, block.step, shown)
+
+    def _write_evidence(self, sample_id: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
+        if "evidence" in measured and "evidence" in self.ledger.columns:
+            known = ~measured["evidence"].isnan()
+            self.ledger.write("evidence", sample_id[known], measured["evidence"][known])
 
 
 class LoadedScores(CandidateScores):
@@ -259,25 +311,8 @@ def take_block(batch: Mapping[str, torch.Tensor]) -> tuple[Batch, LoadedBlock | 
     return rest, LoadedBlock(batch["inclusion"].cpu(), batch["planned"].cpu(), unloaded)
 
 
-def add_evidence(kept: Kept, candidates: CandidateScores, sizes: list[int], ledger: SampleLedger) -> Kept:
-    """Add the evidence of scored candidates to what the strategy measured, if the ledger of the run has it.
-
-    Args:
-        kept: Choice of this rank.
-        candidates: Scores of its candidates.
-        sizes: Number of candidates of each rank.
-        ledger: Ledger of the run.
-    """
-    if "evidence" not in ledger.columns or candidates.image_embeds is None or not min(sizes):
-        return kept
-    return replace(kept, measured={"evidence": candidates.evidence, **kept.measured})
-
-
-def write_evidence(ledger: SampleLedger, sample_id: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
-    """Write the evidence among measured values `(n,)` of pairs to the ledger, if both have it."""
-    if "evidence" in measured and "evidence" in ledger.columns:
-        known = ~measured["evidence"].isnan()
-        ledger.write("evidence", sample_id[known], measured["evidence"][known])
+def _weigh_both(weigh: Weigh, given: torch.Tensor, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return weigh(losses, counts) * given
 
 
 def _fill_by_mean(values: torch.Tensor) -> torch.Tensor:
@@ -285,20 +320,15 @@ def _fill_by_mean(values: torch.Tensor) -> torch.Tensor:
     return torch.where(unknown, torch.tensor(1.0) if unknown.all() else values[~unknown].mean(), values)
 
 
-def _score_held(
-    model: nn.Module, block: LoadedBlock, score: Scorer, most: int, chunk_size: int | None
-) -> CandidateScores | None:
+def _score_held(block: LoadedBlock, rescore: Rescore, most: int, chunk_size: int | None) -> CandidateScores:
     """Score the rows that were held back, in as many forward passes as every rank makes, since they may exchange.
 
     Args:
-        model: Model, wrapped or not.
         block: Block with the rows.
-        score: Function that scores rows.
-        most: Largest number of rows that a rank holds back.
+        rescore: Function that scores rows.
+        most: Largest number of rows that a rank holds back, above 0.
         chunk_size: Largest number of rows in a forward pass; None for any.
     """
-    if most == 0:
-        return None
     count = len(block.held["sample_id"])
     num_passes = -(-most // (chunk_size or most))
     size = max(1, -(-count // num_passes))
@@ -306,4 +336,4 @@ def _score_held(
     rows = block.held if count else block.spare
     if len(places) > count:
         rows = {name: value[places.to(value.device)] for name, value in rows.items()}
-    return score(model, rows, rows["sample_id"].cpu(), size).subset(torch.arange(count))
+    return rescore(rows, size).subset(torch.arange(count))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from hf_dissect.data.pairs import PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
@@ -32,7 +33,7 @@ class BlockCollator:
         return {**batch, "inclusion": loaded.inclusion, "planned": loaded.planned, **loaded.unloaded}
 
 
-def plan_loading(plan: LedgerPlan | None, data: Any, ledger: SampleLedger) -> Any:
+def load_by_plan(plan: LedgerPlan | None, data: Any, ledger: SampleLedger) -> Any:
     """Return data of which the plan decides what is loaded; the data themselves without a plan.
 
     Args:
@@ -49,6 +50,13 @@ def plan_loading(plan: LedgerPlan | None, data: Any, ledger: SampleLedger) -> An
     plan.reader = files = StreamPlanFiles(ahead, lambda: data.num_batches)
     data.pick, data.collator = files.picker(plan.rule), BlockCollator(data.collator)
     return data
+
+
+def collate_blocks(loader: DataLoader) -> DataLoader:
+    """Return a loader of map-style pairs whose batches say what the plan loaded, whatever its collator."""
+    base: Any = getattr(loader, "base_dataloader", loader)  # accelerate wraps the loader that has workers
+    base.collate_fn = BlockCollator(base.collate_fn)
+    return loader
 
 
 def check_loading(pairs: Any) -> None:

@@ -28,6 +28,9 @@ class CandidateScores:
         logit_bias: Summand of the logits, for sigmoid losses.
         kind: Loss that the model trains with, `"softmax"` or `"sigmoid"`.
         is_part: True if a plan chose the candidates from a larger block, of which the others keep their past.
+        reference: Scores of the same candidates by the reference model; None if it did not score them.
+        past_correlation: Correlations under a copy of the model from earlier steps, float32 `(B,)` on the CPU; None
+            without one.
     """
 
     is_part: ClassVar[bool] = False
@@ -37,6 +40,8 @@ class CandidateScores:
     logit_scale: torch.Tensor | float = 1.0
     logit_bias: torch.Tensor | float = 0.0
     kind: str = "softmax"
+    reference: "CandidateScores | None" = None
+    past_correlation: torch.Tensor | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -68,6 +73,18 @@ class CandidateScores:
         logits = text_embeds @ image_embeds.T * self.logit_scale + self.logit_bias
         return per_pair_loss(logits.detach(), kind=kind).cpu()
 
+    @cached_property
+    def own_loss(self) -> torch.Tensor:
+        """Loss `-log q` of each pair, float32 `(B,)` on the CPU.
+
+        The probability `q` is that of its partner among the candidates (softmax), or of being a pair (sigmoid).
+        """
+        if self.kind == "softmax":
+            return self.loss
+        image_embeds, text_embeds = self.get_embeds()
+        logits = (image_embeds * text_embeds).sum(-1).float() * self.logit_scale + self.logit_bias
+        return F.softplus(-logits).detach().cpu()
+
     def get_embeds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the embeddings of images and texts `(B, D)` of scored candidates.
 
@@ -82,8 +99,9 @@ class CandidateScores:
 
     def subset(self, indices: torch.Tensor) -> "CandidateScores":
         """Return the scores of some candidates, given by their positions int64 `(n,)`."""
+        reference = None if self.reference is None else self.reference.subset(indices)
         if self.image_embeds is None or self.text_embeds is None:
-            return CandidateScores(self.sample_id[indices])
+            return CandidateScores(self.sample_id[indices], reference=reference)
         on_device = indices.to(self.image_embeds.device)
         return CandidateScores(
             self.sample_id[indices],
@@ -92,6 +110,8 @@ class CandidateScores:
             self.logit_scale,
             self.logit_bias,
             self.kind,
+            reference,
+            None if self.past_correlation is None else self.past_correlation[indices],
         )
 
 

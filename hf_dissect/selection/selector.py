@@ -17,15 +17,18 @@ from hf_dissect.models.loading import find_loss_kind
 from hf_dissect.selection.block_choice import count_selected
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.ledger_plan import make_plan
-from hf_dissect.selection.loaded_blocks import LoadedBlocks, add_evidence, take_block, write_evidence
+from hf_dissect.selection.loaded_blocks import LoadedBlocks, take_block
 from hf_dissect.selection.loop_hooks import Batch, LoopHooks
 from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.options import SCOPES
-from hf_dissect.selection.scope import Kept, gather_selection, rebalance, select_from_all, select_from_own
+from hf_dissect.selection.reference.model import ReferenceModel
+from hf_dissect.selection.scope import Kept, gather_selection, keep_rows, select_from_all, select_from_own
 from hf_dissect.selection.scoring import CandidateScores, choose_autocast, compute_correlation, score
 from hf_dissect.selection.strategies import make_strategy
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
+
+__all__ = ["Batch", "LoopHooks", "OnlineSelector"]
 
 
 class OnlineSelector:
@@ -44,6 +47,7 @@ class OnlineSelector:
         kind: Loss of the model, "softmax" or "sigmoid"; None to recognise it from the model.
         scoring_batch_size: Candidates in one scoring forward pass; None for all.
         scores_all: True to score the candidates even if the strategy needs no scores.
+        reference: Reference model, for a strategy that needs one; a dual encoder is frozen.
         padding: Value and side of the padding of tokenised captions, see `SelectionCollator.padding`.
         ranks: Processes of the run; None for the processes that `accelerate` sees.
         bad_rows: Counter of unreadable rows; None for one that never stops the run.
@@ -59,11 +63,12 @@ class OnlineSelector:
         strategy: `SelectionStrategy` of the run.
         bad_rows: `BadRows`, the unreadable rows so far.
         plan: `LedgerPlan` that decides which candidates are loaded; None if all are.
+        knows_reference: True if the ledger holds the scores of the reference, so that it need not score the batches.
         epoch: Current epoch, counted from 0.
         updated_epoch: Last epoch that began with an update of strategy and objective.
 
     Raises:
-        ValueError: `ratio` or `scope` is not allowed, or the strategy does not exist.
+        ValueError: `ratio` or `scope` is not allowed, the strategy does not exist, or its reference is missing.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class OnlineSelector:
         kind: str | None = None,
         scoring_batch_size: int | None = None,
         scores_all: bool = False,
+        reference: ReferenceModel | nn.Module | None = None,
         padding: Mapping[str, tuple[int, str]] | None = None,
         ranks: Ranks | None = None,
         bad_rows: BadRows | None = None,
@@ -92,6 +98,10 @@ class OnlineSelector:
         if scope not in SCOPES:
             raise ValueError(f"scope={scope!r}: choose one of {', '.join(SCOPES)}.")
         self.strategy = make_strategy(strategy, **options) if isinstance(strategy, str) else strategy
+        if self.strategy.reference and reference is None:
+            raise ValueError(f"reference is missing: the strategy {self.strategy.name!r} needs a reference model.")
+        self.reference = ReferenceModel(reference) if isinstance(reference, nn.Module) else reference
+        self.knows_reference = False
         self.plan = make_plan(self.strategy, ratio, rescore_every, seed, keeps_before=num_samples is None)
         planned = () if self.plan is None else self.plan.columns
         names = dict.fromkeys(("correlation", *self.strategy.columns, *columns, *planned))
@@ -101,14 +111,14 @@ class OnlineSelector:
         self.seed = seed
         self.kind = kind
         self.scoring_batch_size = scoring_batch_size
-        self.scoring_dtype = scoring_dtype
         self.scores_all = scores_all
+        self.scoring_dtype = scoring_dtype
         self.padding = dict(padding or {})
         self.ranks = Ranks() if ranks is None else ranks
         self.bad_rows = BadRows(1.0, num_samples) if bad_rows is None else bad_rows
         self.trace = SelectionTrace() if trace is None else trace
         self.hooks = hooks
-        self._blocks = LoadedBlocks(self.strategy, self.ledger, self.ranks, self.trace)
+        self._blocks = LoadedBlocks(self.plan, self.strategy, self.ledger, self.ranks, self.trace)
         self.epoch = 0
         self.updated_epoch = 0
         self._step = 0
@@ -127,8 +137,7 @@ class OnlineSelector:
             if renew is not None:
                 renew(self.ledger)
         self.strategy.on_epoch_begin(epoch, self.ledger)
-        if self.plan is not None:
-            self.plan.begin_epoch(epoch, self.ledger)
+        self._blocks.begin_epoch(epoch)
 
     def select(
         self, model: nn.Module, batch: Batch, *, step: int | None = None, micro_step: int = 0
@@ -142,8 +151,8 @@ class OnlineSelector:
             micro_step: Number of the batch within the step, if gradients are accumulated.
 
         Returns:
-            Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)` if the strategy has
-            weights, and with a function `reweigh` if they follow from the losses, see `LoadedBlocks.keep`.
+            Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)`, the product of the
+            weights of the strategy and of the data, if there are any; see `LoadedBlocks.keep` for a plan.
 
         Raises:
             TooManyBadRows: More rows are unreadable than `bad_rows` allows.
@@ -154,21 +163,22 @@ class OnlineSelector:
         step, self._step = self._step if step is None else step, self._step + 1
         if micro_step == 0:
             self.strategy.begin_step()
+            if self.strategy.past_model is not None:
+                self.strategy.past_model.update(model)
         sample_id, problems = batch["sample_id"].cpu(), read_problems(batch)
         good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu(), problems)
         batch = {name: value for name, value in batch.items() if name != PROBLEM_KEY}
         if block is not None:
-            counts = self._agree(int((block.inclusion[good] > 0).sum()))
+            counts = self.hooks.exchange_size(int((block.inclusion[good] > 0).sum()), self.ranks)
             block.epoch, block.step = self.epoch, step
-            return self._blocks.keep(self._prepare(model, batch), block, good, counts)
-        sizes = self._agree(len(good))
-        if self.plan is not None and min(sizes):
-            self._blocks.pass_over()
-        batch = self._prepare(model, batch)
+            return self._blocks.keep(self.hooks.move(model, batch), block, good, counts)
+        sizes = self.hooks.exchange_size(len(good), self.ranks)
+        self._blocks.pass_over(sizes)
+        batch = self.hooks.move(model, batch)
         candidates = self.score(model, batch, sample_id, good).subset(good)
         kept = self._choose(candidates, sizes, step, micro_step)
         self._note(batch, candidates, good, kept, sizes, step)
-        return self._keep(batch, good, kept)
+        return keep_rows(batch, good, kept, self.ranks, self.padding)
 
     def score(
         self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, good: torch.Tensor | None = None
@@ -186,27 +196,29 @@ class OnlineSelector:
         """
         if not self.scores_candidates:
             return CandidateScores(sample_id)
-        return self._score(model, batch, sample_id, self.scoring_batch_size, slice(None) if good is None else good)
-
-    def _score(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        sample_id: torch.Tensor,
-        chunk_size: int | None,
-        readable: Any = slice(None),
-    ) -> CandidateScores:
         with self.hooks.measure("scoring"):
-            scores = score(
-                model,
-                forward_inputs(model, batch),
-                sample_id,
-                kind=self.kind or find_loss_kind(model),
-                chunk_size=chunk_size,
-                autocast=choose_autocast(model, self.scoring_dtype, self.hooks.autocast),
-            )
+            scores = self._score(model, batch, sample_id)
+            past, readable = self.strategy.past_model, slice(None) if good is None else good
+            if past is not None and past.is_ready:
+                with past.in_place_of(model):
+                    scores.past_correlation = self._score(model, batch, sample_id).correlation
+            if self.reference is not None and (self.strategy.reference == "batch" or not self.knows_reference):
+                chunk_size, autocast = self.scoring_batch_size, self.hooks.autocast
+                scores.reference = self.reference.score(batch, sample_id, chunk_size=chunk_size, autocast=autocast)
             self.hooks.check_finite(scores.correlation[readable], "the correlation", sample_id[readable])
         return scores
+
+    def _score(
+        self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, chunk_size: int | None = None
+    ) -> CandidateScores:
+        return score(
+            model,
+            forward_inputs(model, batch),
+            sample_id,
+            kind=self.kind or find_loss_kind(model),
+            chunk_size=chunk_size or self.scoring_batch_size,
+            autocast=choose_autocast(model, self.scoring_dtype, self.hooks.autocast),
+        )
 
     @property
     def monitor(self) -> SelectionMonitor:
@@ -254,9 +266,15 @@ class OnlineSelector:
         Args:
             model: Dual encoder that trained, wrapped or not.
         """
-        scores = self.strategy.needs_scores(self.epoch)
-        kind = self.kind or find_loss_kind(model)
-        self._blocks.finish(model, self._score, scores, kind, self.scoring_batch_size)
+
+        def score_rows(rows: Batch, chunk_size: int) -> CandidateScores:
+            with self.hooks.measure("scoring"):
+                scores = self._score(model, rows, rows["sample_id"].cpu(), chunk_size)
+                self.hooks.check_finite(scores.correlation, "the correlation", scores.sample_id)
+            return scores
+
+        rescore = score_rows if self.strategy.needs_scores(self.epoch) else None
+        self._blocks.finish(model, self.kind or find_loss_kind(model), rescore, self.scoring_batch_size)
 
     def pop_logs(self) -> dict[str, float]:
         """Return the figures of the selections since the last call, as `selection_*`."""
@@ -264,10 +282,8 @@ class OnlineSelector:
 
     def reset(self, step: int = 0) -> None:
         """Count epochs from the beginning again, and discard the record of selections from step `step` on."""
-        self.epoch, self.updated_epoch, self._step = -1, 0, step
-        self._blocks.clear()
-        if self.plan is not None:
-            self.plan.reset()
+        self.epoch, self.updated_epoch, self._step, self.knows_reference = -1, 0, step, False
+        self._blocks.reset()
         self.trace.restart(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,7 +294,9 @@ class OnlineSelector:
             "updated_epoch": self.updated_epoch,
             "monitor": self.monitor.state_dict(),
             "strategy": self.strategy.state_dict(),
-            **({} if self.plan is None else {"plan": self.plan.state_dict()}),
+            "plan": None if self.plan is None else self.plan.state_dict(),
+            "reference": self.reference.name if self.reference is not None and self.knows_reference else None,
+            "past_model": None if self.strategy.past_model is None else self.strategy.past_model.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -288,19 +306,11 @@ class OnlineSelector:
         self.monitor.load_state_dict(state["monitor"])
         if state.get("strategy"):
             self.strategy.load_state_dict(state["strategy"])
-        if self.plan is not None and "plan" in state:
+        if self.plan is not None and state.get("plan"):
             self.plan.load_state_dict(state["plan"])
-
-    def _agree(self, num_good: int) -> list[int]:
-        if self.hooks.agree is not None:
-            return self.hooks.agree(num_good)
-        return self.ranks.gather_numbers(num_good).flatten().tolist()
-
-    def _prepare(self, model: nn.Module, batch: Batch) -> Batch:
-        if self.hooks.prepare is not None:
-            return self.hooks.prepare(batch)
-        device = next(model.parameters()).device
-        return {name: value.to(device) for name, value in batch.items()}
+        self.knows_reference = self.reference is not None and state.get("reference") == self.reference.name
+        if self.strategy.past_model is not None and state.get("past_model"):
+            self.strategy.past_model.load_state_dict(state["past_model"])
 
     def _choose(self, candidates: CandidateScores, sizes: list[int], step: int, micro_step: int) -> Kept:
         chooses_alone = self.scope == "local" or self.strategy.keeps_all or self.ranks.alone
@@ -312,20 +322,16 @@ class OnlineSelector:
     def _num_selected(self, num_candidates: int) -> int:
         if self.strategy.keeps_all:
             return num_candidates
-        return count_selected(self.ratio, num_candidates)
+        return count_selected(self.strategy.choose_ratio(self.ratio), num_candidates)
 
     def _note(
         self, batch: Batch, candidates: CandidateScores, good: torch.Tensor, kept: Kept, sizes: list[int], step: int
     ) -> None:
         """Write the choice to the trace, and the scores to the ledger, both on every rank."""
         is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
-        if self.plan is not None:
-            kept = add_evidence(kept, candidates, sizes, self.ledger)
+        kept = self._blocks.add_evidence(kept, candidates, sizes)
         columns, measured = gather_selection(candidates, kept, is_clean, sizes, self.ranks)
-        if self.plan is not None:
-            write_evidence(self.ledger, columns["sample_id"], measured)
-            loaded = torch.ones_like(columns["kept"])
-            columns |= {"loaded": loaded, "scored": loaded & ("correlation" in columns)}
+        self._blocks.note_whole(columns, measured)
         self.trace.observe(self.epoch, step, columns)
         if "correlation" in columns:
             self._record(columns["sample_id"], columns["correlation"], measured)
@@ -338,14 +344,3 @@ class OnlineSelector:
     ) -> None:
         self.ledger.write("correlation", sample_id, correlation)
         self.strategy.record(sample_id, correlation, self.ledger, measured)
-
-    def _keep(self, batch: Batch, good: torch.Tensor, kept: Kept) -> dict[str, torch.Tensor]:
-        if len(kept.indices) == len(batch["sample_id"]) and kept.weights is None:
-            kept_batch = dict(batch)
-        else:
-            device = batch["sample_id"].device
-            rows = good[kept.indices].to(device)
-            kept_batch = {name: value[rows] for name, value in batch.items()}
-            if kept.weights is not None:
-                kept_batch["pair_weight"] = kept.weights.to(device)
-        return rebalance(kept_batch, kept.counts, self.ranks, self.padding)

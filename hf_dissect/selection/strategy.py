@@ -8,6 +8,7 @@ import torch
 
 from hf_dissect.losses.contrastive import Weigh
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.past_model import PastModel
 from hf_dissect.selection.scoring import CandidateScores
 
 SCORED_EPOCHS = 2
@@ -43,6 +44,11 @@ class SelectionStrategy:
             with the largest values train.
         plan_columns: Further ledger columns that `plan` reads; `evidence` is written by the selector.
         why_no_plan: Reason why a rule without `plan` has none, for an error.
+        reference: Use of a reference model. "": none. "stored": its scores are put in the ledger before the first
+            step (`measure_reference`), and for a stream, it scores every batch. "batch": it scores every batch.
+            "before": its scores must be in the ledger before the first step.
+        past_model: Copy of the model from earlier steps that scores the candidates, too; None without one.
+        warmup: What the steps of a warm-up do, for a warning.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
             `select`, so that a resumed run chooses like an uninterrupted one, and the random stream of the training is
             not touched.
@@ -55,9 +61,12 @@ class SelectionStrategy:
     samples: ClassVar[bool] = False
     plan_columns: ClassVar[tuple[str, ...]] = ()
     why_no_plan: ClassVar[str] = "it has no method plan"
+    reference: ClassVar[str] = ""
+    warmup: ClassVar[str] = "train on a random subset"
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
+        self.past_model: PastModel | None = None
 
     def needs_scores(self, epoch: int) -> bool:
         """Return True if candidates of an epoch (counted from 0) must be scored before they are selected."""
@@ -80,6 +89,17 @@ class SelectionStrategy:
             epoch: Epoch, counted from 0.
             ledger: Ledger to read from.
         """
+
+    def begin_run(self, num_steps: int) -> None:
+        """Begin a run, before a saved state is loaded.
+
+        Args:
+            num_steps: Number of optimiser steps of the run.
+        """
+
+    def choose_ratio(self, ratio: float) -> float:
+        """Return the selection ratio of the next selection, the same on every rank, from that of the settings."""
+        return ratio
 
     def begin_step(self) -> None:
         """Begin an optimiser step, of one selection or more; called on every rank."""
@@ -122,15 +142,15 @@ class SelectionStrategy:
         """
         raise NotImplementedError
 
-    def reweigh(self, planned: torch.Tensor, inclusion: torch.Tensor) -> torch.Tensor | Weigh | None:
-        """Return the factors of the losses of pairs that were chosen by `plan`.
+    def reweigh(self, planned: torch.Tensor, inclusion: torch.Tensor) -> Weigh | None:
+        """Return the factors of the losses of pairs that were drawn by `plan`, if they follow from these losses, too.
 
         Args:
             planned: Planned values of the `k` pairs, float32 `(k,)`; NaN for pairs that the ledger did not know.
             inclusion: Probabilities with which they were chosen, float32 `(k,)`, above 0.
 
         Returns:
-            Factors `(k,)`, a function that makes them from the losses of the step, or None for equal ones.
+            Function from the losses of the step to factors; None for the planned weights over the probabilities.
         """
         return None
 
@@ -152,6 +172,17 @@ class SelectionStrategy:
 
         Returns:
             Values by name, float32 `(B,)` on the CPU.
+        """
+        return {}
+
+    def measure_reference(self, scores: CandidateScores) -> Mapping[str, torch.Tensor]:
+        """Measure values of pairs under the reference model for the ledger, before the first step.
+
+        Args:
+            scores: Scores by the reference of a shuffled batch of pairs, as large as a batch of candidates.
+
+        Returns:
+            Values by ledger column, float32 `(B,)` on the CPU.
         """
         return {}
 
@@ -192,6 +223,14 @@ def keep_largest(priority: torch.Tensor, k: int) -> Selection:
     """Keep the `k` largest values of priorities `(B,)`; the earlier of equal candidates comes first."""
     order = torch.argsort(priority, descending=True, stable=True)
     return Selection(indices=order[:k].sort().values, priority=priority)
+
+
+def keep_largest_known(priority: torch.Tensor, k: int, generator: torch.Generator) -> Selection:
+    """Keep the `k` largest values; NaN counts as the median, and without any other value, the choice is random."""
+    known = ~priority.isnan()
+    if not known.any():
+        return keep_random(len(priority), k, generator)
+    return keep_largest(torch.where(known, priority, priority[known].median()), k)
 
 
 def keep_random(num_candidates: int, k: int, generator: torch.Generator) -> Selection:

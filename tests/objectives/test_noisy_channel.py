@@ -27,7 +27,7 @@ KEYS = {"image_key": torch.tensor([1, 1, 2, 3, 4, 5]), "caption_key": torch.tens
 IDS = torch.tensor([3, 9, 4, 1, 30, 22])
 
 
-def written_out(kind: str, texts, images, scale, bias, pi: float, given, masked: bool):
+def written_out(kind: str, texts, images, scale, bias, pi: float, given, masked: bool, smoothing: float):
     """The weighted loss with every matrix in full, and the evidence of the pairs."""
     logits, own = texts @ images.T * scale + bias, torch.eye(len(texts), dtype=torch.bool)
     excluded = torch.zeros_like(own)
@@ -39,11 +39,16 @@ def written_out(kind: str, texts, images, scale, bias, pi: float, given, masked:
     count = (~excluded).sum(1)
     kept = logits.masked_fill(excluded, -math.inf)
     losses = -(kept.log_softmax(1).diagonal() + kept.log_softmax(0).diagonal()) / 2
-    q = torch.exp(-losses).detach()
+    ratio = count * torch.exp(-losses).detach()
+    if smoothing:
+        above = (ratio - smoothing) / (1 - smoothing)
+        ratio = torch.where(ratio > 2 * smoothing, above, ratio / (2 * (1 - smoothing))).clamp_max(count)
+    q = ratio / count
     posterior = pi * q / (pi * q + (1 - pi) / count)
     weights = posterior.square()
     if kind == "softmax":
-        losses = weights * losses
+        uniform = -sum(kept.log_softmax(way).masked_fill(excluded, 0).sum(way) / count for way in (0, 1)) / 2
+        losses = weights * ((1 - smoothing) * losses + smoothing * uniform)
     else:
         of_strangers = F.softplus(logits).masked_fill(excluded | own, 0).sum(1)
         losses = weights * F.softplus(-logits.diagonal()) + of_strangers
@@ -53,12 +58,12 @@ def written_out(kind: str, texts, images, scale, bias, pi: float, given, masked:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("with_logits", [False, True])
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_the_loss_weights_each_pair_by_its_posterior_squared(kind, with_logits, weighted, masked):
+@pytest.mark.parametrize(("kind", "smoothing"), [("softmax", 0.0), ("softmax", 0.3), ("sigmoid", 0.0)])
+def test_the_loss_weights_each_pair_by_its_posterior_squared(kind, smoothing, with_logits, weighted, masked):
     torch.manual_seed(1)
     images, texts = (F.normalize(torch.randn(6, 8, dtype=torch.float64), dim=-1).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(value, dtype=torch.float64) for value in (4.0, -1.5 if kind == "sigmoid" else 0.0))
-    robust, ledger = NoisyChannelObjective(), SampleLedger(40, columns=NoisyChannelObjective.columns)
+    robust, ledger = NoisyChannelObjective(smoothing), SampleLedger(40, columns=NoisyChannelObjective.columns)
     robust.channel.pi = 0.7
     objective = Objective(kind, mask_false_negatives=masked, robust=robust)
     batch = {"sample_id": IDS, **(KEYS if masked else {})}
@@ -69,7 +74,7 @@ def test_the_loss_weights_each_pair_by_its_posterior_squared(kind, with_logits, 
     if with_logits:
         outputs["logits_per_text"] = texts @ images.T * scale + bias
     loss = objective.compute_loss(torch.nn.Identity(), batch, outputs, scale, bias, ledger)
-    expected, posterior, evidence = written_out(kind, texts, images, scale, bias, 0.7, given, masked)
+    expected, posterior, evidence = written_out(kind, texts, images, scale, bias, 0.7, given, masked, smoothing)
     torch.testing.assert_close(loss, expected)
     for got, wanted in zip(
         torch.autograd.grad(loss, (images, texts)), torch.autograd.grad(expected, (images, texts)), strict=True
@@ -194,7 +199,7 @@ def test_the_estimate_is_logged_and_stands_in_figures_report_and_card(tmp_path):
     report, card = ((tmp_path / name).read_text() for name in ("report.html", "README.md"))
     assert "Mismatched, estimated over optimiser steps" in report and share in report
     assert f"| Mismatched pairs, as the run estimates | {share} |" in card
-    assert "| Weights of the noisy channel | yes |" in card and "efron2001empirical" in card
+    assert '| Weights of the noisy channel | {"smoothing": 0.1} |' in card and "efron2001empirical" in card
 
 
 # ---- several processes ----

@@ -100,8 +100,8 @@ def test_every_setting_is_explained(section):
         ),
         (
             {"training": {"learning_rte": 0.1}},
-            "training.learning_rte: unknown key (value 0.1); allowed: the fields of transformers.TrainingArguments; "
-            "did you mean 'learning_rate'?",
+            "training.learning_rte: unknown key (value 0.1); allowed: average_weights and the fields of "
+            "transformers.TrainingArguments; did you mean 'learning_rate'?",
         ),
         (
             {"selection": {"options": {"variante": "momentum"}}},
@@ -155,7 +155,8 @@ def test_every_setting_is_explained(section):
         (
             {"selection": {"strategy": "disect"}},
             "selection.strategy: 'disect' is not allowed; "
-            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, noisy_channel, none; "
+            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, "
+            "info_batch, scan, divbs, forgetting, noisy_channel, learnability, rho, jest, coreset, none; "
             "did you mean 'dissect'?",
         ),
         (
@@ -229,6 +230,26 @@ def test_every_setting_is_explained(section):
             "data.noise_permutation: 'o.npy' and data.noise_rate 0.2 are both set",
         ),
         (
+            {"data": {"noise_kind": "near"}},
+            "data.noise_kind: 'near' is not allowed; allowed: random, neighbours, partial",
+        ),
+        (
+            {"data": {"noise_kind": "partial"}},
+            "data.noise_kind: 'partial' would change no caption: data.noise_rate is 0",
+        ),
+        (
+            {"data": {"noise_kind": "partial", "noise_permutation": "o.npy"}},
+            "data.noise_kind: 'partial' and data.noise_permutation 'o.npy' are both set",
+        ),
+        (
+            {"data": {"noise_kind": "neighbours", "noise_rate": 0.2}},
+            "data.noise_kind: 'neighbours' needs stored features of the images; name a .npz file with",
+        ),
+        (
+            {"data": {"noise_kind": "partial", "noise_rate": 0.2, "text_features": "t.npz"}},
+            "data.noise_kind: 'partial' changes words, but data.text_features 't.npz' would stay",
+        ),
+        (
             {"data": {"streaming": True, "noise_rate": 0.2}, "training": {"max_steps": 5}},
             "data.noise_rate: 0.2 needs all captions at once; set data.streaming to false",
         ),
@@ -293,7 +314,7 @@ def test_every_setting_is_explained(section):
         ),
         (
             {"objective": {"noisy_channel": {"pi": 0.3}}},
-            "objective.noisy_channel.pi: unknown key (value 0.3); allowed: none, it has no settings",
+            "objective.noisy_channel.pi: unknown key (value 0.3); allowed: smoothing",
         ),
         (
             {"objective": {"noisy_channel": True}},
@@ -370,7 +391,8 @@ def test_every_setting_is_explained(section):
         (
             {"compare": {"strategies": ["none", "luck"]}},
             "compare.strategies: 'luck' is not a strategy; "
-            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, noisy_channel, none, "
+            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, "
+            "info_batch, scan, divbs, forgetting, noisy_channel, learnability, rho, jest, coreset, none, "
             "dissect:warmup, dissect:momentum",
         ),
         ({"compare": {"strategies": ["random:momentum"]}}, "compare.strategies: 'random:momentum' is not a strategy"),
@@ -604,7 +626,7 @@ def test_training_arguments_gather_the_sections():
             | {"shuffle_buffer": 100},
             selection={"ratio": 0.3, "record": True, "options": {"variant": "momentum"}, "mask_false_negatives": True}
             | {"scope": "global"},
-            objective={"grad_cache_chunk_size": 16, "gsc": None, "noisy_channel": None},
+            objective={"grad_cache_chunk_size": 16, "gsc": None, "noisy_channel": None, "rince": None},
             evaluation={"batch_size": 64},
             training={"seed": 3, "learning_rate": 0.01},
         )
@@ -625,6 +647,10 @@ def test_training_arguments_gather_the_sections():
         "grad_cache_chunk_size": 16,
         "gsc": None,
         "noisy_channel": None,
+        "selection_reference": None,
+        "rince": None,
+        "symnce": None,
+        "weight_column": None,
         "scoring_batch_size": None,
         "record_selection": True,
         "max_bad_fraction": 0.01,
@@ -658,13 +684,13 @@ def test_soft_labels_have_the_same_defaults_in_a_recipe_and_in_python():
     assert changed.with_overrides(["objective.gsc=null"]).objective.gsc is None
 
 
-def test_an_objective_without_settings_survives_a_round_trip(tmp_path):
+def test_an_objective_with_its_defaults_survives_a_round_trip(tmp_path):
     recipe = Recipe.from_dict(minimal()).with_overrides(["objective.noisy_channel={}"])
     assert recipe.objective.noisy_channel == NoisyChannelSection()
     recipe.save(tmp_path / "recipe.yaml")
     loaded = Recipe.load(tmp_path / "recipe.yaml")
-    assert loaded == recipe and loaded.training_arguments()["noisy_channel"] == {}
-    assert select_shareable(loaded.to_dict())[0]["objective"]["noisy_channel"] == {}
+    assert loaded == recipe and loaded.training_arguments()["noisy_channel"] == {"smoothing": 0.1}
+    assert select_shareable(loaded.to_dict())[0]["objective"]["noisy_channel"] == {"smoothing": 0.1}
     assert loaded.with_overrides(["objective.noisy_channel=null"]).objective.noisy_channel is None
 
 

@@ -131,3 +131,18 @@ def test_resume_takes_over_finished_runs_of_the_same_settings_only(tmp_path):
     changed = recipe.with_overrides(["training.weight_decay=0.3"])
     compare(changed, ["none"], [0], resume=True, announce=announced.append)
     assert announced == ["[1/1] none"]
+
+
+def test_strategies_with_a_reference_stand_next_to_others(tmp_path):
+    compare(tiny_recipe(tmp_path / "first", training={"max_steps": 2}), ["none"], [0])
+    reference = tmp_path / "first" / "none-seed0"
+    names = ["none", "learnability", "rho", "jest", "coreset"]
+    recipe = tiny_recipe(
+        tmp_path / "all", selection={"reference": str(reference)}, compare={"strategies": names, "seeds": [0]}
+    )
+    comparison = compare(recipe)
+    assert [row["strategy"] for row in comparison["table"]] == names
+    assert len({run["steps"] for run in comparison["runs"]}) == 1  # a step of the coreset stands for a whole batch
+    assert [run.get("reference") for run in comparison["runs"]] == [None, *["a local model"] * 4]
+    shares = [run["selection"]["noise_kept"] for run in comparison["runs"]]
+    assert shares[0] == 0.25 and all(0 <= share <= 1 for share in shares)
