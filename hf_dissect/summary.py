@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_dissect.cards.privacy import hub_id
+from hf_dissect.data.noise_kinds import describe_noise
 from hf_dissect.data.shards.skipped import find_skipped, summarize_all_skipped
 from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation.selection_figures import (
@@ -77,20 +79,30 @@ class SelectionSummary:
     def collect_metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
         """Return the strategy, the figures of the selection, the adapter and the settings."""
         name, adapter = self._selector.strategy.name, describe_adapter(model)
+        reference = self._selector.reference
         return {
             "name": name,
             "strategy": name,
             "num_pairs": count_pairs(self._dataset),
+            **({} if (noise := self._describe_noise()) is None else {"injected_noise": noise}),
             "selection": {
                 **compute_selection_figures(self._selector.monitor),
                 **self._selector.strategy.compute_figures(),
                 **({} if self._objective.robust is None else self._objective.robust.compute_figures()),
                 **self._label_figures,
             },
+            **({} if reference is None else {"reference": hub_id(reference.name) or "a local model"}),
             **({} if adapter is None else {"adapter": adapter}),
             **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
             "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),
         }
+
+    def _describe_noise(self) -> str | None:
+        """Describe the captions that the recipe makes wrong on purpose; None without any."""
+        data = getattr(self._recipe, "data", None)
+        if data is None:
+            return None
+        return describe_noise(data.noise_kind, data.noise_rate, data.noise_seed, data.noise_permutation)
 
     def _is_sampled(self) -> bool:
         """Return True if the figures of noise detection rest on a sample of the training pairs."""

@@ -14,8 +14,9 @@ from transformers.trainer_utils import TrainOutput
 from hf_dissect import training_data
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pair_keys import OPTIONAL_ROW_KEYS, ROW_KEYS
 from hf_dissect.data.pair_sample import sample_pairs
-from hf_dissect.data.pairs import ROW_KEYS, PairStream
+from hf_dissect.data.pairs import PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_encoder import PairEncoder
@@ -27,11 +28,13 @@ from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
 from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.selection.reference.loading import load_reference
 from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.chunked_step import step_in_chunks
 from hf_dissect.training.non_finite import check_finite
+from hf_dissect.training.reference_pass import ReferencePass, plan_loading
 from hf_dissect.training.reload_check import make_callbacks
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
@@ -51,6 +54,7 @@ class DissectTrainer(BaseTrainer):
         processing_class: Processor of the model, which is saved with it.
         strategy: Strategy of the run; None for the one that `args` names.
         recipe: `Recipe` of the run, which is saved with it; None without one.
+        reference_model: Reference of the strategy, frozen here; None for the one that `args` names.
         trainer_arguments: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -82,6 +86,7 @@ class DissectTrainer(BaseTrainer):
         processing_class: Any = None,
         strategy: SelectionStrategy | None = None,
         recipe: Any = None,
+        reference_model: nn.Module | None = None,
         **trainer_arguments: Any,
     ) -> None:
         args = DissectTrainingArguments("runs/dissect") if args is None else args
@@ -104,7 +109,7 @@ class DissectTrainer(BaseTrainer):
         self.data_collator = training_data.try_collator(collator, train_dataset, eval_dataset)
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
-        self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy)
+        self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)
@@ -114,11 +119,14 @@ class DissectTrainer(BaseTrainer):
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
         for callback in make_callbacks(self.data_collator, self.train_dataset):
             self.add_callback(callback)
+        self.add_callback(ReferencePass(self.selector, self.stop_request))
 
-    def _make_selector(self, strategy: SelectionStrategy) -> OnlineSelector:
+    def _make_selector(self, strategy: SelectionStrategy, reference: nn.Module | None) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
+        parts = (self.model, args, pairs, self.data_collator, training_data.make_collator)
         return OnlineSelector(
             strategy,
+            reference=load_reference(strategy, reference, *parts),
             **args.selector_settings(),
             num_samples=getattr(pairs, "num_samples", None),
             columns=self.objective.columns,
@@ -135,7 +143,9 @@ class DissectTrainer(BaseTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
         if not isinstance(self.train_dataset, PairStream):
-            return super().get_train_dataloader()
+            pairs: Any = self.train_dataset
+            loading = plan_loading(self.selector, pairs, self._train_batch_size, self._get_train_sampler)
+            return self._get_dataloader(pairs, "Training", *loading, is_training=True)
         self.stream = training_data.make_stream_loader(self.train_dataset, self.data_collator, self.args)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
@@ -334,7 +344,7 @@ class DissectTrainer(BaseTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, "key", "task_id", "is_clean", "text_features"]
+        names: list[str] = [*(self._signature_columns or ()), *ROW_KEYS, *OPTIONAL_ROW_KEYS]
         self._signature_columns = list(dict.fromkeys(names))  # type: ignore[assignment]  # transformers declares None
 
     def _check_finite(self, values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:

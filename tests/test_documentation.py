@@ -67,6 +67,8 @@ COMMANDS = {
         *FINETUNE,
         "objective.gsc.warmup_epochs=0",
     ],
+    "hf-dissect train mine.yaml objective.noisy_channel={} selection.strategy=none": FINETUNE,
+    "hf-dissect train mine.yaml selection.strategy=noisy_channel": FINETUNE,
     "make peft-suite": None,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
@@ -182,7 +184,20 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
-        *("mine", "mine-2", "mine-3", "mine-4", "mine-5", "mine-6", "mine-7", "flickr8k-local", "cc3m", "cc3m-2"),
+        *(
+            "mine",
+            "mine-2",
+            "mine-3",
+            "mine-4",
+            "mine-5",
+            "mine-6",
+            "mine-7",
+            "mine-8",
+            "mine-9",
+            "flickr8k-local",
+            "cc3m",
+            "cc3m-2",
+        ),
         *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-utd-mhad-3", "amid-clip", "pairs", "pairs-2"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
@@ -296,6 +311,13 @@ def check_augmentation_trains(snippet, page, data, capsys):
     assert trainer.state.global_step == 20 and len(trainer.bad_rows) == 0
 
 
+def check_weights_of_a_column_train(snippet, page, data, capsys):
+    model, processor = tiny_models.tiny_clip()
+    trainer = run(snippet, page, model=model, processor=processor, dataset=tiny_models.tiny_pairs(96))["trainer"]
+    assert trainer.state.global_step == 20
+    assert [trainer.train_dataset[row]["weight"] for row in range(4)] == [1.0, 0.5, 1.0, 0.5]
+
+
 # The check of each Python snippet, by its page and its number there.
 def check_captions_are_exchanged(snippet, page, data, capsys):
     run(snippet.replace("/data", str(data)), page)
@@ -308,6 +330,7 @@ SNIPPETS = {
     ("README.md", 1): check_plain_loop_selects,
     ("docs/tutorial.md", 0): check_captions_are_exchanged,
     ("docs/python.md", 0): check_training_from_scratch,
+    ("docs/python.md", 1): check_weights_of_a_column_train,
     ("docs/data.md", 0): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/own_strategy.md", 0): check_strategy_trains,

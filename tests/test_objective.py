@@ -106,6 +106,7 @@ SMALL = {"selection_options": None, "gsc": GSC}
 
 def small_trainer(folder, *, family: str = "tiny_clip", strategy=None, train=None, **settings) -> DissectTrainer:
     model, processor = getattr(tiny_models, family)()
+    compares = getattr(STRATEGIES.get(settings.get("selection_strategy")), "reference", "")
     defaults = dict(per_device_train_batch_size=16, num_train_epochs=3, learning_rate=1e-3, save_run_folder=False)
     settings = {**defaults, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **settings}
     return DissectTrainer(
@@ -114,6 +115,7 @@ def small_trainer(folder, *, family: str = "tiny_clip", strategy=None, train=Non
         train_dataset=shuffle_captions(tiny_models.tiny_pairs(64), rate=0.25) if train is None else train,
         args=DissectTrainingArguments(str(folder), use_cpu=True, **settings),
         strategy=strategy,
+        reference_model=getattr(tiny_models, family)(seed=9)[0] if compares else None,
     )
 
 

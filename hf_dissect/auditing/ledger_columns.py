@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from hf_dissect.losses.noisy_channel import estimate_matches
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.ledger import LEDGER_FILE, read_ledger
 from hf_dissect.selection.soft_labels import SoftLabels
@@ -55,8 +56,9 @@ def read_ledger_columns(
 
     Returns:
         Columns, float32 `(n,)` each, NaN where the run did not meet a pair: `ledger_<column>`;
-        `ledger_differential`, the history minus the correlation now (DISSect), where there is a history; and
-        `ledger_label`, the soft label (GSC), where there is one.
+        `ledger_differential`, the history minus the correlation now (DISSect), where there is a history;
+        `ledger_label`, the soft label (GSC), where there is one; and `ledger_match`, the probability that a pair is
+        matched, by the last evidence of the run (noisy channel), where there is some.
 
     Raises:
         ValueError: No pair of the ledger is among these.
@@ -75,6 +77,8 @@ def read_ledger_columns(
     if {"y_cm", "y_im"} <= set(ledger.columns):
         label = SoftLabels().of(ledger, sample_id)
         columns["ledger_label"] = torch.where(ledger.read("y_cm", sample_id).isnan(), torch.nan, label)
+    if "evidence" in known:
+        columns["ledger_match"] = estimate_matches(known["evidence"])[0]
     return columns
 
 

@@ -38,6 +38,7 @@ _PLACES = (
     ("data", "path"),
     *(("data", name) for name in _NEXT_TO_THE_DATA),
     ("selection", "ledger"),
+    ("selection", "reference"),
     ("evaluation.zero_shot", "path"),
 )
 _PUBLISHED_WITH_THE_MODEL = (("model", "tokenizer"), ("student", "processor"))
@@ -121,7 +122,7 @@ def _is_public(value: Any, at_hub: bool) -> bool:
 
 
 def _may_be_at_hub(section: dict[str, Any], name: str) -> bool:
-    return name in ("name_or_path", "second_name_or_path", "tokenizer", "processor") or (
+    return name in ("name_or_path", "second_name_or_path", "tokenizer", "processor", "reference") or (
         name == "path" and section.get("source") == "hub"
     )
 

@@ -95,7 +95,9 @@ def _source_conflicts(section: DataSection | ZeroShotSection, where: str) -> Ite
 
 
 def noise_conflicts(data: DataSection) -> Iterator[Fault]:
-    """Yield the faults of captions that are shuffled on purpose."""
+    """Yield the faults of captions that are made wrong on purpose."""
+    if data.noise_kind != "random":
+        yield from _noise_kind_conflicts(data)
     if data.noise_rate and data.noise_permutation:
         yield (
             ("data.noise_permutation", "data.noise_rate"),
@@ -108,6 +110,34 @@ def noise_conflicts(data: DataSection) -> Iterator[Fault]:
         yield (
             (key, "data.streaming"),
             f"{show(value)} needs all captions at once; set data.streaming to false, or leave the captions alone",
+        )
+
+
+def _noise_kind_conflicts(data: DataSection) -> Iterator[Fault]:
+    kind = show(data.noise_kind)
+    if data.noise_permutation:
+        yield (
+            ("data.noise_kind", "data.noise_permutation"),
+            f"{kind} and data.noise_permutation {show(data.noise_permutation)} are both set; set data.noise_kind to "
+            "random (the file says which captions are exchanged) or data.noise_permutation to null",
+        )
+    elif not data.noise_rate:
+        yield (
+            ("data.noise_kind", "data.noise_rate"),
+            f"{kind} would change no caption: data.noise_rate is 0; set it to the share of captions to change, or "
+            "data.noise_kind to random",
+        )
+    if data.noise_kind == "neighbours" and not data.image_features and data.source not in ("hub", "folder"):
+        yield (
+            ("data.noise_kind", "data.image_features"),
+            f"{kind} needs stored features of the images; name a .npz file with data.image_features, or an order of "
+            "the captions that you made yourself with data.noise_permutation",
+        )
+    if data.noise_kind == "partial" and data.text_features:
+        yield (
+            ("data.noise_kind", "data.text_features"),
+            f"{kind} changes words, but data.text_features {show(data.text_features)} would stay as they are; set "
+            "data.noise_kind to random or neighbours, or data.text_features to null",
         )
 
 

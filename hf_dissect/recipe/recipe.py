@@ -32,10 +32,14 @@ from hf_dissect.recipe.schema import (
 from hf_dissect.recipe.selection_rules import (
     compare_conflicts,
     gsc_conflicts,
+    objective_conflicts,
     option_conflicts,
+    reference_conflicts,
+    robust_conflicts,
     selection_conflicts,
     twin_conflicts,
 )
+from hf_dissect.selection.options import WITH_REFERENCE
 
 __all__ = [
     "STRATEGIES",
@@ -94,7 +98,10 @@ class Recipe(RecipeFile):
         yield from noise_conflicts(data)
         yield from selection_conflicts(selection, training)
         yield from option_conflicts(selection)
+        yield from objective_conflicts(self.objective, selection)
+        yield from reference_conflicts(selection, self.compare, data)
         yield from gsc_conflicts(self.objective.gsc, selection, training)
+        yield from robust_conflicts(self.objective, training)
         yield from twin_conflicts(self.objective.gsc, model, self.adapter)
         yield from evaluation_conflicts(self.evaluation, data, training)
         yield from zero_shot_conflicts(self.evaluation.zero_shot, data)
@@ -107,7 +114,7 @@ class Recipe(RecipeFile):
     def with_strategy(self, spec: str) -> "Recipe":
         """Return a checked copy that selects by `spec` (`name` or `name:variant`, a bare name for its first variant).
 
-        Options of this recipe stay where its strategy stays.
+        Options of this recipe stay where its strategy stays, and its reference model where the strategy reads one.
 
         Raises:
             RecipeError: The strategy does not fit the recipe, or does not exist (its message lists what is allowed).
@@ -119,6 +126,8 @@ class Recipe(RecipeFile):
         settings = self.to_dict()
         options = settings["selection"]["options"] if name == self.selection.strategy else {}
         settings["selection"] |= {"strategy": name, "options": options | ({"variant": variant} if variant else {})}
+        if name not in WITH_REFERENCE:
+            settings["selection"].pop("reference", None)
         return self.from_dict(settings, f"recipe {self.name} with {spec}")
 
     def training_arguments(self) -> dict[str, Any]:
@@ -127,6 +136,8 @@ class Recipe(RecipeFile):
         arguments.setdefault("run_name", Path(self.output_dir).name)  # trackers may refuse a run without a name
         if self.data.image_features and self.data.image_column is None:
             arguments["image_column"] = "image_features"
+        if self.selection.strategy not in WITH_REFERENCE:
+            arguments["selection_reference"] = None  # of the other strategies of a comparison
         if self.evaluation.batch_size is not None:
             arguments["per_device_eval_batch_size"] = self.evaluation.batch_size
         return arguments

@@ -12,6 +12,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
 }
 """Variants of each strategy, the default first."""
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
+NOISE_KINDS = ("random", "neighbours", "partial")
 
 
 @dataclasses.dataclass
@@ -129,6 +130,12 @@ class DataSection:
     clean_column: str | None = setting(
         None, "Column that is true where the caption belongs to the image; null: clean.", argument="clean_column"
     )
+    weight_column: str | None = setting(
+        None,
+        "Column of the weights of the training pairs, numbers of at least 0 that their losses are multiplied by; "
+        "evaluation ignores it; null: none.",
+        argument="weight_column",
+    )
     separator: str | None = setting(
         None, "Character between the fields of .csv and .tsv files (tab for a tab); null: the one in the header."
     )
@@ -151,8 +158,14 @@ class DataSection:
     )
     max_train_rows: int | None = setting(None, "Train on the first rows only.", within="[1, inf)")
     max_eval_rows: int | None = setting(None, "Evaluate on the first rows only.", within="[1, inf)")
-    noise_rate: float = setting(0.0, "Share of the training captions that is shuffled.", within="[0, 1)")
-    noise_seed: int = setting(0, "Seed of the shuffling.", within="[0, inf)")
+    noise_rate: float = setting(0.0, "Share of the training captions that is made wrong.", within="[0, 1)")
+    noise_seed: int = setting(0, "Seed of the choice of these captions.", within="[0, inf)")
+    noise_kind: str = setting(
+        "random",
+        "Kind of the wrong captions; random: exchanged at random; neighbours: exchanged between images whose stored "
+        "features (data.image_features) are near each other; partial: one noun replaced.",
+        choices=NOISE_KINDS,
+    )
     noise_permutation: str | None = setting(None, ".npy, int (num_pairs,): pair i gets caption number order[i].")
     num_workers: int = setting(
         0, "Processes that decode and tokenise.", within="[0, inf)", argument="dataloader_num_workers"
@@ -196,7 +209,8 @@ class SelectionSection:
     )
     warmup_epochs: int = setting(
         1,
-        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them.",
+        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them; of scan, epochs on "
+        "all candidates before its first cycle.",
         within="[0, inf)",
         argument="selection_warmup_epochs",
     )
@@ -226,12 +240,30 @@ class SelectionSection:
         within="[0, 1]",
         argument="max_bad_fraction",
     )
+    reference: str | None = setting(
+        None,
+        "Hub id or folder of the trained dual encoder that learnability, rho, jest and coreset compare with; it must "
+        "read the same inputs as the model, and is neither trained nor saved.",
+        argument="selection_reference",
+    )
     ledger: str | None = setting(
         None,
         "Scores of the same pairs to begin with: a run folder, a checkpoint, Parquet files, or hub:USER/REPO, a data "
         "set that hf-dissect push-ledger published; null: none. With them, dissect needs no warm-up. A resumed run "
         "continues with its own ledger.",
         argument="initial_ledger",
+    )
+
+
+@dataclasses.dataclass
+class TrainingSection:
+    """Settings of the section `training` next to the fields of `transformers.TrainingArguments`."""
+
+    average_weights: float | None = setting(
+        None,
+        "Share of the optimiser steps, the last ones, whose weights are averaged; their mean is the final model. 0.75 "
+        "averages over the last three quarters; null: the last weights are the final model.",
+        within="(0, 1]",
     )
 
 

@@ -5,16 +5,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_dissect.recipe.fields import training_value
-from hf_dissect.recipe.objective_schema import GscSection
+from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, find_clash, list_robust_objectives
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
     CompareSection,
+    DataSection,
     ModelSection,
     SelectionSection,
     parse_strategy,
 )
-from hf_dissect.selection.options import OPTIONS
+from hf_dissect.selection.options import OPTIONS, WITH_REFERENCE, find_unused_option
 from hf_dissect.settings import find_problems, list_settings, show
 
 
@@ -31,18 +32,27 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
         )
     epochs, steps = training_value(training, "num_train_epochs"), training_value(training, "max_steps")
     is_dissect = selection.strategy == "dissect"
-    warms_up = is_dissect and selection.options.get("variant", "warmup") == "warmup" or selection.strategy == "ncr"
+    remembers_scores = selection.options.get("history", "ledger") == "ledger"
+    is_warmup = selection.options.get("variant", "warmup") == "warmup" and remembers_scores
+    warms_up = is_dissect and is_warmup or selection.strategy == "ncr"
     if warms_up and selection.warmup_epochs == 0 and not (is_dissect and selection.ledger):
         way_out = ", or selection.options.variant: momentum, or selection.ledger" if is_dissect else ""
         yield (
             ("selection.warmup_epochs", "selection.strategy", "selection.options", "selection.ledger"),
             f"0 leaves no history to select by; allowed: at least 1{way_out}",
         )
-    if warms_up and steps <= 0 and selection.warmup_epochs >= epochs:
+    # An epoch of scan marks the pairs that later ones prune.
+    needed = selection.warmup_epochs + 1 if selection.strategy == "scan" else selection.warmup_epochs
+    if (warms_up or selection.strategy == "scan") and steps <= 0 and needed >= epochs:
         yield (
             ("selection.warmup_epochs", "training.num_train_epochs", "training.max_steps", "selection.options"),
             f"{selection.warmup_epochs} leaves no epoch to select in; "
-            f"allowed: less than training.num_train_epochs ({epochs:g})",
+            f"allowed: less than training.num_train_epochs ({epochs:g})"
+            + (
+                ", by more than 1 for scan, which marks the pairs for an epoch"
+                if needed > selection.warmup_epochs
+                else ""
+            ),
         )
 
 
@@ -59,6 +69,41 @@ def option_conflicts(selection: SelectionSection) -> Iterator[Fault]:
             yield keys, f"unknown key (value {show(value)}); allowed for {strategy}: {', '.join(known)}"
     for name, problem in find_problems(options, selection.options):
         yield (f"selection.options.{name}",), problem
+    if strategy == "dissect" and (unused := find_unused_option(selection.options)):
+        yield (f"selection.options.{unused[0]}", "selection.options"), unused[1]
+
+
+def reference_conflicts(selection: SelectionSection, compare: CompareSection, data: DataSection) -> Iterator[Fault]:
+    """Yield the faults of the reference model."""
+    needs_one = selection.strategy in WITH_REFERENCE
+    keys = ("selection.reference", "selection.strategy", "selection.options")
+    if needs_one and selection.reference is None:
+        yield (
+            keys,
+            f"null leaves {selection.strategy} nothing to compare with; allowed: the Hub id or the folder of a "
+            "trained dual encoder that reads the same inputs as the model",
+        )
+    others = {spec.partition(":")[0] for spec in compare.strategies}
+    if selection.reference is not None and not needs_one and not others & set(WITH_REFERENCE):
+        yield (
+            keys,
+            f"{show(selection.reference)} would not be read: {selection.strategy} compares with no reference; set it "
+            f"to null, or selection.strategy to one of {', '.join(WITH_REFERENCE)}",
+        )
+    if selection.strategy == "coreset" and data.streaming:
+        yield (
+            ("data.streaming", "selection.strategy"),
+            "true does not go with selection.strategy coreset, which scores all pairs before the first step; set it "
+            "to false, or take learnability, rho or jest",
+        )
+
+
+def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection) -> Iterator[Fault]:
+    """Yield the faults of an objective next to another one, or to a strategy."""
+    names = [name for name in list_robust_objectives() if getattr(objective, name) is not None]
+    if clash := find_clash(selection.strategy, names):
+        others = [f"objective.{name}" for name in names if name != clash[0]]
+        yield (f"objective.{clash[0]}", *others, "selection.strategy"), clash[1]
 
 
 def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:
@@ -78,6 +123,20 @@ def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training:
             f"{gsc.warmup_epochs} leaves no epoch with soft labels; "
             f"allowed: less than training.num_train_epochs ({epochs:g})",
         )
+
+
+def robust_conflicts(objective: ObjectiveSection, training: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield the faults of the warm-ups of the robust losses."""
+    epochs = training_value(training, "num_train_epochs")
+    for name in ("rince", "symnce"):
+        section = getattr(objective, name)
+        warmup_epochs = 0 if section is None else section.warmup_epochs
+        if training_value(training, "max_steps") <= 0 < warmup_epochs and warmup_epochs >= epochs:
+            yield (
+                (f"objective.{name}.warmup_epochs", "training.num_train_epochs", "training.max_steps"),
+                f"{warmup_epochs} leaves no epoch with its loss; "
+                f"allowed: less than training.num_train_epochs ({epochs:g})",
+            )
 
 
 def twin_conflicts(gsc: GscSection | None, model: ModelSection, adapter: Mapping[str, Any] | None) -> Iterator[Fault]:

@@ -11,6 +11,7 @@ from hf_dissect.report.page import make_legend_entry, write_page
 from hf_dissect.report.plots import DASHES, Curve, describe_curves, draw_curves, series
 from hf_dissect.report.tables import (
     compare_settings,
+    describe_averaging,
     describe_problems,
     format_number,
     results_table,
@@ -73,6 +74,7 @@ def write_distillation_report(
             ("Student of", metrics["student"]),
             ("Trained with", ", ".join(metrics["auxiliaries"])),
             ("Optimiser steps", format_number(metrics["steps"], "steps")),
+            ("Final weights", describe_averaging(metrics) or ""),
             ("Seed", str(metrics["seed"])),
             ("Wall-clock", format_number(metrics["times"]["total_s"], "total_s")),
         ],

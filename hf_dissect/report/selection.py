@@ -31,6 +31,7 @@ from hf_dissect.report.tables import (
     Table,
     as_mapping,
     collect_run_figures,
+    describe_averaging,
     describe_problems,
     format_number,
     list_skipped_shards,
@@ -50,7 +51,10 @@ _RETRIEVAL = (
     (r"eval_.*(image_to_text_r@1|r@1_image_to_text)", "image→text R@1", False),
     (r"eval_.*(text_to_image_r@1|r@1_text_to_image)", "text→image R@1", False),
 )
-_NOISE = (("selection_noise_kept", "mismatched among kept", True),)
+_NOISE = (
+    ("selection_noise_kept", "mismatched among kept", True),
+    ("selection_estimated_mismatched", "mismatched, estimated", True),
+)
 _NOISE_REFERENCE = "selection_noise_candidates"
 
 _Groups = Sequence[tuple[str, Sequence[RunSummary]]]
@@ -223,6 +227,7 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
     metrics = [run.metrics for run in runs]
     selection = [as_mapping(values.get("selection")) for values in metrics]
     times = [to_finite(as_mapping(values.get("times")).get("total_s")) for values in metrics]
+    made = [values.get("injected_noise") for values in metrics]
     return [
         (
             "Strategy",
@@ -230,12 +235,18 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         ),
         ("Runs", str(len(runs)) if len(runs) > 1 else ""),
         ("Pairs", show_range("num_pairs", [values.get("num_pairs") for values in metrics])),
+        ("Injected noise", "; ".join(dict.fromkeys(str(noise) for noise in made if noise))),
         ("Optimiser steps", show_range("steps", [values.get("steps") for values in metrics])),
+        ("Final weights", "; ".join(dict.fromkeys(filter(None, map(describe_averaging, metrics))))),
         ("Kept of the candidates", show_range("kept_share", [values.get("kept_share") for values in selection])),
         ("Mismatched among kept", show_range("noise_kept", [values.get("noise_kept") for values in selection])),
         (
             "Mismatched among candidates",
             show_range("noise_candidates", [_find_candidate_noise(run) for run in runs]),
+        ),
+        (
+            "Mismatched, estimated by the run",
+            show_range("estimated_mismatched", [values.get("estimated_mismatched") for values in selection]),
         ),
         (
             "Wall-clock, all runs" if len(runs) > 1 else "Wall-clock",

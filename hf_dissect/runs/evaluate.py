@@ -127,7 +127,7 @@ def evaluate_checkpoint(
     section = choose_data(checkpoint, data, recipe)
     section = change_data(section, data_settings, named=data is not None, options=columns, refused=_NOT_SHUFFLED)
     section = adapt_section(section, max_rows=max_rows, **columns)
-    section = dataclasses.replace(section, noise_rate=0.0, noise_permutation=None)
+    section = dataclasses.replace(section, noise_rate=0.0, noise_kind="random", noise_permutation=None)
     rows = load_split(section, split, whole=data is not None)
     retrieves = _has_captions(rows, section.caption_column)
     names = _choose_class_names(rows, classes, label_column)

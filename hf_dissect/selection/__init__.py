@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_dissect.selection.ledger import SampleLedger as SampleLedger
+    from hf_dissect.selection.loop_hooks import LoopHooks as LoopHooks
     from hf_dissect.selection.options import SCOPES as SCOPES
     from hf_dissect.selection.scoring import CandidateScores as CandidateScores
     from hf_dissect.selection.scoring import compute_correlation as compute_correlation
     from hf_dissect.selection.scoring import correlation_of as correlation_of
     from hf_dissect.selection.scoring import score as score
-    from hf_dissect.selection.selector import LoopHooks as LoopHooks
     from hf_dissect.selection.selector import OnlineSelector as OnlineSelector
     from hf_dissect.selection.soft_labels import SoftLabels as SoftLabels
     from hf_dissect.selection.strategies import STRATEGIES as STRATEGIES
@@ -23,7 +23,7 @@ _HOMES = {
     "SCOPES": "options",
     "STRATEGIES": "strategies",
     "CandidateScores": "scoring",
-    "LoopHooks": "selector",
+    "LoopHooks": "loop_hooks",
     "OnlineSelector": "selector",
     "SampleLedger": "ledger",
     "Selection": "strategy",

@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
-from hf_dissect.selection.options import DissectOptions
+from hf_dissect.selection.options import DissectOptions, find_unused_option
+from hf_dissect.selection.past_model import PastModel
 from hf_dissect.selection.scoring import CandidateScores
-from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest_known, keep_random
 from hf_dissect.settings import check_values
 
 
@@ -21,8 +22,14 @@ class Dissect(SelectionStrategy):
     A pair without history takes the median differential of its batch. A batch without any history is selected at
     random, because a first visit contains no information about a pair.
 
+    With `history` "average" or "snapshot", the historical correlation is that by an earlier state of the model, a
+    moving average or a snapshot of its weights (`PastModel`), so that pairs that are seen once have a history, too.
+    That is ours, not the paper's. `variant` and `warmup_epochs` then have no effect; the ledger column holds the last
+    such score of a pair.
+
     Args:
-        variant, momentum, warmup_on: See `DissectOptions`.
+        variant, momentum, warmup_on, history, average_momentum, model_warmup_steps, snapshot_every: See
+            `DissectOptions`.
         warmup_epochs: Number of epochs before the selection proper (`"warmup"` only), at least 1 unless the ledger
             starts with a history.
         history_given: True if the ledger starts with the history of another run.
@@ -42,9 +49,24 @@ class Dissect(SelectionStrategy):
         warmup_on: str = DissectOptions.warmup_on,
         momentum: float = DissectOptions.momentum,
         history_given: bool = False,
+        history: str = DissectOptions.history,
+        average_momentum: float = DissectOptions.average_momentum,
+        model_warmup_steps: int = DissectOptions.model_warmup_steps,
+        snapshot_every: int | None = DissectOptions.snapshot_every,
     ) -> None:
         super().__init__()
-        check_values(DissectOptions, {"variant": variant, "momentum": momentum, "warmup_on": warmup_on})
+        given = {"variant": variant, "momentum": momentum, "warmup_on": warmup_on, "history": history}
+        of_model = {
+            "average_momentum": average_momentum,
+            "model_warmup_steps": model_warmup_steps,
+            "snapshot_every": snapshot_every,
+        }
+        check_values(DissectOptions, given | of_model)
+        if problem := find_unused_option(given | of_model):
+            raise ValueError(f"{problem[0]}={problem[1]}.")
+        if history != "ledger":
+            self.past_model = PastModel(history, average_momentum, model_warmup_steps, snapshot_every)
+            variant, warmup_epochs = "model", 0
         if variant == "warmup" and warmup_epochs < 1 and not history_given:
             raise ValueError(
                 f"warmup_epochs={warmup_epochs}: the warm-up variant needs at least 1 to have a history, or the "
@@ -64,7 +86,7 @@ class Dissect(SelectionStrategy):
     def needs_scores(self, epoch: int) -> bool:
         # Each warm-up epoch overwrites the scores of the one before, so only the last is worth its forward passes.
         """Return True from the last warm-up epoch on."""
-        return epoch >= self.warmup_epochs - 1
+        return epoch >= self.warmup_epochs - 1 if self.past_model is None else self.past_model.is_ready
 
     def on_epoch_begin(self, epoch: int, ledger: SampleLedger) -> None:
         """Remember the epoch; see `SelectionStrategy.on_epoch_begin`."""
@@ -73,14 +95,23 @@ class Dissect(SelectionStrategy):
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Keep the `k` largest differentials; see `SelectionStrategy.select`."""
         if self.in_warmup:
-            if self.warmup_on == "all":
-                return Selection(indices=torch.arange(scores.num_candidates))
-            return keep_random(scores.num_candidates, k, self.generator)
-        differential = ledger.read("history", scores.sample_id) - scores.correlation
-        known = ~differential.isnan()
-        if not known.any():
-            return keep_random(scores.num_candidates, k, self.generator)
-        return keep_largest(torch.where(known, differential, differential[known].median()), k)
+            return self._keep_in_warmup(scores.num_candidates, k)
+        if self.past_model is None:
+            history = ledger.read("history", scores.sample_id)
+        elif scores.past_correlation is not None:
+            history = scores.past_correlation
+        else:
+            return self._keep_in_warmup(scores.num_candidates, k)
+        return keep_largest_known(history - scores.correlation, k, self.generator)
+
+    def _keep_in_warmup(self, num_candidates: int, k: int) -> Selection:
+        if self.warmup_on == "all":
+            return Selection(indices=torch.arange(num_candidates))
+        return keep_random(num_candidates, k, self.generator)
+
+    def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
+        """Measure the score by the earlier model, if there is one; see `SelectionStrategy.measure`."""
+        return {} if scores.past_correlation is None else {"history": scores.past_correlation}
 
     def record(
         self,
@@ -90,7 +121,9 @@ class Dissect(SelectionStrategy):
         measured: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Update the history; see `SelectionStrategy.record`."""
-        if self.variant == "momentum":
+        if measured and "history" in measured:
+            ledger.write("history", sample_id, measured["history"])
+        elif self.variant == "momentum":
             history = ledger.read("history", sample_id)
             average = self.momentum * history + (1 - self.momentum) * correlation
             ledger.write("history", sample_id, torch.where(history.isnan(), correlation, average))

@@ -1,6 +1,8 @@
 """Names, scopes and options of the strategies, declared apart from their code so that recipes need no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hf_dissect.settings import setting
 
@@ -29,6 +31,53 @@ class DissectOptions:
         "Pairs that train during warm-up, a random subset of the selection ratio or all candidates.",
         choices=("subset", "all"),
     )
+    history: str = setting(
+        "ledger",
+        "Past that a score is compared with; ledger: the pair's own earlier score (variant); average, snapshot: the "
+        "score by a moving average or a snapshot of the model, which serves data seen once and takes a second scoring "
+        "forward pass.",
+        choices=("ledger", "average", "snapshot"),
+    )
+    average_momentum: float = setting(
+        0.999, "With history: average, share of the old weights in the average at each step.", within="[0, 1)"
+    )
+    model_warmup_steps: int = setting(
+        1000,
+        "With history: average or snapshot, steps that train random subsets first; then the average is used, or the "
+        "snapshot taken.",
+        within="[1, inf)",
+    )
+    snapshot_every: int | None = setting(
+        None,
+        "With history: snapshot, steps after which the current weights replace it; null: never.",
+        within="[2, inf)",
+    )
+
+
+_OF_HISTORY = {
+    "average_momentum": ("average",),
+    "model_warmup_steps": ("average", "snapshot"),
+    "snapshot_every": ("snapshot",),
+}
+"""Values of `history` with which an option of `DissectOptions` has an effect."""
+
+
+def find_unused_option(options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the name and the problem of an option of dissect that has no effect next to the others; None without one.
+
+    Args:
+        options: Options by name; those left out have their defaults.
+    """
+    history = options.get("history", DissectOptions.history)
+    for name, histories in _OF_HISTORY.items():
+        default = getattr(DissectOptions, name)
+        if options.get(name, default) != default and history not in histories:
+            needed = " or ".join(histories)
+            problem = f"has no effect with history: {history}; leave it out, or set history to {needed}"
+            return name, f"{options[name]!r} {problem}"
+    if history != "ledger" and options.get("variant") == "momentum":
+        return "variant", f"'momentum' averages scores in the ledger, and history: {history} reads none; leave it out"
+    return None
 
 
 @dataclass
@@ -47,6 +96,68 @@ class NcrOptions:
     seed: int = setting(0, "Seed of the mixture's start.", within="[0, 4294967295]")
 
 
+@dataclass
+class JestOptions:
+    """Keywords of `Jest`."""
+
+    chunks: int = setting(16, "Blocks in which the kept pairs are drawn one after another.", within="[1, inf)")
+
+
+@dataclass
+class CoresetOptions:
+    """Keywords of `Coreset`."""
+
+    score: str = setting(
+        "clipscore",
+        "Score of the pairs by the reference; clipscore: cosine of image and caption; clip_loss: contrastive loss, "
+        "the smallest first.",
+        choices=("clipscore", "clip_loss"),
+    )
+
+
+WITH_REFERENCE = ("learnability", "rho", "jest", "coreset")
+"""Strategies that need a reference model."""
+
+
+@dataclass
+class InfoBatchOptions:
+    """Keywords of `InfoBatch` that a recipe may set; the length of the run determines the others."""
+
+    prune_probability: float = setting(
+        0.5,
+        "Probability r by which a pair with a loss below the mean is less likely to train than the others; those that "
+        "train weigh 1 / (1 - r) times as much.",
+        within="[0, 1)",
+    )
+    annealing: float = setting(
+        0.875, "Share of the steps of the run after which all candidates train.", within="(0, 1]"
+    )
+
+
+@dataclass
+class ScanOptions:
+    """Keywords of `Scan` that a recipe may set; further settings of the run determine the others."""
+
+    cycle: int = setting(3, "Epochs that prune after each epoch that marks the pairs to prune.", within="[1, inf)")
+    ill_matched: float = setting(
+        0.5,
+        "Share of the marked pairs that have the largest losses of their batch; the others have the smallest.",
+        within="[0, 1]",
+    )
+
+
+@dataclass
+class ForgettingOptions:
+    """Keywords of `Forgetting`."""
+
+    never_learnt: str = setting(
+        "first",
+        "Place of the pairs that were never learnt; first: before the most often forgotten, as in the paper; last: "
+        "after those that were never forgotten, where captions may be wrong.",
+        choices=("first", "last"),
+    )
+
+
 OPTIONS: dict[str, type] = {
     "dissect": DissectOptions,
     "random": NoOptions,
@@ -55,6 +166,15 @@ OPTIONS: dict[str, type] = {
     "clipscore": NoOptions,
     "ncr": NcrOptions,
     "gsc": GscOptions,
+    "info_batch": InfoBatchOptions,
+    "scan": ScanOptions,
+    "divbs": NoOptions,
+    "forgetting": ForgettingOptions,
+    "noisy_channel": NoOptions,
+    "learnability": NoOptions,
+    "rho": NoOptions,
+    "jest": JestOptions,
+    "coreset": CoresetOptions,
     "none": NoOptions,
 }
 """Options of each strategy, by its name."""

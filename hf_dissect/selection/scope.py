@@ -163,8 +163,12 @@ class GatheredScores(CandidateScores):
         columns = {"sample_id": own.sample_id}
         if own.image_embeds is not None:
             columns["correlation"] = own.correlation
+        if own.past_correlation is not None:
+            columns["past_correlation"] = own.past_correlation
         columns = ranks.gather_columns(columns, sizes)
         self.sample_id = columns["sample_id"]
+        self.past_correlation = columns.get("past_correlation")
+        self.reference = None if own.reference is None else GatheredScores(own.reference, sizes, ranks)
         if own.image_embeds is not None:
             self.__dict__["correlation"] = columns["correlation"]
 
@@ -180,16 +184,15 @@ class GatheredScores(CandidateScores):
         embeds = self._own.text_embeds
         return None if embeds is None else self._ranks.gather_rows(embeds, self._sizes)
 
-    @cached_property
-    def loss(self) -> torch.Tensor:
-        """Contrastive loss of each pair among the candidates of all ranks, float32 `(sum(sizes),)` on the CPU."""
+    def _compute_losses(self, kind: str) -> torch.Tensor:
+        """Compute the losses among the candidates of all ranks, float32 `(sum(sizes),)` on the CPU."""
         own = compute_row_losses(
             *self._own.get_embeds(),
             *self.get_embeds(),
             offset=sum(self._sizes[: self._ranks.own]),
             scale=self.logit_scale,
             bias=self.logit_bias,
-            kind=self.kind,
+            kind=kind,
         )
         return self._ranks.gather_columns({"loss": own}, self._sizes)["loss"]
 

@@ -25,6 +25,9 @@ class CandidateScores:
         logit_scale: Factor of the similarities in the model's logits (already exponentiated).
         logit_bias: Summand of the logits, for sigmoid losses.
         kind: Loss that the model trains with, `"softmax"` or `"sigmoid"`.
+        reference: Scores of the same candidates by the reference model; None if it did not score them.
+        past_correlation: Correlations under a copy of the model from earlier steps, float32 `(B,)` on the CPU; None
+            without one.
     """
 
     sample_id: torch.Tensor
@@ -33,6 +36,8 @@ class CandidateScores:
     logit_scale: torch.Tensor | float = 1.0
     logit_bias: torch.Tensor | float = 0.0
     kind: str = "softmax"
+    reference: "CandidateScores | None" = None
+    past_correlation: torch.Tensor | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -47,9 +52,29 @@ class CandidateScores:
     @cached_property
     def loss(self) -> torch.Tensor:
         """Contrastive loss of each pair among the candidates of this rank, float32 `(B,)` on the CPU."""
+        return self._compute_losses(self.kind)
+
+    @cached_property
+    def softmax_loss(self) -> torch.Tensor:
+        """Softmax loss of each pair among the candidates, float32 `(B,)` on the CPU, also for the sigmoid loss."""
+        return self.loss if self.kind == "softmax" else self._compute_losses("softmax")
+
+    def _compute_losses(self, kind: str) -> torch.Tensor:
         image_embeds, text_embeds = self.get_embeds()
         logits = text_embeds @ image_embeds.T * self.logit_scale + self.logit_bias
-        return per_pair_loss(logits.detach(), kind=self.kind).cpu()
+        return per_pair_loss(logits.detach(), kind=kind).cpu()
+
+    @cached_property
+    def own_loss(self) -> torch.Tensor:
+        """Loss `-log q` of each pair, float32 `(B,)` on the CPU.
+
+        The probability `q` is that of its partner among the candidates (softmax), or of being a pair (sigmoid).
+        """
+        if self.kind == "softmax":
+            return self.loss
+        image_embeds, text_embeds = self.get_embeds()
+        logits = (image_embeds * text_embeds).sum(-1).float() * self.logit_scale + self.logit_bias
+        return F.softplus(-logits).detach().cpu()
 
     def get_embeds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the embeddings of images and texts `(B, D)` of scored candidates.
@@ -65,8 +90,9 @@ class CandidateScores:
 
     def subset(self, indices: torch.Tensor) -> "CandidateScores":
         """Return the scores of some candidates, given by their positions int64 `(n,)`."""
+        reference = None if self.reference is None else self.reference.subset(indices)
         if self.image_embeds is None or self.text_embeds is None:
-            return CandidateScores(self.sample_id[indices])
+            return CandidateScores(self.sample_id[indices], reference=reference)
         on_device = indices.to(self.image_embeds.device)
         return CandidateScores(
             self.sample_id[indices],
@@ -75,6 +101,8 @@ class CandidateScores:
             self.logit_scale,
             self.logit_bias,
             self.kind,
+            reference,
+            None if self.past_correlation is None else self.past_correlation[indices],
         )
 
 

@@ -1,8 +1,6 @@
 """Online selection for any training loop: a batch of candidates goes in, the pairs worth a gradient come out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,46 +10,24 @@ from torch import nn
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.first_pairs import check_batch
 from hf_dissect.data.model_inputs import forward_inputs
+from hf_dissect.data.pair_keys import GIVEN_WEIGHT
+from hf_dissect.data.pair_weights import multiply_weights
 from hf_dissect.data.pairs import key_hash
 from hf_dissect.data.problems import PROBLEM_KEY, read_problems
 from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import find_loss_kind
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.loop_hooks import Batch, LoopHooks
 from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.options import SCOPES
+from hf_dissect.selection.reference.model import ReferenceModel
 from hf_dissect.selection.scope import Kept, gather_selection, rebalance, select_from_all, select_from_own
 from hf_dissect.selection.scoring import CandidateScores, compute_correlation, score
 from hf_dissect.selection.strategies import make_strategy
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
 
-Batch = dict[str, torch.Tensor]
-"""Batch of pairs as `SelectionCollator` makes it: tensors `(B, ...)` by name."""
-
-
-def _check_nothing(values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:
-    """Accept any scores."""
-
-
-@dataclass(frozen=True)
-class LoopHooks:
-    """Functions of the loop around a selector; the defaults suit a plain loop.
-
-    Args:
-        agree: Function from the number of readable candidates of this rank to the list of those of all ranks. A loop
-            can exchange more values between the ranks in the same call, which comes before each selection.
-        prepare: Function that moves a batch to the device of the model.
-        autocast: Function that returns the context of mixed precision.
-        measure: Function from the name of a part of the run to a context that measures its time.
-        check_finite: Function that raises an error if scores are not finite, from the scores, their name in the error,
-            and the sample ids.
-    """
-
-    agree: Callable[[int], list[int]] | None = None
-    prepare: Callable[[Batch], Batch] | None = None
-    autocast: Callable[[], AbstractContextManager] = nullcontext
-    measure: Callable[[str], AbstractContextManager] = nullcontext
-    check_finite: Callable[[torch.Tensor, str, torch.Tensor], None] = _check_nothing
+__all__ = ["Batch", "LoopHooks", "OnlineSelector"]
 
 
 class OnlineSelector:
@@ -70,6 +46,7 @@ class OnlineSelector:
         kind: Loss of the model, "softmax" or "sigmoid"; None to recognise it from the model.
         scoring_batch_size: Candidates in one scoring forward pass; None for all.
         scores_all: True to score the candidates even if the strategy needs no scores.
+        reference: Reference model, for a strategy that needs one; a dual encoder is frozen.
         padding: Value and side of the padding of tokenised captions, see `SelectionCollator.padding`.
         ranks: Processes of the run; None for the processes that `accelerate` sees.
         bad_rows: Counter of unreadable rows; None for one that never stops the run.
@@ -81,11 +58,12 @@ class OnlineSelector:
         ledger: `SampleLedger` with the last correlation of each pair and the columns of the strategy.
         strategy: `SelectionStrategy` of the run.
         bad_rows: `BadRows`, the unreadable rows so far.
+        knows_reference: True if the ledger holds the scores of the reference, so that it need not score the batches.
         epoch: Current epoch, counted from 0.
         updated_epoch: Last epoch that began with an update of strategy and objective.
 
     Raises:
-        ValueError: `ratio` or `scope` is not allowed, or the strategy does not exist.
+        ValueError: `ratio` or `scope` is not allowed, the strategy does not exist, or its reference is missing.
     """
 
     def __init__(
@@ -100,6 +78,7 @@ class OnlineSelector:
         kind: str | None = None,
         scoring_batch_size: int | None = None,
         scores_all: bool = False,
+        reference: ReferenceModel | nn.Module | None = None,
         padding: Mapping[str, tuple[int, str]] | None = None,
         ranks: Ranks | None = None,
         bad_rows: BadRows | None = None,
@@ -112,6 +91,10 @@ class OnlineSelector:
         if scope not in SCOPES:
             raise ValueError(f"scope={scope!r}: choose one of {', '.join(SCOPES)}.")
         self.strategy = make_strategy(strategy, **options) if isinstance(strategy, str) else strategy
+        if self.strategy.reference and reference is None:
+            raise ValueError(f"reference is missing: the strategy {self.strategy.name!r} needs a reference model.")
+        self.reference = ReferenceModel(reference) if isinstance(reference, nn.Module) else reference
+        self.knows_reference = False
         names = dict.fromkeys(("correlation", *self.strategy.columns, *columns))
         self.ledger = SampleLedger(num_samples, columns=tuple(names))
         self.ratio = ratio
@@ -156,8 +139,8 @@ class OnlineSelector:
             micro_step: Number of the batch within the step, if gradients are accumulated.
 
         Returns:
-            Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)` if the strategy has
-            weights.
+            Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)`, the product of the
+            weights of the strategy and of the data, if there are any.
 
         Raises:
             TooManyBadRows: More rows are unreadable than `bad_rows` allows.
@@ -167,6 +150,8 @@ class OnlineSelector:
         step, self._step = self._step if step is None else step, self._step + 1
         if micro_step == 0:
             self.strategy.begin_step()
+            if self.strategy.past_model is not None:
+                self.strategy.past_model.update(model)
         sample_id, problems = batch["sample_id"].cpu(), read_problems(batch)
         good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu(), problems)
         batch = {name: value for name, value in batch.items() if name != PROBLEM_KEY}
@@ -194,17 +179,26 @@ class OnlineSelector:
         if not self.scores_candidates:
             return CandidateScores(sample_id)
         with self.hooks.measure("scoring"):
-            scores = score(
-                model,
-                forward_inputs(model, batch),
-                sample_id,
-                kind=self.kind or find_loss_kind(model),
-                chunk_size=self.scoring_batch_size,
-                autocast=self.hooks.autocast,
-            )
-            readable = slice(None) if good is None else good
+            scores = self._score(model, batch, sample_id)
+            past, readable = self.strategy.past_model, slice(None) if good is None else good
+            if past is not None and past.is_ready:
+                with past.in_place_of(model):
+                    scores.past_correlation = self._score(model, batch, sample_id).correlation
+            if self.reference is not None and (self.strategy.reference == "batch" or not self.knows_reference):
+                chunk_size, autocast = self.scoring_batch_size, self.hooks.autocast
+                scores.reference = self.reference.score(batch, sample_id, chunk_size=chunk_size, autocast=autocast)
             self.hooks.check_finite(scores.correlation[readable], "the correlation", sample_id[readable])
         return scores
+
+    def _score(self, model: nn.Module, batch: Batch, sample_id: torch.Tensor) -> CandidateScores:
+        return score(
+            model,
+            forward_inputs(model, batch),
+            sample_id,
+            kind=self.kind or find_loss_kind(model),
+            chunk_size=self.scoring_batch_size,
+            autocast=self.hooks.autocast,
+        )
 
     @property
     def monitor(self) -> SelectionMonitor:
@@ -249,7 +243,7 @@ class OnlineSelector:
 
     def reset(self, step: int = 0) -> None:
         """Count epochs from the beginning again, and discard the record of selections from step `step` on."""
-        self.epoch, self.updated_epoch, self._step = -1, 0, step
+        self.epoch, self.updated_epoch, self._step, self.knows_reference = -1, 0, step, False
         self.trace.restart(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,6 +254,8 @@ class OnlineSelector:
             "updated_epoch": self.updated_epoch,
             "monitor": self.monitor.state_dict(),
             "strategy": self.strategy.state_dict(),
+            "reference": self.reference.name if self.reference is not None and self.knows_reference else None,
+            "past_model": None if self.strategy.past_model is None else self.strategy.past_model.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,6 +265,9 @@ class OnlineSelector:
         self.monitor.load_state_dict(state["monitor"])
         if state.get("strategy"):
             self.strategy.load_state_dict(state["strategy"])
+        self.knows_reference = self.reference is not None and state.get("reference") == self.reference.name
+        if self.strategy.past_model is not None and state.get("past_model"):
+            self.strategy.past_model.load_state_dict(state["past_model"])
 
     def _agree(self, num_good: int) -> list[int]:
         if self.hooks.agree is not None:
@@ -291,7 +290,8 @@ class OnlineSelector:
     def _num_selected(self, num_candidates: int) -> int:
         if self.strategy.keeps_all:
             return num_candidates
-        return min(num_candidates, max(2, round(self.ratio * num_candidates)))
+        ratio = self.strategy.choose_ratio(self.ratio)
+        return min(num_candidates, max(2, round(ratio * num_candidates)))
 
     def _note(
         self, batch: Batch, candidates: CandidateScores, good: torch.Tensor, kept: Kept, sizes: list[int], step: int
@@ -313,12 +313,13 @@ class OnlineSelector:
         self.strategy.record(sample_id, correlation, self.ledger, measured)
 
     def _keep(self, batch: Batch, good: torch.Tensor, kept: Kept) -> dict[str, torch.Tensor]:
+        device = batch["sample_id"].device
         if len(kept.indices) == len(batch["sample_id"]) and kept.weights is None:
             kept_batch = dict(batch)
         else:
-            device = batch["sample_id"].device
             rows = good[kept.indices].to(device)
             kept_batch = {name: value[rows] for name, value in batch.items()}
-            if kept.weights is not None:
-                kept_batch["pair_weight"] = kept.weights.to(device)
+        weights = multiply_weights(kept.weights, kept_batch.pop(GIVEN_WEIGHT, None), device)
+        if weights is not None:
+            kept_batch["pair_weight"] = weights
         return rebalance(kept_batch, kept.counts, self.ranks, self.padding)

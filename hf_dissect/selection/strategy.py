@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.past_model import PastModel
 from hf_dissect.selection.scoring import CandidateScores
 
 
@@ -35,6 +36,11 @@ class SelectionStrategy:
         columns: Ledger columns of the rule, in addition to the `correlation` that is always recorded.
         stand_ins: Column that replaces an own column if a run starts with the ledger of another rule.
         keeps_all: True if every candidate trains, so that the selection ratio has no effect.
+        reference: Use of a reference model. "": none. "stored": its scores are put in the ledger before the first
+            step (`measure_reference`), and for a stream, it scores every batch. "batch": it scores every batch.
+            "before": its scores must be in the ledger before the first step.
+        past_model: Copy of the model from earlier steps that scores the candidates, too; None without one.
+        warmup: What the steps of a warm-up do, for a warning.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
             `select`, so that a resumed run chooses like an uninterrupted one, and the random stream of the training is
             not touched.
@@ -44,9 +50,12 @@ class SelectionStrategy:
     columns: ClassVar[tuple[str, ...]] = ()
     stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
+    reference: ClassVar[str] = ""
+    warmup: ClassVar[str] = "train on a random subset"
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
+        self.past_model: PastModel | None = None
 
     def needs_scores(self, epoch: int) -> bool:
         """Return True if candidates of an epoch (counted from 0) must be scored before they are selected."""
@@ -69,6 +78,17 @@ class SelectionStrategy:
             epoch: Epoch, counted from 0.
             ledger: Ledger to read from.
         """
+
+    def begin_run(self, num_steps: int) -> None:
+        """Begin a run, before a saved state is loaded.
+
+        Args:
+            num_steps: Number of optimiser steps of the run.
+        """
+
+    def choose_ratio(self, ratio: float) -> float:
+        """Return the selection ratio of the next selection, the same on every rank, from that of the settings."""
+        return ratio
 
     def begin_step(self) -> None:
         """Begin an optimiser step, of one selection or more; called on every rank."""
@@ -96,6 +116,17 @@ class SelectionStrategy:
 
         Returns:
             Values by name, float32 `(B,)` on the CPU.
+        """
+        return {}
+
+    def measure_reference(self, scores: CandidateScores) -> Mapping[str, torch.Tensor]:
+        """Measure values of pairs under the reference model for the ledger, before the first step.
+
+        Args:
+            scores: Scores by the reference of a shuffled batch of pairs, as large as a batch of candidates.
+
+        Returns:
+            Values by ledger column, float32 `(B,)` on the CPU.
         """
         return {}
 
@@ -136,6 +167,14 @@ def keep_largest(priority: torch.Tensor, k: int) -> Selection:
     """Keep the `k` largest values of priorities `(B,)`; the earlier of equal candidates comes first."""
     order = torch.argsort(priority, descending=True, stable=True)
     return Selection(indices=order[:k].sort().values, priority=priority)
+
+
+def keep_largest_known(priority: torch.Tensor, k: int, generator: torch.Generator) -> Selection:
+    """Keep the `k` largest values; NaN counts as the median, and without any other value, the choice is random."""
+    known = ~priority.isnan()
+    if not known.any():
+        return keep_random(len(priority), k, generator)
+    return keep_largest(torch.where(known, priority, priority[known].median()), k)
 
 
 def keep_random(num_candidates: int, k: int, generator: torch.Generator) -> Selection:

@@ -1,5 +1,6 @@
 """Whole audits by a small trained model: what is found, what is written, and what is said when something is wrong."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -296,6 +297,22 @@ def test_labels_of_hashed_ids(tmp_path):
         read_ledger_columns(open_ledger(tmp_path), torch.tensor([1]), torch.zeros(1), by_row=False)
     with pytest.raises(ValueError, match="arbitrary ids, the data the row numbers of 1 pairs"):
         read_ledger_columns(open_ledger(tmp_path), torch.tensor([70]), torch.zeros(1), by_row=True)
+
+
+def test_the_evidence_of_a_run_becomes_the_probability_of_a_match(tmp_path):
+    ledger = SampleLedger(None, columns=("correlation", "evidence"))
+    evidence = torch.tensor([4.0, 3.0, -5.0, -4.0])
+    ledger.write("evidence", torch.tensor([11, 12, 13, 14]), evidence)
+    ledger.save(tmp_path / "ledger.safetensors")
+    ids = torch.tensor([14, 99, 12, 11, 13])
+    columns = read_ledger_columns(open_ledger(tmp_path), ids, torch.zeros(5), by_row=False)
+    assert set(columns) == {"ledger_evidence", "ledger_match"}
+    pi = 0.5
+    for _ in range(1000):  # the share of the largest likelihood
+        pi = sum(pi * math.exp(s) / (pi * math.exp(s) + 1 - pi) for s in evidence.tolist()) / 4
+    expected = [pi * math.exp(s) / (pi * math.exp(s) + 1 - pi) for s in (-4.0, 3.0, 4.0, -5.0)]
+    found = columns["ledger_match"].tolist()
+    assert math.isnan(found.pop(1)) and found == pytest.approx(expected, abs=1e-4)
 
 
 def test_unreadable_rows_are_listed_and_not_exported(run, tmp_path):

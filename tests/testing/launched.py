@@ -17,7 +17,10 @@ from testing.drawing import leave_out_drawing
 # Imported once, in a process that has no threads and of which the ranks are forks. Start it with PYTHONPATH set
 # (conftest.py), as it is what the server finds modules by.
 multiprocessing.set_forkserver_preload(
-    ["testing.two_ranks", "testing.distilling_ranks", "testing.cached_steps", "testing.faulty_run"]
+    [
+        *("testing.two_ranks", "testing.distilling_ranks", "testing.cached_steps", "testing.faulty_run"),
+        *("testing.averaging_ranks", "testing.reference_ranks"),
+    ]
 )
 
 

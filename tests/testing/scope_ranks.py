@@ -32,11 +32,13 @@ def check_choices() -> None:
 
     for kind, bias in (("softmax", 0.0), ("sigmoid", -3.0)):
         union = CandidateScores(torch.arange(total) * 7, image, text, logit_scale=10.0, logit_bias=bias, kind=kind)
+        other = CandidateScores(union.sample_id, text.roll(1, 1), image, 7.0, bias, kind)
         gathered = GatheredScores(union.subset(own), SIZES, ranks)
         torch.testing.assert_close(gathered.loss, union.loss)
         assert torch.equal(gathered.correlation, union.correlation) and torch.equal(gathered.text_embeds, text)
         for name in STRATEGIES:
             strategy = make_strategy(name)
+            union.reference = other if strategy.reference else None
             strategy.on_epoch_begin(3, ledger)
             strategy.generator.manual_seed(1)
             wanted = strategy.select(union, ledger, 6).indices
@@ -59,6 +61,14 @@ def check_choices() -> None:
             # A caption that was 3 tokens long is now as long as the longest, 5, padded on its left.
             source = torch.where(rows < 5, 0, 2)
             assert [line.count(5) for line in shared["input_ids"].tolist()] == (2 - source).tolist()
+
+    past = CandidateScores(union.sample_id, image, text, past_correlation=torch.rand(total, generator=generator) * 50)
+    strategy = make_strategy("dissect", history="average")
+    wanted = strategy.select(past, ledger, 6).indices
+    kept = select_from_all(strategy, past.subset(own), ledger, SIZES, lambda size: size // 2, ranks)
+    chosen = torch.zeros(total).index_fill(0, own[kept.indices], 1.0)
+    assert sum(ranks.gather(chosen[None])).nonzero()[:, 0].equal(wanted)
+    assert kept.measured["history"].equal(past.past_correlation[own])
 
     union = CandidateScores(torch.arange(total) * 7, image, text, logit_scale=10.0)
     for sizes in (SIZES, [3, 4, 5]):

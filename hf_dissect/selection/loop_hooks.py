@@ -1,0 +1,35 @@
+"""Functions by which the loop around a selector exchanges values, moves batches, measures time and stops."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+"""Batch of pairs as `SelectionCollator` makes it: tensors `(B, ...)` by name."""
+
+
+def _check_nothing(values: torch.Tensor, name: str, sample_id: torch.Tensor) -> None:
+    """Accept any scores."""
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """Functions of the loop around a selector; the defaults suit a plain loop.
+
+    Args:
+        agree: Function from the number of readable candidates of this rank to the list of those of all ranks. A loop
+            can exchange more values between the ranks in the same call, which comes before each selection.
+        prepare: Function that moves a batch to the device of the model.
+        autocast: Function that returns the context of mixed precision.
+        measure: Function from the name of a part of the run to a context that measures its time.
+        check_finite: Function that raises an error if scores are not finite, from the scores, their name in the error,
+            and the sample ids.
+    """
+
+    agree: Callable[[int], list[int]] | None = None
+    prepare: Callable[[Batch], Batch] | None = None
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    measure: Callable[[str], AbstractContextManager] = nullcontext
+    check_finite: Callable[[torch.Tensor, str, torch.Tensor], None] = _check_nothing

@@ -1,0 +1,1 @@
+"""Reference models: frozen dual encoders that strategies compare the model with."""
