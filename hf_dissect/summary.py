@@ -23,6 +23,7 @@ from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
 from hf_dissect.training.run_folder import list_changed_settings
 from hf_dissect.training.run_state import join_over_ranks
+from hf_dissect.training.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import count_pairs
 
@@ -78,6 +79,12 @@ class SelectionSummary:
         self._num_scored = len(scored["sample_id"])
         self._label_figures = compute_label_figures(self._selector.ledger, scored["sample_id"], scored["is_clean"])
         return compute_noise_figures(scored)
+
+    def pop_logs(self, times: TimeSpent) -> dict[str, float]:
+        """Return the figures of selection and objective since the last call, and the share of scoring in the time."""
+        logs = self._selector.pop_logs() | self._objective.pop_logs()
+        share = {"selection_scoring_time_share": times["scoring"] / times.total} if times["scoring"] else {}
+        return logs | share
 
     def collect_metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
         """Return the strategy, the figures of the selection, the adapter and the settings."""

@@ -216,10 +216,7 @@ class DissectTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of selection and decorrelation to the logs of training."""
         if "loss" in logs:
-            logs.update(self.selector.pop_logs())
-            logs.update(self.objective.pop_logs())
-            if self.times["scoring"]:
-                logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
+            logs.update(self.summary.pop_logs(self.times))
         super().log(logs, start_time)
 
     # ---- evaluation ----

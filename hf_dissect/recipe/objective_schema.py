@@ -48,10 +48,10 @@ class SymnceSection:
 
 @dataclasses.dataclass
 class NoisyChannelSection:
-    """Weights of the noisy channel for pairs that may be mismatched, in a contrastive loss of smoothed targets."""
+    """Weights of the noisy channel for pairs that may be mismatched."""
 
     smoothing: float = setting(
-        0.1, "Share of the targets of the softmax loss that is uniform over the pairs of the batch.", within="[0, 1)"
+        0.0, "Share of the targets of the softmax loss that is uniform over the pairs of the batch.", within="[0, 1)"
     )
 
 

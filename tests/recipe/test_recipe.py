@@ -689,8 +689,8 @@ def test_an_objective_with_its_defaults_survives_a_round_trip(tmp_path):
     assert recipe.objective.noisy_channel == NoisyChannelSection()
     recipe.save(tmp_path / "recipe.yaml")
     loaded = Recipe.load(tmp_path / "recipe.yaml")
-    assert loaded == recipe and loaded.training_arguments()["noisy_channel"] == {"smoothing": 0.1}
-    assert select_shareable(loaded.to_dict())[0]["objective"]["noisy_channel"] == {"smoothing": 0.1}
+    assert loaded == recipe and loaded.training_arguments()["noisy_channel"] == {"smoothing": 0.0}
+    assert select_shareable(loaded.to_dict())[0]["objective"]["noisy_channel"] == {"smoothing": 0.0}
     assert loaded.with_overrides(["objective.noisy_channel=null"]).objective.noisy_channel is None
 
 

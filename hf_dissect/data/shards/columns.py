@@ -243,7 +243,7 @@ def _first_captions(
             texts = [escape_unencodable(text) for text in value if isinstance(text, str)]
             if any(text.strip() and not is_unencodable(text) for text in texts):
                 return texts, True
-            unencodable += filter(is_unencodable, texts)
+            unencodable += [text for text in texts if is_unencodable(text)]
         elif isinstance(value, str) and value.strip():
             if can_be_encoded(value):
                 return [value], False
