@@ -326,8 +326,7 @@ class DissectTrainer(BaseTrainer):
             retrieval: True to compute the retrieval figures.
             noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
-        dataset, unlogged = self.eval_dataset if test_dataset is None else test_dataset, {}
-        self.summary.evaluated["test"] = test_dataset
+        dataset, unlogged = self.summary.choose_evaluated(test_dataset, self.eval_dataset), {}
         if retrieval and dataset is not None:
             yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
         if more_figures is not None:
