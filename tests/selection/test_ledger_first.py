@@ -323,10 +323,10 @@ def test_scores_in_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_scoring_and_training_run_compiled(every, tmp_path):
+def test_scoring_and_training_run_compiled(every, tmp_path, monkeypatch):
     compiled: list[bool] = []
 
-    def backend(graph, inputs):
+    def note_runs(graph, inputs, **options):
         def run(*values):
             compiled.append(torch.is_grad_enabled())
             return graph.forward(*values)
@@ -334,8 +334,9 @@ def test_scoring_and_training_run_compiled(every, tmp_path):
         return run
 
     torch._dynamo.reset()
-    torch._dynamo.register_backend(backend, name=f"counting_{every}")
-    settings = {"torch_compile": True, "torch_compile_backend": f"counting_{every}", "selection_rescore_every": every}
+    torch._dynamo.list_backends()  # fills the registry
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "eager", note_runs)
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "selection_rescore_every": every}
     trainer = make_trainer(tmp_path, num_train_epochs=3, **settings)
     trainer.train()
     assert set(compiled) == {True, False}  # the training step, and the scoring without gradient
