@@ -112,7 +112,7 @@ class DissectTrainer(BaseTrainer):
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
-        self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args)
+        self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["objective"] = Part(self.objective)
@@ -217,9 +217,7 @@ class DissectTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of selection and decorrelation to the logs of training."""
         if "loss" in logs:
-            logs.update(self.selector.pop_logs() | self.objective.pop_logs())
-            if self.times["scoring"]:
-                logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
+            logs.update(self.summary.pop_logs(self.times))
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -329,6 +327,7 @@ class DissectTrainer(BaseTrainer):
             noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
         dataset, unlogged = self.eval_dataset if test_dataset is None else test_dataset, {}
+        self.summary.evaluated["test"] = test_dataset
         if retrieval and dataset is not None:
             yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
         if more_figures is not None:

@@ -84,6 +84,7 @@ COMMANDS = {
     "hf-dissect evaluate runs/mine": [],
     "hf-dissect evaluate runs/mine --data /data/flickr8k --split validation": [],
     'hf-dissect evaluate runs/mine --data /data/pets --classes cat,dog --template "a photo of a {}."': [],
+    "hf-dissect evaluate runs/mine --data /data/export.csv data.separator=';' data.encoding=cp1252": [],
     "hf-dissect compare quickstart --strategies none,random,dissect,dissect:momentum --seeds 0,1,2"
     " --output-dir runs/four": [*SCENES, "model.max_caption_length=16", "evaluation.zero_shot=null"],
     "hf-dissect push runs/mine USER/mine --private": [],
@@ -131,6 +132,12 @@ def data(tmp_path_factory) -> Path:
         action=np.arange(32) // 8,
         subject=np.arange(32) % 8 + 1,
     )
+    (place / "export").mkdir()
+    lines = ["image;caption"]
+    for number, row in enumerate(make_scenes(24)):
+        (place / "export" / f"{number}.png").write_bytes(row["image"]["bytes"])
+        lines.append(f"{number}.png;größer: {row['caption']}")
+    (place / "export" / "export.csv").write_bytes("\n".join(lines).encode("cp1252"))
     for part in tiny_models.tiny_clip():
         part.save_pretrained(place / "clip")
     (place / "pairs").mkdir()
@@ -169,6 +176,7 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
         words = words[1:] if words[0] == "hf-dissect" else words[words.index("hf_dissect.cli") + 1 :]
         words = [word.replace("/data/flickr8k", str(data / "flickr8k")) for word in words]
         words = [word.replace("/data/pets", str(data / "pets.parquet")) for word in words]
+        words = [word.replace("/data/export.csv", str(data / "export" / "export.csv")) for word in words]
         words = [word.replace("USER/", "ada/") for word in words]
         words = [word.replace("/data/utd_mhad", str(data / "utd_mhad.npz")) for word in words]
         words = [word.replace("/data/birds", str(data / "birds")) for word in words]

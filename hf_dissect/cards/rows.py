@@ -13,6 +13,7 @@ from hf_dissect.report.tables import (
     collect_run_figures,
     describe_averaging,
     format_number,
+    list_skipped_shards,
     results_table,
     select_final_figures,
 )
@@ -62,13 +63,14 @@ def tabulate_data(metrics: Mapping[str, Any], recipe: "Recipe | None") -> Rows:
     """Tabulate the pairs that the model was trained on, and the noise that was put into them."""
     rows = [] if recipe is None else _tabulate_source(recipe)
     bad = as_mapping(metrics.get("bad_rows")).get("count")
-    shards = as_mapping(metrics.get("skipped_shards")).get("count")
+    shards = list_skipped_shards(metrics)
+    counts = ", ".join(f"{part.get('count')}" + f" ({split})" * (split != "train") for split, part in shards.items())
     return format_rows(
         [
             *rows,
             ("Training pairs", _format_count(metrics.get("num_pairs"))),
             ("Unreadable rows skipped", bad or None),
-            ("Shards not read to their end", shards or None),
+            ("Shards not read to their end", counts or None),
         ]
     )
 

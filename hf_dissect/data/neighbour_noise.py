@@ -111,7 +111,9 @@ class _Exchange:
         shuffled = np.lexsort((self._rng.random(len(self._row)), self._row))  # within each row
         mates = list(self._mate(np.where(self._usable, room, 0)))
         used = np.zeros_like(room)
-        first, second, turn = [], [], []
+        first: list[np.ndarray] = []
+        second: list[np.ndarray] = []
+        turn: list[np.ndarray] = []
         for (one, other, number), jitter in zip(mates, self._rng.random(len(mates)), strict=True):
             for row, pairs in ((one, first), (other, second)):
                 begin = start[row] + used[row]
@@ -126,10 +128,10 @@ class _Exchange:
 
     def _mate(self, room: np.ndarray) -> Iterator[tuple[int, int, int]]:
         """Yield two near rows and the number of captions that they exchange; every caption at most once."""
-        text = np.full(len(room), -1)  # of rows that have one text only, which may not mate with another of that text
         lowest, highest = (np.full(len(room), value) for value in (self._num_texts, -1))
         np.minimum.at(lowest, self._row, self._text)
         np.maximum.at(highest, self._row, self._text)
+        # Rows that have one text only may not mate with others of that text.
         text = np.where(lowest == highest, lowest, -1 - np.arange(len(room)))
         rows = self._rng.permutation(np.flatnonzero(room))
         for part in np.array_split(rows, max(1, -(-len(rows) // _MOST_TOGETHER))):

@@ -1,5 +1,7 @@
 """Kinds of mismatched captions that are made on purpose, by the names that recipes use."""
 
+from typing import Any
+
 from datasets import Dataset
 
 from hf_dissect.data.neighbour_noise import exchange_between_neighbours
@@ -40,7 +42,12 @@ def mismatch_captions(
     Raises:
         ValueError: If the kind is unknown, or the rate or the kind is impossible on this dataset.
     """
-    settings = {"rate": rate, "seed": seed, "caption_column": caption_column, "clean_column": clean_column}
+    settings: dict[str, Any] = {
+        "rate": rate,
+        "seed": seed,
+        "caption_column": caption_column,
+        "clean_column": clean_column,
+    }
     if kind == "random":
         return shuffle_captions(dataset, **settings)
     if kind == "neighbours":

@@ -158,9 +158,9 @@ def _change(texts: Sequence[str], row_of_pair: np.ndarray, count: int, rng: np.r
         for number in rng.permutation(len(texts)).tolist():
             if len(changed) == count:
                 break
-            text = _replace_one(texts[number], places[number], forms, of_row[int(row_of_pair[number])], rng)
-            if text is not None:
-                changed[number] = text
+            new = _replace_one(texts[number], places[number], forms, of_row[int(row_of_pair[number])], rng)
+            if new is not None:
+                changed[number] = new
     if len(changed) < count:
         raise ValueError(
             f"rate (noise_rate): {count} of {len(texts)} captions are to have a noun replaced (noise_kind: partial), "

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from hf_dissect.selection.options import OPTIONS, SCOPES
-from hf_dissect.settings import list_settings, setting
+from hf_dissect.settings import declared, list_settings, setting
 
 STRATEGIES: dict[str, tuple[str, ...]] = {
     name: list_settings(options)["variant"][1].choices if hasattr(options, "variant") else ()
@@ -293,6 +293,9 @@ class ZeroShotSection:
     image_column: str = setting("image", "Column of the images.")
     label_column: str = setting("label", "Column of the labels: integers, or class names.")
     split: str = setting("test", "Split that is classified.")
+    separator: str | None = declared(DataSection, "separator")
+    encoding: str | None = declared(DataSection, "encoding")
+    image_root: str | None = declared(DataSection, "image_root")
 
 
 @dataclasses.dataclass

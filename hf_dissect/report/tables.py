@@ -56,6 +56,20 @@ class Table:
     corner: str = "run"
 
 
+def describe_problems(rows: Mapping[str, Any]) -> list[str]:
+    """Return the problems of rows as people read them, from an entry of `metrics.json` about rows."""
+    entries = [entry for entry in rows.get("problems") or [] if isinstance(entry, Mapping)]
+    paths = ["" if entry.get("path") is None else f": {entry['path']}" for entry in entries]
+    return [f"{entry.get('id')}: {entry.get('problem')}{path}" for entry, path in zip(entries, paths, strict=True)]
+
+
+def list_skipped_shards(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return `count` and `shards` by split from the entry `skipped_shards` of `metrics.json`."""
+    entry = as_mapping(metrics.get("skipped_shards"))
+    others = {split: part for split, part in entry.items() if isinstance(part, Mapping) and split != "shards"}
+    return {**({"train": entry} if entry.get("count") else {}), **others}
+
+
 def as_mapping(value: object) -> Mapping:
     """Return `value` if it is a mapping, else an empty one: metrics of an interrupted run hold None in places."""
     return value if isinstance(value, Mapping) else {}

@@ -60,6 +60,7 @@ class LedgerPlan:
         self.rule = BlockRule(ratio, rescore_every, strategy.samples, scores, seed)
         self.columns = (PLAN_COLUMN, *((PLAN_BEFORE,) if keeps_before else ()), *strategy.plan_columns)
         self.reader: PlanReader | None = None
+        self._begun: tuple[int | None, int | None] = (None, None)
         self.reset()
 
     def begin_epoch(self, epoch: int, ledger: SampleLedger) -> None:
@@ -89,7 +90,7 @@ class LedgerPlan:
     def reset(self) -> None:
         """Forget the epoch that the plan was made for."""
         self._planned_epoch = -1
-        self._begun: tuple[int | None, int | None] = (None, None)
+        self._begun = (None, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch of the plan, and the batches from which on plans hold; their values are in the ledger."""
