@@ -317,8 +317,7 @@ def test_times_are_compared_with_plain_training(noisy):
 
 
 def test_selection_efficiency():
-    rows = tiny_models.tiny_pairs(32, captions_per_image=5).rename_column("caption", "captions")
-    rows.to_parquet("train.parquet")
+    tiny_models.tiny_pairs(32, captions_per_image=5).to_parquet("train.parquet")
     np.savez("mobilenet_v1_features.npz", train=np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float16))
     arguments = ["--data", ".", "--pairs", 32, "--batch", 16, "--epochs", 3, "--ratios", 0.5, "--m", 4]
     results = run_benchmark("selection_efficiency", *arguments)

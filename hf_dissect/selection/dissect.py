@@ -113,7 +113,7 @@ class Dissect(SelectionStrategy):
         """Measure the score by the earlier model, if there is one; see `SelectionStrategy.measure`."""
         return {} if scores.past_correlation is None else {"history": scores.past_correlation}
 
-    why_no_plan = "an earlier model has to score the candidates (history: model)"
+    why_no_plan = "an earlier model has to score the candidates (history: average or snapshot)"
 
     @property
     def can_plan(self) -> bool:

@@ -188,6 +188,12 @@ class Stubborn(SelectionStrategy):
         ({"selection_scope": "global"}, "selection_rescore_every=4 does not go with selection_scope='global'"),
         ({"accelerator_config": {"dispatch_batches": True}}, "selection_rescore_every=4 .* dispatch_batches"),
         ({"scoring_dtype": "int8"}, "scoring_dtype='int8' is not allowed; allowed: bfloat16, float16"),
+        (
+            {"selection_strategy": "divbs"},
+            "'divbs' cannot choose pairs before they are loaded, since it has no method",
+        ),
+        ({"selection_strategy": "scan"}, "'scan' cannot choose"),
+        ({"selection_strategy": "dissect", "selection_options": {"history": "average"}}, "earlier model has to score"),
         ({"strategy": Stubborn()}, "'stubborn' cannot choose .* it asks the candidates themselves; set"),
         ({"pairs": [{"image": None}]}, "sample_ids"),
     ],
@@ -317,10 +323,10 @@ def test_scores_in_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_scoring_and_training_run_compiled(every, tmp_path):
+def test_scoring_and_training_run_compiled(every, tmp_path, monkeypatch):
     compiled: list[bool] = []
 
-    def backend(graph, inputs):
+    def note_runs(graph, inputs, **options):
         def run(*values):
             compiled.append(torch.is_grad_enabled())
             return graph.forward(*values)
@@ -328,9 +334,30 @@ def test_scoring_and_training_run_compiled(every, tmp_path):
         return run
 
     torch._dynamo.reset()
-    torch._dynamo.register_backend(backend, name=f"counting_{every}")
-    settings = {"torch_compile": True, "torch_compile_backend": f"counting_{every}", "selection_rescore_every": every}
+    torch._dynamo.list_backends()  # fills the registry
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "eager", note_runs)
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "selection_rescore_every": every}
     trainer = make_trainer(tmp_path, num_train_epochs=3, **settings)
     trainer.train()
     assert set(compiled) == {True, False}  # the training step, and the scoring without gradient
     assert trainer.run_metrics({})["selection"]["kept_share"] == 0.5
+
+
+@pytest.mark.parametrize("strategy", ["small_loss", "noisy_channel"])
+def test_weights_of_the_data_multiply(strategy, tmp_path):
+    trainer = make_trainer(tmp_path, selection_strategy=strategy)
+    batch = trainer.data_collator(trainer.train_dataset.__getitems__([3, 5, 8, 9]))
+    batch |= {"inclusion": torch.tensor([1.0, 0.0, 0.5, 0.25]), "planned": torch.tensor([0.9, 0.1, 0.2, torch.nan])}
+    batch |= {"unloaded_id": torch.tensor([1]), "unloaded_planned": torch.zeros(1)}
+    given = torch.tensor([2.0, 7.0, 0.5, 3.0])
+    plain = trainer.selector.select(trainer.model, dict(batch), step=0)
+    weighted = trainer.selector.select(trainer.model, {**batch, "given_weight": given}, step=0)
+    assert weighted["sample_id"].tolist() == [3, 8, 9] and "given_weight" not in weighted
+    own = plain.get("pair_weight", torch.ones(3))
+    torch.testing.assert_close(weighted["pair_weight"], own * given[[0, 2, 3]])
+    if strategy == "noisy_channel":
+        torch.testing.assert_close(own, (wanted := torch.tensor([0.9, 0.4, 2.2])) / wanted.mean())  # 0.55 is the mean
+        losses, counts = torch.tensor([0.1, 2.0, 4.0]), torch.full((3,), 64.0)
+        torch.testing.assert_close(
+            weighted["reweigh"](losses, counts), plain["reweigh"](losses, counts) * given[[0, 2, 3]]
+        )
