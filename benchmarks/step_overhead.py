@@ -1,6 +1,7 @@
 """What a training step costs with selection, against the plain Trainer, in one run.
 
-    python benchmarks/step_overhead.py [--rounds 5] [--steps 20] [--output benchmarks/results/step_overhead.json]
+    python benchmarks/step_overhead.py [--rounds 5] [--steps 20] [--variants "none;random"]
+                                       [--output benchmarks/results/step_overhead.json]
 
 The same CLIP (from scratch, 64 px), data and batch size throughout. The trainers take turns, and the order changes
 each round, so a machine that gets slower or faster meanwhile does so for all. Both the wall-clock and the processor
@@ -33,6 +34,7 @@ for tower in ("vision_config", "text_config"):
 VARIANTS = {
     "plain Trainer": None,
     "none": {"selection_strategy": "none"},
+    "none, averaged weights": {"selection_strategy": "none", "average_weights": 1.0},
     "random": {"selection_strategy": "random"},
     "small_loss": {"selection_strategy": "small_loss"},
     "dissect": {"selection_strategy": "dissect", "selection_options": {"variant": "momentum"}},
@@ -83,19 +85,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variants", help="names, separated by semicolons; all without it")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     rows = make_scenes(options.batch * 8, image_size=64)
-    names, seconds = list(VARIANTS), {name: [] for name in VARIANTS}
+    names = list(VARIANTS) if options.variants is None else ["plain Trainer", *options.variants.split(";")]
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for round_number in range(options.rounds + 1):
         for name in names[round_number % len(names) :] + names[: round_number % len(names)]:
             elapsed = seconds_per_step(VARIANTS[name], rows, options.batch, options.steps)
             if round_number:  # the first round warms caches up
                 seconds[name].append(elapsed)
                 shown = ", ".join(f"{clock} {value * 1000:.1f} ms" for clock, value in elapsed.items())
-                print(f"round {round_number}  {name:14} {shown} a step", flush=True)
+                print(f"round {round_number}  {name:22} {shown} a step", flush=True)
     results = {"batch": options.batch, "steps": options.steps, "threads": options.threads, "torch": torch.__version__}
     for name, values in seconds.items():
         results[name] = {}

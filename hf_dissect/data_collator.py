@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.encoded_pictures import as_numpy, is_byte_array
 from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
+from hf_dissect.data.pair_keys import GIVEN_WEIGHT, WEIGHT_KEY
+from hf_dissect.data.pair_weights import describe_weight_problem
 from hf_dissect.data.pairs import ROW_KEYS, key_hash
 from hf_dissect.data.problems import PROBLEM_KEY, join_problem, pack_problems
 from hf_dissect.data.stored_features import stack_text_features
@@ -62,12 +64,13 @@ class SelectionCollator:
         """Collate `B` pairs.
 
         Args:
-            rows: Dicts with `image`, `caption`, `sample_id` and optionally `task_id` and `is_clean`.
+            rows: Dicts with `image`, `caption`, `sample_id` and optionally `task_id`, `is_clean` and `weight`.
 
         Returns:
             Inputs of the model (`pixel_values`, `input_ids`, ...), and columns `(B,)`: `sample_id`, `image_key` and
             `caption_key` int64, `bad_reason` int8 (`BadReason`), `bad_problem` uint8 `(B, 240)` (see
-            `hf_dissect.data.problems`), and `task_id` int64 and `is_clean` bool if the rows have them.
+            `hf_dissect.data.problems`), and `task_id` int64, `is_clean` bool and `given_weight` float32 if the rows
+            have them.
 
         Raises:
             ValueError: Rows are not pairs with integer ids, or there are pictures and no image processor.
@@ -81,6 +84,7 @@ class SelectionCollator:
         problems = [_describe_caption(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         captions = ["" if reason else row["caption"] for row, reason in zip(rows, reasons, strict=True)]
         image_keys = [key_hash(image_content(row["image"]) or b"") for row in rows]
+        weights = _read_weights(rows, reasons, problems) if any(WEIGHT_KEY in row for row in rows) else None
         images = self._process_distinct_images(rows, image_keys, reasons, problems)
         if self.text_feature_size is None:
             batch = {**images, **self._tokenise(captions)}
@@ -97,6 +101,8 @@ class SelectionCollator:
             batch["task_id"] = _read_integers(rows, "task_id")
         if "is_clean" in rows[0]:
             batch["is_clean"] = torch.tensor([bool(row["is_clean"]) for row in rows])
+        if weights is not None:
+            batch[GIVEN_WEIGHT] = torch.tensor(weights, dtype=torch.float32)
         return batch
 
     @property
@@ -250,6 +256,17 @@ def _describe_caption(row: dict[str, Any], reason: int) -> str:
 def _find_name(row: dict[str, Any]) -> str | None:
     """Return the path of the image of a pair, or its key in the data; None if it has neither."""
     return find_path(row["image"]) or row.get("key")
+
+
+def _read_weights(rows: Sequence[dict[str, Any]], reasons: list[int], problems: list[str]) -> list[float]:
+    """Return the weights, 0 for a bad row; a row without a usable weight becomes one."""
+    weights = []
+    for position, row in enumerate(rows):
+        problem = describe_weight_problem(row.get(WEIGHT_KEY))
+        if problem is not None and not reasons[position]:
+            reasons[position], problems[position] = BadReason.WEIGHT, join_problem(problem, _find_name(row))
+        weights.append(0.0 if problem is not None else float(row[WEIGHT_KEY]))
+    return weights
 
 
 def _read_integers(rows: Sequence[dict[str, Any]], key: str) -> torch.Tensor:

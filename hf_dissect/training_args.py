@@ -3,15 +3,28 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.gsc import GscObjective
+from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
+from hf_dissect.objectives.rince import RinceObjective
 from hf_dissect.objectives.robust import RobustObjective
-from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection
+from hf_dissect.objectives.symnce import SymnceObjective
+from hf_dissect.recipe.objective_schema import (
+    GscSection,
+    NoisyChannelSection,
+    ObjectiveSection,
+    RinceSection,
+    SymnceSection,
+    find_clash,
+    list_robust_objectives,
+)
 from hf_dissect.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -19,6 +32,7 @@ from hf_dissect.recipe.schema import (
     SelectionSection,
 )
 from hf_dissect.selection import SelectionStrategy, make_strategy
+from hf_dissect.selection.ledger_plan import make_plan
 from hf_dissect.settings import check_values, declared, list_in_docstring, list_settings
 from hf_dissect.training.training_args import BaseTrainingArguments
 
@@ -43,28 +57,36 @@ class DissectTrainingArguments(BaseTrainingArguments):
     selection_reference: str | None = declared(SelectionSection, "reference")
     initial_ledger: str | None = declared(SelectionSection, "ledger")
     scoring_batch_size: int | None = declared(SelectionSection, "scoring_batch_size")
+    selection_rescore_every: int = declared(SelectionSection, "rescore_every")
+    scoring_dtype: str | None = declared(SelectionSection, "scoring_dtype")
     record_selection: bool = declared(SelectionSection, "record")
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
     grad_cache_chunk_size: int | None = declared(ObjectiveSection, "grad_cache_chunk_size")
     gsc: dict[str, Any] | str | None = declared(ObjectiveSection, "gsc")
+    rince: dict[str, Any] | str | None = declared(ObjectiveSection, "rince")
+    symnce: dict[str, Any] | str | None = declared(ObjectiveSection, "symnce")
+    noisy_channel: dict[str, Any] | str | None = declared(ObjectiveSection, "noisy_channel")
     max_train_pairs: int | None = declared(EvaluationSection, "max_train_pairs")
     image_column: str | None = declared(DataSection, "image_column")
     caption_column: str | None = declared(DataSection, "caption_column")
     id_column: str | None = declared(DataSection, "id_column")
     task_column: str | None = declared(DataSection, "task_column")
     clean_column: str | None = declared(DataSection, "clean_column")
+    weight_column: str | None = declared(DataSection, "weight_column")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
     check_reload: bool = declared(ModelSection, "check_reload")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "selection_options", "gsc"]
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        *("selection_options", "gsc", "rince", "symnce", "noisy_channel"),
+    ]
 
     def __post_init__(self) -> None:
         self.selection_options = self._read_selection_options()
-        if self.gsc is not None:
-            defaults = {name: getattr(GscSection, name) for name in list_settings(GscSection)}
-            self.gsc = defaults | _read_options("gsc", self.gsc, example='{"gamma": 0.01}')
-            check_values(GscSection, self.gsc, "gsc: ")
+        for name in _ROBUST:
+            if getattr(self, name) is not None:
+                setattr(self, name, _read_section(name, getattr(self, name)))
         for name in ("initial_ledger", "selection_reference"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
@@ -77,20 +99,39 @@ class DissectTrainingArguments(BaseTrainingArguments):
                 f"num_train_epochs={self.num_train_epochs}; train longer, warm up shorter, or use dissect's "
                 "momentum variant."
             )
-        self._check_gsc()
+        self._check_plan(strategy)
+        self._check_robust_objective()
 
-    def _check_gsc(self) -> None:
-        gsc = self.make_gsc()
-        if gsc is None:
+    def _check_plan(self, strategy: SelectionStrategy) -> None:
+        plan = make_plan(strategy, self.selection_ratio, self.selection_rescore_every, self.seed)
+        if plan is None:
             return
-        if self.mask_false_negatives:
+        name = f"selection_rescore_every={self.selection_rescore_every}"
+        if self.selection_scope == "global":
             raise ValueError(
-                f"gsc={self.gsc!r} does not go with mask_false_negatives: its loss and its evidence count every other "
-                "pair of the batch. Set one of the two otherwise."
+                f"{name} does not go with selection_scope='global': each process plans its own candidates before they "
+                "are loaded. Set selection_scope to local, or selection_rescore_every to 1."
             )
-        if self.max_steps <= 0 and gsc.warmup_epochs >= math.ceil(self.num_train_epochs):
+        if self.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # read by `super().__post_init__`
             raise ValueError(
-                f"gsc: warmup_epochs={gsc.warmup_epochs} leaves no epoch with soft labels in "
+                f"{name} does not go with dispatch_batches, by which one process loads for all; leave it out."
+            )
+
+    def _check_robust_objective(self) -> None:
+        names = [name for name in list_robust_objectives() if getattr(self, name) is not None]
+        if clash := find_clash(self.selection_strategy, names):
+            raise ValueError(f"{clash[0]}={getattr(self, clash[0])!r} {clash[1]} (null is None in Python).")
+        robust = self.make_robust_objective()
+        if robust is None:
+            return
+        if self.mask_false_negatives and not robust.takes_mask:
+            raise ValueError(
+                f"{robust.name}={getattr(self, robust.name)!r} does not go with mask_false_negatives: its loss and "
+                "its evidence count every other pair of the batch. Set one of the two otherwise."
+            )
+        if self.max_steps <= 0 and robust.warmup_epochs >= math.ceil(self.num_train_epochs):
+            raise ValueError(
+                f"{robust.name}: warmup_epochs={robust.warmup_epochs} leaves no epoch with {robust.after_warmup} in "
                 f"num_train_epochs={self.num_train_epochs}; train longer, or warm up shorter."
             )
 
@@ -115,7 +156,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     def make_strategy(self) -> SelectionStrategy:
         """Build the strategy that the arguments describe."""
         options = self._read_selection_options()
-        if self.selection_strategy in ("dissect", "ncr"):
+        if self.selection_strategy in ("dissect", "ncr", "scan"):
             options.setdefault("warmup_epochs", self.selection_warmup_epochs)
         if self.selection_strategy == "dissect":
             options.setdefault("history_given", self.initial_ledger is not None)
@@ -129,6 +170,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
             "seed": self.seed,
             "scoring_batch_size": self.scoring_batch_size,
             "scores_all": self.record_selection,
+            "rescore_every": self.selection_rescore_every,
+            "scoring_dtype": None if self.scoring_dtype is None else getattr(torch, self.scoring_dtype),
         }
 
     def make_objective(self, kind: str, num_networks: int = 1) -> Objective:
@@ -145,16 +188,11 @@ class DissectTrainingArguments(BaseTrainingArguments):
 
     def make_robust_objective(self) -> RobustObjective | None:
         """Build the objective that replaces the contrastive loss; None for the contrastive loss."""
-        return self.make_gsc()
-
-    def make_gsc(self) -> GscObjective | None:
-        """Build the objective of GSC that the arguments describe; None without soft labels."""
-        if self.gsc is None:
-            return None
-        try:
-            return GscObjective(**{"seed": self.seed} | _read_options("gsc", self.gsc, example='{"gamma": 0.01}'))
-        except TypeError as error:
-            raise ValueError(f"gsc={self.gsc!r}: {error}.") from error
+        for name, (_, make) in _ROBUST.items():
+            if getattr(self, name) is not None:
+                settings = _read_section(name, getattr(self, name))
+                return make(**settings, seed=self.seed) if name == "gsc" else make(**settings)
+        return None
 
     def column_names(self) -> dict[str, str | None]:
         """Return the names of the columns, as keyword arguments of `hf_dissect.data.as_pairs`."""
@@ -165,6 +203,32 @@ class DissectTrainingArguments(BaseTrainingArguments):
             "task": self.task_column,
             "clean": self.clean_column,
         }
+
+    def training_columns(self) -> dict[str, str | None]:
+        """Return the names of the columns of the training data, which alone have weights; see `column_names`."""
+        return {**self.column_names(), "weight": self.weight_column}
+
+
+_ROBUST: dict[str, tuple[type, Callable[..., RobustObjective]]] = {
+    "gsc": (GscSection, GscObjective),
+    "rince": (RinceSection, RinceObjective),
+    "symnce": (SymnceSection, SymnceObjective),
+    "noisy_channel": (NoisyChannelSection, NoisyChannelObjective),
+}
+"""Section of settings and class of each objective that may replace the contrastive loss."""
+
+
+def _read_section(name: str, given: Any) -> dict[str, Any]:
+    """Return the settings of an objective with the defaults of those that are not given."""
+    section = _ROBUST[name][0]
+    known = list_settings(section)
+    first = next(iter(known))
+    options = _read_options(name, given, example=json.dumps({first: getattr(section, first)}))
+    for unknown in options.keys() - known.keys():
+        raise ValueError(f"{name}={given!r}: {unknown!r} is not a setting of it; allowed: {', '.join(known)}.")
+    options = {key: getattr(section, key) for key in known} | options
+    check_values(section, options, f"{name}: ")
+    return options
 
 
 def _read_options(name: str, given: Any, *, example: str) -> dict[str, Any]:

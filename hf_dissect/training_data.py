@@ -1,26 +1,27 @@
 """Preparation of the training data, and checks that data, model and arguments fit before a run starts."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit
-from hf_dissect.data.pairs import PairDataset, PairStream, as_pairs
+from hf_dissect.data.pair_weights import check_weighted, collate_weighted
+from hf_dissect.data.pairs import PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
-from hf_dissect.data.tasks import number_tasks_alike
 from hf_dissect.data_collator import SelectionCollator, find_tokenizer
 from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.models.families import check_tokens
 from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
-from hf_dissect.mola import mola_routing
-from hf_dissect.selection import SampleLedger, SelectionStrategy
+from hf_dissect.selection import OnlineSelector, SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.selection.planned_loading import check_loading, collate_blocks, load_by_plan
+from hf_dissect.training.reference_pass import plan_loading
+from hf_dissect.training.task_experts import check_tasks
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
     check_grad_cache,
@@ -28,7 +29,7 @@ from hf_dissect.training.trainer_arguments import (
     check_trainer_arguments,
     refuse_search,
 )
-from hf_dissect.training.warm_up import list_warm_ups, warn_if_warm_up_outlasts
+from hf_dissect.training.warm_up import count_steps, list_warm_ups, warn_if_warm_up_outlasts
 from hf_dissect.training_args import DissectTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,13 @@ def check_arguments(
     check_best_metric(args, given, RETRIEVAL_FIGURES, evaluation)
 
 
-def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments, collator: Any = None) -> Any:
+def wrap_pairs(
+    argument: str,
+    dataset: Any,
+    args: DissectTrainingArguments,
+    collator: Any = None,
+    columns: Mapping[str, str | None] | None = None,
+) -> Any:
     """Wrap a data set as pairs, see `as_pairs`, and collate the first of them, see `check_first_pairs`.
 
     Args:
@@ -71,6 +78,7 @@ def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments, coll
         dataset: Data set, a dict of several, or None.
         args: Arguments of the run, with the names of the columns.
         collator: Collator of the pairs; None to collate none.
+        columns: Names of the columns, see `as_pairs`; None for those of evaluation data.
 
     Returns:
         Pairs, a dict of pairs, or None.
@@ -84,7 +92,7 @@ def wrap_pairs(argument: str, dataset: Any, args: DissectTrainingArguments, coll
     if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
         return {name: wrap_pairs(argument, part, args, collator) for name, part in dataset.items()}
     try:
-        pairs = as_pairs(dataset, **args.column_names())
+        pairs = as_pairs(dataset, **(columns or args.column_names()))
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
     if collator is not None:
@@ -137,7 +145,9 @@ def wrap_training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
     """
     if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
         raise ValueError(f"train_dataset holds several data sets ({', '.join(dataset)}); pass one of them.")
-    pairs = wrap_pairs("train_dataset", dataset, args)
+    pairs = wrap_pairs("train_dataset", dataset, args, columns=args.training_columns())
+    if pairs is not None:
+        check_weighted(pairs, args.weight_column)
     count, batch = count_pairs(pairs), args.train_batch_size * args.world_size
     if count is not None and count < batch:
         raise ValueError(
@@ -205,11 +215,32 @@ def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
     return collator
 
 
-def make_stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArguments) -> StreamLoader:
-    """Build the loader of candidate batches of a stream for this process."""
-    return StreamLoader(
+def make_pair_loader(
+    make_loader: Callable[..., Any], selector: OnlineSelector, pairs: Any, batch_size: int, sampler_of: Any
+) -> Any:
+    """Build the loader of candidate batches of stored pairs, of which a plan or a coreset may leave pairs out.
+
+    Args:
+        make_loader: Function of the Trainer that builds a loader.
+        selector: Selector of the run.
+        pairs: Training pairs.
+        batch_size: Number of candidates of a step.
+        sampler_of: Function from a data set to the sampler of the Trainer.
+    """
+    loading = plan_loading(selector, pairs, batch_size, sampler_of)
+    planned = load_by_plan(selector.plan, pairs, selector.ledger)
+    loader = make_loader(planned, "Training", *loading, is_training=True)
+    return loader if planned is pairs else collate_blocks(loader)
+
+
+def make_stream_loader(
+    pairs: PairStream, collator: Any, args: DissectTrainingArguments, selector: OnlineSelector
+) -> StreamLoader:
+    """Build the loader of candidate batches of a stream for this process, of which a plan may leave pairs out."""
+    has_weights = pairs.columns.weight is not None
+    loader = StreamLoader(
         pairs,
-        collator,
+        partial(collate_weighted, collator=collator) if has_weights else collator,
         args.train_batch_size,
         rank=args.process_index,
         world_size=args.world_size,
@@ -220,6 +251,7 @@ def make_stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingAr
         pin_memory=args.dataloader_pin_memory,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+    return load_by_plan(selector.plan, loader, selector.ledger)
 
 
 def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluation: Any, uses_deepspeed: bool) -> None:
@@ -239,10 +271,12 @@ def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluati
     check_dual_encoder(model)
     check_trainable(model, args)
     check_tasks(model, train, evaluation)
+    if args.selection_rescore_every > 1 and args.selection_strategy != "none":
+        check_loading(train)
 
 
 def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> None:
-    """Check that there are data to train on and no search, and warn if the run ends before a warm-up does.
+    """Check that there are data and no search, warn if the run ends before a warm-up does, and begin the strategy.
 
     Args:
         pairs: Training pairs, or None.
@@ -258,6 +292,7 @@ def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> 
         raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
     refuse_search(search)
     warn_if_warm_up_outlasts(pairs, list_warm_ups(strategy, objective), args)
+    strategy.begin_run(count_steps(count_pairs(pairs), args))
 
 
 def load_ledger(ledger: SampleLedger, folder: str, has_state: bool) -> None:
@@ -290,53 +325,3 @@ def begin_with_initial_ledger(
 def count_pairs(pairs: Any) -> int | None:
     """Return the number of pairs; None for a stream."""
     return len(pairs) if hasattr(pairs, "__len__") else None
-
-
-def check_tasks(model: torch.nn.Module, train: Any, evaluation: Any) -> None:
-    """Check that pairs have tasks if an adapter routes by task, and that the adapter has an expert for each task.
-
-    Named tasks of the evaluation data are renumbered as in the training data, see `number_tasks_alike`. The tasks of a
-    stream are not known.
-
-    Args:
-        model: Model, with or without an adapter.
-        train: Training pairs, or None.
-        evaluation: Pairs, a dict of several, or None.
-
-    Raises:
-        ValueError: The training pairs have no tasks, or the adapter lacks an expert for a task.
-    """
-    number_tasks_alike(train, evaluation)
-    routing = mola_routing(model)
-    if routing is None or not routing.needs_task_ids:
-        return
-    grad = [name for name in routing.active_adapters if routing.mola_config[name].variant == "grad"]
-    has_default = all(
-        name in routing.fixed_task or routing.mola_config[name].default_task is not None for name in grad
-    )
-    if train is not None and not has_default and not _has_tasks(train):
-        raise ValueError(
-            "train_dataset has no tasks, but the MoLA adapter of variant 'grad' trains the expert of each pair's "
-            "task; name the column with task_column (data.task_column in a recipe), or use the variant 'router'."
-        )
-    num_experts = min(routing.mola_config[name].num_experts for name in grad)
-    parts = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
-    for argument, pairs in {"train_dataset": train, **parts}.items():
-        tasks = getattr(pairs, "task_ids", None)
-        if tasks is None:
-            continue
-        low, high = int(tasks.min()), int(tasks.max())
-        if low < 0 or high >= num_experts:
-            raise ValueError(
-                f"{argument} has task {low if low < 0 else high}, but the adapter has num_experts={num_experts}, "
-                f"an expert for each of the tasks 0 to {num_experts - 1}; set num_experts (adapter.num_experts in a "
-                "recipe) to the number of tasks, or number the tasks from 0."
-            )
-
-
-def _has_tasks(pairs: Any) -> bool:
-    if isinstance(pairs, PairDataset | PairStream):
-        return pairs.columns.task is not None
-    if isinstance(pairs, torch.utils.data.IterableDataset):
-        return True  # unknown before it is read; the adapter rejects a batch without tasks
-    return "task_id" in pairs[0]

@@ -7,6 +7,7 @@ import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ import transformers
 from datasets import ClassLabel, concatenate_datasets
 from testing import tiny_models
 
-from hf_dissect import make_scenes
+from hf_dissect import Recipe, make_scenes
 from hf_dissect.cli import main
+from hf_dissect.selection import STRATEGIES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -89,26 +91,241 @@ def test_differential():
     assert all(0 <= auroc <= 1 for auroc in results["correlation"].values())
 
 
-def test_noisy_correspondence():
+def write_flickr8k(count=32):
+    """A folder as that of Flickr8k, with pictures of 32 pixels and random features."""
     random = np.random.default_rng(0)
-    for split, count in {"train": 32, "validation": 8, "test": 8}.items():
-        rows = tiny_models.tiny_pairs(count, captions_per_image=5)
-        rows.add_column("image_id", list(range(count))).to_parquet(f"{split}.parquet")
-    features = {split: random.normal(size=(count, 1024)) for split, count in {"train": 32, "test": 8}.items()}
+    for split, rows in {"train": count, "validation": 8, "test": 8}.items():
+        pairs = make_scenes(rows, split=split, captions_per_image=5, image_size=32)
+        pairs.add_column("image_id", list(range(rows))).select_columns(["image", "captions", "image_id"]).to_parquet(
+            f"{split}.parquet"
+        )
+    features = {split: random.normal(size=(rows, 1024)) for split, rows in {"train": count, "test": 8}.items()}
     np.savez("mobilenet_v1_features.npz", **features, validation=features["test"])
-    order = np.arange(160).reshape(32, 5)
-    order[:12] = np.roll(order[:12], 1, axis=0)
-    np.save("caption_order_noise40.npy", order.ravel().astype(np.int32))
-    small = ["training.num_train_epochs=2", "training.per_device_train_batch_size=32", "model.vocab_size=600"]
-    arguments = ["--data", ".", "--noise", 40, "--seeds", 0, *(part for pair in small for part in ("--set", pair))]
-    results = run_benchmark("noisy_correspondence", *arguments, "--methods", "none,oracle")
+    order = np.arange(5 * count).reshape(count, 5)
+    order[: 2 * count // 5] = np.roll(order[: 2 * count // 5], 1, axis=0)
+    for name in ("noise40", "neighbours40"):
+        np.save(f"caption_order_{name}.npy", order.ravel().astype(np.int32))
+
+
+SMALL = ["training.num_train_epochs=2", "training.per_device_train_batch_size=32", "model.vocab_size=600"]
+
+
+def test_noisy_correspondence():
+    write_flickr8k()
+    arguments = ["--data", ".", "--seeds", 0, *(part for pair in SMALL for part in ("--set", pair))]
+    at_40 = [*arguments, "--noise", 40]
+    results = run_benchmark("noisy_correspondence", *at_40, "--methods", "none,oracle")
     assert [run["steps"] for run in results["runs"]] == [10, 10]
-    results = run_benchmark("noisy_correspondence", *arguments, "--methods", "none,ncr,gsc+")
+    results = run_benchmark("noisy_correspondence", *at_40, "--methods", "none,ncr,gsc+")
     found = {run["method"]: run for run in results["runs"]}
     assert list(found) == ["none", "oracle", "ncr", "gsc+"]  # the first is not repeated
+    assert {run["noise"] for run in found.values()} == {"random40"}
     assert all(len(run["epochs"]["test"]) == 2 and 0 <= run["last"] <= 600 for run in found.values())
+    assert all(0 <= run["averaged"] <= 600 and run["averaged_validation"] > 0 for run in found.values())
+    assert all(run["seconds_per_step"] == run["seconds"] / run["steps"] for run in found.values())
     assert found["gsc+"]["detection"] == found["gsc+"]["label_auroc"]
     assert found["ncr"]["detection"] == found["ncr"]["p_clean_auroc"]
+    # Every other kind, one of which has nothing to detect.
+    kinds = "random0,random80,neighbours20,neighbours40,partial40"
+    more = run_benchmark("noisy_correspondence", *arguments, "--noise", kinds, "--methods", "none")["runs"][4:]
+    assert [run["noise"] for run in more] == kinds.split(",")
+    assert ["detection" in run for run in more] == [False, True, True, True, True]
+
+
+def test_noisy_correspondence_in_the_time_of_plain_training():
+    write_flickr8k()
+    arguments = ["--data", ".", "--seeds", 0, *(part for pair in SMALL for part in ("--set", pair)), "--noise", 40]
+    arguments += ["--methods", "none,random", "--budget", "time", "--timing-rounds", 1]
+    plain, random = run_benchmark("noisy_correspondence", *arguments)["runs"]
+    assert plain["steps"] == 10 and "step_ratio" not in plain
+    assert random["steps"] == pytest.approx(10 / random["step_ratio"], abs=1.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("noisy_correspondence", ["--set", "selection.ratio=2"], "selection.ratio: 2 is not allowed"),
+        ("noisy_correspondence", ["--noise", "near40"], "--noise: near40: choose of random0, random20"),
+        ("noisy_correspondence", ["--methods", "none,best"], "--methods: best: choose of none, random"),
+        ("time_to_quality", ["--method", "x=selection.strategy=best"], "selection.strategy: 'best' is not allowed"),
+        ("time_to_quality", ["--method", "best"], "best: choose of none, random"),
+        ("time_to_quality", ["--method", "none=selection.ratio=0.5"], "take another name"),
+        ("time_to_quality", ["--every", 0], "--every 0: at least 1"),
+        ("time_to_quality", ["--noise", "partial20"], "partial20: choose of random0"),
+    ],
+)
+def test_bad_settings_are_refused_before_work_starts(name, given, message, capsys):
+    with pytest.raises(SystemExit):
+        run_main(name, "--data", "nowhere", *given)
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def noisy(monkeypatch):
+    """The modules of the benchmark."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    names = ("noisy_tables", "noisy_methods", "noisy_runs", "time_to_quality")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def made_runs(sums: dict[str, dict[str, float]], seeds=(0, 1), **more) -> list[dict]:
+    """Runs with recall sums that are the given ones, plus and minus one."""
+    return [
+        {"method": method, "noise": noise, "seed": seed, "budget": "steps", "last": last + 2 * seed - 1, **more}
+        | {"best": last, "best_epoch": 1, "detection": 0.5, "model_auroc": 0.5}
+        | {"seconds": 8.0, "steps": 40, "seconds_per_step": 0.2}
+        for noise, of_noise in sums.items()
+        for method, last in of_noise.items()
+        for seed in seeds
+    ]
+
+
+AT_RANDOM = {"none": 100.0, "small_loss": 150.0, "dissect": 110.0, "oracle": 200.0}
+NEARLY_FITTING = {"none": 150.0, "small_loss": 120.0, "dissect": 160.0, "oracle": 170.0}
+
+
+def test_documents_are_written_from_the_runs(noisy, tmp_path, capsys):
+    tables = noisy.noisy_tables
+    runs = made_runs({"random40": AT_RANDOM, "neighbours40": NEARLY_FITTING}, averaged=123.0)
+    Path("runs.json").write_text(json.dumps({"runs": runs}))
+    (tmp_path / "docs").mkdir()
+    for name, marker, _ in tables.DOCUMENTS:
+        text = f"before\n<!-- {marker}: begin -->\nPREVIOUS\n<!-- {marker}: end -->\nafter\n"
+        (tmp_path / name).write_text(text)
+    run_main("noisy_correspondence", "--output", "runs.json", "--write-docs", tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "PREVIOUS" not in readme
+    assert "| wrong captions | at random, 40 % | nearly fitting, 40 % |" in readme
+    assert "| `dissect` | 110.0 (123.0) | **160.0** (123.0) |" in readme
+    assert "| `small_loss` | **150.0** (123.0) | 120.0 (123.0) |" in readme
+    assert "DISSect is strong where wrong captions nearly fit, and weak where" in readme
+    assert "+10.0 at random (40 %); +10.0 nearly fitting (40 %)." in (" ".join(readme.split()))
+    page = (tmp_path / "docs" / "which_method.md").read_text()
+    assert "| `dissect` | 110.0 ± 1.4 (123.0) | **160.0 ± 1.4** (123.0) |" in page
+    assert "at 40 % `small_loss` is best of 3 (150.0), `dissect` has place 2 (110.0)." in page
+    assert "between near neighbours: at 40 % `dissect` is best of 3 (160.0)." in page
+    results = (tmp_path / "docs" / "results.md").read_text()
+    assert "| `small_loss` | 150.0 ± 1.4 | 123.0 | 150.0 | 0.500 | 0.50 | 200 |" in results
+    before = {name: (tmp_path / name).read_text() for name, _, _ in tables.DOCUMENTS}
+    tables.write_docs(runs, tmp_path)
+    assert before == {name: (tmp_path / name).read_text() for name, _, _ in tables.DOCUMENTS}
+    run_main("noisy_correspondence", "--output", "runs.json", "--table")
+    shown = capsys.readouterr().out
+    assert "recall sum, last, all conditions" in shown and "averaged weights, all conditions" in shown
+    (tmp_path / "README.md").write_text("no marker")
+    with pytest.raises(ValueError, match="must stand in the document once each"):
+        tables.write_docs(runs, tmp_path)
+
+
+def test_sentences_follow_from_the_figures(noisy):
+    tables = noisy.noisy_tables
+    turned = tables.render_sentences(made_runs({"random40": NEARLY_FITTING, "neighbours40": AT_RANDOM}))
+    assert "placed no better where wrong captions nearly fit" in turned and "strong" not in turned
+    assert "strong" not in tables.render_sentences(made_runs({"random40": AT_RANDOM}))
+    assert tables.render_sentences(made_runs({"random40": {"none": 1.0, "dissect": 2.0}})) == ""
+    both = tables.render_gains(made_runs({"random40": AT_RANDOM, "neighbours40": NEARLY_FITTING}))
+    assert max(map(len, both.splitlines())) <= 119
+    table = tables.tabulate(made_runs({"random40": AT_RANDOM}, seeds=(0,)), "steps", ("none", "gsc"))
+    assert table.splitlines()[2:] == ["| `none`: plain training | 99.0 |"]
+
+
+def test_runs_of_earlier_versions_are_named_and_measured_again(noisy):
+    old = {"method": "none", "noise": 20, "seed": 0, "last": 1.0, "seconds": 6.0, "steps": 3}
+    (run,) = noisy.noisy_tables.modernise([old])
+    assert (run["noise"], run["budget"], run["seconds_per_step"]) == ("random20", "steps", 2.0)
+    assert not noisy.noisy_tables.is_complete(run)
+
+
+def test_conditions_and_methods_are_named(noisy):
+    methods = noisy.noisy_methods
+    assert [methods.read_condition(text) for text in ("40", "random0", "partial40")] == [
+        "random40",
+        "random0",
+        "partial40",
+    ]
+    for text in ("50", "neighbours", "near40", ""):
+        with pytest.raises(ValueError, match="choose of random0"):
+            methods.read_condition(text)
+    given = {
+        name: Recipe.load("flickr8k-features", [*methods.SETTINGS, *own]) for name, own in methods.METHODS.items()
+    }
+    assert set(STRATEGIES) <= {recipe.selection.strategy for recipe in given.values()}
+    assert set(methods.IN_README) <= set(methods.METHODS)
+
+
+def test_the_mean_of_the_weights(noisy):
+    """The mean over the last three quarters of eight steps: those after the second."""
+    model = torch.nn.Linear(1, 1)
+    mean, state = noisy.noisy_runs.MeanWeights(), SimpleNamespace(max_steps=8)
+    for step in range(1, 9):
+        torch.nn.init.constant_(model.weight, float(step))
+        state.global_step = step
+        mean.on_step_end(None, state, None, model=model)
+    with mean.used_by(model):
+        assert model.weight.item() == pytest.approx(sum(range(3, 9)) / 6)
+    assert model.weight.item() == 8
+
+
+def test_time_to_quality():
+    write_flickr8k()
+    arguments = ["--data", ".", "--seeds", "0,1", *(part for pair in SMALL for part in ("--set", pair))]
+    arguments += ["--every", 5, "--noise", "40,neighbours20"]
+    half = "half=selection.strategy=random,selection.ratio=0.5"
+    results = run_benchmark("time_to_quality", *arguments, "--method", half)
+    assert len(results["runs"]) == 8 and len(results["tables"]) == 2
+    for run in results["runs"]:
+        steps, seconds, recalls = zip(*run["curve"], strict=True)
+        assert steps == (5, 10) and seconds[0] < seconds[1]
+        assert run["reached"] == float(max(recalls) >= run["target"])
+    plain = [run for run in results["runs"] if run["method"] == "none"]
+    assert all(run["speed_up"] == run["steps"] == 1 and run["best"] == run["target"] for run in plain)
+    again = run_benchmark("time_to_quality", *arguments, "--method", half)
+    assert again["runs"] == results["runs"]  # not repeated
+
+
+def test_time_to_quality_on_photographs():
+    write_flickr8k()
+    tower = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2"
+    small = [*SMALL, f"model.config.vision_config={tower}, image_size: 32, patch_size: 16}}"]
+    small += [
+        f"model.config.text_config={tower}, max_position_embeddings: 32}}",
+        "training.per_device_train_batch_size=80",
+    ]
+    arguments = ["--data", ".", "--pictures", "--seeds", 0, *(part for pair in small for part in ("--set", pair))]
+    arguments += ["--every", 2, "--noise", "random0,neighbours20", "--method", "oracle"]
+    runs = run_benchmark("time_to_quality", *arguments)["runs"]
+    assert [(run["method"], run["noise"], run["data"]) for run in runs] == [
+        (method, noise, "photographs") for noise in ("random0", "neighbours20") for method in ("none", "oracle")
+    ]
+    assert all([step for step, _, _ in run["curve"]] == [2, 4] for run in runs)
+
+
+@pytest.mark.parametrize(("target", "found"), [(2.0, (10, 1.0)), (2.5, (20, 2.0)), (3.0, (20, 2.0)), (3.1, None)])
+def test_the_first_evaluation_with_the_target_counts(noisy, target, found):
+    assert noisy.time_to_quality.reach([(10, 1.0, 2.0), (20, 2.0, 3.0), (30, 3.0, 2.5)], target) == found
+
+
+def test_times_are_compared_with_plain_training(noisy):
+    runs = [{"method": "none", "curve": [(10, 4.0, 2.0), (20, 8.0, 3.0)]}]
+    runs += [{"method": "a", "curve": [(10, 2.0, 3.0)]}, {"method": "b", "curve": [(40, 9.0, 2.9)]}]
+    plain, fast, never = noisy.time_to_quality.compare(runs)
+    assert (plain["speed_up"], plain["steps"]) == (1, 1)
+    assert (fast["speed_up"], fast["steps"], fast["reached"]) == (4.0, 2.0, 1.0)
+    assert never["reached"] == 0 and "speed_up" not in never and never["best"] == 2.9
+    name, settings = noisy.time_to_quality.read_method("x=selection.strategy=random,model.config={a: 1, b: 2},a.b=3")
+    assert (name, settings) == ("x", ["selection.strategy=random", "model.config={a: 1, b: 2}", "a.b=3"])
+
+
+def test_selection_efficiency():
+    tiny_models.tiny_pairs(32, captions_per_image=5).to_parquet("train.parquet")
+    np.savez("mobilenet_v1_features.npz", train=np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float16))
+    arguments = ["--data", ".", "--pairs", 32, "--batch", 16, "--epochs", 3, "--ratios", 0.5, "--m", 4]
+    results = run_benchmark("selection_efficiency", *arguments)
+    for kind in ("photographs", "features"):
+        naive, planned = (results[kind]["0.5"][name] for name in ("every candidate scored", "m = 4"))
+        assert naive["steady"]["forwards"] == 0.6 and naive["whole"]["loaded"] == 1
+        assert planned["steady"]["loaded"] < 1 and 0.6 < planned["steady"]["forwards"] <= 1
+        assert planned["whole"]["efficiency"] > 0 and planned["whole"]["loading"] > 0
 
 
 def test_audit_scores():

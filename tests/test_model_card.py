@@ -142,7 +142,11 @@ def test_the_model_can_be_named_afterwards(tmp_path):
     ("model", "there", "missing"),
     [
         (ModelFacts("siglip", "sigmoid", "max_length"), ("logits.sigmoid()", 'padding="max_length"'), "softmax"),
-        (ModelFacts(feature_size=12), ("torch.randn(1, 12)", "import hf_dissect.models.feature_encoder"), "PIL"),
+        (
+            ModelFacts(feature_size=12),
+            ("torch.randn(1, 12)", "import hf_dissect  # makes the model's type known"),
+            "PIL",
+        ),
     ],
 )
 def test_snippet_suits_the_model(tmp_path, model, there, missing):
@@ -218,6 +222,7 @@ def test_ids_of_data_on_the_hub():
     [
         ({"strategy": "dissect"}, "clip", {"2507.12998", "2103.00020"}),
         ({"strategy": "none", "settings": {"gsc": {"gamma": 0.01}}}, "siglip", {"2405.16996", "2303.15343"}),
+        ({"strategy": "none", "settings": {"noisy_channel": {}}}, "siglip", {"2303.15343"}),
         ({"strategy": "gsc", "settings": {"gsc": {}}}, "clip", {"2405.16996", "2103.00020"}),
         ({"strategy": "random", "adapter": {"type": "mola"}}, "align", {"2406.09679", "2102.05918"}),
         ({"strategy": "small_loss", "adapter": {"type": "lora"}}, "siglip2",
@@ -237,6 +242,9 @@ def test_papers_without_an_arxiv_id_and_of_a_locked_tower(tmp_path):
     frozen = recipe(model={"name_or_path": "me/clip", "freeze": "vision"})
     _, text = card(tmp_path, metrics={"strategy": "ncr"}, recipe=frozen)
     assert "Learning with Noisy Correspondence" in text and "Locked-image text Tuning" in text
+    for metrics in ({"strategy": "noisy_channel"}, {"strategy": "none", "settings": {"noisy_channel": {}}}):
+        _, text = card(tmp_path, metrics=metrics)
+        assert text.count("Analysis of a Microarray Experiment") == 1
     _, text = card(tmp_path, metrics={"strategy": "ncr"}, model=ModelFacts(feature_size=3))
     assert "Locked-image text Tuning" in text
 

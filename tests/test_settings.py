@@ -10,8 +10,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_dissect import DissectTrainingArguments
 from hf_dissect.distillation import DistillationRecipe, DistillationTrainingArguments
 from hf_dissect.objectives.gsc import GscObjective
+from hf_dissect.objectives.rince import RinceObjective
+from hf_dissect.objectives.symnce import SymnceObjective
 from hf_dissect.recipe import Recipe, RecipeError
-from hf_dissect.recipe.objective_schema import GscSection
+from hf_dissect.recipe.objective_schema import GscSection, RinceSection, SymnceSection
+from hf_dissect.recipe.schema import TrainingSection
 from hf_dissect.selection.options import OPTIONS
 from hf_dissect.settings import describe_problem, find_setting, list_members, list_settings
 
@@ -33,6 +36,9 @@ OTHER = {
     "selection.options": {"momentum": 0.25},
     "selection.ledger": "hub:somebody/scores",
     "objective.gsc": {"beta": 0.25},
+    "objective.rince": {"q": 0.25, "lam": 0.25, "temperature": None, "warmup_epochs": 0},
+    "objective.symnce": {"beta": 0.25, "temperature": None, "warmup_epochs": 0},
+    "objective.noisy_channel": {},
     "distillation.term_weights": {"hinton": 0.25},
 }
 
@@ -44,7 +50,7 @@ def own_fields(arguments: type) -> list[dataclasses.Field]:
 
 def sections_of(recipe: type) -> dict[str, type]:
     """Every section of a recipe by its dotted key, nested ones too."""
-    found = {}
+    found = {"training": TrainingSection}  # next to the fields of transformers
 
     def visit(key: str, section: type) -> None:
         found[key] = section
@@ -97,7 +103,7 @@ def test_every_argument_has_one_declaration_and_repeats_its_type(kind):
         assert find_setting(field) is not None, field.name
         if field.name == "save_run_folder":  # a recipe always writes it
             continue
-        section, name = sources[field.name].rsplit(".", 1)
+        section, name = sources.get(field.name, f"training.{field.name}").rsplit(".", 1)
         if field.name == "student_column":  # the same section describes every modality
             continue
         (source,) = (item for item in dataclasses.fields(sections[section]) if item.name == name)
@@ -108,7 +114,7 @@ def test_every_argument_has_one_declaration_and_repeats_its_type(kind):
             for _, setting in list_settings(part).values()
             if setting.argument == field.name
         ]
-        assert len(declarations) == (0 if section == "distillation" else 1)
+        assert len(declarations) == (0 if section in ("distillation", "training") else 1)
         expected, repeated = list_settings(sections[section])[name][0], hints[field.name]
         if field.name in arguments._VALID_DICT_FIELDS:  # also as JSON, from the command line
             assert {dict[str, Any], str} <= set(list_members(repeated)) <= {dict[str, Any], str, type(None)}
@@ -147,10 +153,10 @@ def test_every_setting_reaches_its_argument(kind, tmp_path):
             and not describe_problem(value, expected, declaration.choices, declaration.within)
         )
         arrived = recipe.from_dict(with_value(recipe, key, changed[key])).training_arguments()
-        assert arrived.pop(argument) == changed[key] or argument == "gsc", key
+        assert arrived.pop(argument) == changed[key] or key.startswith("objective."), key
         assert arrived == {name: value for name, value in made.items() if name != argument}
         taken = arguments(str(tmp_path), max_steps=5, **{argument: changed[key]})
-        assert getattr(taken, argument) == changed[key] or taken.gsc["beta"] == 0.25
+        assert getattr(taken, argument) == changed[key] or changed[key].items() <= getattr(taken, argument).items()
 
 
 @pytest.mark.parametrize(
@@ -164,17 +170,24 @@ def test_an_impossible_value_gets_the_same_verdict_in_a_recipe_and_in_the_argume
     assert fault.startswith(f"{key}: {shown!r} is not allowed; allowed: ")
     own = {field.name for field in own_fields(arguments)}
     given = {name: value for name, source in recipe.argument_sources().items() if source == key and name in own}
-    if key.startswith("objective.gsc."):
-        given = {"gsc": {key.rpartition(".")[2]: value}}
+    if key.count(".") == 2 and key.startswith("objective."):
+        _, objective, name = key.split(".")
+        given = {objective: {name: value}}
+    if key.startswith("training."):
+        given = {key.rpartition(".")[2]: value}
     if given:
         with pytest.raises(ValueError) as in_arguments:
             arguments("unused", **given)
         assert str(in_arguments.value).endswith(f"={fault.partition(': ')[2]}.")
 
 
-def test_soft_labels_have_the_defaults_of_their_objective():
-    made = GscObjective()
-    assert dataclasses.asdict(GscSection()).items() <= vars(made).items()
+def test_objectives_have_the_defaults_of_their_sections():
+    for section, objective in (
+        (GscSection, GscObjective),
+        (RinceSection, RinceObjective),
+        (SymnceSection, SymnceObjective),
+    ):
+        assert dataclasses.asdict(section()).items() <= vars(objective()).items()
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)

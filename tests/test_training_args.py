@@ -56,12 +56,19 @@ def test_options_given_are_not_changed():
 
 
 def test_soft_labels_are_asked_for_by_name_also_as_json():
-    assert arguments().gsc is None and arguments().make_gsc() is None
+    assert arguments().gsc is None and arguments().make_robust_objective() is None
     complete = {"gamma": 0.01, "beta": 0.7, "temperature": 0.07, "warmup_epochs": 1, "dual": False}
     given = {}
     assert arguments(gsc=given).gsc == complete == arguments(gsc="{}").gsc and given == {}
-    gsc = arguments(gsc='{"beta": 0.5, "gamma": 0.1}', seed=7).make_gsc()
+    gsc = arguments(gsc='{"beta": 0.5, "gamma": 0.1}', seed=7).make_robust_objective()
     assert (gsc.beta, gsc.gamma, gsc.seed) == (0.5, 0.1, 7)
+
+
+def test_the_noisy_channel_is_asked_for_by_name_also_as_json():
+    assert arguments().noisy_channel is None and arguments().make_robust_objective() is None
+    for given in ({}, "{}"):
+        args = arguments(noisy_channel=given, selection_strategy="none", mask_false_negatives=True)
+        assert args.noisy_channel == {"smoothing": 0.0} and args.make_robust_objective().name == "noisy_channel"
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.5, 1.01, 2, float("nan"), float("inf"), "half", None, True])
@@ -113,12 +120,20 @@ def test_the_ratio_is_without_effect_where_all_pairs_are_kept():
         ({"scoring_batch_size": 0}, "scoring_batch_size=0 is not allowed; allowed: at least 1 or null"),
         ({"scoring_batch_size": "8"}, "scoring_batch_size='8' .* an integer or null, at least 1"),
         ({"max_caption_length": 2}, "max_caption_length=2 is not allowed; allowed: at least 3 or null"),
-        ({"gsc": {"gama": 0.1}}, "gsc=.*gama.*unexpected keyword argument 'gama'"),
+        ({"gsc": {"gama": 0.1}}, "gsc=.*gama.*'gama' is not a setting of it; allowed: gamma"),
         ({"gsc": {"beta": 2}}, "gsc: beta=2 is not allowed; allowed: a number in"),
         ({"gsc": {"warmup_epochs": 1.5}}, "gsc: warmup_epochs=1.5 .* an integer, at least 0"),
         ({"gsc": False}, "gsc=False: must be a dict, or JSON of one"),
         ({"gsc": "yes"}, "gsc='yes': must be a dict, or JSON of one"),
         ({"gsc": {}, "mask_false_negatives": True}, "gsc=.*does not go with mask_false_negatives"),
+        ({"noisy_channel": {"pi": 0.5}}, "noisy_channel={'pi': 0.5}: 'pi' is not a setting of it; allowed: smoothing"),
+        ({"noisy_channel": True}, "noisy_channel=True: must be a dict, or JSON of one, such as {.smoothing.: 0.0}"),
+        ({"noisy_channel": "yes"}, "noisy_channel='yes': must be a dict, or JSON of one"),
+        ({"noisy_channel": {}, "gsc": {}}, "noisy_channel={.*} does not go with gsc: each replaces the contrastive"),
+        (
+            {"noisy_channel": "{}", "selection_strategy": "noisy_channel"},
+            "noisy_channel={.*} does not go with the strategy noisy_channel: .* count twice; set the objective",
+        ),
         ({"gsc": {"warmup_epochs": 3}}, "gsc: warmup_epochs=3 leaves no epoch with soft labels in num_train_epochs=3"),
     ],
 )

@@ -34,6 +34,7 @@ _MEASURES = {
 _LEDGER_MEASURES = {
     "ledger_differential": ("differential", 2, False),
     "ledger_label": ("soft label", 3, False),
+    "ledger_match": ("match, by the run", 3, False),
 }
 
 

@@ -13,11 +13,18 @@ _OF_STRATEGY = {
     "clipscore": "hessel2021clipscore",
     "ncr": "huang2021ncr",
     "gsc": "zhao2024gsc",
+    "info_batch": "qin2024infobatch",
+    "scan": "guo2024scan",
+    "divbs": "hong2024divbs",
+    "forgetting": "toneva2019forgetting",
+    "noisy_channel": "efron2001empirical",
     "learnability": "evans2024jest",
     "jest": "evans2024jest",
     "rho": "mindermann2022rho",
     "coreset": "hessel2021clipscore",
 }
+_OF_OBJECTIVE = {name: _OF_STRATEGY[name] for name in ("gsc", "noisy_channel")}
+_OF_OBJECTIVE |= {"rince": "chuang2022rince", "symnce": "cui2025symnce"}
 _OF_ADAPTER = {"mola": "zhou2024mola", "lora": "hu2022lora"}
 _OF_MODEL = {
     "siglip": "zhai2023siglip",
@@ -44,8 +51,9 @@ def find_papers(metrics: Mapping[str, Any], *, model_type: str | None = None, lo
     settings = as_mapping(metrics.get("settings"))
     keys = [
         _OF_STRATEGY.get(metrics.get("strategy", "")),
-        _OF_STRATEGY["gsc"] if settings.get("gsc") is not None else None,
+        *(key for name, key in _OF_OBJECTIVE.items() if settings.get(name) is not None),
         _OF_ADAPTER.get(as_mapping(metrics.get("adapter")).get("type", "")),
+        "izmailov2018swa" if metrics.get("averaged_weights") else None,
         "gao2021gradcache" if settings.get("grad_cache_chunk_size") else None,
         _OF_DISTILLATION.get(metrics.get("method", "")),
         None if model_type is None else _OF_MODEL.get(model_type, "radford2021clip"),

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_dissect.cards.metadata import DATA_NAMES
 from hf_dissect.cards.privacy import hub_dataset, may_be_published
+from hf_dissect.data.noise_kinds import describe_noise
 from hf_dissect.report.tables import (
     as_mapping,
     collect_run_figures,
+    describe_averaging,
     format_number,
+    list_skipped_shards,
     results_table,
     select_final_figures,
 )
@@ -24,12 +27,24 @@ Rows = list[tuple[str, str]]
 _Values = Sequence[tuple[str, object]]
 
 _SELECTION = {"selection_ratio", "selection_scope", "selection_warmup_epochs", "selection_options"}
-_SELECTION |= {"mask_false_negatives"}
-_OBJECTIVE = {"gsc": "Soft labels (GSC)", "grad_cache_chunk_size": "GradCache: pairs a pass"}
+_SELECTION |= {"selection_rescore_every", "mask_false_negatives"}
+_OBJECTIVE = {
+    "gsc": "Soft labels (GSC)",
+    "rince": "Robust loss (RINCE)",
+    "symnce": "Robust loss (SymNCE)",
+    "noisy_channel": "Weights of the noisy channel",
+    "grad_cache_chunk_size": "GradCache: pairs a pass",
+}
+_FIGURES = {
+    "kept_share": "Candidates that trained",
+    "loaded_share": "Candidates that were loaded",
+    "scored_share": "Candidates that were scored",
+    "estimated_mismatched": "Mismatched pairs, as the run estimates",
+}
 # None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"
-    "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|.*_column|skip_memory|greater_is|do_"
+    "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|(?!weight_).*_column|skip_memory|greater_is|do_"
     "|restore|enable_jit|ddp|fsdp|deepspeed|accelerator|include|prediction|batch_eval|max_bad|local_rank|debug).*"
 )
 _NOISE = {
@@ -39,6 +54,7 @@ _NOISE = {
     "ranking_auroc_last_epoch": "AUROC of the selection rule, last epoch",
     "label_auroc": "AUROC of the soft labels",
     "p_clean_auroc": "AUROC of the mixture's posterior",
+    "evidence_auroc": "AUROC of the evidence of the noisy channel",
 }
 _DETECTION = "noise_detection_"
 
@@ -47,13 +63,14 @@ def tabulate_data(metrics: Mapping[str, Any], recipe: "Recipe | None") -> Rows:
     """Tabulate the pairs that the model was trained on, and the noise that was put into them."""
     rows = [] if recipe is None else _tabulate_source(recipe)
     bad = as_mapping(metrics.get("bad_rows")).get("count")
-    shards = as_mapping(metrics.get("skipped_shards")).get("count")
+    shards = list_skipped_shards(metrics)
+    counts = ", ".join(f"{part.get('count')}" + f" ({split})" * (split != "train") for split, part in shards.items())
     return format_rows(
         [
             *rows,
             ("Training pairs", _format_count(metrics.get("num_pairs"))),
             ("Unreadable rows skipped", bad or None),
-            ("Shards not read to their end", shards or None),
+            ("Shards not read to their end", counts or None),
         ]
     )
 
@@ -62,8 +79,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
     data = recipe.data
     name = hub_dataset(data.source, data.path)
     scenes = data.source == "scenes"
-    noise = f"{data.noise_rate:.0%} of the training captions shuffled, seed {data.noise_seed}"
-    fixed = "training captions in the order of a fixed permutation"
+    noise = describe_noise(data.noise_kind, data.noise_rate, data.noise_seed, data.noise_permutation)
     return [
         ("Data", name or DATA_NAMES[data.source]),
         ("Configuration", data.name if name else None),
@@ -73,7 +89,7 @@ def _tabulate_source(recipe: "Recipe") -> list[tuple[str, object]]:
         ("Column of the tasks", data.task_column),
         ("Rows used", f"the first {data.max_train_rows:,}" if data.max_train_rows else None),
         ("Images", "stored features" if data.image_features else None),
-        ("Injected noise", fixed if data.noise_permutation else noise if data.noise_rate else None),
+        ("Injected noise", noise),
     ]
 
 
@@ -82,11 +98,11 @@ def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[
     settings = as_mapping(metrics.get("settings"))
     selection = {"strategy": metrics.get("strategy")}
     selection |= {key.removeprefix("selection_"): value for key, value in settings.items() if key in _SELECTION}
-    kept = as_mapping(metrics.get("selection")).get("kept_share")
+    figures = as_mapping(metrics.get("selection"))
     return [
         *((f"Selection: {key}", value) for key, value in selection.items()),
         ("Reference model", metrics.get("reference")),
-        ("Candidates that trained", _format_figure("kept_share", kept)),
+        *((name, _format_figure(key, figures.get(key))) for key, name in _FIGURES.items()),
         *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
         ("Frozen tower", None if recipe is None else recipe.model.freeze),
     ]
@@ -119,6 +135,7 @@ def tabulate_training(metrics: Mapping[str, Any], recipe: "RecipeFile | None", m
             ("Recipe", None if recipe is None else recipe.name),
             *method,
             ("Optimiser steps", _format_count(metrics.get("steps"))),
+            ("Final weights", describe_averaging(metrics)),
             ("Seed", metrics.get("seed")),
             ("Wall-clock", _format_figure("total_s", as_mapping(metrics.get("times")).get("total_s"))),
             ("Time for scoring", _format_figure("scoring_share", collect_run_figures(metrics)["scoring_share"])),

@@ -28,6 +28,7 @@ class BadReason(IntEnum):
     CAPTION_MISSING = 2
     CAPTION_NOT_TEXT = 3
     CAPTION_NOT_UNICODE = 4
+    WEIGHT = 5
 
     @property
     def description(self) -> str:
@@ -45,6 +46,7 @@ _DESCRIPTIONS = {
     BadReason.CAPTION_MISSING: "caption missing or empty",
     BadReason.CAPTION_NOT_TEXT: "caption not a string",
     BadReason.CAPTION_NOT_UNICODE: "caption cannot be encoded",
+    BadReason.WEIGHT: "weight missing or not a number of at least 0",
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from hf_dissect.data.bad_rows import BadReason, TooManyBadRows
 from hf_dissect.data.encoded_pictures import is_byte_array
 from hf_dissect.data.images import is_feature_vector
+from hf_dissect.data.pair_weights import check_collated
 from hf_dissect.data.pairs import PairStream
 from hf_dissect.data.problems import describe_problem, read_problems
 from hf_dissect.models.feature_encoder import find_feature_size
@@ -43,6 +44,7 @@ def check_first_pairs(collator: Callable[[Sequence[Any]], Any], **datasets: Any)
                 batch = collator(rows) if rows else None
             if batch is not None:
                 check_batch(batch)
+                check_collated(rows, batch)
                 _check_pictures(argument if name == argument else f"{argument}[{name!r}]", batch)
 
 

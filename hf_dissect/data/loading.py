@@ -14,7 +14,8 @@ from hf_dissect.data.files import (
     read_folder,
     read_image_folder,
 )
-from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
+from hf_dissect.data.noise import apply_caption_order, load_caption_order
+from hf_dissect.data.noise_kinds import NOISE_KINDS, mismatch_captions
 from hf_dissect.data.picture_paths import make_paths_absolute
 from hf_dissect.data.reading_options import DEFAULT_TEMPLATE, ReadingOptions, check_reading_options
 from hf_dissect.data.scenes.drawing import make_scenes, scenes_features, scenes_generator
@@ -40,6 +41,7 @@ def load_splits(
     id_column: str | None = None,
     task_column: str | None = None,
     clean_column: str | None = None,
+    weight_column: str | None = None,
     separator: str | None = None,
     encoding: str | None = None,
     image_root: str | None = None,
@@ -50,6 +52,7 @@ def load_splits(
     max_eval_rows: int | None = None,
     noise_rate: float = 0.0,
     noise_seed: int = 0,
+    noise_kind: str = "random",
     noise_permutation: str | None = None,
     num_workers: int = 0,
     shuffle_buffer: int = 10_000,
@@ -81,6 +84,7 @@ def load_splits(
         id_column: Column with the ids; in text files, integers or text.
         task_column: Column with the tasks; in text files, integers or text.
         clean_column: Column for the truth about injected noise, `clean` if None.
+        weight_column: Column with the weights of the train split.
         separator: Character between the fields of `.csv` and `.tsv` files; None takes it from the header.
         encoding: Encoding of text files; None for UTF-8. A byte order mark comes before either.
         image_root: Folder to which the paths of pictures in tables are relative; None for the folder of the table.
@@ -91,8 +95,9 @@ def load_splits(
             column `text_features`. Captions that are exchanged take their features along.
         max_train_rows: Number of rows of the train split to keep, from the first; None keeps all.
         max_eval_rows: Number of rows of each other split to keep, from the first; None keeps all.
-        noise_rate: Share of the pairs to mismatch, see `shuffle_captions`.
+        noise_rate: Share of the pairs to mismatch, see `mismatch_captions`.
         noise_seed: Seed of the mismatches.
+        noise_kind: One of `NOISE_KINDS`, see `mismatch_captions`.
         noise_permutation: `.npy` file for `apply_caption_order`, found like `image_features`.
         num_workers: Not used; accepted so that the whole section can be passed.
         shuffle_buffer: Not used, like `num_workers`.
@@ -110,7 +115,8 @@ def load_splits(
         FileNotFoundError: If a file, folder or Hub data set is missing.
         ValueError: If an argument is out of its range, a file is unreadable, or there is no train split.
     """
-    _check_arguments(source, path, streaming, image_features, text_features, noise_rate, noise_permutation)
+    _check_arguments(source, path, streaming, image_features, text_features)
+    _check_noise(noise_rate, noise_kind, noise_permutation, streaming, text_features)
     options = ReadingOptions(
         separator=separator,
         encoding=encoding,
@@ -121,6 +127,7 @@ def load_splits(
         id_column=id_column,
         task_column=task_column,
         clean_column=clean_column,
+        weight_column=weight_column,
     )
     check_reading_options(options, source, streaming)
     address = path or ""  # an empty one was refused for the sources that read it
@@ -151,6 +158,7 @@ def load_splits(
             id_column=id_column,
             task_column=task_column,
             clean_column=clean_column,
+            weight_column=weight_column,
             skip_bad_shards=skip_bad_shards,
         )
     splits = {split: _stop_decoding(rows, image_column) for split, rows in splits.items()}
@@ -168,8 +176,14 @@ def load_splits(
         train = apply_caption_order(train, order, caption_column=caption_column, clean_column=clean_column)
     train = _keep_first_rows(train, max_train_rows)
     if noise_rate:
-        train = shuffle_captions(
-            train, rate=noise_rate, seed=noise_seed, caption_column=caption_column, clean_column=clean_column
+        train = mismatch_captions(
+            train,
+            kind=noise_kind,
+            rate=noise_rate,
+            seed=noise_seed,
+            image_column=image_column,
+            caption_column=caption_column,
+            clean_column=clean_column,
         )
     return {
         split: train if split == "train" else _keep_first_rows(rows, max_eval_rows) for split, rows in splits.items()
@@ -182,8 +196,6 @@ def _check_arguments(
     streaming: bool,
     image_features: str | None,
     text_features: str | None,
-    noise_rate: float,
-    noise_permutation: str | None,
 ) -> None:
     if source not in SOURCES:
         raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {source!r}.")
@@ -196,6 +208,12 @@ def _check_arguments(
         raise ValueError(
             f"data.path is missing: data.source {source!r} needs {'a Hub id' if source == 'hub' else 'a local path'}."
         )
+    _refuse_for_streams(streaming, image_features=image_features, text_features=text_features)
+
+
+def _check_noise(
+    noise_rate: float, noise_kind: str, noise_permutation: str | None, streaming: bool, text_features: str | None
+) -> None:
     if isinstance(noise_rate, bool) or not isinstance(noise_rate, int | float) or not 0.0 <= noise_rate <= 1.0:
         raise ValueError(f"data.noise_rate must be a number between 0 and 1, got {noise_rate!r}.")
     if noise_rate and noise_permutation is not None:
@@ -203,12 +221,23 @@ def _check_arguments(
             f"data.noise_rate is {noise_rate} and data.noise_permutation is {noise_permutation!r}: both "
             "mismatch captions. Set one of them."
         )
-    given = {
-        "noise_rate": noise_rate or None,
-        "noise_permutation": noise_permutation,
-        "image_features": image_features,
-        "text_features": text_features,
-    }
+    if noise_kind not in NOISE_KINDS:
+        raise ValueError(f"data.noise_kind must be one of {', '.join(NOISE_KINDS)}, got {noise_kind!r}.")
+    if noise_kind != "random" and not noise_rate:
+        raise ValueError(
+            f"data.noise_kind is {noise_kind!r}, but data.noise_rate is {noise_rate}: no caption would be changed. "
+            "Set data.noise_rate to the share of captions to change, or leave data.noise_kind out."
+        )
+    if noise_kind == "partial" and text_features is not None:
+        raise ValueError(
+            f"data.noise_kind is 'partial', which changes words, but data.text_features is {text_features!r}: the "
+            "stored features would stay as they are. Set data.noise_kind to random or neighbours, or leave "
+            "data.text_features out."
+        )
+    _refuse_for_streams(streaming, noise_rate=noise_rate or None, noise_permutation=noise_permutation)
+
+
+def _refuse_for_streams(streaming: bool, **given: object) -> None:
     for argument, value in given.items():
         if streaming and value is not None:
             raise ValueError(

@@ -47,12 +47,9 @@ def shuffle_captions(
     Raises:
         ValueError: If the rate is impossible on this dataset, or there is no caption column.
     """
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
-        raise ValueError(f"rate (noise_rate) must be a number between 0 and 1, got {rate!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed (noise_seed) must be an integer of at least 0, got {seed!r}.")
+    check_rate_and_seed(rate, seed)
     column = find_caption_column(dataset, caption_column)
-    row_of_pair = _find_row_of_pair(read_column(dataset, column))
+    row_of_pair = find_row_of_pair(read_column(dataset, column))
     order = _exchange_between_rows(row_of_pair, round(rate * len(row_of_pair)), np.random.default_rng(seed))
     return apply_caption_order(dataset, order, caption_column=column, clean_column=clean_column)
 
@@ -79,15 +76,10 @@ def apply_caption_order(
         ValueError: If `order` is not a permutation of this dataset's pairs, or there is no caption column.
     """
     column = find_caption_column(dataset, caption_column)
-    # A column of that name that holds something else stays what it is.
-    free = [name for name in CLEAN_COLUMNS if name not in dataset.column_names]
-    truth_column = find_truth_column(dataset, clean_column) or (free[0] if free else CLEAN_COLUMNS[0])
     captions = read_column(dataset, column)
-    row_of_pair = _find_row_of_pair(captions)
+    row_of_pair = find_row_of_pair(captions)
     order = _check_order(order, len(row_of_pair))
-    truth = pa.array(row_of_pair[order] == row_of_pair)
-    if truth_column in dataset.column_names:
-        truth = pc.and_kleene(truth, _read_truth(dataset, truth_column, row_of_pair).take(pa.array(order)))
+    truth = row_of_pair[order] == row_of_pair
     flat = captions.flatten() if is_list(captions.type) else captions
     replaced = replace_column(
         dataset, column, lay_out_like(captions, flat.take(pa.array(order))), dataset.features[column]
@@ -97,8 +89,42 @@ def apply_caption_order(
         vectors = vectors.flatten() if is_list(captions.type) else vectors
         moved, kind = lay_out_like(captions, vectors.take(pa.array(order))), dataset.features[TEXT_FEATURES_COLUMN]
         replaced = replace_column(replaced, TEXT_FEATURES_COLUMN, moved, kind)
-    truth_feature = List(Value("bool")) if is_list(captions.type) else Value("bool")
-    return replace_column(replaced, truth_column, lay_out_like(captions, truth), truth_feature)
+    return record_truth(replaced, captions, truth, order, clean_column)
+
+
+def record_truth(
+    dataset: Dataset, captions: pa.Array, truth: np.ndarray, order: np.ndarray, clean_column: str | None = None
+) -> Dataset:
+    """Write which captions belong to their images, next to what the data set knows of them already.
+
+    Args:
+        dataset: Rows whose captions were changed.
+        captions: Captions before the change, whose layout the truth takes.
+        truth: Truth of the change, bool `(num_pairs,)`.
+        order: Pair that each caption comes from, int64 `(num_pairs,)`.
+        clean_column: Column for the truth, see `shuffle_captions`.
+    """
+    # A column of that name that holds something else stays what it is.
+    free = [name for name in CLEAN_COLUMNS if name not in dataset.column_names]
+    column = find_truth_column(dataset, clean_column) or (free[0] if free else CLEAN_COLUMNS[0])
+    values = pa.array(truth)
+    if column in dataset.column_names:
+        known = _read_truth(dataset, column, find_row_of_pair(captions))
+        values = pc.and_kleene(values, known.take(pa.array(order)))
+    feature = List(Value("bool")) if is_list(captions.type) else Value("bool")
+    return replace_column(dataset, column, lay_out_like(captions, values), feature)
+
+
+def check_rate_and_seed(rate: float, seed: int) -> None:
+    """Check the share and the seed of captions that are changed on purpose.
+
+    Raises:
+        ValueError: If one of them is out of its range.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate (noise_rate) must be a number between 0 and 1, got {rate!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed (noise_seed) must be an integer of at least 0, got {seed!r}.")
 
 
 def load_caption_order(path: str | Path) -> np.ndarray:
@@ -221,7 +247,7 @@ def _read_truth(dataset: Dataset, column: str, row_of_pair: np.ndarray) -> pa.Ar
         ValueError: If the column does not hold one bool per caption.
     """
     truth = read_column(dataset, column)
-    if not np.array_equal(_find_row_of_pair(truth), row_of_pair):
+    if not np.array_equal(find_row_of_pair(truth), row_of_pair):
         raise ValueError(
             f"clean_column: {column!r} must hold one bool per caption, in the same layout as the captions "
             f"(a list where those are lists); it holds {dataset.features[column]}."
@@ -232,7 +258,7 @@ def _read_truth(dataset: Dataset, column: str, row_of_pair: np.ndarray) -> pa.Ar
     return flat.cast(pa.bool_())
 
 
-def _find_row_of_pair(captions: pa.Array) -> np.ndarray:
+def find_row_of_pair(captions: pa.Array) -> np.ndarray:
     """Return the row number of each pair, int64 `(num_pairs,)`."""
     rows = np.arange(len(captions))
     return np.repeat(rows, list_lengths(captions)) if is_list(captions.type) else rows

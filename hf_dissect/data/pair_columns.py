@@ -32,6 +32,7 @@ class PairColumns:
     task: str | None = None
     clean: str | None = None
     text_features: str | None = None
+    weight: str | None = None
 
     @classmethod
     def recognise(
@@ -43,6 +44,7 @@ class PairColumns:
         sample_id: str | None = None,
         task: str | None = None,
         clean: str | None = None,
+        weight: str | None = None,
     ) -> "PairColumns":
         """Take the given names, or else the usual ones.
 
@@ -53,6 +55,7 @@ class PairColumns:
             sample_id: Column with the ids; None if there is none.
             task: Column with the tasks; None if there is none.
             clean: Column with the truth; None recognises the usual names, or none.
+            weight: Column with the weights; None if there is none.
 
         Raises:
             ValueError: If a named column is missing, or there is no usual one; the message lists the columns.
@@ -63,6 +66,7 @@ class PairColumns:
             "id_column": sample_id,
             "task_column": task,
             "clean_column": clean,
+            "weight_column": weight,
         }
         for argument, name in given.items():
             if name is not None and name not in available:
@@ -76,12 +80,13 @@ class PairColumns:
             task=task,
             clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
             text_features=TEXT_FEATURES_COLUMN if TEXT_FEATURES_COLUMN in available else None,
+            weight=weight,
         )
 
     @property
     def names(self) -> list[str]:
         """The columns in use, each once."""
-        names = (self.image, self.caption, self.sample_id, self.task, self.clean, self.text_features)
+        names = (self.image, self.caption, self.sample_id, self.task, self.clean, self.text_features, self.weight)
         return list(dict.fromkeys(name for name in names if name))
 
 

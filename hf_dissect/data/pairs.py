@@ -27,7 +27,8 @@ from hf_dissect.data.pair_columns import (
     read_task_numbers,
     select_undecoded,
 )
-from hf_dissect.data.problems import PROBLEM_KEY
+from hf_dissect.data.pair_keys import PAIR_KEYS, ROW_KEYS, WEIGHT_KEY
+from hf_dissect.data.pair_weights import check_weights
 from hf_dissect.data.shards.skipped import read_description
 from hf_dissect.data.streaming.pair_stream import PairStream
 from hf_dissect.data.surrogates import is_unencodable
@@ -47,22 +48,17 @@ __all__ = [
     "key_hash",
 ]
 
-PAIR_KEYS = ("sample_id", "image_key", "caption_key", "bad_reason", PROBLEM_KEY, "task_id", "is_clean")
-"""Keys of a batch that describe the pairs and are not arguments of the model."""
-
-ROW_KEYS = ("image", "caption", "sample_id")
-"""Keys that every pair has before it is collated."""
-
 _CAPTIONS_AT_ONCE = 100_000
 
 
 class PairDataset(torch.utils.data.Dataset):
     """Map-style pairs of a `datasets.Dataset`.
 
-    Item i is a dict with `image`, `caption`, `sample_id`, and `task_id` and `is_clean` where the table has them. A row
-    with a list of captions gives one pair per caption, numbered row by row. A row without a caption gives one pair,
-    which the collator counts as bad. Ids are the pair numbers, or come from the id column (see `make_pair_ids`); then,
-    strings are in the item as `key`. A table with a transform (`with_transform`) gives what the transform returns.
+    Item i is a dict with `image`, `caption`, `sample_id`, and `task_id`, `is_clean` and `weight` where the table has
+    them. A row with a list of captions gives one pair per caption, numbered row by row. A row without a caption gives
+    one pair, which the collator counts as bad. Ids are the pair numbers, or come from the id column (see
+    `make_pair_ids`); then, strings are in the item as `key`. A table with a transform (`with_transform`) gives what
+    the transform returns.
 
     Args:
         rows: Table of images and captions.
@@ -104,6 +100,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.sample_ids: np.ndarray | None = None
         if columns.clean is not None:
             check_truth(columns.clean, read_chunked_column(self.rows, columns.clean), captions)
+        if columns.weight is not None:
+            check_weights(columns.weight, read_chunked_column(self.rows, columns.weight), captions)
         if columns.task is not None:
             self.task_ids, self.task_names = read_task_numbers(
                 columns.task, read_chunked_column(self.rows, columns.task)
@@ -123,7 +121,7 @@ class PairDataset(torch.utils.data.Dataset):
             self.rows = self.rows.with_format("numpy", columns=vectors, output_all_columns=True)
         self._read = self.rows
         if self._transformed is not None:
-            kept = (columns.sample_id, columns.clean, columns.text_features)
+            kept = (columns.sample_id, columns.clean, columns.text_features, columns.weight)
             self._read = self.rows.select_columns([name for name in kept if name])
 
     @classmethod
@@ -191,6 +189,8 @@ class PairDataset(torch.utils.data.Dataset):
             columns["task_id"] = self.task_ids[rows].tolist()
         if self.columns.clean is not None:
             columns["is_clean"] = list(map(bool, self._pick_by_pair(batch[self.columns.clean], numbers)))
+        if self.columns.weight is not None:
+            columns[WEIGHT_KEY] = self._pick_by_pair(batch[self.columns.weight], numbers)
         if self.columns.text_features is not None:
             columns["text_features"] = self._pick_by_pair(batch[self.columns.text_features], numbers)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

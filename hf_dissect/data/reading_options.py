@@ -25,6 +25,7 @@ class ReadingOptions:
         id_column: Column with the ids; None if there is none.
         task_column: Column with the tasks; None if there is none.
         clean_column: Column with the truth; None recognises the usual names.
+        weight_column: Column with the weights; None if there is none.
     """
 
     separator: str | None = None
@@ -36,6 +37,7 @@ class ReadingOptions:
     id_column: str | None = None
     task_column: str | None = None
     clean_column: str | None = None
+    weight_column: str | None = None
 
     @property
     def text_columns(self) -> set[str]:
@@ -50,7 +52,8 @@ class ReadingOptions:
     @property
     def unique_columns(self) -> set[str]:
         """Names of the columns that a table may have only once."""
-        return {*self.text_columns, *_given(self.id_column, self.task_column, self.clean_column), *CLEAN_COLUMNS}
+        named = _given(self.id_column, self.task_column, self.clean_column, self.weight_column)
+        return {*self.text_columns, *named, *CLEAN_COLUMNS}
 
     def picture_root(self, folder: Path) -> Path:
         """Return the folder to which the paths of pictures in tables of `folder` are relative.

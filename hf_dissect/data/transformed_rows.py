@@ -18,7 +18,7 @@ def has_transform(rows: Any) -> bool:
 def recognise_transformed(rows: datasets.Dataset, **names: str | None) -> PairColumns:
     """Recognise the columns of a table with a transform, by its first row; arguments as `PairColumns.recognise`.
 
-    Image and caption are outputs of the transform; ids, tasks and truth are columns of the table.
+    Image and caption are outputs of the transform; ids, tasks, truth and weights are columns of the table.
 
     Raises:
         ValueError: The transform returns no image or caption, or a column is missing.
@@ -33,10 +33,12 @@ def recognise_transformed(rows: datasets.Dataset, **names: str | None) -> PairCo
                 "without this column; return it, or name another."
             )
     given = {"id_column": columns.sample_id, "task_column": columns.task, "clean_column": names.get("clean")}
+    given |= {"weight_column": columns.weight}
     for argument, wanted in given.items():
         if wanted is not None and wanted not in rows.column_names:
+            kinds = "weights" if argument == "weight_column" else "ids, tasks and truth"
             raise ValueError(
-                f"{argument}={wanted!r}: ids, tasks and truth must be columns of the table, which has "
+                f"{argument}={wanted!r}: {kinds} must be columns of the table, which has "
                 f"{', '.join(rows.column_names)}; make the column with map() instead of with_transform()."
             )
     present = {name: name if name in rows.column_names else None for name in (columns.clean, columns.text_features)}

@@ -52,14 +52,15 @@ def compute_label_figures(
         is_clean: Truth, bool `(n,)`.
 
     Returns:
-        `label_auroc` of the soft labels (for two networks, of their mean) and `p_clean_auroc`, each if the ledger has
-        the columns.
+        `label_auroc` of the soft labels (for two networks, of their mean), `p_clean_auroc` and `evidence_auroc`, each
+        if the ledger has the columns.
     """
     figures: dict[str, float | None] = {}
     if (labels := read_soft_labels(ledger, sample_id)) is not None:
         figures["label_auroc"] = noise_detection_metrics(labels, is_clean)["auroc"]
-    if "p_clean" in ledger.columns:
-        figures["p_clean_auroc"] = noise_detection_metrics(ledger.read("p_clean", sample_id), is_clean)["auroc"]
+    for name in ("p_clean", "evidence"):
+        if name in ledger.columns:
+            figures[f"{name}_auroc"] = noise_detection_metrics(ledger.read(name, sample_id), is_clean)["auroc"]
     return figures
 
 

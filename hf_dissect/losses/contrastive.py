@@ -22,6 +22,9 @@ Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Function from the losses of the own pairs and the numbers of pairs that they were found among, both `(b,)` without
 gradient, to the weights `(b,)`. The loss is `-log q`, with the probability `q` that the model gives the pair: of its
 partner among all (softmax, mean of both directions), or of being a pair (sigmoid)."""
+RowLosses = Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]
+"""Function from logits `(r, c)`, the column of the first true pair and a mask to losses `(r,)`, such as
+`softmax_losses`; or to losses and those without a regulariser `(r, 2)`, of which the latter make weights."""
 MAX_LOGITS = 2**24  # 64 MiB in single precision: enough to keep a GPU busy, and small compared with a model
 
 
@@ -41,19 +44,25 @@ class ContrastiveLoss:
         kind: `"softmax"` (CLIP, arXiv 2103.00020, figure 3) or `"sigmoid"` (SigLIP, arXiv 2303.15343, equation 1).
         mask_false_negatives: True to exclude pairs that share an image or a caption from each other's negatives.
         max_logits: Largest number of logits in a block; a block has at least one row.
+        row_losses: Loss of rows of logits in place of the cross-entropy, for softmax.
 
     Raises:
         ValueError: If `kind` is neither of the two.
     """
 
     def __init__(
-        self, kind: str = "softmax", mask_false_negatives: bool = False, max_logits: int = MAX_LOGITS
+        self,
+        kind: str = "softmax",
+        mask_false_negatives: bool = False,
+        max_logits: int = MAX_LOGITS,
+        row_losses: RowLosses = softmax_losses,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: must be one of {', '.join(KINDS)}.")
         self.kind = kind
         self.mask_false_negatives = mask_false_negatives
         self.max_logits = max_logits
+        self.row_losses = row_losses
 
     def __call__(
         self,
@@ -94,7 +103,7 @@ class ContrastiveLoss:
         if get_rank_and_world_size()[1] == 1 and "logits_per_text" in outputs:
             mask = None if keys is None else find_false_negatives(keys, keys)
             logits = outputs["logits_per_text"]
-            losses = per_pair_loss(logits, kind=self.kind, mask=mask)
+            losses = per_pair_loss(logits, kind=self.kind, mask=mask, row_losses=self.row_losses)
             return _weighted_mean(losses, weights, _own_losses(losses, logits.diagonal(), self.kind), keys, keys)
         if scale is None:
             raise ValueError(
@@ -114,7 +123,7 @@ class ContrastiveLoss:
                 for rows, columns in ((text_embeds, image_embeds), (image_embeds, text_embeds))
             ]
         losses = (directions[0] + directions[1]) / 2
-        return _weighted_mean(losses, weights, losses.detach(), keys, all_keys)
+        return _weighted_mean(losses, weights, _own_losses(losses, losses, self.kind), keys, all_keys)
 
     def _softmax(
         self,
@@ -132,25 +141,33 @@ class ContrastiveLoss:
             mask = None
             if keys is not None and all_keys is not None:
                 mask = find_false_negatives(keys[:, rows], all_keys)
-            return softmax_losses(compute_logits(embeds[rows], all_embeds, scale, bias), offset + rows.start, mask)
+            return self.row_losses(compute_logits(embeds[rows], all_embeds, scale, bias), offset + rows.start, mask)
 
         return compute_losses_in_blocks(losses_of, len(embeds), len(all_embeds), self.max_logits)
 
 
-def per_pair_loss(logits: torch.Tensor, *, kind: str = "softmax", mask: torch.Tensor | None = None) -> torch.Tensor:
+def per_pair_loss(
+    logits: torch.Tensor,
+    *,
+    kind: str = "softmax",
+    mask: torch.Tensor | None = None,
+    row_losses: RowLosses = softmax_losses,
+) -> torch.Tensor:
     """Compute the contrastive loss of each pair in one batch.
 
     Args:
         logits: Logits `(b, b)`, rows texts, columns images, true pairs on the diagonal.
         kind: `"softmax"` or `"sigmoid"`.
         mask: Symmetric bool `(b, b)`, True for two different pairs that must not be each other's negatives.
+        row_losses: Loss of rows of logits in place of the cross-entropy, for softmax.
 
     Returns:
-        Losses `(b,)`: the mean of the two directions' cross-entropies (softmax), or the sum over the row (sigmoid).
+        Losses `(b,)`: the mean of the two directions' cross-entropies (softmax), or the sum over the row (sigmoid);
+        `(b, 2)` where `row_losses` has two.
     """
     if kind == "sigmoid":
         return sigmoid_losses(logits, 0, mask)
-    return (softmax_losses(logits, 0, mask) + softmax_losses(logits.t(), 0, mask)) / 2
+    return (row_losses(logits, 0, mask) + row_losses(logits.t(), 0, mask)) / 2
 
 
 def count_pairs(losses: torch.Tensor, keys: torch.Tensor | None, all_keys: torch.Tensor | None) -> torch.Tensor:
@@ -173,7 +190,9 @@ def count_pairs(losses: torch.Tensor, keys: torch.Tensor | None, all_keys: torch
 
 def _own_losses(losses: torch.Tensor, logits: torch.Tensor, kind: str) -> torch.Tensor:
     """Return `-log q` of each pair from its loss in the batch and its own logit, without gradient."""
-    return losses.detach() if kind == "softmax" else -F.logsigmoid(promote_to_float32(logits.detach()))
+    if kind == "sigmoid":
+        return -F.logsigmoid(promote_to_float32(logits.detach()))
+    return losses.detach() if losses.dim() == 1 else losses[:, 1].detach()
 
 
 def _weighted_mean(
@@ -183,6 +202,7 @@ def _weighted_mean(
     keys: torch.Tensor | None,
     all_keys: torch.Tensor | None,
 ) -> torch.Tensor:
+    losses = losses if losses.dim() == 1 else losses[:, 0]
     if callable(weights):
         weights = weights(own_losses, count_pairs(losses, keys, all_keys))
     return losses.mean() if weights is None else (losses * weights.to(losses)).mean()

@@ -19,10 +19,43 @@ def softmax_losses(logits: torch.Tensor, first: int, mask: torch.Tensor | None) 
     Returns:
         Losses `(r,)`, in at least single precision.
     """
+    logits = mask_negatives(logits, first, mask)
     labels = torch.arange(len(logits), device=logits.device) + first
-    if mask is not None:
-        logits = logits.masked_fill(_off_diagonal(mask, labels), -torch.inf)
     return F.cross_entropy(promote_to_float32(logits), labels, reduction="none")
+
+
+def mask_negatives(logits: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return logits `(r, c)` with `-inf` where `mask` is True, except for the true pairs; see `softmax_losses`."""
+    if mask is None:
+        return logits
+    labels = torch.arange(len(logits), device=logits.device) + first
+    return logits.masked_fill(_off_diagonal(mask, labels), -torch.inf)
+
+
+def smoothed_softmax_losses(
+    logits: torch.Tensor, first: int, mask: torch.Tensor | None, smoothing: float
+) -> torch.Tensor:
+    """Compute the cross-entropy of each row with a target that is partly uniform, and the one without (`(r, 2)`).
+
+    Args:
+        logits: Logits `(r, c)`; the true pair of row `i` is in column `first + i`.
+        first: Column of the first row's true pair.
+        mask: Bool `(r, c)`, True where a column is not a negative of the row; the entry of the true pair is ignored.
+        smoothing: Share of the target that is uniform over the columns, in [0, 1).
+
+    Returns:
+        Smoothed losses and losses `(r, 2)`, in at least single precision.
+    """
+    logits = promote_to_float32(logits)
+    labels = torch.arange(len(logits), device=logits.device) + first
+    own = logits.gather(1, labels[:, None])[:, 0]
+    if mask is None:
+        normaliser, mean = logits.logsumexp(1), logits.mean(1)
+    else:
+        excluded = _off_diagonal(mask, labels)
+        normaliser = logits.masked_fill(excluded, -torch.inf).logsumexp(1)
+        mean = logits.masked_fill(excluded, 0).sum(1) / (~excluded).sum(1)
+    return torch.stack([normaliser - torch.lerp(own, mean, smoothing), normaliser - own], dim=1)
 
 
 def sigmoid_losses(logits: torch.Tensor, first: int | None, mask: torch.Tensor | None) -> torch.Tensor:

@@ -47,6 +47,7 @@ class GscObjective(RobustObjective):
 
     name: ClassVar[str] = "gsc"
     warmup: ClassVar[str] = "train by the contrastive loss, without soft labels"
+    after_warmup: ClassVar[str] = "soft labels"
 
     def __post_init__(self) -> None:
         if isinstance(self.warmup_epochs, bool) or not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:

@@ -21,6 +21,7 @@ class RobustObjective:
         columns: Ledger columns of the objective.
         warmup_epochs: Number of epochs that train with the contrastive loss first.
         warmup: What the steps of the warm-up do, for a warning.
+        after_warmup: What the epochs after the warm-up have, for an error.
         num_networks: Number of networks that it trains, 2 for a `TwinDualEncoder`.
         takes_mask: True if pairs that share an image or a caption can be left out of each other's negatives.
     """
@@ -30,6 +31,7 @@ class RobustObjective:
     columns: tuple[str, ...] = ()
     warmup_epochs: int = 0
     warmup: ClassVar[str] = "train by the contrastive loss"
+    after_warmup: ClassVar[str] = "its loss"
     num_networks: int = 1
     takes_mask: ClassVar[bool] = False
 

@@ -58,29 +58,11 @@ def data_conflicts(data: DataSection, training: Mapping[str, Any]) -> Iterator[F
 
 def reading_conflicts(data: DataSection) -> Iterator[Fault]:
     """Yield the faults of how files are read, and of settings that the source does not read."""
-    local = ("folder", "imagefolder")
-    for name, sources in (("separator", local), ("encoding", local), ("image_root", (*local, "hub"))):
-        value = getattr(data, name)
-        if value is not None and data.source not in sources:
-            yield (
-                (f"data.{name}", "data.source"),
-                f"{show(value)} is only for data.source {', '.join(sources)}, not {data.source}; leave it out",
-            )
+    yield from _source_conflicts(data, "data")
     if data.image_root is not None and data.source == "hub" and data.streaming:
         yield (
             ("data.image_root", "data.streaming"),
             f"{show(data.image_root)} needs the rows at hand; set data.streaming to false, or leave it out",
-        )
-    if data.separator is not None and not _is_separator(data.separator):
-        yield (
-            ("data.separator",),
-            f"{show(data.separator)} is not allowed; allowed: one character, such as ';', or tab",
-        )
-    if data.encoding is not None and not _is_encoding(data.encoding):
-        yield (
-            ("data.encoding",),
-            f"{show(data.encoding)} is not allowed; allowed: utf-8, cp1252, latin-1, utf-16 or another text encoding "
-            "that Python knows",
         )
     if "{}" not in data.class_template and "{class}" not in data.class_template:
         yield (
@@ -89,8 +71,33 @@ def reading_conflicts(data: DataSection) -> Iterator[Fault]:
         )
 
 
+def _source_conflicts(section: DataSection | ZeroShotSection, where: str) -> Iterator[Fault]:
+    """Yield the faults of separator, encoding and folder of pictures, of the section `where`."""
+    local = ("folder", "imagefolder")
+    for name, sources in (("separator", local), ("encoding", local), ("image_root", (*local, "hub"))):
+        value = getattr(section, name)
+        if value is not None and section.source not in sources:
+            yield (
+                (f"{where}.{name}", f"{where}.source"),
+                f"{show(value)} is only for {where}.source {', '.join(sources)}, not {section.source}; leave it out",
+            )
+    if section.separator is not None and not _is_separator(section.separator):
+        yield (
+            (f"{where}.separator",),
+            f"{show(section.separator)} is not allowed; allowed: one character, such as ';', or tab",
+        )
+    if section.encoding is not None and not _is_encoding(section.encoding):
+        yield (
+            (f"{where}.encoding",),
+            f"{show(section.encoding)} is not allowed; allowed: utf-8, cp1252, latin-1, utf-16 or another text "
+            "encoding that Python knows",
+        )
+
+
 def noise_conflicts(data: DataSection) -> Iterator[Fault]:
-    """Yield the faults of captions that are shuffled on purpose."""
+    """Yield the faults of captions that are made wrong on purpose."""
+    if data.noise_kind != "random":
+        yield from _noise_kind_conflicts(data)
     if data.noise_rate and data.noise_permutation:
         yield (
             ("data.noise_permutation", "data.noise_rate"),
@@ -103,6 +110,34 @@ def noise_conflicts(data: DataSection) -> Iterator[Fault]:
         yield (
             (key, "data.streaming"),
             f"{show(value)} needs all captions at once; set data.streaming to false, or leave the captions alone",
+        )
+
+
+def _noise_kind_conflicts(data: DataSection) -> Iterator[Fault]:
+    kind = show(data.noise_kind)
+    if data.noise_permutation:
+        yield (
+            ("data.noise_kind", "data.noise_permutation"),
+            f"{kind} and data.noise_permutation {show(data.noise_permutation)} are both set; set data.noise_kind to "
+            "random (the file says which captions are exchanged) or data.noise_permutation to null",
+        )
+    elif not data.noise_rate:
+        yield (
+            ("data.noise_kind", "data.noise_rate"),
+            f"{kind} would change no caption: data.noise_rate is 0; set it to the share of captions to change, or "
+            "data.noise_kind to random",
+        )
+    if data.noise_kind == "neighbours" and not data.image_features and data.source not in ("hub", "folder"):
+        yield (
+            ("data.noise_kind", "data.image_features"),
+            f"{kind} needs stored features of the images; name a .npz file with data.image_features, or an order of "
+            "the captions that you made yourself with data.noise_permutation",
+        )
+    if data.noise_kind == "partial" and data.text_features:
+        yield (
+            ("data.noise_kind", "data.text_features"),
+            f"{kind} changes words, but data.text_features {show(data.text_features)} would stay as they are; set "
+            "data.noise_kind to random or neighbours, or data.text_features to null",
         )
 
 
@@ -150,6 +185,7 @@ def zero_shot_conflicts(zero_shot: ZeroShotSection | None, data: DataSection) ->
             (f"{where}.{missing}", f"{where}.{given}"),
             f"missing; {where}.{given} is {show(getattr(zero_shot, given))} and needs it",
         )
+    yield from _source_conflicts(zero_shot, where)
     if not zero_shot.source and not zero_shot.path and data.source != "scenes":
         yield (
             (f"{where}.path", f"{where}.source", "data.source"),

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hf_dissect.recipe.schema import TrainingSection
 from hf_dissect.settings import describe_problem, find_nearest, list_members, list_settings, show, suggest
 
 _TRAINING_RANGES = {
@@ -27,7 +28,9 @@ _TRAINING_RANGES = {
     "save_steps": "(0, inf)",
     "seed": "[0, 4294967295]",
     "data_seed": "[0, 4294967295]",
+    **{name: declaration.within for name, (_, declaration) in list_settings(TrainingSection).items()},
 }
+_ALLOWED_IN_TRAINING = f"{', '.join(list_settings(TrainingSection))} and the fields of transformers.TrainingArguments"
 
 
 class RecipeError(ValueError):
@@ -119,7 +122,7 @@ def read_section(
             faults.add_misplaced(key, value, elsewhere[name])
             continue
         if name not in known:
-            faults.add_unknown(key, value, known)
+            faults.add_unknown(key, value, known, "" if known else "none, it has no settings")
             continue
         expected, declaration = known[name]
         nested = [item for item in list_members(expected) if isinstance(item, type) and dataclasses.is_dataclass(item)]
@@ -136,18 +139,20 @@ def read_section(
 
 @functools.cache
 def training_fields() -> dict[str, tuple[Any, Any, tuple]]:
-    """Return type, default and choices of each field of `transformers.TrainingArguments`, by name."""
+    """Return type, default and choices of each field of `transformers.TrainingArguments` and of our own, by name."""
     from transformers import TrainingArguments  # imports torch: only when a recipe is really read
 
-    hints = typing.get_type_hints(TrainingArguments)
-    fields = [field for field in dataclasses.fields(TrainingArguments) if field.init]
     return {
-        field.name: (hints[field.name], field.default, tuple(field.metadata.get("choices", ()))) for field in fields
+        field.name: (hints[field.name], field.default, tuple(field.metadata.get("choices", ())))
+        for section in (TrainingArguments, TrainingSection)
+        for hints in (typing.get_type_hints(section),)
+        for field in dataclasses.fields(section)
+        if field.init
     }
 
 
 def training_value(training: Mapping[str, Any], name: str) -> Any:
-    """Return a setting of the section `training`, or its default in `transformers.TrainingArguments`."""
+    """Return a setting of the section `training`, or its default."""
     return training.get(name, training_fields()[name][1])
 
 
@@ -168,7 +173,7 @@ def read_training(given: Any, faults: Faults, elsewhere: Mapping[str, str]) -> d
             faults.add(key, "a recipe is saved with the run and must hold no secret; use `hf auth login` or HF_TOKEN")
             continue
         if name not in known:
-            faults.add_unknown(key, value, known, "the fields of transformers.TrainingArguments")
+            faults.add_unknown(key, value, known, _ALLOWED_IN_TRAINING)
             continue
         expected, _, choices = known[name]
         if faults.concern(key):

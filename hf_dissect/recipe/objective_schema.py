@@ -1,8 +1,9 @@
 """The section of a recipe about the loss, and those of the objectives that may replace the contrastive one."""
 
 import dataclasses
+from collections.abc import Iterable
 
-from hf_dissect.settings import setting
+from hf_dissect.settings import list_members, list_settings, setting
 
 
 @dataclasses.dataclass
@@ -16,6 +17,47 @@ class GscSection:
     )
     warmup_epochs: int = setting(1, "Epochs that train by the contrastive loss first.", within="[0, inf)")
     dual: bool = setting(False, "Train two networks, each with the other's labels (GSC+); costs twice as much.")
+
+
+@dataclasses.dataclass
+class RinceSection:
+    """A contrastive loss whose gradient does not grow with how wrong a pair is (RINCE, CVPR 2022)."""
+
+    q: float = setting(
+        0.01,
+        "Robustness; close to 0, the gradient is that of the contrastive loss. From about 0.1 on, two towers that "
+        "train from random weights may collapse.",
+        within="(0, 1]",
+    )
+    lam: float = setting(0.05, "Weight of the sum over all pairs of the batch, lambda in the paper.", within="(0, 1]")
+    temperature: float | None = setting(
+        0.07,
+        "Temperature of the cosines, in place of the model's; null: the model's own, which trains.",
+        within="(0, inf)",
+    )
+    warmup_epochs: int = setting(0, "Epochs that train by the contrastive loss first.", within="[0, inf)")
+
+
+@dataclasses.dataclass
+class SymnceSection:
+    """The contrastive loss with a reverse one added (SymNCE, 2025)."""
+
+    beta: float = setting(0.2, "Weight of the reverse loss; at 1, both are symmetric.", within="[0, 1]")
+    temperature: float | None = setting(
+        None,
+        "Temperature of the cosines, in place of the model's; null: the model's own, which trains.",
+        within="(0, inf)",
+    )
+    warmup_epochs: int = setting(0, "Epochs that train by the contrastive loss first.", within="[0, inf)")
+
+
+@dataclasses.dataclass
+class NoisyChannelSection:
+    """Weights of the noisy channel for pairs that may be mismatched."""
+
+    smoothing: float = setting(
+        0.0, "Share of the targets of the softmax loss that is uniform over the pairs of the batch.", within="[0, 1)"
+    )
 
 
 @dataclasses.dataclass
@@ -35,3 +77,45 @@ class ObjectiveSection:
         '{"gamma": 0.01, "warmup_epochs": 2}, or {} for the defaults; null: the contrastive loss throughout.',
         argument="gsc",
     )
+    rince: RinceSection | None = setting(
+        None,
+        "Train by the robust loss of RINCE (arXiv 2201.04309): its settings, such as "
+        '{"q": 0.05, "lam": 0.1}, or {} for the defaults; null: the contrastive loss.',
+        argument="rince",
+    )
+    symnce: SymnceSection | None = setting(
+        None,
+        "Train by the robust loss of SymNCE (arXiv 2501.01130): its settings, such as "
+        '{"beta": 0.2}, or {} for the defaults; null: the contrastive loss.',
+        argument="symnce",
+    )
+    noisy_channel: NoisyChannelSection | None = setting(
+        None,
+        "Weight each pair by the estimated probability that its caption belongs to its image: its settings, such as "
+        '{"smoothing": 0.1}, or {} for the defaults; null: equal weights.',
+        argument="noisy_channel",
+    )
+
+
+def list_robust_objectives() -> tuple[str, ...]:
+    """Return the names of the objectives that may replace the contrastive loss, of which a run has one at most."""
+    types = {name: expected for name, (expected, _) in list_settings(ObjectiveSection).items()}
+    return tuple(name for name, kind in types.items() if any(map(dataclasses.is_dataclass, list_members(kind))))
+
+
+def find_clash(strategy: str, objectives: Iterable[str]) -> tuple[str, str] | None:
+    """Return an objective of a run that does not go with another one or with the strategy, and the problem.
+
+    Args:
+        strategy: Name of the strategy.
+        objectives: Names of the objectives that are set, see `list_robust_objectives`.
+    """
+    names = list(objectives)
+    if len(names) > 1:
+        return names[-1], f"does not go with {names[0]}: each replaces the contrastive loss; set one of them to null"
+    if names == ["noisy_channel"] == [strategy]:
+        return names[0], (
+            "does not go with the strategy noisy_channel: both weight the pairs by the same probabilities, which "
+            "would count twice; set the objective to null, or take the strategy none, which trains on all pairs"
+        )
+    return None

@@ -32,8 +32,10 @@ from hf_dissect.recipe.schema import (
 from hf_dissect.recipe.selection_rules import (
     compare_conflicts,
     gsc_conflicts,
+    objective_conflicts,
     option_conflicts,
     reference_conflicts,
+    robust_conflicts,
     selection_conflicts,
     twin_conflicts,
 )
@@ -96,8 +98,10 @@ class Recipe(RecipeFile):
         yield from noise_conflicts(data)
         yield from selection_conflicts(selection, training)
         yield from option_conflicts(selection)
+        yield from objective_conflicts(self.objective, selection)
         yield from reference_conflicts(selection, self.compare, data)
         yield from gsc_conflicts(self.objective.gsc, selection, training)
+        yield from robust_conflicts(self.objective, training)
         yield from twin_conflicts(self.objective.gsc, model, self.adapter)
         yield from evaluation_conflicts(self.evaluation, data, training)
         yield from zero_shot_conflicts(self.evaluation.zero_shot, data)

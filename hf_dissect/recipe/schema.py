@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from hf_dissect.selection.options import OPTIONS, SCOPES
-from hf_dissect.settings import list_settings, setting
+from hf_dissect.settings import declared, list_settings, setting
 
 STRATEGIES: dict[str, tuple[str, ...]] = {
     name: list_settings(options)["variant"][1].choices if hasattr(options, "variant") else ()
@@ -12,6 +12,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
 }
 """Variants of each strategy, the default first."""
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
+NOISE_KINDS = ("random", "neighbours", "partial")
 
 
 @dataclasses.dataclass
@@ -129,6 +130,12 @@ class DataSection:
     clean_column: str | None = setting(
         None, "Column that is true where the caption belongs to the image; null: clean.", argument="clean_column"
     )
+    weight_column: str | None = setting(
+        None,
+        "Column of the weights of the training pairs, numbers of at least 0 that their losses are multiplied by; "
+        "evaluation ignores it; null: none.",
+        argument="weight_column",
+    )
     separator: str | None = setting(
         None, "Character between the fields of .csv and .tsv files (tab for a tab); null: the one in the header."
     )
@@ -151,8 +158,14 @@ class DataSection:
     )
     max_train_rows: int | None = setting(None, "Train on the first rows only.", within="[1, inf)")
     max_eval_rows: int | None = setting(None, "Evaluate on the first rows only.", within="[1, inf)")
-    noise_rate: float = setting(0.0, "Share of the training captions that is shuffled.", within="[0, 1)")
-    noise_seed: int = setting(0, "Seed of the shuffling.", within="[0, inf)")
+    noise_rate: float = setting(0.0, "Share of the training captions that is made wrong.", within="[0, 1)")
+    noise_seed: int = setting(0, "Seed of the choice of these captions.", within="[0, inf)")
+    noise_kind: str = setting(
+        "random",
+        "Kind of the wrong captions; random: exchanged at random; neighbours: exchanged between images whose stored "
+        "features (data.image_features) are near each other; partial: one noun replaced.",
+        choices=NOISE_KINDS,
+    )
     noise_permutation: str | None = setting(None, ".npy, int (num_pairs,): pair i gets caption number order[i].")
     num_workers: int = setting(
         0, "Processes that decode and tokenise.", within="[0, inf)", argument="dataloader_num_workers"
@@ -196,7 +209,8 @@ class SelectionSection:
     )
     warmup_epochs: int = setting(
         1,
-        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them.",
+        "Epochs that record scores before the warm-up variant of dissect, or ncr, selects by them; of scan, epochs on "
+        "all candidates before its first cycle.",
         within="[0, inf)",
         argument="selection_warmup_epochs",
     )
@@ -213,6 +227,21 @@ class SelectionSection:
         "Candidates scored in one forward pass; null: the whole batch.",
         within="[1, inf)",
         argument="scoring_batch_size",
+    )
+    rescore_every: int = setting(
+        1,
+        "1: every candidate is loaded and scored in each step. m > 1: after the first two epochs the ledger decides "
+        "which candidates are loaded at all: those that train, and of the others a share of 1 / m, which are scored "
+        "again; pairs that the ledger does not know always are. random needs no scores and loads what trains; none is "
+        "not affected.",
+        within="[1, inf)",
+        argument="selection_rescore_every",
+    )
+    scoring_dtype: str | None = setting(
+        None,
+        "Type of the numbers in the forward pass that scores, by autocast; null: that of the training.",
+        choices=("bfloat16", "float16"),
+        argument="scoring_dtype",
     )
     record: bool = setting(
         False,
@@ -242,6 +271,18 @@ class SelectionSection:
 
 
 @dataclasses.dataclass
+class TrainingSection:
+    """Settings of the section `training` next to the fields of `transformers.TrainingArguments`."""
+
+    average_weights: float | None = setting(
+        None,
+        "Share of the optimiser steps, the last ones, whose weights are averaged; their mean is the final model. 0.75 "
+        "averages over the last three quarters; null: the last weights are the final model.",
+        within="(0, 1]",
+    )
+
+
+@dataclasses.dataclass
 class ZeroShotSection:
     """Classification by class names; without a path, of the scenes (data.source: scenes)."""
 
@@ -252,6 +293,9 @@ class ZeroShotSection:
     image_column: str = setting("image", "Column of the images.")
     label_column: str = setting("label", "Column of the labels: integers, or class names.")
     split: str = setting("test", "Split that is classified.")
+    separator: str | None = declared(DataSection, "separator")
+    encoding: str | None = declared(DataSection, "encoding")
+    image_root: str | None = declared(DataSection, "image_root")
 
 
 @dataclasses.dataclass

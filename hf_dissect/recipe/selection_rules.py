@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_dissect.recipe.fields import training_value
-from hf_dissect.recipe.objective_schema import GscSection
+from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, find_clash, list_robust_objectives
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
@@ -30,6 +30,12 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
             f"k = round(ratio * batch) = {kept} pairs, and a contrastive loss needs 2; "
             f"allowed: a batch of at least {math.ceil(2 / selection.ratio)}, or a ratio of at least {2 / batch:.3g}",
         )
+    if selection.rescore_every > 1 and selection.scope == "global":
+        yield (
+            ("selection.rescore_every", "selection.scope"),
+            f"{selection.rescore_every} does not go with selection.scope global, since each process plans its own "
+            "candidates before they are loaded; set it to 1, or selection.scope to local",
+        )
     epochs, steps = training_value(training, "num_train_epochs"), training_value(training, "max_steps")
     is_dissect = selection.strategy == "dissect"
     remembers_scores = selection.options.get("history", "ledger") == "ledger"
@@ -41,11 +47,18 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
             ("selection.warmup_epochs", "selection.strategy", "selection.options", "selection.ledger"),
             f"0 leaves no history to select by; allowed: at least 1{way_out}",
         )
-    if warms_up and steps <= 0 and selection.warmup_epochs >= epochs:
+    # An epoch of scan marks the pairs that later ones prune.
+    needed = selection.warmup_epochs + 1 if selection.strategy == "scan" else selection.warmup_epochs
+    if (warms_up or selection.strategy == "scan") and steps <= 0 and needed >= epochs:
         yield (
             ("selection.warmup_epochs", "training.num_train_epochs", "training.max_steps", "selection.options"),
             f"{selection.warmup_epochs} leaves no epoch to select in; "
-            f"allowed: less than training.num_train_epochs ({epochs:g})",
+            f"allowed: less than training.num_train_epochs ({epochs:g})"
+            + (
+                ", by more than 1 for scan, which marks the pairs for an epoch"
+                if needed > selection.warmup_epochs
+                else ""
+            ),
         )
 
 
@@ -91,6 +104,14 @@ def reference_conflicts(selection: SelectionSection, compare: CompareSection, da
         )
 
 
+def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection) -> Iterator[Fault]:
+    """Yield the faults of an objective next to another one, or to a strategy."""
+    names = [name for name in list_robust_objectives() if getattr(objective, name) is not None]
+    if clash := find_clash(selection.strategy, names):
+        others = [f"objective.{name}" for name in names if name != clash[0]]
+        yield (f"objective.{clash[0]}", *others, "selection.strategy"), clash[1]
+
+
 def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:
     """Yield the faults of training with soft labels."""
     if gsc is None:
@@ -108,6 +129,20 @@ def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training:
             f"{gsc.warmup_epochs} leaves no epoch with soft labels; "
             f"allowed: less than training.num_train_epochs ({epochs:g})",
         )
+
+
+def robust_conflicts(objective: ObjectiveSection, training: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield the faults of the warm-ups of the robust losses."""
+    epochs = training_value(training, "num_train_epochs")
+    for name in ("rince", "symnce"):
+        section = getattr(objective, name)
+        warmup_epochs = 0 if section is None else section.warmup_epochs
+        if training_value(training, "max_steps") <= 0 < warmup_epochs and warmup_epochs >= epochs:
+            yield (
+                (f"objective.{name}.warmup_epochs", "training.num_train_epochs", "training.max_steps"),
+                f"{warmup_epochs} leaves no epoch with its loss; "
+                f"allowed: less than training.num_train_epochs ({epochs:g})",
+            )
 
 
 def twin_conflicts(gsc: GscSection | None, model: ModelSection, adapter: Mapping[str, Any] | None) -> Iterator[Fault]:

@@ -9,7 +9,14 @@ from typing import Any
 
 from hf_dissect.report.page import make_legend_entry, write_page
 from hf_dissect.report.plots import DASHES, Curve, describe_curves, draw_curves, series
-from hf_dissect.report.tables import compare_settings, format_number, results_table, select_final_figures
+from hf_dissect.report.tables import (
+    compare_settings,
+    describe_averaging,
+    describe_problems,
+    format_number,
+    results_table,
+    select_final_figures,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ def write_distillation_report(
             ("Student of", metrics["student"]),
             ("Trained with", ", ".join(metrics["auxiliaries"])),
             ("Optimiser steps", format_number(metrics["steps"], "steps")),
+            ("Final weights", describe_averaging(metrics) or ""),
             ("Seed", str(metrics["seed"])),
             ("Wall-clock", format_number(metrics["times"]["total_s"], "total_s")),
         ],
@@ -76,6 +84,7 @@ def write_distillation_report(
         results=results_table([(name, select_final_figures(metrics))], corner="run"),
         panels=_draw_panels(log_history),
         rows=metrics["rows"],
+        problems=[f"row {problem}" for problem in describe_problems(metrics["rows"])],
         terms=compare_settings([name], [metrics["term_weights"]], corner="weight of the term")[0],
     )
 

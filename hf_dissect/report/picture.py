@@ -41,6 +41,7 @@ _PANELS = (
         (
             _Line("selection_noise_kept", "among the kept", _KEPT),
             _Line("selection_noise_candidates", "among the candidates", _REFERENCE, "--"),
+            _Line("selection_estimated_mismatched", "as the run estimates", _PLAIN, ":"),
         ),
         percent=True,
     ),

@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,16 @@ from hf_dissect.report.plots import (
     series,
     to_finite,
 )
-from hf_dissect.report.tables import Table, as_mapping, collect_run_figures, format_number, results_table
+from hf_dissect.report.tables import (
+    Table,
+    as_mapping,
+    collect_run_figures,
+    describe_averaging,
+    describe_problems,
+    format_number,
+    list_skipped_shards,
+    results_table,
+)
 
 __all__ = ["PairSample", "RunSummary", "write_report"]
 
@@ -42,7 +51,10 @@ _RETRIEVAL = (
     (r"eval_.*(image_to_text_r@1|r@1_image_to_text)", "image→text R@1", False),
     (r"eval_.*(text_to_image_r@1|r@1_text_to_image)", "text→image R@1", False),
 )
-_NOISE = (("selection_noise_kept", "mismatched among kept", True),)
+_NOISE = (
+    ("selection_noise_kept", "mismatched among kept", True),
+    ("selection_estimated_mismatched", "mismatched, estimated", True),
+)
 _NOISE_REFERENCE = "selection_noise_candidates"
 
 _Groups = Sequence[tuple[str, Sequence[RunSummary]]]
@@ -215,6 +227,7 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
     metrics = [run.metrics for run in runs]
     selection = [as_mapping(values.get("selection")) for values in metrics]
     times = [to_finite(as_mapping(values.get("times")).get("total_s")) for values in metrics]
+    made = [values.get("injected_noise") for values in metrics]
     return [
         (
             "Strategy",
@@ -222,12 +235,19 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         ),
         ("Runs", str(len(runs)) if len(runs) > 1 else ""),
         ("Pairs", show_range("num_pairs", [values.get("num_pairs") for values in metrics])),
+        ("Injected noise", "; ".join(dict.fromkeys(str(noise) for noise in made if noise))),
         ("Optimiser steps", show_range("steps", [values.get("steps") for values in metrics])),
+        ("Final weights", "; ".join(dict.fromkeys(filter(None, map(describe_averaging, metrics))))),
         ("Kept of the candidates", show_range("kept_share", [values.get("kept_share") for values in selection])),
+        ("Loaded of the candidates", show_range("loaded_share", [values.get("loaded_share") for values in selection])),
         ("Mismatched among kept", show_range("noise_kept", [values.get("noise_kept") for values in selection])),
         (
             "Mismatched among candidates",
             show_range("noise_candidates", [_find_candidate_noise(run) for run in runs]),
+        ),
+        (
+            "Mismatched, estimated by the run",
+            show_range("estimated_mismatched", [values.get("estimated_mismatched") for values in selection]),
         ),
         (
             "Wall-clock, all runs" if len(runs) > 1 else "Wall-clock",
@@ -264,11 +284,6 @@ def _list_samples(runs: Sequence[RunSummary]) -> list[str]:
     ]
 
 
-def _describe_problem(entry: Mapping[str, Any]) -> str:
-    path = "" if entry.get("path") is None else f": {entry['path']}"
-    return f"{entry.get('id')}: {entry.get('problem')}{path}"
-
-
 def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
     bad = as_mapping(run.metrics.get("bad_rows"))
     ids = list(bad.get("ids") or [])
@@ -278,6 +293,6 @@ def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
         "reasons": as_mapping(bad.get("reasons")),
         "ids": ids[:MAX_BAD_IDS],
         "more_ids": len(ids) > MAX_BAD_IDS,
-        "shards": as_mapping(as_mapping(run.metrics.get("skipped_shards")).get("shards")),
-        "problems": [_describe_problem(entry) for entry in bad.get("problems") or [] if isinstance(entry, Mapping)],
+        "shards": {split: as_mapping(part.get("shards")) for split, part in list_skipped_shards(run.metrics).items()},
+        "problems": describe_problems(bad),
     }

@@ -20,14 +20,17 @@ _ORDER: tuple[str, ...] = (
 _ORDER += (r"noise_kept", r"total_s", r"scoring_share", r".*zero_shot.*", r"label_auroc", r".*noise.*")
 _LOWER_IS_BETTER = re.compile(r".*(rank|noise_kept|loss).*|.*_s")
 _HIGHER_IS_BETTER = re.compile(r".*(recall|r@|auroc|auc|precision|recognised|accuracy|top_?\d).*")
-_SHARE = re.compile(r".*(_share|noise_kept|noise_candidates|noise_rate)|kept_share")
+_SHARE = re.compile(r".*(_share|noise_kept|noise_candidates|noise_rate|estimated_mismatched)|kept_share")
 _COUNT = re.compile(r".*_num_.*|repeated_captions|.*_own_ceiling@\d+")
 _LABELS = {
     "noise_kept": "Mismatched among kept",
     "kept_share": "Kept share",
+    "loaded_share": "Loaded share",
+    "scored_share": "Scored share",
     "total_s": "Wall-clock",
     "scoring_share": "Time for scoring",
     "label_auroc": "Label AUROC",
+    "estimated_mismatched": "Estimated mismatched",
     "noise_detection_auroc": "Noise AUROC",
     "noise_detection_roc_auc": "Noise AUROC",
     "noise_detection_average_precision": "Noise average precision",
@@ -53,9 +56,31 @@ class Table:
     corner: str = "run"
 
 
+def describe_problems(rows: Mapping[str, Any]) -> list[str]:
+    """Return the problems of rows as people read them, from an entry of `metrics.json` about rows."""
+    entries = [entry for entry in rows.get("problems") or [] if isinstance(entry, Mapping)]
+    paths = ["" if entry.get("path") is None else f": {entry['path']}" for entry in entries]
+    return [f"{entry.get('id')}: {entry.get('problem')}{path}" for entry, path in zip(entries, paths, strict=True)]
+
+
+def list_skipped_shards(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return `count` and `shards` by split from the entry `skipped_shards` of `metrics.json`."""
+    entry = as_mapping(metrics.get("skipped_shards"))
+    others = {split: part for split, part in entry.items() if isinstance(part, Mapping) and split != "shards"}
+    return {**({"train": entry} if entry.get("count") else {}), **others}
+
+
 def as_mapping(value: object) -> Mapping:
     """Return `value` if it is a mapping, else an empty one: metrics of an interrupted run hold None in places."""
     return value if isinstance(value, Mapping) else {}
+
+
+def describe_averaging(metrics: Mapping) -> str | None:
+    """Return how many weights the final model of a run is the mean of; None for a model of the last weights."""
+    averaged = as_mapping(metrics.get("averaged_weights"))
+    if not averaged:
+        return None
+    return f"mean of {averaged['steps']:,} steps, from step {averaged['first_step']:,} on"
 
 
 def label(key: str) -> str:
@@ -125,10 +150,17 @@ def collect_run_figures(metrics: Mapping) -> dict[str, Any]:
     return {
         **select_final_figures(metrics),
         "noise_kept": selection.get("noise_kept"),
-        "label_auroc": selection.get("label_auroc", selection.get("p_clean_auroc")),
+        "label_auroc": find_label_auroc(selection),
+        "estimated_mismatched": selection.get("estimated_mismatched"),
         "total_s": total,
         "scoring_share": scoring / total if total and scoring is not None else None,
     }
+
+
+def find_label_auroc(selection: Mapping) -> Any:
+    """Return the AUROC of a run's last opinion of its pairs: soft labels, a division, or evidence."""
+    known = (selection.get(f"{name}_auroc") for name in ("label", "p_clean", "evidence"))
+    return next((value for value in known if value is not None), None)
 
 
 def compare_settings(names: Sequence[str], settings: Sequence[object], *, corner: str) -> tuple[Table, Table]:

@@ -103,7 +103,8 @@ def check_disk_space(model: torch.nn.Module, args: TrainingArguments) -> None:
     """
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     trained = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
-    needed = size if args.save_strategy == SaveStrategy.NO else 2 * size + _STATE_SHARE * trained
+    kept = _STATE_SHARE + (getattr(args, "average_weights", None) is not None)
+    needed = size if args.save_strategy == SaveStrategy.NO else 2 * size + kept * trained
     folder = Path(str(args.output_dir)).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free < needed:

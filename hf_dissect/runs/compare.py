@@ -11,6 +11,7 @@ from accelerate import PartialState
 from hf_dissect.evaluation import format_results_table, summarise_seeds
 from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.report.selection import RunSummary, write_report
+from hf_dissect.report.tables import find_label_auroc
 from hf_dissect.runs.before_training import check_surroundings
 from hf_dissect.runs.output_folder import replace_output_dir
 from hf_dissect.runs.run import load_data, run_recipe
@@ -25,6 +26,7 @@ _COLUMNS = {
     "text_to_image_R@1": "t2i R@1",
     "zero_shot_accuracy@1": "zero-shot",
     "noise_kept": "mismatched kept",
+    "estimated_mismatched": "mismatched, estimated",
     "ranking_auroc": "AUROC of rule",
     "label_auroc": "AUROC of labels",
     "noise_detection_auroc": "AUROC of model",
@@ -37,6 +39,7 @@ _DECIMALS = {
     "text_to_image_R@1": 1,
     "zero_shot_accuracy@1": 3,
     "noise_kept": 3,
+    "estimated_mismatched": 3,
     "ranking_auroc": 3,
     "label_auroc": 3,
     "noise_detection_auroc": 3,
@@ -47,7 +50,8 @@ _LEGEND = (
     "recall sum: R@1 + R@5 + R@10 in both directions on the test split, at most 600.\n"
     "mismatched kept: share of mismatched pairs among the kept ones, last epoch.\n"
     "AUROC of rule: separation of clean from mismatched candidates by the strategy's ranking, last epoch.\n"
-    "AUROC of labels: the same for the final soft labels (gsc) or the last division (ncr), over all labelled pairs.\n"
+    "AUROC of labels: the same for the final soft labels (gsc), the last division (ncr) or the last evidence\n"
+    "(noisy_channel), over all pairs that have one.\n"
     "AUROC of model: the same for the correlation under the final weights, over all training pairs.\n"
     "seconds: time for data, scoring and training, without that for evaluation."
 )
@@ -173,9 +177,10 @@ def _flatten_figures(run: dict[str, Any]) -> dict[str, Any]:
             if not key.endswith(("_scored", "_unscored", "_mismatched"))
         },
         "noise_kept": selection.get("noise_kept_last_epoch"),
+        "estimated_mismatched": selection.get("estimated_mismatched"),
         "noise_kept_whole_run": selection.get("noise_kept"),
         "ranking_auroc": selection.get("ranking_auroc_last_epoch"),
-        "label_auroc": selection.get("label_auroc", selection.get("p_clean_auroc")),
+        "label_auroc": find_label_auroc(selection),
         "steps": run["steps"],
         "train_s": times["data_s"] + times["scoring_s"] + times["training_s"],
         "scoring_s": times["scoring_s"],

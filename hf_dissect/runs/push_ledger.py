@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from hf_dissect.cards.templates import render_card
+from hf_dissect.data.noise_kinds import CHANGES
 from hf_dissect.distillation.saved_student import is_student
 from hf_dissect.hub.published_files import check_private
 from hf_dissect.hub.push import Push
@@ -28,6 +29,12 @@ _MEANINGS = {
     "differential, large for pairs that belong together",
     "loss": "the contrastive loss at the last visit",
     "p_clean": "probability that the pair is matched, by a mixture of two Gaussians on the losses",
+    "prunable": "1 for one of the largest losses of its batch (ill-matched), -1 for one of the smallest (redundant)",
+    "learnt": "1 if image and caption ranked each other first at the last visit, otherwise 0",
+    "forgotten": "number of times that the pair was learnt and then not; infinite if it was never learnt",
+    "evidence": "log odds of the caption against that of one stranger at the last visit, by the noisy channel",
+    "planned": "value that the selection rule ranked the pair by in the last epoch that was planned",
+    "planned_before": "the same in the epoch before",
     "y_cm": "soft label across the modalities; the smaller of `y_cm` and `y_im` is the trust in the pair",
     "y_im": "soft label within the modalities",
 }
@@ -115,4 +122,5 @@ def format_ledger_card(ledger: SavedLedger, settings: Mapping[str, Any], repo_id
         selection={key: json.dumps(selection[key]) for key in _SHOWN_SETTINGS if key in selection},
         count=count,
         noise_rate=data.get("noise_rate") or 0,
+        noise_verb=CHANGES.get(str(data.get("noise_kind")), CHANGES["random"]),
     )

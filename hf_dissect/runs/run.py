@@ -124,7 +124,8 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
         logger.warning(
             "evaluation.retrieval: the data have a train split only, so there will be no retrieval figures."
         )
-    pairs = {split: as_pairs(rows, **arguments.column_names()) for split, rows in splits.items()}
+    columns = {split: arguments.column_names() for split in splits} | {"train": arguments.training_columns()}
+    pairs = {split: as_pairs(rows, **columns[split]) for split, rows in splits.items()}
     # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
     transformers.set_seed(arguments.seed)
     model, processor = _load_model_and_processor(recipe, pairs["train"])

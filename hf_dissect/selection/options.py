@@ -118,6 +118,46 @@ class CoresetOptions:
 WITH_REFERENCE = ("learnability", "rho", "jest", "coreset")
 """Strategies that need a reference model."""
 
+
+@dataclass
+class InfoBatchOptions:
+    """Keywords of `InfoBatch` that a recipe may set; the length of the run determines the others."""
+
+    prune_probability: float = setting(
+        0.5,
+        "Probability r by which a pair with a loss below the mean is less likely to train than the others; those that "
+        "train weigh 1 / (1 - r) times as much.",
+        within="[0, 1)",
+    )
+    annealing: float = setting(
+        0.875, "Share of the steps of the run after which all candidates train.", within="(0, 1]"
+    )
+
+
+@dataclass
+class ScanOptions:
+    """Keywords of `Scan` that a recipe may set; further settings of the run determine the others."""
+
+    cycle: int = setting(3, "Epochs that prune after each epoch that marks the pairs to prune.", within="[1, inf)")
+    ill_matched: float = setting(
+        0.5,
+        "Share of the marked pairs that have the largest losses of their batch; the others have the smallest.",
+        within="[0, 1]",
+    )
+
+
+@dataclass
+class ForgettingOptions:
+    """Keywords of `Forgetting`."""
+
+    never_learnt: str = setting(
+        "first",
+        "Place of the pairs that were never learnt; first: before the most often forgotten, as in the paper; last: "
+        "after those that were never forgotten, where captions may be wrong.",
+        choices=("first", "last"),
+    )
+
+
 OPTIONS: dict[str, type] = {
     "dissect": DissectOptions,
     "random": NoOptions,
@@ -126,6 +166,11 @@ OPTIONS: dict[str, type] = {
     "clipscore": NoOptions,
     "ncr": NcrOptions,
     "gsc": GscOptions,
+    "info_batch": InfoBatchOptions,
+    "scan": ScanOptions,
+    "divbs": NoOptions,
+    "forgetting": ForgettingOptions,
+    "noisy_channel": NoOptions,
     "learnability": NoOptions,
     "rho": NoOptions,
     "jest": JestOptions,

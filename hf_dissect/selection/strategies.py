@@ -5,12 +5,17 @@ from typing import Any
 from hf_dissect.selection.clipscore import ClipScore
 from hf_dissect.selection.coreset import Coreset
 from hf_dissect.selection.dissect import Dissect
+from hf_dissect.selection.divbs import DivBS
+from hf_dissect.selection.forgetting import Forgetting
 from hf_dissect.selection.gsc import Gsc
+from hf_dissect.selection.info_batch import InfoBatch
 from hf_dissect.selection.jest import Jest
 from hf_dissect.selection.learnability import Learnability
 from hf_dissect.selection.loss_rank import BigLoss, SmallLoss
 from hf_dissect.selection.ncr import Ncr
+from hf_dissect.selection.noisy_channel import NoisyChannelSampling
 from hf_dissect.selection.rho import Rho
+from hf_dissect.selection.scan import Scan
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.uniform import KeepAll, Random
 
@@ -18,7 +23,8 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
     strategy.name: strategy
     for strategy in (
         *(Dissect, Random, SmallLoss, BigLoss, ClipScore, Ncr, Gsc),
-        *(Learnability, Rho, Jest, Coreset),
+        *(InfoBatch, Scan, DivBS, Forgetting),
+        *(NoisyChannelSampling, Learnability, Rho, Jest, Coreset),
         KeepAll,
     )
 }

@@ -108,6 +108,20 @@ def find_checkpoint(folder: str | Path) -> Path:
     return checkpoint
 
 
+def choose_checkpoint(folder: str | Path, asked: str | Path | bool | None) -> str | None:
+    """Return the checkpoint to resume from; None to train from the start.
+
+    Args:
+        folder: Folder of the run.
+        asked: Checkpoint, or True for the last complete one of the run.
+
+    Raises:
+        ValueError: The run has no complete checkpoint.
+    """
+    found = find_checkpoint(folder) if asked is True else asked
+    return str(found) if found else None
+
+
 def publish(unfinished: Path, final: Path) -> None:
     """Rename the folder of a complete checkpoint, and remove an earlier checkpoint of that name.
 

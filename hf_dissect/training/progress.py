@@ -15,9 +15,10 @@ _POSTFIX = {
     "loss": "loss",
     "selection_kept_share": "kept",
     "selection_noise_kept": "mismatched kept",
+    "selection_estimated_mismatched": "estimated mismatched",
     "selection_scoring_time_share": "scoring time",
 }
-_SHARES = {"selection_kept_share", "selection_noise_kept", "selection_scoring_time_share"}
+_SHARES = {key for key in _POSTFIX if key != "loss"}
 
 
 class RunProgress(ProgressCallback):

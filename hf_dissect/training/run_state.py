@@ -27,7 +27,7 @@ class Stateful(Protocol):
     """Object whose state of plain data and tensors can be saved and loaded, by methods named as in torch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
+        """Return the state; every rank calls this method."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
@@ -83,16 +83,16 @@ def save_state(folder: str | Path, parts: Mapping[str, Part], args: TrainingArgu
         args: Arguments of the run.
         ranks: Processes of the run.
     """
-    everyone = ranks.gather_objects(
-        {name: part.stateful.state_dict() for name, part in parts.items() if part.each_rank}
-    )
+    # On all ranks, because a part may have to gather what is split over them.
+    states = {name: part.stateful.state_dict() for name, part in parts.items()}
+    everyone = ranks.gather_objects({name: states[name] for name, part in parts.items() if part.each_rank})
     if not args.should_save:
         return
     tensors: dict[str, torch.Tensor] = {}
     state = {
         "format": FORMAT,
         "candidates_per_update": count_candidates(args, ranks),
-        "parts": {name: part.stateful.state_dict() for name, part in parts.items() if not part.each_rank},
+        "parts": {name: states[name] for name, part in parts.items() if not part.each_rank},
         "ranks": everyone,
     }
     Path(folder, STATE_FILE).write_text(json.dumps(_without_tensors(state, "", tensors)), encoding="utf-8")
@@ -196,6 +196,19 @@ def find_moved_step(
         *(before, now, state.epoch, step, state.global_step),
     )
     return step
+
+
+def move_schedule(schedule: Any, before: int, step: int) -> None:
+    """Move the schedule of the learning rate of a resumed run, if the run resumes at another step.
+
+    Args:
+        schedule: Schedule; None for an optimiser without one.
+        before: Step of the checkpoint.
+        step: Step to resume at.
+    """
+    if step != before and schedule is not None:
+        schedule.last_epoch = step - 1
+        schedule.step()
 
 
 def _without_tensors(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:

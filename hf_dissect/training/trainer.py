@@ -19,6 +19,7 @@ from hf_dissect.models.loading import check_same_architecture
 from hf_dissect.models.sharding import ShardableScalars
 from hf_dissect.mola.frozen_statistics import keep_frozen_statistics
 from hf_dissect.training import checkpoints
+from hf_dissect.training.averaged_weights import AveragedWeights
 from hf_dissect.training.card_callback import ModelCardCallback
 from hf_dissect.training.final_figures import RunWriter
 from hf_dissect.training.interruption import StoppedBySignal, StopRequest, explain_dead_worker
@@ -26,9 +27,10 @@ from hf_dissect.training.loss_since_log import LossSinceLog
 from hf_dissect.training.non_finite import check_finite_weights
 from hf_dissect.training.resume_callback import ResumeCallback
 from hf_dissect.training.run_folder import check_not_foreign, list_times, list_versions, replace_non_finite
-from hf_dissect.training.run_state import Part, find_moved_step, read_state, restore_state, save_state
+from hf_dissect.training.run_state import Part, find_moved_step, move_schedule, read_state, restore_state, save_state
 from hf_dissect.training.summary import Summary
 from hf_dissect.training.time_spent import TimeSpent
+from hf_dissect.training.trainer_arguments import keep_all_rows
 from hf_dissect.training.training_args import BaseTrainingArguments
 
 
@@ -52,6 +54,7 @@ class BaseTrainer(Trainer):
         times: `TimeSpent`, the seconds of the parts of the run.
         parts: Parts of the run whose state is saved, by name; a subclass adds parts.
         summary: `Summary` that reports the run; a subclass makes it.
+        averaged_weights: Mean of the weights that ends as the model, see `average_weights` of the arguments.
     """
 
     model: nn.Module
@@ -67,18 +70,20 @@ class BaseTrainer(Trainer):
     def __init__(
         self, model: nn.Module | None, args: BaseTrainingArguments, *, recipe: Any = None, **trainer_arguments: Any
     ) -> None:
-        self.recipe, self.times = recipe, TimeSpent()
+        self.recipe, self.times, self.stop_request = recipe, TimeSpent(), StopRequest()
         self.publisher = Publisher(args, self.model_in_checkpoint)
-        self.stop_request = StopRequest()
         self._scalars: ShardableScalars | None = None  # for a model that is split over processes
         self._unfinished: Path | None = None  # folder of the checkpoint that is being written
         super().__init__(model=model, args=args, **trainer_arguments)
         self.ranks = Ranks(self.accelerator)
         self.loss_since_log = LossSinceLog(self)
-        self.parts = {"times": Part(self.times), "loss_since_log": Part(self.loss_since_log, each_rank=True)}
+        self.averaged_weights = AveragedWeights(self.args, self.accelerator, self.optimizer)
+        self.parts = {"times": Part(self.times), "averaged_weights": Part(self.averaged_weights)}
+        self.parts["loss_since_log"] = Part(self.loss_since_log, each_rank=True)
         self.model_card = self.card_callback(self.run_metrics, self.describe_run)
         self.add_callback(ResumeCallback(self.stop_request, self.loss_since_log, self.begin_epoch))
         self.add_callback(self.model_card)
+        self.add_callback(self.averaged_weights)
 
     # ---- methods for subclasses to extend ----
 
@@ -125,9 +130,8 @@ class BaseTrainer(Trainer):
             DataWorkerDied: A data worker died; the message names the last complete checkpoint.
             StoppedBySignal: The process received SIGTERM, and a checkpoint was written.
         """
-        output_dir, source = self.args.output_dir, resume_from_checkpoint
-        found = checkpoints.find_checkpoint(output_dir) if source is True else source
-        checkpoint = str(found) if found else None
+        output_dir = self.args.output_dir
+        checkpoint = checkpoints.choose_checkpoint(output_dir, resume_from_checkpoint)
         if checkpoint is None:
             check_not_foreign(output_dir, self.args.save_run_folder)
             self.reset(step=0)
@@ -148,6 +152,7 @@ class BaseTrainer(Trainer):
             self._save_if_asked_late()
         if self.stop_request.granted:
             raise StoppedBySignal(str(checkpoints.find_last_checkpoint(output_dir)))
+        self.averaged_weights.apply()  # not before, as a late checkpoint holds the weights in training
         return output
 
     def finish(self, test_dataset: Any = None, *, name: str | None = None, **options: Any) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class BaseTrainer(Trainer):
         """Return the content of `metrics.json` on this process, with the figures `final`."""
         run = {"seed": self.args.seed, "steps": self.state.global_step, "final": final}
         times = list_times(self.times.measure_so_far(), self.timed_parts)
-        own = self.summary.collect_metrics(self.model, self.state.log_history)
+        own = self.summary.collect_metrics(self.model, self.state.log_history) | self.averaged_weights.describe()
         return replace_non_finite({**run, **own, "times": times, "versions": list_versions()})
 
     def describe_run(self) -> dict[str, Any]:
@@ -186,11 +191,8 @@ class BaseTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the loader of the Trainer, which ignores `dataloader_drop_last` so that all rows are evaluated."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
+        with keep_all_rows(self.args):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     # ---- checkpoints ----
 
@@ -283,10 +285,9 @@ class BaseTrainer(Trainer):
         saved = read_state(checkpoint)
         if saved is not None:
             restore_state(saved, self.parts, self.ranks)
+        self.averaged_weights.check_resumed(self.state, self._checkpoint_step, checkpoint)
         self.restore_extra(checkpoint, has_state=saved is not None)
-        if self._checkpoint_step != self.state.global_step and self.lr_scheduler is not None:
-            self.lr_scheduler.last_epoch = self.state.global_step - 1
-            self.lr_scheduler.step()
+        move_schedule(self.lr_scheduler, self._checkpoint_step, self.state.global_step)
 
     # ---- the Hub ----
 

@@ -1,11 +1,13 @@
 """Arguments of the Hugging Face Trainer that contrastive training cannot use, each refused with the way out."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,16 @@ def check_trainer_arguments(args: Any, given: Mapping[str, Any]) -> None:
                     f"{name}={not needed} cannot be used with the retrieval figures: {reason}. Leave it at "
                     f"{needed}, or pass compute_metrics."
                 )
+
+
+@contextmanager
+def keep_all_rows(args: TrainingArguments) -> Iterator[None]:
+    """Ignore `dataloader_drop_last` inside the block, which makes a loader of data to evaluate."""
+    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop_last
 
 
 def check_best_metric(args: Any, given: Mapping[str, Any], figures: Iterable[str], evaluation: Any) -> None:

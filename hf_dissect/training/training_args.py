@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
-from hf_dissect.recipe.schema import SelectionSection
+from hf_dissect.recipe.schema import SelectionSection, TrainingSection
 from hf_dissect.settings import check_values, declared, setting
 
 
@@ -18,6 +19,7 @@ class BaseTrainingArguments(TrainingArguments):
     if TYPE_CHECKING:
         output_dir: str = ""  # `TrainingArguments` replaces None
 
+    average_weights: float | None = declared(TrainingSection, "average_weights")
     max_bad_fraction: float = declared(SelectionSection, "max_bad_fraction")
     save_run_folder: bool = setting(
         True,
@@ -32,6 +34,21 @@ class BaseTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning has no use here, and torch warns of it in each epoch
         check_values(type(self), vars(self))
+        if self.average_weights is not None:
+            self._check_averaging()
+
+    def _check_averaging(self) -> None:
+        optimizer = OptimizerNames(self.optim).value
+        if self.load_best_model_at_end:
+            raise ValueError(
+                f"average_weights={self.average_weights} makes a mean the final model, and load_best_model_at_end the "
+                "best checkpoint; set average_weights to None or load_best_model_at_end to False."
+            )
+        if optimizer.startswith("schedule_free"):
+            raise ValueError(
+                f"average_weights={self.average_weights} cannot be used with optim={optimizer!r}, which averages the "
+                "weights itself; leave average_weights out, or choose another optimiser."
+            )
 
 
 def is_one_of_several_without_accelerator() -> bool:

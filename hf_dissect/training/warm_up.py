@@ -1,4 +1,4 @@
-"""Warm-ups of a run, and a warning if it ends before they do."""
+"""Warm-ups of a run and its length, and a warning if it ends before they do."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 def list_warm_ups(strategy: Any, objective: Any) -> dict[str, int]:
     """Return the number of epochs of each warm-up of a run, by what the steps of the warm-up do."""
-    warmup_epochs: dict[str, int] = {"train on a random subset": getattr(strategy, "warmup_epochs", 0)}
+    warmup_epochs: dict[str, int] = {strategy.warmup: getattr(strategy, "warmup_epochs", 0)}
     if objective.robust is not None:
         warmup_epochs[objective.robust.warmup] = objective.robust.warmup_epochs
     return warmup_epochs
@@ -36,3 +36,17 @@ def warn_if_warm_up_outlasts(pairs: Any, warmup_epochs: Mapping[str, int], args:
                 "Train longer, or warm up shorter.",
                 *(args.max_steps, epochs, warmup, deed),
             )
+
+
+def count_steps(num_pairs: int | None, args: Any) -> int:
+    """Count the optimiser steps of a run.
+
+    Args:
+        num_pairs: Number of training pairs; None for a stream, whose length `max_steps` gives.
+        args: Arguments of the run.
+    """
+    if args.max_steps > 0 or num_pairs is None:
+        return args.max_steps
+    batch = args.train_batch_size * args.world_size
+    num_batches = num_pairs // batch if args.dataloader_drop_last else math.ceil(num_pairs / batch)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(num_batches / args.gradient_accumulation_steps)))

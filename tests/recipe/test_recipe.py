@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from hf_dissect import DissectTrainingArguments
+from hf_dissect.hub.shared_recipe import select_shareable
 from hf_dissect.recipe.file import read_description, shipped_recipes
+from hf_dissect.recipe.objective_schema import NoisyChannelSection
 from hf_dissect.recipe.recipe import (
     STRATEGIES,
     CompareSection,
@@ -67,7 +69,8 @@ def load_error(path: Path, content: bytes | str) -> str:
 def test_defaults_are_those_of_the_contract():
     recipe = Recipe.from_dict(minimal())
     assert recipe.training == {} and recipe.description == "" and recipe.evaluation.zero_shot is None
-    assert recipe.selection == SelectionSection("dissect", 0.5, "local", 1, {}, False, None, False, 0.01)
+    assert recipe.selection == SelectionSection("dissect", 0.5, "local", 1, {}, mask_false_negatives=False)
+    assert (recipe.selection.rescore_every, recipe.selection.max_bad_fraction) == (1, 0.01)
     assert recipe.compare == CompareSection(["none", "random", "dissect"], [0])
     assert (recipe.data.source, recipe.data.train_split, recipe.data.num_workers) == ("scenes", "train", 0)
     assert (recipe.model.vocab_size, recipe.model.trust_remote_code) == (4096, False)
@@ -98,8 +101,8 @@ def test_every_setting_is_explained(section):
         ),
         (
             {"training": {"learning_rte": 0.1}},
-            "training.learning_rte: unknown key (value 0.1); allowed: the fields of transformers.TrainingArguments; "
-            "did you mean 'learning_rate'?",
+            "training.learning_rte: unknown key (value 0.1); allowed: average_weights and the fields of "
+            "transformers.TrainingArguments; did you mean 'learning_rate'?",
         ),
         (
             {"selection": {"options": {"variante": "momentum"}}},
@@ -153,7 +156,9 @@ def test_every_setting_is_explained(section):
         (
             {"selection": {"strategy": "disect"}},
             "selection.strategy: 'disect' is not allowed; "
-            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, none; did you mean 'dissect'?",
+            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, "
+            "info_batch, scan, divbs, forgetting, noisy_channel, learnability, rho, jest, coreset, none; "
+            "did you mean 'dissect'?",
         ),
         (
             {"selection": {"options": {"variant": "warm"}}},
@@ -226,6 +231,26 @@ def test_every_setting_is_explained(section):
             "data.noise_permutation: 'o.npy' and data.noise_rate 0.2 are both set",
         ),
         (
+            {"data": {"noise_kind": "near"}},
+            "data.noise_kind: 'near' is not allowed; allowed: random, neighbours, partial",
+        ),
+        (
+            {"data": {"noise_kind": "partial"}},
+            "data.noise_kind: 'partial' would change no caption: data.noise_rate is 0",
+        ),
+        (
+            {"data": {"noise_kind": "partial", "noise_permutation": "o.npy"}},
+            "data.noise_kind: 'partial' and data.noise_permutation 'o.npy' are both set",
+        ),
+        (
+            {"data": {"noise_kind": "neighbours", "noise_rate": 0.2}},
+            "data.noise_kind: 'neighbours' needs stored features of the images; name a .npz file with",
+        ),
+        (
+            {"data": {"noise_kind": "partial", "noise_rate": 0.2, "text_features": "t.npz"}},
+            "data.noise_kind: 'partial' changes words, but data.text_features 't.npz' would stay",
+        ),
+        (
             {"data": {"streaming": True, "noise_rate": 0.2}, "training": {"max_steps": 5}},
             "data.noise_rate: 0.2 needs all captions at once; set data.streaming to false",
         ),
@@ -288,6 +313,28 @@ def test_every_setting_is_explained(section):
             {"objective": {"gsc": {}}, "selection": {"mask_false_negatives": True}},
             "objective.gsc: does not go with selection.mask_false_negatives",
         ),
+        (
+            {"objective": {"noisy_channel": {"pi": 0.3}}},
+            "objective.noisy_channel.pi: unknown key (value 0.3); allowed: smoothing",
+        ),
+        (
+            {"objective": {"noisy_channel": True}},
+            "objective.noisy_channel: True is not allowed; allowed: a mapping of settings",
+        ),
+        (
+            {"objective": {"noisy_channel": {}, "gsc": {}}},
+            "objective.noisy_channel: does not go with gsc: each replaces the contrastive loss; "
+            "set one of them to null",
+        ),
+        (
+            {"objective": {"noisy_channel": {}}, "selection": {"strategy": "noisy_channel"}},
+            "objective.noisy_channel: does not go with the strategy noisy_channel: both weight the pairs by the same",
+        ),
+        (
+            {"selection": {"strategy": "noisy_channel", "options": {"power": 3}}},
+            "selection.options.power: 3 is not allowed: noisy_channel takes no options; set selection.options to {}",
+        ),
+        ({"training": {"noisy_channel": {}}}, "training.noisy_channel: is set by objective.noisy_channel (value {})"),
         ({"training": {"gsc": {}}}, "training.gsc: is set by objective.gsc (value {}); write it there"),
         (
             {"selection": {"strategy": "gsc", "options": {"beta": 1.5}}},
@@ -345,8 +392,9 @@ def test_every_setting_is_explained(section):
         (
             {"compare": {"strategies": ["none", "luck"]}},
             "compare.strategies: 'luck' is not a strategy; "
-            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, none, dissect:warmup, "
-            "dissect:momentum",
+            "allowed: dissect, random, small_loss, big_loss, clipscore, ncr, gsc, "
+            "info_batch, scan, divbs, forgetting, noisy_channel, learnability, rho, jest, coreset, none, "
+            "dissect:warmup, dissect:momentum",
         ),
         ({"compare": {"strategies": ["random:momentum"]}}, "compare.strategies: 'random:momentum' is not a strategy"),
         ({"compare": {"strategies": ["dissect", "dissect:warmup"]}}, "'dissect:warmup' is there twice"),
@@ -579,7 +627,7 @@ def test_training_arguments_gather_the_sections():
             | {"shuffle_buffer": 100},
             selection={"ratio": 0.3, "record": True, "options": {"variant": "momentum"}, "mask_false_negatives": True}
             | {"scope": "global"},
-            objective={"grad_cache_chunk_size": 16, "gsc": None},
+            objective={"grad_cache_chunk_size": 16, "gsc": None, "noisy_channel": None, "rince": None},
             evaluation={"batch_size": 64},
             training={"seed": 3, "learning_rate": 0.01},
         )
@@ -599,6 +647,13 @@ def test_training_arguments_gather_the_sections():
         "mask_false_negatives": True,
         "grad_cache_chunk_size": 16,
         "gsc": None,
+        "noisy_channel": None,
+        "selection_reference": None,
+        "selection_rescore_every": 1,
+        "scoring_dtype": None,
+        "rince": None,
+        "symnce": None,
+        "weight_column": None,
         "scoring_batch_size": None,
         "record_selection": True,
         "max_bad_fraction": 0.01,
@@ -630,6 +685,16 @@ def test_soft_labels_have_the_same_defaults_in_a_recipe_and_in_python():
     changed = Recipe.from_dict(minimal()).with_overrides(["objective.gsc.beta=0.5"])
     assert changed.objective.gsc == GscSection(beta=0.5)
     assert changed.with_overrides(["objective.gsc=null"]).objective.gsc is None
+
+
+def test_an_objective_with_its_defaults_survives_a_round_trip(tmp_path):
+    recipe = Recipe.from_dict(minimal()).with_overrides(["objective.noisy_channel={}"])
+    assert recipe.objective.noisy_channel == NoisyChannelSection()
+    recipe.save(tmp_path / "recipe.yaml")
+    loaded = Recipe.load(tmp_path / "recipe.yaml")
+    assert loaded == recipe and loaded.training_arguments()["noisy_channel"] == {"smoothing": 0.0}
+    assert select_shareable(loaded.to_dict())[0]["objective"]["noisy_channel"] == {"smoothing": 0.0}
+    assert loaded.with_overrides(["objective.noisy_channel=null"]).objective.noisy_channel is None
 
 
 def test_every_option_that_a_recipe_allows_is_one_of_the_strategy():

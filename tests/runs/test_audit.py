@@ -1,5 +1,6 @@
 """Whole audits by a small trained model: what is found, what is written, and what is said when something is wrong."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -201,11 +202,13 @@ def test_mismatched_pairs_stand_first(tmp_path):
     is_clean = torch.tensor(result.table["is_clean"].to_pylist())
     auroc = noise_detection_metrics(torch.tensor(result.table["score"].to_pylist()), is_clean)["auroc"]
     assert result.auroc == pytest.approx(auroc, abs=1e-6) and auroc > 0.9
+    # With five seeds of model, pairs and noise: 0.78 to 0.97, share 0.22 to 0.27, 25 to 29 dropped, 93 to 97 % clean.
+    # The bounds are as wide as 128 pairs, of which 32 are mismatched, make them.
     assert (~is_clean[:32]).float().mean() > 0.75
-    assert result.mismatched_share == pytest.approx(0.25, abs=0.12)
+    assert result.mismatched_share == pytest.approx(0.25, abs=0.06)
     likely = (result.table["p_mismatched"].to_numpy() > 0.5).sum()
     kept = pq.read_table(tmp_path / "clean")
-    assert 0 < likely == 128 - kept.num_rows and np.mean(kept["clean"].to_pylist()) > 0.85
+    assert 20 < likely == 128 - kept.num_rows < 36 and np.mean(kept["clean"].to_pylist()) > 0.9
 
 
 def test_the_ledger_of_the_run_is_added(run, audited):
@@ -218,6 +221,53 @@ def test_the_ledger_of_the_run_is_added(run, audited):
     np.testing.assert_allclose(
         table["ledger_differential"].to_numpy(), history - table["correlation"].to_numpy(), atol=1e-4
     )
+
+
+def earlier_by_hand(file: Path, ids: list[int]) -> list[float]:
+    """The last correlation of each pair up to the step that first trained on it, relative to those of its epoch."""
+    rows = pq.read_table(file).to_pylist()
+    earlier = []
+    for sample_id in ids:
+        own = sorted((row for row in rows if row["sample_id"] == sample_id), key=lambda row: row["step"])
+        trained = next((row["step"] for row in own if row["kept"]), float("inf"))
+        last = [row for row in own if row["step"] <= trained][-1]
+        of_epoch = np.array([row["correlation"] for row in rows if row["epoch"] == last["epoch"]])
+        earlier.append((last["correlation"] - of_epoch.mean()) / of_epoch.std())
+    return earlier
+
+
+@pytest.mark.parametrize(
+    "selection", [{"strategy": "none"}, {"strategy": "small_loss"}, {"strategy": "dissect", "warmup_epochs": 2}]
+)
+def test_pairs_of_the_run_are_ranked_by_the_record_of_its_selections(selection, tmp_path):
+    recipe = tiny_recipe(
+        tmp_path / "run",
+        selection={**selection, "record": True},
+        training={"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 3},
+    )
+    run_recipe(recipe)
+    record = tmp_path / "run" / "selection.parquet"
+    for folder in ("run", "run/checkpoint-5"):
+        result = audit(str(tmp_path / folder), output_dir=tmp_path / "audit")
+        table = result.table
+        ids = table["sample_id"].to_pylist()
+        expected = earlier_by_hand(record, ids)
+        np.testing.assert_allclose(table["earlier_correlation"].to_numpy(), expected, atol=1e-5)
+        assert sorted(ids) == list(range(64)) and expected == sorted(expected)
+        assert result.origin_of_ranks == "last correlation before training, from selection.parquet"
+        assert result.num_trained == 64 and result.mismatched_share is None
+        # Many correlations are 0 at first, so that the order of these pairs must not count.
+        auroc = noise_detection_metrics(torch.tensor(expected), torch.tensor(table["is_clean"].to_pylist()))["auroc"]
+        assert result.auroc == pytest.approx(auroc, abs=1e-6)
+
+
+def test_a_record_that_is_not_whole_is_left_out(tmp_path, caplog):
+    run_recipe(tiny_recipe(tmp_path / "run", selection={"strategy": "none", "record": True}))
+    record = tmp_path / "run" / "selection.parquet"
+    record.write_bytes(record.read_bytes()[:200])
+    result = audit(str(tmp_path / "run"), output_dir=tmp_path / "audit")
+    assert result.origin_of_ranks is None and result.num_trained == 64
+    assert "selection.parquet is left out, because it cannot be read" in caplog.text
 
 
 def test_other_data_get_a_ledger_only_when_it_is_named_and_fits(run, tmp_path):
@@ -247,6 +297,22 @@ def test_labels_of_hashed_ids(tmp_path):
         read_ledger_columns(open_ledger(tmp_path), torch.tensor([1]), torch.zeros(1), by_row=False)
     with pytest.raises(ValueError, match="arbitrary ids, the data the row numbers of 1 pairs"):
         read_ledger_columns(open_ledger(tmp_path), torch.tensor([70]), torch.zeros(1), by_row=True)
+
+
+def test_the_evidence_of_a_run_becomes_the_probability_of_a_match(tmp_path):
+    ledger = SampleLedger(None, columns=("correlation", "evidence"))
+    evidence = torch.tensor([4.0, 3.0, -5.0, -4.0])
+    ledger.write("evidence", torch.tensor([11, 12, 13, 14]), evidence)
+    ledger.save(tmp_path / "ledger.safetensors")
+    ids = torch.tensor([14, 99, 12, 11, 13])
+    columns = read_ledger_columns(open_ledger(tmp_path), ids, torch.zeros(5), by_row=False)
+    assert set(columns) == {"ledger_evidence", "ledger_match"}
+    pi = 0.5
+    for _ in range(1000):  # the share of the largest likelihood
+        pi = sum(pi * math.exp(s) / (pi * math.exp(s) + 1 - pi) for s in evidence.tolist()) / 4
+    expected = [pi * math.exp(s) / (pi * math.exp(s) + 1 - pi) for s in (-4.0, 3.0, 4.0, -5.0)]
+    found = columns["ledger_match"].tolist()
+    assert math.isnan(found.pop(1)) and found == pytest.approx(expected, abs=1e-4)
 
 
 def test_unreadable_rows_are_listed_and_not_exported(run, tmp_path):

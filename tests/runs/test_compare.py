@@ -9,7 +9,7 @@ from testing.tiny_recipe import tiny_recipe
 from torch import equal
 
 from hf_dissect.recipe.recipe import Recipe, RecipeError
-from hf_dissect.runs.compare import compare
+from hf_dissect.runs.compare import compare, format_comparison
 
 ALL = ["none", "random", "big_loss", "small_loss", "clipscore", "dissect", "dissect:momentum"]
 
@@ -50,6 +50,18 @@ def test_the_table_shows_how_well_labels_separate(tmp_path):
     assert rows["ncr"]["label_auroc"]["mean"] == metrics[1]["selection"]["p_clean_auroc"]
     assert rows["none"]["label_auroc"]["mean"] is None
     assert "Label AUROC" in (tmp_path / "report.html").read_text()
+
+
+def test_the_table_shows_the_share_that_a_run_estimates(tmp_path):
+    recipe = tiny_recipe(tmp_path, training={"max_steps": 4})
+    table = compare(recipe, ["noisy_channel", "none"], [0])["table"]
+    metrics = json.loads((tmp_path / "noisy_channel-seed0" / "metrics.json").read_text())["selection"]
+    assert table[0]["estimated_mismatched"]["mean"] == metrics["estimated_mismatched"] != 0.5
+    assert table[0]["label_auroc"]["mean"] == metrics["evidence_auroc"]
+    assert table[1]["estimated_mismatched"]["mean"] is None
+    assert "mismatched, estimated" in format_comparison(table).splitlines()[0]
+    assert "estimated" not in format_comparison(table[1:]).splitlines()[0]
+    assert "Estimated mismatched" in (tmp_path / "report.html").read_text()
 
 
 def test_the_start_is_that_of_the_seed_for_every_strategy(tmp_path):

@@ -16,9 +16,12 @@ from testing.tiny_recipe import STEPS, TOWER, tiny_recipe
 from hf_dissect import make_scenes
 from hf_dissect.data import make_scene_classes
 from hf_dissect.recipe.recipe import DataSection
+from hf_dissect.runs.evaluate import evaluate_checkpoint
 from hf_dissect.runs.output_folder import choose_free_output_dir, replace_output_dir
+from hf_dissect.runs.push_ledger import format_ledger_card
 from hf_dissect.runs.run import build_trainer, load_data, run_recipe
 from hf_dissect.runs.saved_model import load_split
+from hf_dissect.selection.ledger import read_ledger
 
 pytestmark = pytest.mark.usefixtures("drawn")
 SCENES_ONLY = dict.fromkeys(["scenes_train", "scenes_validation", "scenes_test", "noise_rate"])
@@ -50,6 +53,21 @@ def test_noise_is_injected_into_the_training_split_only(tmp_path):
     assert sum(splits["train"]["clean"]) == 24 and "clean" not in splits["test"].column_names
     metrics = run_recipe(recipe, splits)
     assert metrics["selection"]["noise_candidates"] == 0.25 and metrics["final"]["noise_detection_num_mismatched"] == 8
+
+
+def test_metrics_report_and_card_say_the_kind_of_noise(tmp_path):
+    """An evaluation of the run meets the captions as they were."""
+    data = {"scenes_train": 96, "noise_kind": "partial", "noise_rate": 0.25, "noise_seed": 3}
+    metrics = run_recipe(tiny_recipe(tmp_path / "run", data=data, **ONE_EPOCH))
+    text = "25% of the training captions changed in one noun, seed 3"
+    assert metrics["injected_noise"] == text and metrics["final"]["noise_detection_num_mismatched"] == 24
+    assert (
+        text in (tmp_path / "run" / "report.html").read_text() and text in (tmp_path / "run" / "README.md").read_text()
+    )
+    assert evaluate_checkpoint(str(tmp_path / "run"))["recall_sum"] == pytest.approx(metrics["final"]["recall_sum"])
+    ledger = read_ledger(tmp_path / "run" / "ledger.safetensors")
+    card = format_ledger_card(ledger, {"data": data}, "ada/scores")
+    assert "the share 0.25 was changed in one noun on purpose" in card
 
 
 def test_image_folder(tmp_path):

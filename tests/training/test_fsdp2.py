@@ -36,7 +36,10 @@ def test_a_run_with_fsdp2_leaves_a_whole_model_and_resumes(tmp_path):
         tmp_path / "tiny.yaml",
         selection={"scope": "global", "options": {"variant": "momentum"}},
         objective={"grad_cache_chunk_size": 3},  # of 8 kept pairs
-        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "use_cpu": None},
+        training={
+            **{"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "average_weights": 0.75, "use_cpu": None},
+            **{"eval_strategy": "steps", "eval_steps": 2},  # which leaves weights together that training splits
+        },
     )
     folder = tmp_path / "run"
     train(str(recipe), "--output-dir", str(folder))
@@ -44,8 +47,15 @@ def test_a_run_with_fsdp2_leaves_a_whole_model_and_resumes(tmp_path):
     model = AutoModel.from_pretrained(folder)
     assert model.logit_scale.shape == () and torch.equal(model.logit_scale, whole["logit_scale"])
     assert json.loads((folder / "metrics.json").read_text())["final"]["recall_sum"] > 0
+    # The final model is the mean of the weights in training, which the checkpoints hold.
+    steps = [load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3, 4)]
+    for name, weight in whole.items():
+        mean = sum(step[name].double() for step in steps) / 3
+        torch.testing.assert_close(weight.double(), mean, rtol=1e-6, atol=1e-6)
+    assert json.loads((folder / "metrics.json").read_text())["averaged_weights"] == {"steps": 3, "first_step": 2}
 
-    shutil.rmtree(folder / "checkpoint-4")
+    for step in (3, 4):
+        shutil.rmtree(folder / f"checkpoint-{step}")
     train(str(recipe), "--output-dir", str(folder), "--resume")
     assert json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
     resumed = load_file(folder / "model.safetensors")

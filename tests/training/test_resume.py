@@ -112,6 +112,13 @@ CASES = {
         stream=True, dataloader_num_workers=2, selection_options={"variant": "warmup"}, bad_row=True
     ),
     "stream, momentum, two micro-batches": dict(stream=True, gradient_accumulation_steps=2, dropout=0.1),
+    "map, info batch, two micro-batches": dict(
+        selection_strategy="info_batch", selection_options={"annealing": 0.8}, gradient_accumulation_steps=2
+    ),
+    "stream, scan": dict(stream=True, selection_strategy="scan", selection_options={"warmup_epochs": 0, "cycle": 1}),
+    "stream, forgetting, two workers": dict(
+        stream=True, dataloader_num_workers=2, selection_strategy="forgetting", selection_options=None
+    ),
     "stream, small loss, two workers": dict(
         stream=True, dataloader_num_workers=2, selection_strategy="small_loss", selection_options=None
     ),

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value
@@ -25,7 +26,7 @@ from hf_dissect.data.shards.skipped import describe_in, note_skipped
 from hf_dissect.data.shards.survey import Asked, NamedSurveys, look_ahead, survey_shard
 from hf_dissect.data.split_files import summarize_error
 
-_VERSION = 1
+_VERSION = 2
 """Version of these readers, on which the cache depends: rows that another one read are read again."""
 
 Identity = tuple[str, int, int]
@@ -43,6 +44,7 @@ def read_tar_shards(
     id_column: str | None = None,
     task_column: str | None = None,
     clean_column: str | None = None,
+    weight_column: str | None = None,
     skip_bad_shards: bool = False,
 ) -> dict[str, Dataset | IterableDataset]:
     """Read tar shards; members that share a name up to the first dot are one row.
@@ -60,6 +62,8 @@ def read_tar_shards(
         id_column: JSON field, member or `__key__` with the id; None for none.
         task_column: JSON field or member with the task; None for none.
         clean_column: JSON field or member with the truth; None recognises the usual names.
+        weight_column: JSON field or member with the weight, in the train split; None for none. A sample of a stream
+            without a number there makes a bad row.
         skip_bad_shards: Whether to skip the rest of a damaged shard, which is warned of and recorded (see `skipped`).
 
     Returns:
@@ -77,31 +81,46 @@ def read_tar_shards(
             f"data.path {path!r} is not on this machine: set data.streaming to true to read it while training, or "
             "download the shards first."
         )
-    named = tuple(name for name in (id_column, task_column, clean_column) if name and name != "__key__")
+    usual = tuple(name for name in (id_column, task_column, clean_column) if name and name != "__key__")
     splits: dict[str, Dataset | IterableDataset] = {}
     for split, shards in find_shards(path, split_names).items():
+        weights = (weight_column,) if weight_column and split == "train" else ()
+        named = (*usual, *weights)
         # The usual names of the truth are looked for as well, but not every sample needs them.
         truths = CLEAN_COLUMNS if clean_column is None else (clean_column,)
         asked = Asked(image_column, caption_column, tuple(dict.fromkeys((*named, *truths))), truths)
         make = _make_stream if streaming else _make_table
-        splits[split] = make(path, shards, asked, named, skip_bad_shards)
+        splits[split] = make(path, shards, asked, named, skip_bad_shards, frozenset(weights) - {*usual})
     return splits
 
 
 def _make_stream(
-    path: str, shards: list[str], asked: Asked, named: tuple[str, ...], skip_bad_shards: bool
+    path: str,
+    shards: list[str],
+    asked: Asked,
+    named: tuple[str, ...],
+    skip_bad_shards: bool,
+    may_lack: frozenset[str],
 ) -> IterableDataset:
     surveys, damaged = look_ahead(shards, lambda shard: _open_members(shard, asked.is_wanted), asked, named)
     if damaged and not skip_bad_shards:
         shard, reason = next(iter(damaged.items()))
         raise ValueError(describe_bad_shard(shard, reason))
     layout = choose_layout(path, surveys, asked, named, damaged, streaming=True)
+    layout = replace(layout, required=tuple(name for name in layout.required if name not in may_lack))
     warn_of_choices(path, surveys, asked, layout)
     given = {"shards": [_identify(shard) for shard in shards], "layout": layout, "skip_bad_shards": skip_bad_shards}
     return IterableDataset.from_generator(_stream_rows, features=layout.features, gen_kwargs=given)
 
 
-def _make_table(path: str, shards: list[str], asked: Asked, named: tuple[str, ...], skip_bad_shards: bool) -> Dataset:
+def _make_table(
+    path: str,
+    shards: list[str],
+    asked: Asked,
+    named: tuple[str, ...],
+    skip_bad_shards: bool,
+    may_lack: frozenset[str],  # by samples of a stream only
+) -> Dataset:
     unreadable = _find_unreadable(shards)
     readable = [_identify(shard) for shard in shards if shard not in unreadable]
     surveys, damaged = _survey_table(path, readable, asked) if readable else (NamedSurveys(), {})

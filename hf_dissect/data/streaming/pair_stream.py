@@ -10,6 +10,8 @@ import torch
 
 from hf_dissect.data.images import image_content, is_feature_vector
 from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, find_truth_column, key_hash, select_undecoded
+from hf_dissect.data.pair_keys import WEIGHT_KEY
+from hf_dissect.data.pair_weights import check_weight_type, pick_weight
 from hf_dissect.data.shards.skipped import record_skipped
 
 
@@ -42,11 +44,13 @@ class PairStream(torch.utils.data.IterableDataset):
         The first row is read if the stream does not know its columns.
 
         Raises:
-            ValueError: If the stream has no rows, or columns are missing.
+            ValueError: If the stream has no rows, columns are missing, or weights are no numbers.
         """
         available = dataset.column_names
         if available is not None:
             columns = PairColumns.recognise(available, **names)
+            if columns.weight is not None and dataset.features is not None:
+                check_weight_type(columns.weight, dataset.features.arrow_schema.field(columns.weight).type)
             return cls(dataset, replace(columns, clean=find_truth_column(dataset, names.get("clean"))))
         first = next(iter(dataset), None)
         if first is None:
@@ -90,6 +94,8 @@ class PairStream(torch.utils.data.IterableDataset):
                 pair["task_id"] = self._check_task(row[self.columns.task])
             if self.columns.clean:
                 pair["is_clean"] = self._check_truth(row[self.columns.clean], caption, place)
+            if self.columns.weight:
+                pair[WEIGHT_KEY] = pick_weight(row[self.columns.weight], place if several else None)
             yield pair
 
     def _make_id(self, row: Mapping[str, Any], caption: Any, place: int | None) -> int:

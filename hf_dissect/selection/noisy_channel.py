@@ -1,0 +1,118 @@
+"""Online selection by the noisy channel: pairs are drawn in proportion to the weights that the channel gives them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_dissect.distributed import scale_to_mean_one
+from hf_dissect.losses.contrastive import Weigh
+from hf_dissect.losses.noisy_channel import NoisyChannel
+from hf_dissect.selection.inclusion import find_inclusion, sample_systematically
+from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.scoring import CandidateScores
+from hf_dissect.selection.strategy import Selection, SelectionStrategy
+
+
+class NoisyChannelSampling(SelectionStrategy):
+    """A rule that draws candidates with probabilities in proportion to their weights in `NoisyChannel`.
+
+    A candidate of weight `w` is drawn with the probability `a = min(1, c w)`, with `c` so that `k` are drawn, and its
+    loss then has the weight `w / a`. The sum of the weighted losses over the drawn pairs is on average the weighted
+    sum over all candidates, which the objective of the same name trains on. If fewer than `k` candidates have a
+    weight above 0, all of these are drawn, and others at random to fill up; their weight stays 0, so that they are
+    negatives of the others only.
+
+    Attributes:
+        channel: `NoisyChannel` with the estimated share of matched pairs.
+    """
+
+    name = "noisy_channel"
+    columns = ("evidence",)
+    samples = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channel = NoisyChannel()
+
+    def begin_step(self) -> None:
+        """Move the share of matched pairs by the candidates of the last step; see `SelectionStrategy.begin_step`."""
+        self.channel.begin_step()
+
+    def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
+        """Draw `k` candidates in proportion to their weights; see `SelectionStrategy.select`."""
+        posterior = self._find_posterior(scores)
+        weights = self.channel.weigh(posterior).double()
+        inclusion = find_inclusion(weights, k)
+        drawn = sample_systematically(inclusion, self.generator)
+        return Selection(drawn, (weights[drawn] / inclusion[drawn]).float(), posterior.float())
+
+    def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
+        """Measure evidence and posterior probability of each candidate; see `SelectionStrategy.measure`."""
+        if scores.is_part:
+            return {"evidence": scores.evidence}  # the channel observes whole blocks, see `record_block`
+        return {"evidence": scores.evidence, "posterior": self._find_posterior(scores).float()}
+
+    def record(
+        self,
+        sample_id: torch.Tensor,
+        correlation: torch.Tensor,
+        ledger: SampleLedger,
+        measured: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Record the evidence, and observe the posteriors of all ranks; see `SelectionStrategy.record`."""
+        if measured and "posterior" in measured:
+            record_evidence(self.channel, ledger, sample_id, measured)
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan by the weights that follow from the last evidence; see `SelectionStrategy.plan`."""
+        return self.channel.weigh(self.channel.posterior_of_evidence(ledger.column("evidence")))
+
+    def reweigh(self, planned: torch.Tensor, inclusion: torch.Tensor) -> Weigh:
+        """Return the function to weights that the losses of a step may lower, but not raise; see the base class."""
+
+        def weigh(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            weights = self.channel.weigh(self.channel.posterior(losses, counts))
+            return scale_to_mean_one(torch.where(planned < weights, planned, weights) / inclusion)
+
+        return weigh
+
+    def record_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> None:
+        """Observe the posteriors of all pairs of a block by their newest evidence; see the base class."""
+        evidence = ledger.read("evidence", sample_id)
+        self.channel.observe(self.channel.posterior_of_evidence(evidence[~evidence.isnan()]))
+
+    def _find_posterior(self, scores: CandidateScores) -> torch.Tensor:
+        return self.channel.posterior(scores.softmax_loss, scores.num_candidates)
+
+    def pop_logs(self) -> dict[str, float]:
+        """Return the estimated share of mismatched pairs, for the logs."""
+        return self.channel.pop_logs()
+
+    def compute_figures(self) -> dict[str, float]:
+        """Return the estimated share of mismatched pairs, for `metrics.json`."""
+        return self.channel.compute_figures()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the channel."""
+        return self.channel.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.channel.load_state_dict(state)
+
+
+def record_evidence(
+    channel: NoisyChannel, ledger: SampleLedger, sample_id: torch.Tensor, measured: Mapping[str, torch.Tensor]
+) -> None:
+    """Write the evidence for pairs to a ledger, and let a channel observe their posterior probabilities.
+
+    Args:
+        channel: Channel of the run.
+        ledger: Ledger with the column `evidence`.
+        sample_id: Ids of the pairs of all ranks, int64 `(n,)`.
+        measured: `evidence`, NaN where there is none, and `posterior` of these pairs, float32 `(n,)`.
+    """
+    known = ~measured["evidence"].isnan()
+    ledger.write("evidence", sample_id[known], measured["evidence"][known])
+    channel.observe(measured["posterior"])
