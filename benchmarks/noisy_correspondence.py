@@ -24,6 +24,9 @@ of the last step. Of soft labels, FILE.json also has the median of the matched p
 pairs have of the sum of all. Runs that FILE.json has are not repeated, but those of earlier versions without averaged
 weights are.
 
+`learnability`, `rho`, `jest` and `coreset` compare with a model of the same features, `--reference`, such as the
+folder of a run on clean pairs; without it they are left out.
+
 `--write-docs` writes the tables of README.md, docs/which_method.md and docs/results.md from FILE.json.
 """
 
@@ -33,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from noisy_methods import CONDITIONS, METHODS, SETTINGS, read_condition
+from noisy_methods import BY_REFERENCE, CONDITIONS, METHODS, SETTINGS, read_condition
 from noisy_runs import load_recipe, run
 from noisy_tables import BUDGETS, ROOT, is_complete, modernise, show, write_docs
 from tqdm.auto import tqdm
@@ -42,7 +45,8 @@ from tqdm.auto import tqdm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of Flickr8k")
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--methods", help=f"of {', '.join(METHODS)}; all without it")
+    parser.add_argument("--reference", help=f"model or run folder that {', '.join(BY_REFERENCE)} compare with")
     parser.add_argument("--noise", default=",".join(CONDITIONS), help=f"of {', '.join(CONDITIONS)}; 40 is random40")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the reported figures")
@@ -59,7 +63,8 @@ def main() -> None:
 
     runs = json.loads(options.output.read_text())["runs"] if options.output and options.output.exists() else []
     runs = modernise(runs)
-    methods = options.methods.split(",")
+    reachable = [name for name in METHODS if options.reference or name not in BY_REFERENCE]
+    methods = options.methods.split(",") if options.methods else reachable
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))}: choose of {', '.join(METHODS)}")
     try:

@@ -52,8 +52,14 @@ METHODS = {
     "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
     "noisy_channel-smoothed": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1"],
     "noisy_channel-half": ["selection.strategy=noisy_channel"],
+    "noisy_channel-half-m8": ["selection.strategy=noisy_channel", "selection.rescore_every=8"],
+    "learnability": ["selection.strategy=learnability"],
+    "rho": ["selection.strategy=rho"],
+    "jest": ["selection.strategy=jest"],
+    "coreset": ["selection.strategy=coreset"],
     "oracle": ALL_PAIRS,  # knows the truth: mismatched pairs have no weight
 }
+BY_REFERENCE = ("learnability", "rho", "jest", "coreset")  # only with --reference
 IN_README_CONDITIONS = ("random0", "random20", "random40", "random60", "neighbours20", "neighbours40", "neighbours60")
 IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "oracle")
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import transformers
-from noisy_methods import METHODS, SETTINGS, Oracle, noise_settings, split_condition
+from noisy_methods import BY_REFERENCE, METHODS, SETTINGS, Oracle, noise_settings, split_condition
 from torch.optim.swa_utils import AveragedModel
 from transformers import PrinterCallback, TrainerCallback
 
@@ -37,6 +37,11 @@ class Collated(torch.utils.data.Dataset):
         chunks = [range(first, min(first + 1000, len(pairs))) for first in range(0, len(pairs), 1000)]
         batches = [collator(pairs.__getitems__(list(chunk))) for chunk in chunks]
         self.columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    @property
+    def sample_ids(self) -> list[int]:
+        """Ids that a plan knows before it loads pairs."""
+        return self.columns["sample_id"].tolist()
 
     def __len__(self) -> int:
         return len(self.columns["sample_id"])
@@ -79,6 +84,8 @@ def load_recipe(method: str, options: argparse.Namespace, *given: str) -> Recipe
     pictures = getattr(options, "pictures", False)
     shared = [setting for setting in SETTINGS if not pictures or "text_config" not in setting]
     own = {**METHODS, **getattr(options, "own_methods", {})}[method]
+    if method in BY_REFERENCE and getattr(options, "reference", None):
+        own = [*own, f"selection.reference={options.reference}", f"model.tokenizer={options.reference}"]
     base = "flickr8k-local" if pictures else "flickr8k-features"
     return Recipe.load(base, [*shared, *own, *options.set, *given])
 

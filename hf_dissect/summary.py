@@ -42,8 +42,6 @@ class SelectionSummary:
         args: Arguments of the run.
         evaluation: Data evaluated during training, a dict of several, or None.
 
-    Attributes:
-        evaluated: Data of the evaluations by the name of the split.
     """
 
     def __init__(
@@ -55,7 +53,7 @@ class SelectionSummary:
         args: DissectTrainingArguments,
         evaluation: Any = None,
     ) -> None:
-        self.evaluated = {"validation": evaluation}
+        self._evaluated = {"validation": evaluation, "test": None}
         self._selector = selector
         self._objective = objective
         self._dataset = dataset
@@ -63,6 +61,11 @@ class SelectionSummary:
         self._args = args
         self._label_figures: dict[str, float | None] = {}
         self._num_scored: int | None = None  # known after `evaluate_noise`
+
+    def choose_evaluated(self, test: Any, validation: Any) -> Any:
+        """Return the data of the final figures, those of the test if there are any, and take note of them."""
+        self._evaluated |= {"validation": validation, "test": test}
+        return validation if test is None else test
 
     def evaluate_noise(self, scored: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
         """Compute the figures of noise detection by the final model, and keep those of the labels for the metrics.
@@ -119,7 +122,7 @@ class SelectionSummary:
     def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
         """Return the unreadable rows and skipped shards of all ranks; every rank calls this method."""
         figures = {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
-        own = {split: find_skipped(data) for split, data in {"train": self._dataset, **self.evaluated}.items()}
+        own = {split: find_skipped(data) for split, data in {"train": self._dataset, **self._evaluated}.items()}
         everyone = ranks.gather_objects(own)
         skipped = {split: {shard: why for one in everyone for shard, why in one[split].items()} for split in own}
         entry = summarize_all_skipped(skipped)

@@ -14,8 +14,9 @@ import pytest
 import torch
 import transformers
 from datasets import ClassLabel, concatenate_datasets
+from testing import tiny_models
 
-from hf_dissect import Recipe, make_scenes
+from hf_dissect import make_scenes
 from hf_dissect.cli import main
 from hf_dissect.selection import STRATEGIES
 
@@ -131,6 +132,19 @@ def test_noisy_correspondence():
     assert ["detection" in run for run in more] == [False, True, True, True, True]
 
 
+def test_noisy_correspondence_with_a_reference():
+    """The reference is a model that trained on the same features."""
+    write_flickr8k()
+    settings = ["data.path=.", "data.noise_permutation=caption_order_noise40.npy", *SMALL[1:]]
+    settings += ["training.max_steps=2", "selection.strategy=none", "training.eval_strategy=no"]
+    assert main(["train", "flickr8k-features", *settings, "--output-dir", "reference"]) == 0
+    arguments = ["--data", ".", "--seeds", 0, *(part for pair in SMALL[:2] for part in ("--set", pair)), "--noise", 40]
+    arguments += ["--methods", "learnability,rho,jest,coreset", "--reference", "reference"]
+    runs = run_benchmark("noisy_correspondence", *arguments)["runs"]
+    assert [run["method"] for run in runs] == ["learnability", "rho", "jest", "coreset"]
+    assert all(0 <= run["last"] <= 600 and run["steps"] > 0 for run in runs)
+
+
 def test_noisy_correspondence_in_the_time_of_plain_training():
     write_flickr8k()
     arguments = ["--data", ".", "--seeds", 0, *(part for pair in SMALL for part in ("--set", pair)), "--noise", 40]
@@ -145,6 +159,7 @@ def test_noisy_correspondence_in_the_time_of_plain_training():
     [
         ("noisy_correspondence", ["--set", "selection.ratio=2"], "selection.ratio: 2 is not allowed"),
         ("noisy_correspondence", ["--noise", "near40"], "--noise: near40: choose of random0, random20"),
+        ("noisy_correspondence", ["--methods", "rho"], "selection.reference"),
         ("noisy_correspondence", ["--methods", "none,best"], "--methods: best: choose of none, random"),
         ("time_to_quality", ["--method", "x=selection.strategy=best"], "selection.strategy: 'best' is not allowed"),
         ("time_to_quality", ["--method", "best"], "best: choose of none, random"),
@@ -245,10 +260,10 @@ def test_conditions_and_methods_are_named(noisy):
     for text in ("50", "neighbours", "near40", ""):
         with pytest.raises(ValueError, match="choose of random0"):
             methods.read_condition(text)
-    given = {
-        name: Recipe.load("flickr8k-features", [*methods.SETTINGS, *own]) for name, own in methods.METHODS.items()
-    }
-    assert set(STRATEGIES) <= {recipe.selection.strategy for recipe in given.values()}
+    options = SimpleNamespace(set=[], reference="reference")
+    recipes = {name: noisy.noisy_runs.load_recipe(name, options) for name in methods.METHODS}
+    assert set(STRATEGIES) <= {recipe.selection.strategy for recipe in recipes.values()}
+    assert {name for name, recipe in recipes.items() if recipe.selection.reference} == set(methods.BY_REFERENCE)
     assert set(methods.IN_README) <= set(methods.METHODS)
 
 
@@ -313,6 +328,18 @@ def test_times_are_compared_with_plain_training(noisy):
     assert never["reached"] == 0 and "speed_up" not in never and never["best"] == 2.9
     name, settings = noisy.time_to_quality.read_method("x=selection.strategy=random,model.config={a: 1, b: 2},a.b=3")
     assert (name, settings) == ("x", ["selection.strategy=random", "model.config={a: 1, b: 2}", "a.b=3"])
+
+
+def test_selection_efficiency():
+    tiny_models.tiny_pairs(32, captions_per_image=5).to_parquet("train.parquet")
+    np.savez("mobilenet_v1_features.npz", train=np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float16))
+    arguments = ["--data", ".", "--pairs", 32, "--batch", 16, "--epochs", 3, "--ratios", 0.5, "--m", 4]
+    results = run_benchmark("selection_efficiency", *arguments)
+    for kind in ("photographs", "features"):
+        naive, planned = (results[kind]["0.5"][name] for name in ("every candidate scored", "m = 4"))
+        assert naive["steady"]["forwards"] == 0.6 and naive["whole"]["loaded"] == 1
+        assert planned["steady"]["loaded"] < 1 and 0.6 < planned["steady"]["forwards"] <= 1
+        assert planned["whole"]["efficiency"] > 0 and planned["whole"]["loading"] > 0
 
 
 def test_audit_scores():

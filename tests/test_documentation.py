@@ -63,6 +63,7 @@ COMMANDS = {
     "hf-dissect recipes": [],
     "hf-dissect recipes quickstart": [],
     "hf-dissect train flickr8k-local data.path=/data/flickr8k": [SCRATCH, *SMALL, "model.max_caption_length=16"],
+    "hf-dissect train mine.yaml selection.rescore_every=8": FINETUNE,
     "hf-dissect train mine.yaml objective.gsc.gamma=0.02 selection.strategy=none": [
         *FINETUNE,
         "objective.gsc.warmup_epochs=0",
@@ -288,6 +289,23 @@ def check_strategy_trains(snippet, page, data, capsys):
     assert trainer.monitor.run.figures()["kept_share"] == 0.5
 
 
+def check_strategy_plans(snippet, page, data, capsys):
+    """The rule trains half of each block, and leaves pairs out before they are loaded from the third epoch on."""
+    strategy = run(snippet, page)["MiddleEvidence"]()
+    model, processor = tiny_models.tiny_clip()
+    settings = dict(per_device_train_batch_size=16, num_train_epochs=3, save_run_folder=False, use_cpu=True)
+    trainer = DissectTrainer(
+        model=model,
+        processing_class=processor,
+        train_dataset=tiny_models.tiny_pairs(64),
+        args=DissectTrainingArguments("runs/x", selection_rescore_every=4, **settings),
+        strategy=strategy,
+    )
+    trainer.train()
+    figures = trainer.monitor.run.figures()
+    assert figures["kept_share"] == 0.5 and figures["loaded_share"] < 0.95
+
+
 def check_plain_loop_selects(snippet, page, data, capsys):
     """The plain loop trains on half of each batch, and all pairs have scores."""
     model, processor = tiny_models.tiny_clip()
@@ -334,6 +352,7 @@ SNIPPETS = {
     ("docs/data.md", 0): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/own_strategy.md", 0): check_strategy_trains,
+    ("docs/own_strategy.md", 1): check_strategy_plans,
 }
 FOUND = {(page, number): text for page in PAGES for number, text in enumerate(blocks(page, "python"))}
 

@@ -114,8 +114,7 @@ def test_every_argument_has_one_declaration_and_repeats_its_type(kind):
             for _, setting in list_settings(part).values()
             if setting.argument == field.name
         ]
-        expected_number = 0 if section in ("distillation", "training") and field.name != "check_reload" else 1
-        assert len(declarations) == expected_number
+        assert len(declarations) == (0 if section in ("distillation", "training") else 1)
         expected, repeated = list_settings(sections[section])[name][0], hints[field.name]
         if field.name in arguments._VALID_DICT_FIELDS:  # also as JSON, from the command line
             assert {dict[str, Any], str} <= set(list_members(repeated)) <= {dict[str, Any], str, type(None)}

@@ -27,7 +27,7 @@ Rows = list[tuple[str, str]]
 _Values = Sequence[tuple[str, object]]
 
 _SELECTION = {"selection_ratio", "selection_scope", "selection_warmup_epochs", "selection_options"}
-_SELECTION |= {"mask_false_negatives"}
+_SELECTION |= {"selection_rescore_every", "mask_false_negatives"}
 _OBJECTIVE = {
     "gsc": "Soft labels (GSC)",
     "rince": "Robust loss (RINCE)",
@@ -35,7 +35,12 @@ _OBJECTIVE = {
     "noisy_channel": "Weights of the noisy channel",
     "grad_cache_chunk_size": "GradCache: pairs a pass",
 }
-_FIGURES = {"kept_share": "Candidates that trained", "estimated_mismatched": "Mismatched pairs, as the run estimates"}
+_FIGURES = {
+    "kept_share": "Candidates that trained",
+    "loaded_share": "Candidates that were loaded",
+    "scored_share": "Candidates that were scored",
+    "estimated_mismatched": "Mismatched pairs, as the run estimates",
+}
 # None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_dissect.distillation.terms import METHODS, TERMS, TermWeights
-from hf_dissect.recipe.schema import DataSection, ModelSection, SelectionSection
+from hf_dissect.recipe.schema import DataSection, SelectionSection
 from hf_dissect.settings import declared, describe_problem, setting
 
 KINDS = ("array", "image", "text")
@@ -117,7 +117,11 @@ class DistillationSettings:
     discriminator_ceiling: float = setting(
         0.98, "Accuracy of the discriminator above which a warning reports that it saturates.", within="(0.5, 1]"
     )
-    check_reload: bool = declared(ModelSection, "check_reload")
+    check_reload: bool = setting(
+        True,
+        "Before training, save the student to a temporary folder, load it, and warn if it gives other predictions; "
+        "one of more than a billion weights is not checked.",
+    )
 
     @property
     def weights(self) -> TermWeights:

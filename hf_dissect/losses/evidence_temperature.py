@@ -30,7 +30,7 @@ class EvidenceTemperature:
 
     `sigma` is the standard deviation of the logits within rows and columns, of the last step. `tau_ML` is the factor
     of the grid with the largest likelihood `mean log(pi_t n q_t + 1 - pi_t)`, a moving average over the steps, where
-    each factor `t` has its own share `pi_t`, the moving average of its posteriors. Of factors that are within 0.01 of
+    each factor `t` has its own share `pi_t`, the moving average of its posteriors. Of factors that are within 0.002 of
     it, the largest is taken, since the likelihoods are those of a sample. The likelihood alone would take too small a
     factor, because the model learns from the pairs that it judges. A model that knows its pairs, or one with a usual
     logit scale, has `tau = 1`, which changes nothing.
@@ -42,7 +42,7 @@ class EvidenceTemperature:
     KEPT = 0.95
     FACTOR = 2.0
     SPREAD = 2.5
-    TOLERANCE = 0.01
+    TOLERANCE = 0.002
     LOWEST, HIGHEST = 0.05, 0.999
 
     def __init__(self) -> None:

@@ -228,6 +228,21 @@ class SelectionSection:
         within="[1, inf)",
         argument="scoring_batch_size",
     )
+    rescore_every: int = setting(
+        1,
+        "1: every candidate is loaded and scored in each step. m > 1: after the first two epochs the ledger decides "
+        "which candidates are loaded at all: those that train, and of the others a share of 1 / m, which are scored "
+        "again; pairs that the ledger does not know always are. random needs no scores and loads what trains; none is "
+        "not affected.",
+        within="[1, inf)",
+        argument="selection_rescore_every",
+    )
+    scoring_dtype: str | None = setting(
+        None,
+        "Type of the numbers in the forward pass that scores, by autocast; null: that of the training.",
+        choices=("bfloat16", "float16"),
+        argument="scoring_dtype",
+    )
     record: bool = setting(
         False,
         "Write selection.parquet, one row for each candidate and step; every candidate is then scored, also for "

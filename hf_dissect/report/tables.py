@@ -25,6 +25,8 @@ _COUNT = re.compile(r".*_num_.*|repeated_captions|.*_own_ceiling@\d+")
 _LABELS = {
     "noise_kept": "Mismatched among kept",
     "kept_share": "Kept share",
+    "loaded_share": "Loaded share",
+    "scored_share": "Scored share",
     "total_s": "Wall-clock",
     "scoring_share": "Time for scoring",
     "label_auroc": "Label AUROC",

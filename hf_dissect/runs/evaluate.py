@@ -36,9 +36,11 @@ from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training_args import DissectTrainingArguments
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-_NOT_SHUFFLED = dict.fromkeys(
-    ("noise_rate", "noise_seed", "noise_permutation"), "the captions are evaluated as they are"
-)
+_NOT_SHUFFLED = {
+    field.name: "the captions are evaluated as they are"
+    for field in dataclasses.fields(DataSection)
+    if field.name.startswith("noise_")
+}
 
 
 def evaluate_checkpoint(

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from hf_dissect.distributed import scale_to_mean_one
+from hf_dissect.losses.contrastive import Weigh
 from hf_dissect.losses.evidence_temperature import measure_pairs
 from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
 from hf_dissect.selection.inclusion import find_inclusion, sample_systematically
@@ -28,6 +30,7 @@ class NoisyChannelSampling(SelectionStrategy):
 
     name = "noisy_channel"
     columns = ("evidence",)
+    samples = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +51,8 @@ class NoisyChannelSampling(SelectionStrategy):
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure evidence and posterior of each candidate, and more of a sample; see `SelectionStrategy.measure`."""
         evidence = find_evidence(self._find_losses(scores), scores.num_candidates)
+        if scores.is_part:
+            return {"evidence": evidence}  # the channel observes whole blocks, see `record_block`
         columns = {"evidence": evidence, "posterior": self._find_posterior(scores).float()}
         return columns | measure_pairs(*scores.get_embeds(), scores.logit_scale)
 
@@ -59,8 +64,26 @@ class NoisyChannelSampling(SelectionStrategy):
         measured: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Record the evidence, and observe the posteriors of all ranks; see `SelectionStrategy.record`."""
-        if measured:
+        if measured and "posterior" in measured:
             record_evidence(self.channel, ledger, sample_id, measured)
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan by the weights that follow from the last evidence; see `SelectionStrategy.plan`."""
+        return self.channel.weigh(self.channel.posterior_of_evidence(ledger.column("evidence")))
+
+    def reweigh(self, planned: torch.Tensor, inclusion: torch.Tensor) -> Weigh:
+        """Return the function to weights that the losses of a step may lower, but not raise; see the base class."""
+
+        def weigh(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            weights = self.channel.weigh(self.channel.posterior(losses, counts))
+            return scale_to_mean_one(torch.where(planned < weights, planned, weights) / inclusion)
+
+        return weigh
+
+    def record_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> None:
+        """Observe the posteriors of all pairs of a block by their newest evidence; see the base class."""
+        evidence = ledger.read("evidence", sample_id)
+        self.channel.observe(self.channel.posterior_of_evidence(evidence[~evidence.isnan()]))
 
     def _find_posterior(self, scores: CandidateScores) -> torch.Tensor:
         return self.channel.posterior(self._find_losses(scores), scores.num_candidates)

@@ -100,7 +100,7 @@ def test_averages_and_temperature_follow_from_all_that_a_step_observed():
             likelihoods[i] = 0.95 * likelihoods[i] + 0.05 * likelihood
             posterior = (share * ratio / (share * ratio + 1 - share)).mean().item()
             shares[i] = min(max(0.95 * share + 0.05 * posterior, 0.05), 0.999)
-        likely = [own > max(likelihoods) - 0.01 for own in likelihoods]
+        likely = [own > max(likelihoods) - 0.002 for own in likelihoods]
         likeliest = GRID[likely.index(True)]
         sigma = math.sqrt(rows["variance"].mean().item())
         expected.append(pytest.approx(min(1.0, max(2 * likeliest, 2.5 / sigma)), rel=1e-6))

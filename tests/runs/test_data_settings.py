@@ -167,7 +167,11 @@ def test_a_file_of_arrays_has_nothing_to_set(tmp_path):
             ["--separator", ";"],
             "settings are written without dashes, with their section: data.separator=;",
         ),
-        ("audit", ["data.streaming=true"], "true has no effect here: an audit reads the rows more than once"),
+        (
+            "audit",
+            ["data.streaming=true"],
+            "data.streaming: True has no effect here: an audit reads the rows more than once",
+        ),
         ("audit", ["data.seperator=;"], "data.seperator: unknown key"),
         ("audit", ["selection.ratio=0.3"], "selection.ratio: not a setting of audit"),
     ],

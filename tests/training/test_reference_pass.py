@@ -258,6 +258,7 @@ def test_a_history_by_an_earlier_model_serves_a_stream_seen_once_and_resumes(his
     torch.testing.assert_close(*state, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_two_ranks_that_choose_together_choose_as_one(tmp_path):
     results = on_ranks([1, 2], tmp_path, train_with_reference)
     for strategy in ("learnability", "rho", "jest"):
