@@ -50,7 +50,8 @@ class NoisyChannelSampling(SelectionStrategy):
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure evidence and posterior of each candidate, and more of a sample; see `SelectionStrategy.measure`."""
-        evidence = find_evidence(self._find_losses(scores), scores.num_candidates)
+        is_plain = self.channel.temperature.value == 1
+        evidence = scores.evidence if is_plain else find_evidence(self._find_losses(scores), scores.num_candidates)
         if scores.is_part:
             return {"evidence": evidence}  # the channel observes whole blocks, see `record_block`
         columns = {"evidence": evidence, "posterior": self._find_posterior(scores).float()}
