@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_dissect.losses.pair_evidence import recover_losses
-from hf_dissect.selection import SampleLedger
+from hf_dissect.selection import CandidateScores, SampleLedger
 from hf_dissect.selection.loaded_blocks import LoadedScores
 from hf_dissect.selection.noisy_channel import NoisyChannelSampling
 
@@ -47,9 +47,11 @@ def test_the_share_moves_by_the_newest_evidence_of_whole_blocks():
 @pytest.mark.parametrize("tau", [1.0, 0.25])
 def test_evidence_of_loaded_pairs_has_the_temperature_of_the_channel(tau, held):
     images, texts = F.normalize(torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    parts = (images[:6], texts[:6]), (images[6:], texts[6:]) if held else None
+    others = CandidateScores(torch.arange(6, 9), images[6:], texts[6:]) if held else None
     scores, tempered = (
-        LoadedScores(torch.arange(9), *parts, (torch.tensor(scale), torch.tensor(0.0)), "softmax")
+        LoadedScores(
+            torch.arange(9), (images[:6], texts[:6]), others, (torch.tensor(scale), torch.tensor(0.0)), "softmax"
+        )
         for scale in (40.0, 40.0 * tau)
     )
     rule, ledger = NoisyChannelSampling(), SampleLedger(9, columns=("correlation", "evidence"))
