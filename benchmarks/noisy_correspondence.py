@@ -24,8 +24,8 @@ of the last step. Of soft labels, FILE.json also has the median of the matched p
 pairs have of the sum of all. Runs that FILE.json has are not repeated, but those of earlier versions without averaged
 weights are.
 
-`learnability`, `rho`, `jest` and `coreset` compare with a model of the same features, `--reference`, such as the folder
-of a run on clean pairs; without it they are left out.
+`learnability`, `rho`, `jest` and `coreset` compare with a model of the same features, `--reference`, such as the
+folder of a run on clean pairs; without it they are left out.
 
 `--write-docs` writes the tables of README.md, docs/which_method.md and docs/results.md from FILE.json.
 """

@@ -50,12 +50,13 @@ METHODS = {
     "rince": [*ALL_PAIRS, "objective.rince={}"],
     "symnce": [*ALL_PAIRS, "objective.symnce={}"],
     "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
-    "noisy_channel-unsmoothed": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0"],
+    "noisy_channel-smoothed": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1"],
     "noisy_channel-half": ["selection.strategy=noisy_channel"],
     "learnability": ["selection.strategy=learnability"],
     "rho": ["selection.strategy=rho"],
     "jest": ["selection.strategy=jest"],
     "coreset": ["selection.strategy=coreset"],
+    "noisy_channel-half-m8": ["selection.strategy=noisy_channel", "selection.rescore_every=8"],
     "oracle": ALL_PAIRS,  # knows the truth: mismatched pairs have no weight
 }
 BY_REFERENCE = ("learnability", "rho", "jest", "coreset")  # only with --reference

@@ -38,6 +38,11 @@ class Collated(torch.utils.data.Dataset):
         batches = [collator(pairs.__getitems__(list(chunk))) for chunk in chunks]
         self.columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
+    @property
+    def sample_ids(self) -> list[int]:
+        """Ids that a plan knows before it loads pairs."""
+        return self.columns["sample_id"].tolist()
+
     def __len__(self) -> int:
         return len(self.columns["sample_id"])
 

@@ -1,6 +1,7 @@
 """What a training step costs with selection, against the plain Trainer, in one run.
 
-    python benchmarks/step_overhead.py [--rounds 5] [--steps 20] [--variants "none;random"] [--output benchmarks/results/step_overhead.json]
+    python benchmarks/step_overhead.py [--rounds 5] [--steps 20] [--variants "none;random"]
+                                       [--output benchmarks/results/step_overhead.json]
 
 The same CLIP (from scratch, 64 px), data and batch size throughout. The trainers take turns, and the order changes
 each round, so a machine that gets slower or faster meanwhile does so for all. Both the wall-clock and the processor

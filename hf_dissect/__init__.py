@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from hf_dissect.models.peft_registration import register_mola_with_peft
+from hf_dissect.models.registration import register_with_peft_and_transformers
 from hf_dissect.version import __version__
 
 # Module of each exported name, imported on first use: `hf-dissect --help` needs neither torch nor transformers.
@@ -38,7 +38,7 @@ _HOMES = {
 
 __all__ = ["__version__", *_HOMES]
 
-register_mola_with_peft()
+register_with_peft_and_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,12 @@ def gather_last_dimension(values: torch.Tensor) -> torch.Tensor:
     return values if get_rank_and_world_size()[1] == 1 else _gather(values.T).T
 
 
+def scale_to_mean_one(weights: torch.Tensor) -> torch.Tensor:
+    """Scale the weights of the own pairs `(k,)` so that the mean over the pairs of all ranks is 1, or all are 0."""
+    mean = gather_last_dimension(weights[None]).mean()
+    return weights / mean.clamp_min(torch.finfo(weights.dtype).tiny)
+
+
 def pass_to_next_rank(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Send tensors to the next rank, and return the tensors of the previous rank, of the same shapes and types."""
     rank, world_size = get_rank_and_world_size()

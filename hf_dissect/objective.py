@@ -72,7 +72,8 @@ class Objective:
 
         Args:
             model: Model that computed the outputs.
-            batch: Batch, with the weights of the pairs as `pair_weight` float32 `(b,)` if the strategy weights them.
+            batch: Batch, with the weights of the pairs as `pair_weight` float32 `(b,)` if the strategy weights them,
+                and as a function `reweigh` (`hf_dissect.losses.contrastive.Weigh`) if they follow from the losses.
             outputs: Outputs of the model, see `ContrastiveLoss`.
             scale: Factor of the similarities in the logits, with gradient, `()`; for two networks `(2,)`.
             bias: Summand of the logits, with gradient, `()`; for two networks `(2,)`.
@@ -96,7 +97,7 @@ class Objective:
         scale: torch.Tensor,
         bias: torch.Tensor,
     ) -> torch.Tensor:
-        weights = batch.get("pair_weight")
+        weights = batch.get("reweigh", batch.get("pair_weight"))
         keys = {name: batch.get(name) for name in ("image_key", "caption_key")}
         if self.num_networks == 1:
             return self.contrastive_loss(outputs, scale=scale, bias=bias, weights=weights, **keys)

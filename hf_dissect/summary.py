@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_dissect.cards.privacy import hub_id
 from hf_dissect.data.noise_kinds import describe_noise
-from hf_dissect.data.shards.skipped import summarize_skipped
+from hf_dissect.data.shards.skipped import find_skipped, summarize_all_skipped
 from hf_dissect.distributed import Ranks
 from hf_dissect.evaluation.selection_figures import (
     compute_label_figures,
@@ -23,6 +23,7 @@ from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
 from hf_dissect.training.run_folder import list_changed_settings
 from hf_dissect.training.run_state import join_over_ranks
+from hf_dissect.training.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
 from hf_dissect.training_data import count_pairs
 
@@ -39,6 +40,8 @@ class SelectionSummary:
         dataset: Training data.
         recipe: Recipe of the run; None without one.
         args: Arguments of the run.
+        evaluation: Data evaluated during training, a dict of several, or None.
+
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class SelectionSummary:
         dataset: Any,
         recipe: Any,
         args: DissectTrainingArguments,
+        evaluation: Any = None,
     ) -> None:
+        self._evaluated = {"validation": evaluation, "test": None}
         self._selector = selector
         self._objective = objective
         self._dataset = dataset
@@ -56,6 +61,11 @@ class SelectionSummary:
         self._args = args
         self._label_figures: dict[str, float | None] = {}
         self._num_scored: int | None = None  # known after `evaluate_noise`
+
+    def choose_evaluated(self, test: Any, validation: Any) -> Any:
+        """Return the data of the final figures, those of the test if there are any, and take note of them."""
+        self._evaluated |= {"validation": validation, "test": test}
+        return validation if test is None else test
 
     def evaluate_noise(self, scored: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
         """Compute the figures of noise detection by the final model, and keep those of the labels for the metrics.
@@ -69,6 +79,12 @@ class SelectionSummary:
         self._num_scored = len(scored["sample_id"])
         self._label_figures = compute_label_figures(self._selector.ledger, scored["sample_id"], scored["is_clean"])
         return compute_noise_figures(scored)
+
+    def pop_logs(self, times: TimeSpent) -> dict[str, float]:
+        """Return the figures of selection and objective since the last call, and the share of scoring in the time."""
+        logs = self._selector.pop_logs() | self._objective.pop_logs()
+        share = {"selection_scoring_time_share": times["scoring"] / times.total} if times["scoring"] else {}
+        return logs | share
 
     def collect_metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
         """Return the strategy, the figures of the selection, the adapter and the settings."""
@@ -106,9 +122,11 @@ class SelectionSummary:
     def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:
         """Return the unreadable rows and skipped shards of all ranks; every rank calls this method."""
         figures = {"bad_rows": join_over_ranks(self._selector.bad_rows, ranks).summary()}
-        everyone = ranks.gather_objects(getattr(self._dataset, "skipped_shards", {}))
-        skipped = {shard: reason for record in everyone for shard, reason in record.items()}
-        return {**figures, **({"skipped_shards": summarize_skipped(skipped)} if skipped else {})}
+        own = {split: find_skipped(data) for split, data in {"train": self._dataset, **self._evaluated}.items()}
+        everyone = ranks.gather_objects(own)
+        skipped = {split: {shard: why for one in everyone for shard, why in one[split].items()} for split in own}
+        entry = summarize_all_skipped(skipped)
+        return {**figures, **({"skipped_shards": entry} if entry else {})}
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Return the recipe, the facts of the model, its base model, and the scores of the last epoch."""

@@ -34,7 +34,7 @@ from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.chunked_step import step_in_chunks
 from hf_dissect.training.non_finite import check_finite
-from hf_dissect.training.reference_pass import ReferencePass, plan_loading
+from hf_dissect.training.reference_pass import ReferencePass
 from hf_dissect.training.reload_check import make_callbacks
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
@@ -112,7 +112,7 @@ class DissectTrainer(BaseTrainer):
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
-        self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args)
+        self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)
         self.parts["selection"] = Part(self.selector)
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["objective"] = Part(self.objective)
@@ -142,11 +142,11 @@ class DissectTrainer(BaseTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
-        if not isinstance(self.train_dataset, PairStream):
-            pairs: Any = self.train_dataset
-            loading = plan_loading(self.selector, pairs, self._train_batch_size, self._get_train_sampler)
-            return self._get_dataloader(pairs, "Training", *loading, is_training=True)
-        self.stream = training_data.make_stream_loader(self.train_dataset, self.data_collator, self.args)
+        pairs: Any = self.train_dataset
+        if not isinstance(pairs, PairStream):
+            loading = pairs, self._train_batch_size, self._get_train_sampler
+            return training_data.make_pair_loader(self._get_dataloader, self.selector, *loading)
+        self.stream = training_data.make_stream_loader(pairs, self.data_collator, self.args, self.selector)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return cast(DataLoader, self.stream)  # the Trainer only iterates over it
@@ -211,15 +211,13 @@ class DissectTrainer(BaseTrainer):
                 autocast=self.compute_loss_context_manager,
             )
         self._check_finite(loss, "the loss", inputs["sample_id"])
+        self.selector.finish_step(model)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of selection and decorrelation to the logs of training."""
         if "loss" in logs:
-            logs.update(self.selector.pop_logs())
-            logs.update(self.objective.pop_logs())
-            if self.times["scoring"]:
-                logs["selection_scoring_time_share"] = self.times["scoring"] / self.times.total
+            logs.update(self.summary.pop_logs(self.times))
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -328,7 +326,7 @@ class DissectTrainer(BaseTrainer):
             retrieval: True to compute the retrieval figures.
             noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
-        dataset, unlogged = self.eval_dataset if test_dataset is None else test_dataset, {}
+        dataset, unlogged = self.summary.choose_evaluated(test_dataset, self.eval_dataset), {}
         if retrieval and dataset is not None:
             yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")
         if more_figures is not None:

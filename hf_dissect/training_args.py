@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_dissect.objective import Objective
@@ -31,6 +32,7 @@ from hf_dissect.recipe.schema import (
     SelectionSection,
 )
 from hf_dissect.selection import SelectionStrategy, make_strategy
+from hf_dissect.selection.ledger_plan import make_plan
 from hf_dissect.settings import check_values, declared, list_in_docstring, list_settings
 from hf_dissect.training.training_args import BaseTrainingArguments
 
@@ -55,6 +57,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
     selection_reference: str | None = declared(SelectionSection, "reference")
     initial_ledger: str | None = declared(SelectionSection, "ledger")
     scoring_batch_size: int | None = declared(SelectionSection, "scoring_batch_size")
+    selection_rescore_every: int = declared(SelectionSection, "rescore_every")
+    scoring_dtype: str | None = declared(SelectionSection, "scoring_dtype")
     record_selection: bool = declared(SelectionSection, "record")
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
     grad_cache_chunk_size: int | None = declared(ObjectiveSection, "grad_cache_chunk_size")
@@ -95,7 +99,23 @@ class DissectTrainingArguments(BaseTrainingArguments):
                 f"num_train_epochs={self.num_train_epochs}; train longer, warm up shorter, or use dissect's "
                 "momentum variant."
             )
+        self._check_plan(strategy)
         self._check_robust_objective()
+
+    def _check_plan(self, strategy: SelectionStrategy) -> None:
+        plan = make_plan(strategy, self.selection_ratio, self.selection_rescore_every, self.seed)
+        if plan is None:
+            return
+        name = f"selection_rescore_every={self.selection_rescore_every}"
+        if self.selection_scope == "global":
+            raise ValueError(
+                f"{name} does not go with selection_scope='global': each process plans its own candidates before they "
+                "are loaded. Set selection_scope to local, or selection_rescore_every to 1."
+            )
+        if self.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # read by `super().__post_init__`
+            raise ValueError(
+                f"{name} does not go with dispatch_batches, by which one process loads for all; leave it out."
+            )
 
     def _check_robust_objective(self) -> None:
         names = [name for name in list_robust_objectives() if getattr(self, name) is not None]
@@ -150,6 +170,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
             "seed": self.seed,
             "scoring_batch_size": self.scoring_batch_size,
             "scores_all": self.record_selection,
+            "rescore_every": self.selection_rescore_every,
+            "scoring_dtype": None if self.scoring_dtype is None else getattr(torch, self.scoring_dtype),
         }
 
     def make_objective(self, kind: str, num_networks: int = 1) -> Objective:

@@ -1,7 +1,7 @@
 """Preparation of the training data, and checks that data, model and arguments fit before a run starts."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.models.families import check_tokens
 from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
-from hf_dissect.selection import SampleLedger, SelectionStrategy
+from hf_dissect.selection import OnlineSelector, SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.selection.planned_loading import check_loading, collate_blocks, load_by_plan
+from hf_dissect.training.reference_pass import plan_loading
 from hf_dissect.training.task_experts import check_tasks
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
@@ -213,10 +215,30 @@ def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
     return collator
 
 
-def make_stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingArguments) -> StreamLoader:
-    """Build the loader of candidate batches of a stream for this process."""
+def make_pair_loader(
+    make_loader: Callable[..., Any], selector: OnlineSelector, pairs: Any, batch_size: int, sampler_of: Any
+) -> Any:
+    """Build the loader of candidate batches of stored pairs, of which a plan or a coreset may leave pairs out.
+
+    Args:
+        make_loader: Function of the Trainer that builds a loader.
+        selector: Selector of the run.
+        pairs: Training pairs.
+        batch_size: Number of candidates of a step.
+        sampler_of: Function from a data set to the sampler of the Trainer.
+    """
+    loading = plan_loading(selector, pairs, batch_size, sampler_of)
+    planned = load_by_plan(selector.plan, pairs, selector.ledger)
+    loader = make_loader(planned, "Training", *loading, is_training=True)
+    return loader if planned is pairs else collate_blocks(loader)
+
+
+def make_stream_loader(
+    pairs: PairStream, collator: Any, args: DissectTrainingArguments, selector: OnlineSelector
+) -> StreamLoader:
+    """Build the loader of candidate batches of a stream for this process, of which a plan may leave pairs out."""
     has_weights = pairs.columns.weight is not None
-    return StreamLoader(
+    loader = StreamLoader(
         pairs,
         partial(collate_weighted, collator=collator) if has_weights else collator,
         args.train_batch_size,
@@ -229,6 +251,7 @@ def make_stream_loader(pairs: PairStream, collator: Any, args: DissectTrainingAr
         pin_memory=args.dataloader_pin_memory,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+    return load_by_plan(selector.plan, loader, selector.ledger)
 
 
 def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluation: Any, uses_deepspeed: bool) -> None:
@@ -248,6 +271,8 @@ def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluati
     check_dual_encoder(model)
     check_trainable(model, args)
     check_tasks(model, train, evaluation)
+    if args.selection_rescore_every > 1 and args.selection_strategy != "none":
+        check_loading(train)
 
 
 def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> None:

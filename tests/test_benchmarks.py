@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from datasets import ClassLabel, concatenate_datasets
+from testing import tiny_models
 
 from hf_dissect import make_scenes
 from hf_dissect.cli import main
@@ -327,6 +328,18 @@ def test_times_are_compared_with_plain_training(noisy):
     assert never["reached"] == 0 and "speed_up" not in never and never["best"] == 2.9
     name, settings = noisy.time_to_quality.read_method("x=selection.strategy=random,model.config={a: 1, b: 2},a.b=3")
     assert (name, settings) == ("x", ["selection.strategy=random", "model.config={a: 1, b: 2}", "a.b=3"])
+
+
+def test_selection_efficiency():
+    tiny_models.tiny_pairs(32, captions_per_image=5).to_parquet("train.parquet")
+    np.savez("mobilenet_v1_features.npz", train=np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float16))
+    arguments = ["--data", ".", "--pairs", 32, "--batch", 16, "--epochs", 3, "--ratios", 0.5, "--m", 4]
+    results = run_benchmark("selection_efficiency", *arguments)
+    for kind in ("photographs", "features"):
+        naive, planned = (results[kind]["0.5"][name] for name in ("every candidate scored", "m = 4"))
+        assert naive["steady"]["forwards"] == 0.6 and naive["whole"]["loaded"] == 1
+        assert planned["steady"]["loaded"] < 1 and 0.6 < planned["steady"]["forwards"] <= 1
+        assert planned["whole"]["efficiency"] > 0 and planned["whole"]["loading"] > 0
 
 
 def test_audit_scores():

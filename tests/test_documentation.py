@@ -63,6 +63,7 @@ COMMANDS = {
     "hf-dissect recipes": [],
     "hf-dissect recipes quickstart": [],
     "hf-dissect train flickr8k-local data.path=/data/flickr8k": [SCRATCH, *SMALL, "model.max_caption_length=16"],
+    "hf-dissect train mine.yaml selection.rescore_every=8": FINETUNE,
     "hf-dissect train mine.yaml objective.gsc.gamma=0.02 selection.strategy=none": [
         *FINETUNE,
         "objective.gsc.warmup_epochs=0",
@@ -83,6 +84,7 @@ COMMANDS = {
     "hf-dissect evaluate runs/mine": [],
     "hf-dissect evaluate runs/mine --data /data/flickr8k --split validation": [],
     'hf-dissect evaluate runs/mine --data /data/pets --classes cat,dog --template "a photo of a {}."': [],
+    "hf-dissect evaluate runs/mine --data /data/export.csv data.separator=';' data.encoding=cp1252": [],
     "hf-dissect compare quickstart --strategies none,random,dissect,dissect:momentum --seeds 0,1,2"
     " --output-dir runs/four": [*SCENES, "model.max_caption_length=16", "evaluation.zero_shot=null"],
     "hf-dissect push runs/mine USER/mine --private": [],
@@ -130,6 +132,12 @@ def data(tmp_path_factory) -> Path:
         action=np.arange(32) // 8,
         subject=np.arange(32) % 8 + 1,
     )
+    (place / "export").mkdir()
+    lines = ["image;caption"]
+    for number, row in enumerate(make_scenes(24)):
+        (place / "export" / f"{number}.png").write_bytes(row["image"]["bytes"])
+        lines.append(f"{number}.png;größer: {row['caption']}")
+    (place / "export" / "export.csv").write_bytes("\n".join(lines).encode("cp1252"))
     for part in tiny_models.tiny_clip():
         part.save_pretrained(place / "clip")
     (place / "pairs").mkdir()
@@ -168,6 +176,7 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
         words = words[1:] if words[0] == "hf-dissect" else words[words.index("hf_dissect.cli") + 1 :]
         words = [word.replace("/data/flickr8k", str(data / "flickr8k")) for word in words]
         words = [word.replace("/data/pets", str(data / "pets.parquet")) for word in words]
+        words = [word.replace("/data/export.csv", str(data / "export" / "export.csv")) for word in words]
         words = [word.replace("USER/", "ada/") for word in words]
         words = [word.replace("/data/utd_mhad", str(data / "utd_mhad.npz")) for word in words]
         words = [word.replace("/data/birds", str(data / "birds")) for word in words]
@@ -280,6 +289,23 @@ def check_strategy_trains(snippet, page, data, capsys):
     assert trainer.monitor.run.figures()["kept_share"] == 0.5
 
 
+def check_strategy_plans(snippet, page, data, capsys):
+    """The rule trains half of each block, and leaves pairs out before they are loaded from the third epoch on."""
+    strategy = run(snippet, page)["MiddleEvidence"]()
+    model, processor = tiny_models.tiny_clip()
+    settings = dict(per_device_train_batch_size=16, num_train_epochs=3, save_run_folder=False, use_cpu=True)
+    trainer = DissectTrainer(
+        model=model,
+        processing_class=processor,
+        train_dataset=tiny_models.tiny_pairs(64),
+        args=DissectTrainingArguments("runs/x", selection_rescore_every=4, **settings),
+        strategy=strategy,
+    )
+    trainer.train()
+    figures = trainer.monitor.run.figures()
+    assert figures["kept_share"] == 0.5 and figures["loaded_share"] < 0.95
+
+
 def check_plain_loop_selects(snippet, page, data, capsys):
     """The plain loop trains on half of each batch, and all pairs have scores."""
     model, processor = tiny_models.tiny_clip()
@@ -326,6 +352,7 @@ SNIPPETS = {
     ("docs/data.md", 0): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/own_strategy.md", 0): check_strategy_trains,
+    ("docs/own_strategy.md", 1): check_strategy_plans,
 }
 FOUND = {(page, number): text for page in PAGES for number, text in enumerate(blocks(page, "python"))}
 

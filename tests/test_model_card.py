@@ -142,7 +142,11 @@ def test_the_model_can_be_named_afterwards(tmp_path):
     ("model", "there", "missing"),
     [
         (ModelFacts("siglip", "sigmoid", "max_length"), ("logits.sigmoid()", 'padding="max_length"'), "softmax"),
-        (ModelFacts(feature_size=12), ("torch.randn(1, 12)", "import hf_dissect.models.feature_encoder"), "PIL"),
+        (
+            ModelFacts(feature_size=12),
+            ("torch.randn(1, 12)", "import hf_dissect  # makes the model's type known"),
+            "PIL",
+        ),
     ],
 )
 def test_snippet_suits_the_model(tmp_path, model, there, missing):

@@ -68,7 +68,7 @@ def test_the_noisy_channel_is_asked_for_by_name_also_as_json():
     assert arguments().noisy_channel is None and arguments().make_robust_objective() is None
     for given in ({}, "{}"):
         args = arguments(noisy_channel=given, selection_strategy="none", mask_false_negatives=True)
-        assert args.noisy_channel == {"smoothing": 0.1} and args.make_robust_objective().name == "noisy_channel"
+        assert args.noisy_channel == {"smoothing": 0.0} and args.make_robust_objective().name == "noisy_channel"
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.5, 1.01, 2, float("nan"), float("inf"), "half", None, True])
@@ -127,12 +127,12 @@ def test_the_ratio_is_without_effect_where_all_pairs_are_kept():
         ({"gsc": "yes"}, "gsc='yes': must be a dict, or JSON of one"),
         ({"gsc": {}, "mask_false_negatives": True}, "gsc=.*does not go with mask_false_negatives"),
         ({"noisy_channel": {"pi": 0.5}}, "noisy_channel={'pi': 0.5}: 'pi' is not a setting of it; allowed: smoothing"),
-        ({"noisy_channel": True}, "noisy_channel=True: must be a dict, or JSON of one, such as {.smoothing.: 0.1}"),
+        ({"noisy_channel": True}, "noisy_channel=True: must be a dict, or JSON of one, such as {.smoothing.: 0.0}"),
         ({"noisy_channel": "yes"}, "noisy_channel='yes': must be a dict, or JSON of one"),
         ({"noisy_channel": {}, "gsc": {}}, "noisy_channel={.*} does not go with gsc: each replaces the contrastive"),
         (
             {"noisy_channel": "{}", "selection_strategy": "noisy_channel"},
-            "noisy_channel={.*} does not go with the strategy noisy_channel: .* count twice; set the objective to null",
+            "noisy_channel={.*} does not go with the strategy noisy_channel: .* count twice; set the objective",
         ),
         ({"gsc": {"warmup_epochs": 3}}, "gsc: warmup_epochs=3 leaves no epoch with soft labels in num_train_epochs=3"),
     ],

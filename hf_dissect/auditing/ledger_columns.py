@@ -1,5 +1,6 @@
 """Columns of an audit that come from the ledger of a run on the same pairs."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -14,6 +16,8 @@ from hf_dissect.losses.noisy_channel import estimate_matches
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.ledger import LEDGER_FILE, read_ledger
 from hf_dissect.selection.soft_labels import SoftLabels
+
+logger = logging.getLogger(__name__)
 
 RECORD_FILE = "selection.parquet"
 """Name of the record of all selections in a run folder."""
@@ -101,7 +105,7 @@ def read_earlier_scores(
     a pair is scored before its batch trains. Every other column of a ledger is from after training.
 
     Args:
-        folder: Run folder.
+        folder: Run folder, or one of its checkpoints.
         ledger: Ledger of the run.
         sample_id: Ids of the pairs, int64 `(n,)`.
         selection: Selection section of the run's recipe.
@@ -109,11 +113,9 @@ def read_earlier_scores(
     Returns:
         The scores, or None if the run recorded none.
     """
-    record = Path(folder) / RECORD_FILE
-    if record.is_file():
-        values = _read_record(record, sample_id)
-        if not values.isnan().all():
-            return EarlierScores(values, f"last correlation before training, from {RECORD_FILE}")
+    values = _read_record_if_any(Path(folder), sample_id)
+    if values is not None and not values.isnan().all():
+        return EarlierScores(values, f"last correlation before training, from {RECORD_FILE}")
     is_warmup = selection.get("strategy") == "dissect" and _find_variant(selection) == "warmup"
     if (
         is_warmup
@@ -129,6 +131,19 @@ def read_earlier_scores(
 
 def _find_variant(selection: Mapping[str, Any]) -> str:
     return (selection.get("options") or {}).get("variant", "warmup")
+
+
+def _read_record_if_any(folder: Path, sample_id: torch.Tensor) -> torch.Tensor | None:
+    """Read the record of a run, which lies in the run folder also for its checkpoints; None if there is none."""
+    places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
+    record = next((place / RECORD_FILE for place in places if (place / RECORD_FILE).is_file()), None)
+    if record is None:
+        return None
+    try:
+        return _read_record(record, sample_id)
+    except (pa.ArrowException, OSError) as error:
+        logger.warning("%s is left out, because it cannot be read (%s); it is whole when the run ends.", record, error)
+        return None
 
 
 def _read_record(file: Path, sample_id: torch.Tensor) -> torch.Tensor:

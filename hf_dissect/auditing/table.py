@@ -14,6 +14,7 @@ from hf_dissect.data.arrow_columns import read_column
 from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.pair_columns import is_list, list_lengths
 from hf_dissect.data.pairs import PairDataset
+from hf_dissect.data.surrogates import MARK
 
 
 def build_score_table(
@@ -89,7 +90,7 @@ def read_captions(pairs: PairDataset) -> pa.Array:
         values = pc.list_flatten(values).take(places)
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         return pa.nulls(len(values), pa.string())
-    return values.cast(pa.large_string())
+    return pc.utf8_ltrim(values.cast(pa.large_string()), characters=MARK)
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

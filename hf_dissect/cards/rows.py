@@ -13,6 +13,7 @@ from hf_dissect.report.tables import (
     collect_run_figures,
     describe_averaging,
     format_number,
+    list_skipped_shards,
     results_table,
     select_final_figures,
 )
@@ -26,7 +27,7 @@ Rows = list[tuple[str, str]]
 _Values = Sequence[tuple[str, object]]
 
 _SELECTION = {"selection_ratio", "selection_scope", "selection_warmup_epochs", "selection_options"}
-_SELECTION |= {"mask_false_negatives"}
+_SELECTION |= {"selection_rescore_every", "mask_false_negatives"}
 _OBJECTIVE = {
     "gsc": "Soft labels (GSC)",
     "rince": "Robust loss (RINCE)",
@@ -34,7 +35,12 @@ _OBJECTIVE = {
     "noisy_channel": "Weights of the noisy channel",
     "grad_cache_chunk_size": "GradCache: pairs a pass",
 }
-_FIGURES = {"kept_share": "Candidates that trained", "estimated_mismatched": "Mismatched pairs, as the run estimates"}
+_FIGURES = {
+    "kept_share": "Candidates that trained",
+    "loaded_share": "Candidates that were loaded",
+    "scored_share": "Candidates that were scored",
+    "estimated_mismatched": "Mismatched pairs, as the run estimates",
+}
 # None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"
@@ -57,13 +63,14 @@ def tabulate_data(metrics: Mapping[str, Any], recipe: "Recipe | None") -> Rows:
     """Tabulate the pairs that the model was trained on, and the noise that was put into them."""
     rows = [] if recipe is None else _tabulate_source(recipe)
     bad = as_mapping(metrics.get("bad_rows")).get("count")
-    shards = as_mapping(metrics.get("skipped_shards")).get("count")
+    shards = list_skipped_shards(metrics)
+    counts = ", ".join(f"{part.get('count')}" + f" ({split})" * (split != "train") for split, part in shards.items())
     return format_rows(
         [
             *rows,
             ("Training pairs", _format_count(metrics.get("num_pairs"))),
             ("Unreadable rows skipped", bad or None),
-            ("Shards not read to their end", shards or None),
+            ("Shards not read to their end", counts or None),
         ]
     )
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from hf_dissect.cli import audit, compare, evaluate, push, push_ledger, recipes, train
 from hf_dissect.cli.misspelt import correct_settings, suggest_setting
 from hf_dissect.cli.output import is_first_process
-from hf_dissect.recipe.recipe import RecipeError
+from hf_dissect.recipe.recipe import Recipe, RecipeError
+from hf_dissect.settings import list_settings
 from hf_dissect.version import __version__
 
 _COMMANDS = (train, compare, evaluate, audit, recipes, push, push_ledger)  # in the order of --help
@@ -54,16 +55,28 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _build_parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(words)
-    if hasattr(options, "overrides") and (correction := correct_settings(words[1:])):
+    if hasattr(options, "overrides") and (correction := _correct(words[1:], options)):
         raise RecipeError(words[0], [correction])
     unknown = [part for part in rest if part.startswith("-") or "=" not in part or not hasattr(options, "overrides")]
-    if unknown and hasattr(options, "overrides") and (correction := suggest_setting(unknown)):
+    if (
+        unknown
+        and hasattr(options, "overrides")
+        and (correction := suggest_setting(unknown, getattr(options, "sections", None)))
+    ):
         raise RecipeError(words[0], [correction])
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _correct(words: Sequence[str], options: argparse.Namespace) -> str | None:
+    """Return how a setting is written that stands in another form; a command without a recipe has some sections."""
+    if not hasattr(options, "sections"):
+        return correct_settings(words)
+    sections = {name: kind for name, kind in Recipe.sections().items() if name in options.sections}
+    return correct_settings(words, {f"{name}.{key}" for name, kind in sections.items() for key in list_settings(kind)})
 
 
 def _build_parser() -> argparse.ArgumentParser:

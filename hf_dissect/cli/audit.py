@@ -1,9 +1,10 @@
 """`hf-dissect audit`: ranks the pairs of a data set by how likely they are mismatched, with a model or without."""
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
-from hf_dissect.cli.options import add_command, add_pair_columns, parse_not_negative, parse_positive
+from hf_dissect.cli.options import add_command, add_data_settings, add_pair_columns, parse_not_negative, parse_positive
 from hf_dissect.cli.output import is_first_process, quiet_libraries
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ SUMMARY = "Rank the pairs of a data set by how likely image and caption do not b
 EPILOG = """examples:
   hf-dissect audit --fit /data/pairs                 without a model: encoders are fitted to the data
   hf-dissect audit --fit /data/pairs --export-clean /data/pairs-clean --max-fdr 0.05
+  hf-dissect audit --fit /data/export.csv data.separator=';' data.image_root=/data/pictures
   hf-dissect audit openai/clip-vit-base-patch32 --data /data/pairs --num-workers 4
   hf-dissect audit runs/x --data user/pairs --split validation --output-dir audits/pairs
   hf-dissect audit runs/x --data /data/pairs --export-clean /data/pairs-clean --keep 0.8"""
@@ -23,6 +25,7 @@ def add_parser(commands: "Commands") -> None:
     """Add the command to `hf-dissect`."""
     parser = add_command(commands, "audit", _audit, SUMMARY, EPILOG)
     parser.add_argument("checkpoint", nargs="?", help="run folder, checkpoint folder or Hub id")
+    add_data_settings(parser)
     parser.add_argument("--data", help="folder, file, tar shards, Hub data set id or scenes (default: the run's)")
     parser.add_argument(
         "--fit",
@@ -60,8 +63,14 @@ def add_parser(commands: "Commands") -> None:
 
 def _audit(options: argparse.Namespace) -> None:
     quiet_libraries()
+    if options.checkpoint is not None and re.match(r"\w+(\.\w+)+=", options.checkpoint):
+        # With --fit there is no checkpoint, in whose place the first setting stands.
+        options.checkpoint, options.overrides = None, [options.checkpoint, *options.overrides]
     _check(options)
+    from hf_dissect.runs.data_settings import parse_data_settings
+
     given = {
+        "data_settings": parse_data_settings(options.overrides, "audit"),
         "split": options.split,
         "image_column": options.image_column,
         "caption_column": options.caption_column,

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_dissect.cli.options import add_command, add_pair_columns, parse_not_negative, parse_positive
+from hf_dissect.cli.options import add_command, add_data_settings, add_pair_columns, parse_not_negative, parse_positive
 from hf_dissect.cli.output import is_first_process, quiet_libraries
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ EPILOG = """examples:
   hf-dissect evaluate runs/x --data /data/flickr8k --split test
   hf-dissect evaluate hub:ada/mine                   a published run, on the data of its recipe
   hf-dissect evaluate openai/clip-vit-base-patch32 --data /data/pets --classes cat,dog --label-column species
+  hf-dissect evaluate runs/x --data /data/export.csv data.separator=';' data.encoding=cp1252
   hf-dissect evaluate runs/student --data /data/birds --split validation"""
 
 
@@ -25,6 +26,7 @@ def add_parser(commands: "Commands") -> None:
     """Add the command to `hf-dissect`."""
     parser = add_command(commands, "evaluate", _evaluate, SUMMARY, EPILOG)
     parser.add_argument("checkpoint", help="run folder, checkpoint folder, Hub id or hub:USER/REPO")
+    add_data_settings(parser)
     parser.add_argument(
         "--data", help="folder, file, .tar shards, Hub data set id, scenes, or .npz of a student (default: the run's)"
     )
@@ -46,6 +48,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     quiet_libraries()
     _check_output(options.output, options.overwrite)
     from hf_dissect.evaluation.tables import format_distillation, format_retrieval
+    from hf_dissect.runs.data_settings import parse_data_settings
     from hf_dissect.runs.evaluate import evaluate_checkpoint
     from hf_dissect.training.run_folder import replace_non_finite
 
@@ -70,6 +73,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             templates=options.template,
             image_features=options.image_features,
             text_features=options.text_features,
+            data_settings=parse_data_settings(options.overrides, "evaluate"),
             max_rows=options.max_rows,
             batch_size=options.batch_size,
             num_workers=options.num_workers,

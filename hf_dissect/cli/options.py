@@ -88,6 +88,17 @@ def add_pair_columns(parser: argparse.ArgumentParser, image_column: str) -> None
     parser.add_argument("--text-features", help=".npz file of stored features of the captions, for such models")
 
 
+def add_data_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that sets how the data are read."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="data.key=value",
+        help="how the data are read, as in a recipe (see docs/data.md): data.separator=';' data.encoding=cp1252",
+    )
+    parser.set_defaults(sections=("data",))
+
+
 def add_repository_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name the repository to publish to."""
     parser.add_argument("repo_id", metavar="REPO_ID", help="USER/REPO; created if it does not exist")

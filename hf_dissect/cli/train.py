@@ -77,6 +77,8 @@ def _is_distillation(recipe: str) -> bool:
 
 
 def _print_selection(metrics: dict[str, Any]) -> None:
+    from hf_dissect.report.tables import list_skipped_shards
+
     times, selection = metrics["times"], metrics["selection"]
     print(
         f"{metrics['strategy']}: {metrics['steps']} steps, {selection['kept_share']:.0%} of the candidates trained; "
@@ -84,5 +86,7 @@ def _print_selection(metrics: dict[str, Any]) -> None:
     )
     if count := metrics["bad_rows"]["count"]:
         print(f"{count} rows could not be read and were skipped; see metrics.json for their ids and what is wrong")
-    if shards := metrics.get("skipped_shards"):
-        print(f"{shards['count']} shards were not read to their end; see metrics.json for their names")
+    for split, part in list_skipped_shards(metrics).items():
+        print(
+            f"{part['count']} shards of the split {split} were not read to their end; see metrics.json for their names"
+        )

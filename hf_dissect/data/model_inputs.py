@@ -8,7 +8,7 @@ from torch import nn
 from hf_dissect.data.pairs import PAIR_KEYS
 from hf_dissect.mola import mola_routing
 
-_NOT_FOR_THE_MODEL = frozenset({*PAIR_KEYS, "pair_weight"})
+_NOT_FOR_THE_MODEL = frozenset({*PAIR_KEYS, "pair_weight", "reweigh"})
 
 
 def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

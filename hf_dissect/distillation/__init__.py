@@ -1,8 +1,8 @@
 """Distillation from modalities that exist at training time only, after AMID (CVPR 2023, arXiv 2306.07646).
 
 This is a reconstruction from the paper's abstract, made without its equations, networks and settings, and may differ
-from them. Importing this package registers the students and the small encoders with `AutoModel`; it does not import
-the Trainer.
+from them. Importing this package, or `hf_dissect` alone, registers the students and the small encoders with
+`AutoModel`; it does not import the Trainer.
 """
 
 import importlib

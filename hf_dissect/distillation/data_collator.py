@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
-from hf_dissect.data.images import UnusableImage, decode_image
+from hf_dissect.data.images import UnusableImage, decode_image, find_path
+from hf_dissect.data.problems import PROBLEM_KEY, join_problem, pack_problems
+from hf_dissect.data.surrogates import MARK, is_unencodable
 
 
 class RowState(IntEnum):
@@ -57,11 +59,13 @@ class _UnusableValue(ValueError):
 
     Args:
         kind: End of the name of the `RowState` that follows.
+        problem: What is wrong, in words.
+        path: Path of the file, if it is known.
     """
 
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind)
-        self.kind = kind
+    def __init__(self, kind: str, problem: str = "missing", path: str | None = None) -> None:
+        super().__init__(problem)
+        self.kind, self.problem, self.path = kind, problem, path
 
 
 class DistillationCollator:
@@ -97,17 +101,21 @@ class DistillationCollator:
 
         Returns:
             `inputs`, for each modality the keyword arguments of its encoder, each with leading dimension `B`; `label`
-            int64 `(B,)`, 0 where it is missing; `row` int64 `(B,)`; `row_state` int8 `(B,)`, see `RowState`.
+            int64 `(B,)`, 0 where it is missing; `row` int64 `(B,)`; `row_state` int8 `(B,)`, see `RowState`; and
+            `bad_problem` uint8 `(B, 240)` (see `hf_dissect.data.problems`) for rows whose values cannot be used.
         """
         states = [RowState.COMPLETE if row["label"] >= 0 else RowState.LABEL_MISSING for row in rows]
-        inputs = {}
+        inputs, problems = {}, [""] * len(rows)
         for name in [name for name in self.modalities if name in rows[0]]:
             values = []
             for place, row in enumerate(rows):
                 try:
                     values.append(self._read_value(name, row[name]))
-                except _UnusableValue as problem:
-                    states[place] = self._worsen_state(states[place], name, problem.kind)
+                except _UnusableValue as error:
+                    before, states[place] = states[place], self._worsen_state(states[place], name, error.kind)
+                    # A row that lacks an auxiliary modality, and nothing else, is a sound one.
+                    if states[place] not in (before, RowState.AUXILIARY_MISSING):
+                        problems[place] = join_problem(f"{name}: {error.problem}", error.path)
                     values.append(self._make_placeholder(name))
             inputs[name] = self._make_batch(name, values)
         return {
@@ -115,6 +123,7 @@ class DistillationCollator:
             "label": torch.tensor([max(row["label"], 0) for row in rows]),
             "row": torch.tensor([row["row"] for row in rows]),
             "row_state": torch.tensor(states, dtype=torch.int8),
+            PROBLEM_KEY: pack_problems(problems),
         }
 
     def _worsen_state(self, state: RowState, name: str, kind: str) -> RowState:
@@ -135,19 +144,19 @@ class DistillationCollator:
         try:
             return decode_image(value)
         except UnusableImage as error:
-            raise _UnusableValue("UNREADABLE") from error
+            raise _UnusableValue("UNREADABLE", error.problem, error.path or find_path(value)) from error
 
     def _read_array(self, name: str, value: Any) -> np.ndarray:
         try:
             array = np.asarray(value, dtype=np.float32)
         except (TypeError, ValueError) as error:  # not numbers, or lists of unequal lengths
-            raise _UnusableValue("UNREADABLE") from error
+            raise _UnusableValue("UNREADABLE", f"no array of numbers ({error})") from error
         if array.size == 0 or np.isnan(array).all():
             raise _UnusableValue("MISSING")
         if array.shape != self.shapes[name]:
-            raise _UnusableValue("UNREADABLE")
+            raise _UnusableValue("UNREADABLE", f"an array of shape {array.shape}, not {self.shapes[name]}")
         if not np.isfinite(array).all():
-            raise _UnusableValue("NOT_FINITE")
+            raise _UnusableValue("NOT_FINITE", f"{int((~np.isfinite(array)).sum())} numbers that are not finite")
         return array
 
     def _make_placeholder(self, name: str) -> Any:
@@ -195,8 +204,10 @@ def find_array_shape(values: Sequence, name: str) -> tuple[int, ...]:
 def _read_text(value: Any) -> str:
     if isinstance(value, list | np.ndarray):  # an image with several captions: the first one counts
         value = next(iter(value), None)
-    if not isinstance(value, str):
-        raise _UnusableValue("MISSING" if value is None else "UNREADABLE")
-    if not value.strip():
+    if value is None or (isinstance(value, str) and not value.strip()):
         raise _UnusableValue("MISSING")
+    if not isinstance(value, str):
+        raise _UnusableValue("UNREADABLE", f"{type(value).__name__} in place of text: {str(value)[:80]}")
+    if is_unencodable(value):
+        raise _UnusableValue("UNREADABLE", f"text that cannot be encoded: {ascii(value.removeprefix(MARK))[:80]}")
     return value

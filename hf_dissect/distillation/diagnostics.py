@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_dissect.data.bad_rows import TooManyBadRows
+from hf_dissect.data.bad_rows import MOST_PROBLEMS, TooManyBadRows
+from hf_dissect.data.problems import describe_problem, list_problems
 from hf_dissect.distillation.data_collator import RowState
 from hf_dissect.distributed import Ranks
 
@@ -66,28 +67,45 @@ class RowCounts:
 
     Attributes:
         states: State of each row that lacks something, by row number.
+        problems: Problems of the first rows whose values cannot be used, by row number, as in a batch.
     """
 
     def __init__(self, max_bad_fraction: float, num_rows: int) -> None:
         self.max_bad_fraction = max_bad_fraction
         self.num_rows = num_rows
         self.states: dict[int, RowState] = {}
+        self.problems: dict[int, str] = {}
+        self._warned: set[RowState] = set()
 
-    def add(self, row: torch.Tensor, row_state: torch.Tensor) -> None:
-        """Count the rows of a batch.
+    def add(self, row: torch.Tensor, row_state: torch.Tensor, problems: Mapping[int, str] | None = None) -> None:
+        """Count the rows of a batch, and warn of the first row of each kind whose values cannot be used.
 
         Args:
             row: Row numbers, int64 `(B,)` on the CPU.
             row_state: States of the rows, int8 `(B,)` on the CPU.
+            problems: Problems of rows by position, as `read_problems` returns them.
 
         Raises:
             TooManyBadRows: More rows are unusable than `max_bad_fraction` allows.
         """
         lacking = row_state.nonzero().flatten().tolist()
         for place in lacking:
-            self.states[int(row[place])] = RowState(int(row_state[place]))
+            self._note(int(row[place]), RowState(int(row_state[place])), (problems or {}).get(place, ""))
         if lacking:
             self._check()
+
+    def _note(self, row: int, state: RowState, problem: str) -> None:
+        self.states[row] = state
+        if not problem:
+            return
+        if len(self.problems) < MOST_PROBLEMS:
+            self.problems[row] = problem
+        if state not in self._warned:
+            self._warned.add(state)
+            logger.warning(
+                "Row %d cannot be used as a whole (%s: %s); all such rows are counted.",
+                *(row, state.description, describe_problem(problem)),
+            )
 
     def summary(self, max_rows: int = 1000) -> dict[str, Any]:
         """Return the counts for `metrics.json`.
@@ -97,7 +115,9 @@ class RowCounts:
 
         Returns:
             Numbers of rows that were `complete`, `unlabelled`, `student_only` and `unusable`; `reasons`, the number of
-            rows by description of their state; and `rows`, the first row numbers that lack something.
+            rows by description of their state; `rows`, the first row numbers that lack something; and, if they are
+            known, `problems`: `id` (the row number), `problem` and `path` of the first rows that cannot be used as a
+            whole.
         """
         reasons = Counter(state.description for state in self.states.values())
         unlabelled = sum(state == RowState.LABEL_MISSING for state in self.states.values())
@@ -109,36 +129,55 @@ class RowCounts:
             "unusable": unusable,
             "reasons": dict(reasons),
             "rows": sorted(self.states)[:max_rows],
+            **({"problems": list_problems(self.problems)} if self.problems else {}),
         }
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the states of the rows that lack something."""
-        return {str(row): int(state) for row, state in self.states.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the rows that lack something, and the problems."""
+        return {
+            "states": {str(row): int(state) for row, state in self.states.items()},
+            "problems": {str(row): problem for row, problem in self.problems.items()},
+        }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue from saved states."""
-        self.states = {int(row): RowState(value) for row, value in state.items()}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        states, problems = _split_state(state)
+        self.states = {int(row): RowState(value) for row, value in states.items()}
+        self.problems = {int(row): problem for row, problem in problems.items()}
+        self._warned = {self.states[row] for row in self.problems if row in self.states}
 
     @staticmethod
-    def join_states(states: Sequence[Mapping[str, int]], rank: int = 0) -> dict[str, int]:
+    def join_states(states: Sequence[Mapping[str, Any]], rank: int = 0) -> dict[str, Any]:
         """Join the states of several ranks, for a run that continues with another number of them.
 
         Args:
             states: States of each rank.
             rank: Number of the rank that continues; all continue from the same.
         """
-        return {row: value for state in states for row, value in state.items()}
+        parts = [_split_state(state) for state in states]
+        return {
+            "states": {row: value for part, _ in parts for row, value in part.items()},
+            "problems": {row: problem for _, part in parts for row, problem in part.items()},
+        }
 
     def _check(self) -> None:
         bad = {row: state for row, state in self.states.items() if not state.usable}
         if len(bad) > self.max_bad_fraction * self.num_rows:
             counts = Counter(state.description for state in bad.values())
             reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
+            known = [f"{describe_problem(self.problems[row])} (row {row})" for row in bad if row in self.problems][:3]
+            first = f"First problems: {'; '.join(known)}. " if known else ""
             raise TooManyBadRows(
                 f"{len(bad)} of {self.num_rows} rows cannot be used ({reasons}), more than max_bad_fraction="
-                f"{self.max_bad_fraction:g} allows. First rows: {', '.join(map(str, sorted(bad)[:10]))}. Mend the "
-                "data, check the column names, or raise max_bad_fraction."
+                f"{self.max_bad_fraction:g} allows. First rows: {', '.join(map(str, sorted(bad)[:10]))}. "
+                f"{first}Mend the data, check the column names, "
+                "or raise max_bad_fraction."
             )
+
+
+def _split_state(state: Mapping[str, Any]) -> tuple[Mapping[str, int], Mapping[str, str]]:
+    """Return states and problems; the state of an earlier version has the states alone, by row number."""
+    return (state["states"], state["problems"]) if "states" in state else (state, {})
 
 
 class Watch:

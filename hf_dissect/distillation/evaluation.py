@@ -1,6 +1,6 @@
 """Metrics of the networks of a distillation: accuracy, and retrieval of rows of the same class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,24 @@ def compute_prediction_metrics(
         embeds, labels = torch.as_tensor(predictions["student_embeds"][has_label]), torch.as_tensor(label[has_label])
         metrics["retrieval_R@1"] = recall_at_1(embeds, labels)
     return metrics
+
+
+def list_figures(
+    modalities: Sequence[str], evaluated: Sequence[str] | None = None, *, auxiliary_task: bool = True
+) -> list[str]:
+    """List the figures of `compute_prediction_metrics`.
+
+    Args:
+        modalities: Columns of the modalities, the student's first.
+        evaluated: Columns of the evaluated data; None for all. Without one of the modalities, the student alone is
+            evaluated.
+        auxiliary_task: True if the auxiliaries have classifiers.
+    """
+    figures = ["student_accuracy", "retrieval_R@1"]
+    if len(modalities) == 1 or (evaluated is not None and set(modalities) - set(evaluated)):
+        return figures
+    auxiliaries = modalities[1:] if auxiliary_task else ()
+    return [*figures, "teacher_accuracy", *(f"auxiliary_{name}_accuracy" for name in auxiliaries)]
 
 
 def recall_at_1(

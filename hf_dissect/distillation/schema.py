@@ -117,6 +117,11 @@ class DistillationSettings:
     discriminator_ceiling: float = setting(
         0.98, "Accuracy of the discriminator above which a warning reports that it saturates.", within="(0.5, 1]"
     )
+    check_reload: bool = setting(
+        True,
+        "Before training, save the student to a temporary folder, load it, and warn if it gives other predictions; "
+        "one of more than a billion weights is not checked.",
+    )
 
     @property
     def weights(self) -> TermWeights:

@@ -25,7 +25,7 @@ SHOWN_SETTINGS = (
     "bf16",
     "fp16",
     "seed",
-    *OWN_FIELDS,
+    *(name for name in OWN_FIELDS if name != "check_reload"),
 )
 """Arguments that `metrics.json` holds, including those with their default."""
 

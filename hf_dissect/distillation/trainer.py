@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
+from hf_dissect.data.problems import read_problems
 from hf_dissect.distillation.data_collator import DistillationCollator, compute_row_masks
 from hf_dissect.distillation.diagnostics import Meter, RowCounts, Watch
 from hf_dissect.distillation.evaluation import compute_prediction_metrics
@@ -16,15 +17,17 @@ from hf_dissect.distillation.losses.conditional_entropy import Adversary, Discri
 from hf_dissect.distillation.model_card import StudentCard
 from hf_dissect.distillation.networks import DistillationNetworks, build_networks, standardise_rows
 from hf_dissect.distillation.objective import DistillationObjective
+from hf_dissect.distillation.reload_check import make_reload_check
 from hf_dissect.distillation.saved_student import STUDENT_FOLDER
 from hf_dissect.distillation.student import StudentForClassification, find_feature_size
 from hf_dissect.distillation.summary import DistillationSummary
 from hf_dissect.distillation.training_args import DistillationTrainingArguments
 from hf_dissect.distillation.training_data import (
     Columns,
-    ModalityRows,
+    check_arguments,
     choose_modalities,
     make_collator,
+    read_evaluation_rows,
     read_rows,
 )
 from hf_dissect.hub.published_files import ENCODER_FOLDER
@@ -94,6 +97,8 @@ class DistillationTrainer(BaseTrainer):
         self.modalities = choose_modalities(args, auxiliaries, self.processors)
         train_rows = read_rows("train_dataset", train_dataset, self.modalities, args)
         self.labels = train_rows.labels
+        evaluation_rows = read_evaluation_rows(eval_dataset, self.modalities, args, self.labels)
+        check_arguments(args, trainer_arguments, self.modalities, evaluation_rows)
         set_seed(args.seed)
         super().__init__(
             build_networks(model, auxiliaries, self.labels, args),
@@ -101,7 +106,7 @@ class DistillationTrainer(BaseTrainer):
             recipe=recipe,
             data_collator=make_collator(model, auxiliaries, train_dataset, self.modalities, self.processors, args),
             train_dataset=train_rows,
-            eval_dataset=self._read_evaluation_rows(eval_dataset, args),
+            eval_dataset=evaluation_rows,
             compute_metrics=self._compute_metrics,
             **trainer_arguments,
         )
@@ -129,6 +134,7 @@ class DistillationTrainer(BaseTrainer):
         self.parts["meter"] = Part(self.meter, each_rank=True)
         if self.adversary is not None:
             self.parts["adversary"] = Part(self.adversary)
+        self.add_callback(make_reload_check(self.data_collator, train_rows, args.student_column))
 
     @property
     def student(self) -> StudentForClassification:
@@ -143,11 +149,6 @@ class DistillationTrainer(BaseTrainer):
         )
         return Adversary(discriminator.to(self.args.device), self.args.discriminator_learning_rate)
 
-    def _read_evaluation_rows(self, dataset: Any, args: DistillationTrainingArguments) -> ModalityRows | None:
-        if isinstance(dataset, ModalityRows) or dataset is None:
-            return dataset
-        return read_rows("eval_dataset", dataset, self.modalities, args, labels=self.labels)
-
     # ---- a step ----
 
     def get_batch_samples(
@@ -157,7 +158,7 @@ class DistillationTrainer(BaseTrainer):
         with self.times.measure("data"):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            self.rows.add(batch["row"].cpu(), batch["row_state"].cpu())
+            self.rows.add(batch["row"].cpu(), batch["row_state"].cpu(), read_problems(batch))
         self.stop_request.grant_if(bool(self.ranks.gather_numbers(self.stop_request.made).any()))
         return batches, num_items
 
@@ -226,9 +227,8 @@ class DistillationTrainer(BaseTrainer):
             nearest other row is of their class.
         """
         with self.times.measure("evaluation"):
-            return super().evaluate(
-                self._read_evaluation_rows(eval_dataset, self.args), ignore_keys, metric_key_prefix=metric_key_prefix
-            )
+            rows = read_evaluation_rows(eval_dataset, self.modalities, self.args, self.labels)
+            return super().evaluate(rows, ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def prediction_step(
         self,

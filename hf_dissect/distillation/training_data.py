@@ -9,8 +9,10 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
 
 from hf_dissect.distillation.data_collator import DistillationCollator, find_array_shape
+from hf_dissect.distillation.evaluation import list_figures
 from hf_dissect.distillation.student import StudentForClassification
 from hf_dissect.distillation.training_args import DistillationTrainingArguments
+from hf_dissect.training.trainer_arguments import check_best_metric
 
 Columns: TypeAlias = Dataset | Mapping[str, Sequence]
 """Data set, or arrays and lists of equal length by the name of their column."""
@@ -144,6 +146,37 @@ def read_rows(
         return ModalityRows(columns, modalities, args.label_column, labels=labels, optional=optional)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
+
+
+def read_evaluation_rows(
+    columns: Any, modalities: Sequence[str], args: DistillationTrainingArguments, labels: Sequence[str]
+) -> ModalityRows | None:
+    """Read rows to evaluate on, see `read_rows`; return rows that are read already, or None, unchanged."""
+    if isinstance(columns, ModalityRows) or columns is None:
+        return columns
+    return read_rows("eval_dataset", columns, modalities, args, labels=labels)
+
+
+def check_arguments(
+    args: DistillationTrainingArguments,
+    given: Mapping[str, Any],
+    modalities: Sequence[str],
+    evaluation: ModalityRows | None,
+) -> None:
+    """Check that the evaluation gives the figure that the best checkpoint is chosen by.
+
+    Args:
+        args: Arguments of the run.
+        given: Further arguments of `transformers.Trainer`, by name.
+        modalities: Columns of the modalities, the student's first.
+        evaluation: Rows to evaluate on, if there are any.
+
+    Raises:
+        ValueError: There is no such figure.
+    """
+    evaluated = None if evaluation is None else evaluation.modalities
+    figures = list_figures(modalities, evaluated, auxiliary_task=bool(args.weights.auxiliary_task))
+    check_best_metric(args, given, figures, None)
 
 
 def make_collator(

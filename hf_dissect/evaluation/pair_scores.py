@@ -10,8 +10,8 @@ from torch import nn
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.evaluation.pair_encoder import PairEncoder
 from hf_dissect.evaluation.passes import show_pass
+from hf_dissect.selection.loop_hooks import Batch
 from hf_dissect.selection.scoring import CandidateScores, score
-from hf_dissect.selection.selector import Batch
 
 
 def score_batches(

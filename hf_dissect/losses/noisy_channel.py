@@ -80,6 +80,10 @@ class NoisyChannel:
         log_counts = torch.as_tensor(counts, dtype=losses.dtype, device=losses.device).log()
         return torch.sigmoid(self._logit() + log_counts - losses)
 
+    def posterior_of_evidence(self, evidence: torch.Tensor) -> torch.Tensor:
+        """Compute the probability of each pair to be matched from its evidence `(b,)`, as among very many pairs."""
+        return torch.sigmoid(self._logit() + evidence)
+
     def weigh(self, posterior: torch.Tensor) -> torch.Tensor:
         """Compute the weights of the losses of pairs from their posterior probabilities `(b,)`."""
         return posterior**self.POWER

@@ -5,12 +5,24 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput, image_text_contrastive_loss
 
 from hf_dissect.models.feature_encoder import find_feature_size
+from hf_dissect.models.sentence_layers import (
+    add_sentence_layers,
+    apply_sentence_layers,
+    check_sentence_layers,
+    list_sentence_layers,
+)
 from hf_dissect.models.towers import (
     TEXT_POOLINGS,
     VISION_POOLINGS,
@@ -29,13 +41,15 @@ class DualEncoderConfig(PreTrainedConfig):
         vision_config: Configuration of the vision tower, or the content of its `config.json`.
         text_config: Configuration of the text tower, or the content of its `config.json`.
         vision_size: Dimension of the pooled output of the vision tower.
-        text_size: Dimension of the pooled output of the text tower.
+        text_size: Dimension of the pooled output of the text tower, behind its dense layers if it has any.
         projection_dim: Dimension of the embeddings.
         vision_pooling: `"pooler"` for the tower's own pooled output, `"cls"` for its first token, `"mean"` for the
             mean over its tokens or over the positions of its last feature map.
         text_pooling: `"mean"` for the mean over the tokens that are not padding, `"cls"` for the first of them,
             `"eot"` for the last of them, `"pooler"` for the tower's own pooled output.
         logit_scale_init_value: Logarithm of the factor of the similarities at the start.
+        text_layers: Settings of the dense layers between the pooling of the text tower and its projection, see
+            `SentenceLayer`; None for none.
 
     Raises:
         ValueError: If a configuration is missing or of an unknown type, or a value is not allowed.
@@ -52,6 +66,7 @@ class DualEncoderConfig(PreTrainedConfig):
     vision_pooling: str = "pooler"
     text_pooling: str = "mean"
     logit_scale_init_value: float | int = 2.6592
+    text_layers: list[dict[str, Any]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in self.sub_configs:
@@ -66,6 +81,7 @@ class DualEncoderConfig(PreTrainedConfig):
         for name in ("vision_size", "text_size", "projection_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_sentence_layers(self.text_layers)
         super().__post_init__(**kwargs)
 
 
@@ -96,6 +112,7 @@ class DualEncoder(PreTrainedModel):
         self.text_model = make_text_tower(cast(PreTrainedConfig, config.text_config))
         drop_unused_pooler(self.vision_model, config.vision_pooling)
         drop_unused_pooler(self.text_model, config.text_pooling)
+        add_sentence_layers(self.text_model, config.text_layers)
         self.visual_projection = nn.Linear(config.vision_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
@@ -110,6 +127,7 @@ class DualEncoder(PreTrainedModel):
             text_model: Text tower.
             **settings: The other fields of `DualEncoderConfig`.
         """
+        settings = {"text_layers": list_sentence_layers(text_model), **settings}
         config = DualEncoderConfig(vision_config=vision_model.config, text_config=text_model.config, **settings)
         with torch.device("meta"):
             model = cls(config)
@@ -233,7 +251,8 @@ class DualEncoder(PreTrainedModel):
             if value is not None and (name in read or name not in optional)
         }
         output = self.text_model(input_ids=input_ids, return_dict=True, **given)
-        embeds = self.text_projection(pool_texts(output, attention_mask, self.config.text_pooling))
+        pooled = pool_texts(output, attention_mask, self.config.text_pooling)
+        embeds = self.text_projection(apply_sentence_layers(self.text_model, pooled))
         return _as_output(output, embeds, return_dict)
 
     def forward(
@@ -297,3 +316,4 @@ def _as_output(
 # `exist_ok`, because a module may be imported twice (a reloading notebook, a spawned worker's second path).
 AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
 AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(DualEncoderConfig, DualEncoder, exist_ok=True)

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from hf_dissect.models.dual_encoder import DualEncoder
 from hf_dissect.models.families import find_text_padding
 from hf_dissect.models.pretrained_parts import find_file, load_tokenizer
+from hf_dissect.models.sentence_layers import apply_sentence_layers, load_sentence_layers
 from hf_dissect.models.towers import drop_unused_pooler, pool_texts, take_encoder
 from hf_dissect.models.vision_towers import (
     Tower,
@@ -43,7 +44,8 @@ def load_text_tower(
     Args:
         settings: One of `name_or_path` (Hub id or local folder) and `features` (True), and `pooling` ("mean", "cls" or
             "eot"). Without a pooling, that of a sentence-transformers model is used; otherwise the end of the text
-            for CLIP's and SigLIP's towers and for decoders, and the mean for the others.
+            for CLIP's and SigLIP's towers and for decoders, and the mean for the others. Dense layers of a
+            sentence-transformers model are part of the tower.
         feature_size: Dimension of the stored features.
         tokenizer: Tokenizer to use in place of the tower's own.
 
@@ -67,6 +69,8 @@ def load_text_tower(
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # of a decoder, whose cache nobody reads
     drop_unused_pooler(model, pooling)
+    if whole is None:
+        load_sentence_layers(model, name, _read_json(name, "modules.json") or [], _WHERE)
     tokenizer = load_tokenizer(name, _WHERE, **place) if tokenizer is None else tokenizer
     _prepare_tokenizer(tokenizer, name)
     return Tower(model.eval(), pooling, _measure(model, tokenizer, pooling, name), tokenizer)
@@ -149,7 +153,7 @@ def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling
         with torch.no_grad():
             texts = tokenizer("a dog", padding=find_text_padding(model), return_tensors="pt")
             output = model(input_ids=texts["input_ids"], attention_mask=texts.get("attention_mask"), return_dict=True)
-            pooled = pool_texts(output, texts.get("attention_mask"), pooling)
+            pooled = apply_sentence_layers(model, pool_texts(output, texts.get("attention_mask"), pooling))
     except Exception as error:  # a model of another modality fails anywhere, with any exception
         raise ValueError(f"{what} does not encode captions: {type(error).__name__}: {error}") from error
     return pooled.shape[-1]

@@ -6,7 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from hf_dissect.models.families import check_dual_encoder, find_loss_kind, logit_scale_and_bias
@@ -181,3 +187,4 @@ def _check_alike(first: PreTrainedConfig, second: PreTrainedConfig) -> None:
 # `exist_ok`, because a module may be imported twice (a reloading notebook, a spawned worker's second path).
 AutoConfig.register(TwinDualEncoderConfig.model_type, TwinDualEncoderConfig, exist_ok=True)
 AutoModel.register(TwinDualEncoderConfig, TwinDualEncoder, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(TwinDualEncoderConfig, TwinDualEncoder, exist_ok=True)

@@ -35,11 +35,7 @@ class Tower(NamedTuple):
 
 
 def load_vision_tower(settings: Mapping[str, Any], feature_size: int | None = None) -> Tower:
-    """Load the vision tower of a section `model.vision`.
-
-    The tower's own pooled output is used if all of its weights are in the checkpoint. A classifier often has none for
-    the pooling layer, which would then be random; the first token takes its place. A tower that pools nothing gives
-    the mean over its tokens or positions.
+    """Load the vision tower of a section `model.vision`, see `load_vision_model`.
 
     Args:
         settings: One of `name_or_path` (Hub id or local folder), `timm` (name) and `features` (True).
@@ -51,9 +47,29 @@ def load_vision_tower(settings: Mapping[str, Any], feature_size: int | None = No
     """
     if settings.get("features"):
         return load_feature_tower("vision", feature_size)
-    where = "model.vision.timm" if settings.get("timm") else "model.vision.name_or_path"
-    given = settings.get("timm") or settings["name_or_path"]
-    name = find_timm_repository(given) if settings.get("timm") else given
+    if settings.get("timm"):
+        given = settings["timm"]
+        return load_vision_model(find_timm_repository(given), "model.vision.timm", given)
+    return load_vision_model(settings["name_or_path"], "model.vision.name_or_path")
+
+
+def load_vision_model(name: str, where: str, given: str | None = None) -> Tower:
+    """Load a vision model, or the vision tower of a CLIP-like one, with its image processor.
+
+    The tower's own pooled output is used if all of its weights are in the checkpoint. A classifier often has none for
+    the pooling layer, which would then be random; the first token takes its place. A tower that pools nothing gives
+    the mean over its tokens or positions.
+
+    Args:
+        name: Hub id or local folder.
+        where: Setting that names it, for errors.
+        given: Value of that setting; None if it is `name`.
+
+    Raises:
+        ValueError: If the model is not a vision tower or has weights missing.
+        OSError: If files cannot be read or downloaded.
+    """
+    given = name if given is None else given
     config = read_tower_config(name, where)
     if config.model_type == "timm_wrapper":
         check_timm(where, given)

@@ -29,8 +29,8 @@ class NoisyChannelObjective(RobustObjective):
     posterior is that of a softmax over the same logits. The weight multiplies the term of the pair itself: those of
     the strangers in its row are right, also if the pair is not.
 
-    The targets of the softmax loss are smoothed a little: near-duplicates and captions that nearly fit are then no
-    errors to be learnt by heart. The sigmoid loss has no smoothing.
+    The targets of the softmax loss can be smoothed, so that near-duplicates and captions that nearly fit are no errors
+    to be learnt by heart. The sigmoid loss has no smoothing.
 
     Args:
         smoothing: Share of the targets that is uniform over the pairs, in [0, 1).

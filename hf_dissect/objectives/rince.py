@@ -19,6 +19,11 @@ class RinceObjective(RowObjective):
     pair and the logits `s` of its row, that of the pair among them; both directions are averaged. `q` close to 0 gives
     the gradient of the contrastive loss, `q = 1` a loss that is symmetric, and so robust, in the true partner.
 
+    Unlike the softmax loss, it changes if all similarities grow alike: a pair with the probability `p` of its
+    partner pulls all of them up by `p ** q - lam ** q`. One encoder of two views, as in the paper, cannot give way
+    to that; two towers can, and may end with all pairs in one point if `q` is not small. A fixed temperature keeps
+    the scale of the logits from following.
+
     Args:
         q, lam, temperature, warmup_epochs: See `RinceSection`.
 

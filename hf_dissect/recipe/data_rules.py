@@ -58,34 +58,39 @@ def data_conflicts(data: DataSection, training: Mapping[str, Any]) -> Iterator[F
 
 def reading_conflicts(data: DataSection) -> Iterator[Fault]:
     """Yield the faults of how files are read, and of settings that the source does not read."""
-    local = ("folder", "imagefolder")
-    for name, sources in (("separator", local), ("encoding", local), ("image_root", (*local, "hub"))):
-        value = getattr(data, name)
-        if value is not None and data.source not in sources:
-            yield (
-                (f"data.{name}", "data.source"),
-                f"{show(value)} is only for data.source {', '.join(sources)}, not {data.source}; leave it out",
-            )
+    yield from _source_conflicts(data, "data")
     if data.image_root is not None and data.source == "hub" and data.streaming:
         yield (
             ("data.image_root", "data.streaming"),
             f"{show(data.image_root)} needs the rows at hand; set data.streaming to false, or leave it out",
         )
-    if data.separator is not None and not _is_separator(data.separator):
-        yield (
-            ("data.separator",),
-            f"{show(data.separator)} is not allowed; allowed: one character, such as ';', or tab",
-        )
-    if data.encoding is not None and not _is_encoding(data.encoding):
-        yield (
-            ("data.encoding",),
-            f"{show(data.encoding)} is not allowed; allowed: utf-8, cp1252, latin-1, utf-16 or another text encoding "
-            "that Python knows",
-        )
     if "{}" not in data.class_template and "{class}" not in data.class_template:
         yield (
             ("data.class_template",),
             f"{show(data.class_template)} is not allowed; allowed: text with {{}} or {{class}} for the class",
+        )
+
+
+def _source_conflicts(section: DataSection | ZeroShotSection, where: str) -> Iterator[Fault]:
+    """Yield the faults of separator, encoding and folder of pictures, of the section `where`."""
+    local = ("folder", "imagefolder")
+    for name, sources in (("separator", local), ("encoding", local), ("image_root", (*local, "hub"))):
+        value = getattr(section, name)
+        if value is not None and section.source not in sources:
+            yield (
+                (f"{where}.{name}", f"{where}.source"),
+                f"{show(value)} is only for {where}.source {', '.join(sources)}, not {section.source}; leave it out",
+            )
+    if section.separator is not None and not _is_separator(section.separator):
+        yield (
+            (f"{where}.separator",),
+            f"{show(section.separator)} is not allowed; allowed: one character, such as ';', or tab",
+        )
+    if section.encoding is not None and not _is_encoding(section.encoding):
+        yield (
+            (f"{where}.encoding",),
+            f"{show(section.encoding)} is not allowed; allowed: utf-8, cp1252, latin-1, utf-16 or another text "
+            "encoding that Python knows",
         )
 
 
@@ -180,6 +185,7 @@ def zero_shot_conflicts(zero_shot: ZeroShotSection | None, data: DataSection) ->
             (f"{where}.{missing}", f"{where}.{given}"),
             f"missing; {where}.{given} is {show(getattr(zero_shot, given))} and needs it",
         )
+    yield from _source_conflicts(zero_shot, where)
     if not zero_shot.source and not zero_shot.path and data.source != "scenes":
         yield (
             (f"{where}.path", f"{where}.source", "data.source"),

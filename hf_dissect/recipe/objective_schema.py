@@ -23,10 +23,15 @@ class GscSection:
 class RinceSection:
     """A contrastive loss whose gradient does not grow with how wrong a pair is (RINCE, CVPR 2022)."""
 
-    q: float = setting(0.5, "Robustness; close to 0, the gradient is that of the contrastive loss.", within="(0, 1]")
-    lam: float = setting(0.01, "Weight of the sum over all pairs of the batch, lambda in the paper.", within="(0, 1]")
+    q: float = setting(
+        0.01,
+        "Robustness; close to 0, the gradient is that of the contrastive loss. From about 0.1 on, two towers that "
+        "train from random weights may collapse.",
+        within="(0, 1]",
+    )
+    lam: float = setting(0.05, "Weight of the sum over all pairs of the batch, lambda in the paper.", within="(0, 1]")
     temperature: float | None = setting(
-        None,
+        0.07,
         "Temperature of the cosines, in place of the model's; null: the model's own, which trains.",
         within="(0, inf)",
     )
@@ -48,10 +53,10 @@ class SymnceSection:
 
 @dataclasses.dataclass
 class NoisyChannelSection:
-    """Weights of the noisy channel for pairs that may be mismatched, in a contrastive loss of smoothed targets."""
+    """Weights of the noisy channel for pairs that may be mismatched."""
 
     smoothing: float = setting(
-        0.1, "Share of the targets of the softmax loss that is uniform over the pairs of the batch.", within="[0, 1)"
+        0.0, "Share of the targets of the softmax loss that is uniform over the pairs of the batch.", within="[0, 1)"
     )
 
 
@@ -75,7 +80,7 @@ class ObjectiveSection:
     rince: RinceSection | None = setting(
         None,
         "Train by the robust loss of RINCE (arXiv 2201.04309): its settings, such as "
-        '{"q": 0.5, "lam": 0.01}, or {} for the defaults; null: the contrastive loss.',
+        '{"q": 0.05, "lam": 0.1}, or {} for the defaults; null: the contrastive loss.',
         argument="rince",
     )
     symnce: SymnceSection | None = setting(

@@ -23,8 +23,8 @@ def run_conflicts(name: str, description: str, training: Mapping[str, Any]) -> I
     if training.get("average_weights") is not None and training.get("load_best_model_at_end"):
         yield (
             ("training.average_weights", "training.load_best_model_at_end"),
-            f"{training['average_weights']} makes a mean the final model, and training.load_best_model_at_end the best "
-            "checkpoint; set training.average_weights to null or training.load_best_model_at_end to false",
+            f"{training['average_weights']} makes a mean the final model, and training.load_best_model_at_end the "
+            "best checkpoint; set training.average_weights to null or training.load_best_model_at_end to false",
         )
     if training.get("max_steps") == 0:
         yield ("training.max_steps",), "0 is not allowed; allowed: at least 1, or -1 for training.num_train_epochs"

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from hf_dissect.selection.options import OPTIONS, SCOPES
-from hf_dissect.settings import list_settings, setting
+from hf_dissect.settings import declared, list_settings, setting
 
 STRATEGIES: dict[str, tuple[str, ...]] = {
     name: list_settings(options)["variant"][1].choices if hasattr(options, "variant") else ()
@@ -228,6 +228,21 @@ class SelectionSection:
         within="[1, inf)",
         argument="scoring_batch_size",
     )
+    rescore_every: int = setting(
+        1,
+        "1: every candidate is loaded and scored in each step. m > 1: after the first two epochs the ledger decides "
+        "which candidates are loaded at all: those that train, and of the others a share of 1 / m, which are scored "
+        "again; pairs that the ledger does not know always are. random needs no scores and loads what trains; none is "
+        "not affected.",
+        within="[1, inf)",
+        argument="selection_rescore_every",
+    )
+    scoring_dtype: str | None = setting(
+        None,
+        "Type of the numbers in the forward pass that scores, by autocast; null: that of the training.",
+        choices=("bfloat16", "float16"),
+        argument="scoring_dtype",
+    )
     record: bool = setting(
         False,
         "Write selection.parquet, one row for each candidate and step; every candidate is then scored, also for "
@@ -278,6 +293,9 @@ class ZeroShotSection:
     image_column: str = setting("image", "Column of the images.")
     label_column: str = setting("label", "Column of the labels: integers, or class names.")
     split: str = setting("test", "Split that is classified.")
+    separator: str | None = declared(DataSection, "separator")
+    encoding: str | None = declared(DataSection, "encoding")
+    image_root: str | None = declared(DataSection, "image_root")
 
 
 @dataclasses.dataclass

@@ -30,6 +30,12 @@ def selection_conflicts(selection: SelectionSection, training: Mapping[str, Any]
             f"k = round(ratio * batch) = {kept} pairs, and a contrastive loss needs 2; "
             f"allowed: a batch of at least {math.ceil(2 / selection.ratio)}, or a ratio of at least {2 / batch:.3g}",
         )
+    if selection.rescore_every > 1 and selection.scope == "global":
+        yield (
+            ("selection.rescore_every", "selection.scope"),
+            f"{selection.rescore_every} does not go with selection.scope global, since each process plans its own "
+            "candidates before they are loaded; set it to 1, or selection.scope to local",
+        )
     epochs, steps = training_value(training, "num_train_epochs"), training_value(training, "max_steps")
     is_dissect = selection.strategy == "dissect"
     remembers_scores = selection.options.get("history", "ledger") == "ledger"

@@ -12,6 +12,7 @@ from hf_dissect.report.plots import DASHES, Curve, describe_curves, draw_curves,
 from hf_dissect.report.tables import (
     compare_settings,
     describe_averaging,
+    describe_problems,
     format_number,
     results_table,
     select_final_figures,
@@ -83,6 +84,7 @@ def write_distillation_report(
         results=results_table([(name, select_final_figures(metrics))], corner="run"),
         panels=_draw_panels(log_history),
         rows=metrics["rows"],
+        problems=[f"row {problem}" for problem in describe_problems(metrics["rows"])],
         terms=compare_settings([name], [metrics["term_weights"]], corner="weight of the term")[0],
     )
 

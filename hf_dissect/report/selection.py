@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from hf_dissect.report.tables import (
     as_mapping,
     collect_run_figures,
     describe_averaging,
+    describe_problems,
     format_number,
+    list_skipped_shards,
     results_table,
 )
 
@@ -237,6 +239,7 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         ("Optimiser steps", show_range("steps", [values.get("steps") for values in metrics])),
         ("Final weights", "; ".join(dict.fromkeys(filter(None, map(describe_averaging, metrics))))),
         ("Kept of the candidates", show_range("kept_share", [values.get("kept_share") for values in selection])),
+        ("Loaded of the candidates", show_range("loaded_share", [values.get("loaded_share") for values in selection])),
         ("Mismatched among kept", show_range("noise_kept", [values.get("noise_kept") for values in selection])),
         (
             "Mismatched among candidates",
@@ -281,11 +284,6 @@ def _list_samples(runs: Sequence[RunSummary]) -> list[str]:
     ]
 
 
-def _describe_problem(entry: Mapping[str, Any]) -> str:
-    path = "" if entry.get("path") is None else f": {entry['path']}"
-    return f"{entry.get('id')}: {entry.get('problem')}{path}"
-
-
 def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
     bad = as_mapping(run.metrics.get("bad_rows"))
     ids = list(bad.get("ids") or [])
@@ -295,6 +293,6 @@ def _list_bad_rows(run: RunSummary) -> dict[str, Any]:
         "reasons": as_mapping(bad.get("reasons")),
         "ids": ids[:MAX_BAD_IDS],
         "more_ids": len(ids) > MAX_BAD_IDS,
-        "shards": as_mapping(as_mapping(run.metrics.get("skipped_shards")).get("shards")),
-        "problems": [_describe_problem(entry) for entry in bad.get("problems") or [] if isinstance(entry, Mapping)],
+        "shards": {split: as_mapping(part.get("shards")) for split, part in list_skipped_shards(run.metrics).items()},
+        "problems": describe_problems(bad),
     }

@@ -25,6 +25,8 @@ _COUNT = re.compile(r".*_num_.*|repeated_captions|.*_own_ceiling@\d+")
 _LABELS = {
     "noise_kept": "Mismatched among kept",
     "kept_share": "Kept share",
+    "loaded_share": "Loaded share",
+    "scored_share": "Scored share",
     "total_s": "Wall-clock",
     "scoring_share": "Time for scoring",
     "label_auroc": "Label AUROC",
@@ -52,6 +54,20 @@ class Table:
     names: list[str] = field(default_factory=list)
     rows: list[list[Cell]] = field(default_factory=list)
     corner: str = "run"
+
+
+def describe_problems(rows: Mapping[str, Any]) -> list[str]:
+    """Return the problems of rows as people read them, from an entry of `metrics.json` about rows."""
+    entries = [entry for entry in rows.get("problems") or [] if isinstance(entry, Mapping)]
+    paths = ["" if entry.get("path") is None else f": {entry['path']}" for entry in entries]
+    return [f"{entry.get('id')}: {entry.get('problem')}{path}" for entry, path in zip(entries, paths, strict=True)]
+
+
+def list_skipped_shards(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return `count` and `shards` by split from the entry `skipped_shards` of `metrics.json`."""
+    entry = as_mapping(metrics.get("skipped_shards"))
+    others = {split: part for split, part in entry.items() if isinstance(part, Mapping) and split != "shards"}
+    return {**({"train": entry} if entry.get("count") else {}), **others}
 
 
 def as_mapping(value: object) -> Mapping:

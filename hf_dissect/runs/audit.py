@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,11 +27,14 @@ from hf_dissect.runs.audit_result import (
     make_result,
     write_result,
 )
+from hf_dissect.runs.data_settings import change_data
 from hf_dissect.runs.evaluate import make_evaluating_trainer
 from hf_dissect.runs.saved_model import adapt_section, choose_data, fetch_model, load_recipe, load_split
 from hf_dissect.runs.trained_pairs import TrainedPairs, find_trained_pairs
 from hf_dissect.selection import compute_correlation
 from hf_dissect.selection.ledger import LEDGER_FILE
+
+NOT_STREAMED = {"streaming": "an audit reads the rows more than once"}
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ def audit(
     task_column: str | None = None,
     image_features: str | None = None,
     text_features: str | None = None,
+    data_settings: Mapping[str, Any] | None = None,
     max_rows: int | None = None,
     output_dir: str | Path = "audit",
     ledger: str | Path | None = None,
@@ -75,6 +80,8 @@ def audit(
             own data.
         image_features: `.npz` file of stored features, for models that read those.
         text_features: `.npz` file of stored features of the captions, for models that read those.
+        data_settings: Further settings of the data by name, as in the section `data` of a recipe, such as
+            `{"separator": ";", "encoding": "cp1252"}`.
         max_rows: Number of rows to audit, from the first; None for all.
         output_dir: Folder of the results; `<output_dir>-2` and so on where it holds an audit already.
         ledger: Run folder or ledger file whose columns are added; None for the ledger of the checkpoint, if it trained
@@ -89,6 +96,7 @@ def audit(
         num_workers: Number of processes that decode.
 
     Raises:
+        RecipeError: A setting of the data is wrong.
         ValueError: Settings or data cannot be used (see `evaluate_checkpoint`), the ledger does not fit the data,
             `export_to` is not empty, fewer than 10 pairs are readable, or the scores know too little for the export.
     """
@@ -106,6 +114,7 @@ def audit(
     section = choose_section(checkpoint, data, recipe)
     columns = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
     columns |= {"id_column": id_column, "image_features": image_features, "text_features": text_features}
+    section = change_data(section, data_settings, named=data is not None, options=columns, refused=NOT_STREAMED)
     section = adapt_section(section, max_rows=max_rows, **columns)
     given_ledger = None if ledger is None else open_ledger(ledger)
     rows = load_split(section, split, whole=data is not None)
@@ -202,12 +211,16 @@ def _judge(
 
 
 def _rank_by_earlier(score: np.ndarray, earlier: np.ndarray, learnt: np.ndarray) -> np.ndarray:
-    """Return places in [0, 1] among the pairs that were learnt, by earlier scores, and among the others, by score."""
+    """Return places in [0, 1] among the pairs that were learnt, by earlier scores, and among the others, by score.
+
+    Equal scores share a place: a correlation is at least 0, so that many are 0 before a model has learnt much.
+    """
     rank = np.zeros(len(score))
     earlier = np.where(np.isnan(earlier), np.nanmedian(earlier), earlier)
     for group, values in ((learnt, earlier), (~learnt, score)):
         if group.any():
-            rank[group] = values[group].argsort(kind="stable").argsort(kind="stable") / group.sum()
+            _, number, counts = np.unique(values[group], return_inverse=True, return_counts=True)
+            rank[group] = (np.cumsum(counts) - (counts + 1) / 2)[number] / group.sum()
     return rank
 
 

@@ -1,7 +1,8 @@
 """Audit of a data set without a model: encoders are fitted to one part of it and judge the other."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -11,7 +12,7 @@ from hf_dissect.auditing.two_groups import fit_two_groups
 from hf_dissect.data import as_pairs
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.recipe.recipe import DataSection
-from hf_dissect.runs.audit import choose_section
+from hf_dissect.runs.audit import NOT_STREAMED, choose_section
 from hf_dissect.runs.audit_result import (
     MAX_PAGE_PAIRS,
     AuditResult,
@@ -20,6 +21,7 @@ from hf_dissect.runs.audit_result import (
     make_result,
     write_result,
 )
+from hf_dissect.runs.data_settings import change_data
 from hf_dissect.runs.fit_inputs import load_image_encoder, read_inputs
 from hf_dissect.runs.saved_model import adapt_section, fetch_model, load_split
 
@@ -36,6 +38,7 @@ def audit_by_fit(
     caption_column: str | None = None,
     id_column: str | None = None,
     image_features: str | None = None,
+    data_settings: Mapping[str, Any] | None = None,
     max_rows: int | None = None,
     output_dir: str | Path = "audit",
     export_to: str | Path | None = None,
@@ -66,6 +69,7 @@ def audit_by_fit(
         caption_column: Column of the captions; None for the usual names.
         id_column: Column of the ids; None for row numbers.
         image_features: `.npz` file of stored features.
+        data_settings: Further settings of the data by name, see `audit`.
         max_rows: Number of rows to audit, from the first; None for all.
         output_dir: Folder of the results; `<output_dir>-2` and so on where it holds an audit already.
         export_to: New folder for the data set without the suspicious pairs; None writes none.
@@ -78,6 +82,7 @@ def audit_by_fit(
         num_workers: Number of processes that decode.
 
     Raises:
+        RecipeError: A setting of the data is wrong.
         ValueError: Settings or data cannot be used, there are too few readable pairs, or the scores know too little
             for the export.
     """
@@ -87,7 +92,9 @@ def audit_by_fit(
         raise ValueError(f"--folds {folds} is not allowed; allowed: an integer of at least 2.")
     section = choose_section("", data, None) if isinstance(data, str) else data
     columns = {"image_column": image_column, "caption_column": caption_column, "id_column": id_column}
-    section = adapt_section(section, max_rows=max_rows, image_features=image_features, **columns)
+    columns["image_features"] = image_features
+    section = change_data(section, data_settings, named=True, options=columns, refused=NOT_STREAMED)
+    section = adapt_section(section, max_rows=max_rows, **columns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = None if model is None else load_image_encoder(fetch_model(model), device)
     rows = load_split(section, split)

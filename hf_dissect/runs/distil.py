@@ -24,12 +24,14 @@ import hf_dissect.distillation.encoders  # noqa: F401  (registers the small enco
 from hf_dissect.data.loading import load_splits
 from hf_dissect.distillation.data_collator import find_array_shape
 from hf_dissect.distillation.encoders import standardisation
+from hf_dissect.distillation.evaluation import list_figures
 from hf_dissect.distillation.recipe import DistillationDataSection, DistillationRecipe, ModalitySection
 from hf_dissect.distillation.trainer import DistillationTrainer
 from hf_dissect.distillation.training_args import DistillationTrainingArguments
 from hf_dissect.distillation.training_data import Columns, check_lengths, list_columns
 from hf_dissect.models.tokenizer_training import train_tokenizer
 from hf_dissect.runs.before_training import (
+    check_best_metric,
     check_disk_space,
     check_optimizer,
     check_splits,
@@ -89,6 +91,9 @@ def build_trainer(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> 
     check_splits(splits, {}, IntervalStrategy(arguments.eval_strategy).value)
     student, *auxiliaries = recipe.modalities()
     wanted = [student, *(auxiliaries if arguments.weights.needs_teacher else ())]
+    evaluated = list_columns(splits["validation"]) if "validation" in splits else None
+    figures = list_figures(wanted, evaluated, auxiliary_task=bool(arguments.weights.auxiliary_task))
+    check_best_metric(arguments, figures)
     encoders, processors = {}, {}
     for column in wanted:
         set_seed(arguments.seed)  # the weights of an encoder from scratch depend on the seed alone

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from hf_dissect.evaluation.labelled_images import LabelledImages, find_label_col
 from hf_dissect.evaluation.zero_shot_classifier import check_prompts
 from hf_dissect.models.loading import load_model_and_processor
 from hf_dissect.recipe.recipe import DataSection, Recipe
+from hf_dissect.runs.data_settings import change_data
 from hf_dissect.runs.evaluate_student import evaluate_student
 from hf_dissect.runs.run import compute_zero_shot_figures
 from hf_dissect.runs.saved_model import (
@@ -35,6 +36,11 @@ from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training_args import DissectTrainingArguments
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+_NOT_SHUFFLED = {
+    field.name: "the captions are evaluated as they are"
+    for field in dataclasses.fields(DataSection)
+    if field.name.startswith("noise_")
+}
 
 
 def evaluate_checkpoint(
@@ -50,6 +56,7 @@ def evaluate_checkpoint(
     templates: Sequence[str] | None = None,
     image_features: str | None = None,
     text_features: str | None = None,
+    data_settings: Mapping[str, Any] | None = None,
     max_rows: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -71,6 +78,8 @@ def evaluate_checkpoint(
         templates: Captions of a class, with `{}` for its name; None for `DEFAULT_TEMPLATES`.
         image_features: `.npz` file of stored features, for models that read those.
         text_features: `.npz` file of stored features of the captions, for models that read those.
+        data_settings: Further settings of the data by name, as in the section `data` of a recipe, such as
+            `{"separator": ";", "encoding": "cp1252"}`.
         max_rows: Number of rows to evaluate, from the first; None for all.
         batch_size: Number of pairs or rows in a forward pass.
         num_workers: Number of processes that decode.
@@ -83,6 +92,7 @@ def evaluate_checkpoint(
 
     Raises:
         HubError: The Hub has no such model, or cannot be reached.
+        RecipeError: A setting of the data is wrong.
         ValueError: There are no data to evaluate on, or an argument does not suit the model.
     """
     if is_student(checkpoint):
@@ -105,6 +115,7 @@ def evaluate_checkpoint(
             split=split,
             column=image_column,
             label_column=label_column,
+            data_settings=data_settings,
             max_rows=max_rows,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -116,6 +127,7 @@ def evaluate_checkpoint(
     columns = {"image_column": image_column, "caption_column": caption_column, "task_column": task_column}
     columns |= {"image_features": image_features, "text_features": text_features}
     section = choose_data(checkpoint, data, recipe)
+    section = change_data(section, data_settings, named=data is not None, options=columns, refused=_NOT_SHUFFLED)
     section = adapt_section(section, max_rows=max_rows, **columns)
     section = dataclasses.replace(section, noise_rate=0.0, noise_kind="random", noise_permutation=None)
     rows = load_split(section, split, whole=data is not None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hf_dissect.hub.shared_recipe import select_shareable
 from hf_dissect.recipe.fields import Faults, RecipeError, read_section
 from hf_dissect.recipe.file import read_settings
 from hf_dissect.report.tables import as_mapping
+from hf_dissect.runs.data_settings import change_data, refuse_for_arrays
 from hf_dissect.runs.distil import load_columns, load_processor, read_arrays, select_groups, take_first_rows
 from hf_dissect.runs.saved_model import (
     adapt_section,
@@ -30,6 +32,11 @@ from hf_dissect.runs.saved_model import (
     describe_missing_recipe,
     find_recipe_file,
     pick_split,
+)
+
+_OF_PAIRS = {"image_column": "use --image-column", "streaming": "the rows are read as a table"}
+_OF_PAIRS |= dict.fromkeys(
+    ("caption_column", "task_column", "clean_column", "id_column"), "a student reads one column"
 )
 
 
@@ -57,6 +64,7 @@ def evaluate_student(
     split: str = "test",
     column: str | None = None,
     label_column: str | None = None,
+    data_settings: Mapping[str, Any] | None = None,
     max_rows: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -71,6 +79,7 @@ def evaluate_student(
         split: Split of the data.
         column: Column that the student reads; None for that of the training.
         label_column: Column of the classes; None for that of the training.
+        data_settings: Further settings of the data by name, see `evaluate_checkpoint`.
         max_rows: Number of rows to evaluate, from the first; None for all.
         batch_size: Number of rows in a forward pass.
         num_workers: Number of processes that decode.
@@ -88,9 +97,9 @@ def evaluate_student(
     folder = Path(checkpoint) if is_own else download_model(parse_address(checkpoint), (RECIPE_FILE, METRICS_FILE))
     training = _read_training(folder, checkpoint, is_own)
     if data is None:
-        rows = _load_own_rows(training.data, checkpoint, split, max_rows)
+        rows = _load_own_rows(training.data, checkpoint, split, max_rows, data_settings)
     else:
-        rows = _load_given_rows(data, split, training.data)
+        rows = _load_given_rows(data, split, training.data, data_settings)
     rows = take_first_rows(rows, max_rows)
     column, label_column = column or training.column, label_column or training.label_column
     student = find_student_folder(folder)
@@ -151,21 +160,30 @@ def _read_training(folder: Path, checkpoint: str, is_own: bool) -> _Training:
 
 
 def _load_own_rows(
-    section: DistillationDataSection | None, checkpoint: str, split: str, max_rows: int | None
+    section: DistillationDataSection | None,
+    checkpoint: str,
+    split: str,
+    max_rows: int | None,
+    settings: Mapping[str, Any] | None,
 ) -> Columns:
     if section is None:
         raise ValueError(describe_missing_recipe(checkpoint))
+    section = change_data(section, settings, named=False, refused={"label_column": "use --label-column"})
     if not section.path:
         raise ValueError(f"The recipe of {checkpoint} does not name its data; name them with --data.")
     return pick_split(load_columns(adapt_section(section, max_rows=max_rows)), split, whole=False)
 
 
-def _load_given_rows(data: str, split: str, section: DistillationDataSection | None) -> Columns:
+def _load_given_rows(
+    data: str, split: str, section: DistillationDataSection | None, settings: Mapping[str, Any] | None
+) -> Columns:
     place = Path(data)
     if data.endswith(".npz") or (place.is_dir() and any(place.glob("*.npz"))):
+        refuse_for_arrays(settings, data)
         splits: dict[str, Columns] = {"train": read_arrays(data)}
     else:
-        splits = load_splits(**dataclasses.asdict(choose_data("", data, None)))
+        given = change_data(choose_data("", data, None), settings, named=True, refused=_OF_PAIRS)
+        splits = load_splits(**dataclasses.asdict(given))
     group_column = None if section is None else section.group_column
     if list(splits) == ["train"] and group_column is not None and group_column in list_columns(splits["train"]):
         rows = select_groups(splits["train"], group_column, getattr(section, f"{split}_groups", []))

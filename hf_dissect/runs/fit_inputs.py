@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -9,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hf_dissect.auditing.cross_fit import PairInputs
@@ -17,8 +18,11 @@ from hf_dissect.auditing.embeddings import PairEmbeddings, join_embeddings
 from hf_dissect.auditing.small_encoders import PICTURE_SIZE
 from hf_dissect.data.pairs import PairDataset
 from hf_dissect.data_collator import SelectionCollator
+from hf_dissect.models.adapters import is_adapter
+from hf_dissect.models.pretrained_parts import LOADING_ERRORS
 from hf_dissect.models.tokenizer_training import train_tokenizer
-from hf_dissect.models.vision_towers import load_vision_processor
+from hf_dissect.models.towers import pool_images
+from hf_dissect.models.vision_towers import load_vision_model, load_vision_processor
 from hf_dissect.selection.scoring import CandidateScores
 
 Encode: TypeAlias = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -40,26 +44,43 @@ def load_image_encoder(name_or_path: str, device: torch.device) -> tuple[Any, En
         ValueError: The model cannot be loaded, or has no image processor.
     """
     try:
-        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32).to(device).eval()
-        processor = load_vision_processor(name_or_path, model.config, "--model")
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        if _is_dual(name_or_path):
+            model: Any = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+            processor = load_vision_processor(name_or_path, model.config, "--model")
+            embed = partial(_embed_by_dual_encoder, model)
+        else:
+            tower = load_vision_model(name_or_path, "--model")
+            model, processor = tower.model, tower.processor
+            embed = partial(_embed_by_tower, model, tower.pooling)
+    except LOADING_ERRORS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"--model {name_or_path!r} could not be loaded as an encoder of images ({reason}); name a folder or Hub "
             "id of a CLIP-like or vision model with its image processor, or leave --model out."
         ) from error
+    model.to(device).eval()
 
     @torch.no_grad()
     def encode(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        given = {name: values.to(device) for name, values in inputs.items()}
-        forward = getattr(model, "get_image_features", model)
-        outputs = forward(**given)
-        if not isinstance(outputs, torch.Tensor):
-            pooled = getattr(outputs, "pooler_output", None)
-            outputs = outputs.last_hidden_state.flatten(2).mean(-1) if pooled is None else pooled
-        return outputs.flatten(1).float().cpu()
+        return embed({name: values.to(device) for name, values in inputs.items()}).flatten(1).float().cpu()
 
     return processor, encode
+
+
+def _is_dual(name_or_path: str) -> bool:
+    if is_adapter(name_or_path):
+        return True  # of a dual encoder, since runs have no others
+    config = AutoConfig.from_pretrained(name_or_path)
+    return hasattr(config, "vision_config") and hasattr(config, "text_config")
+
+
+def _embed_by_dual_encoder(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    outputs = model.get_image_features(**inputs)
+    return outputs if isinstance(outputs, torch.Tensor) else outputs.pooler_output
+
+
+def _embed_by_tower(model: Any, pooling: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return pool_images(model(**inputs, return_dict=True), pooling)
 
 
 def read_inputs(

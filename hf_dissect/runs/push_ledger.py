@@ -33,6 +33,8 @@ _MEANINGS = {
     "learnt": "1 if image and caption ranked each other first at the last visit, otherwise 0",
     "forgotten": "number of times that the pair was learnt and then not; infinite if it was never learnt",
     "evidence": "log odds of the caption against that of one stranger at the last visit, by the noisy channel",
+    "planned": "value that the selection rule ranked the pair by in the last epoch that was planned",
+    "planned_before": "the same in the epoch before",
     "y_cm": "soft label across the modalities; the smaller of `y_cm` and `y_im` is the trust in the pair",
     "y_im": "soft label within the modalities",
 }

@@ -24,6 +24,8 @@ _KEYS |= {
     "split": "split",
     "data.path": "path",
 }
+_READING = ("separator", "encoding", "image_root")
+_KEYS |= {f"data.{name}": name for name in _READING}
 _FIRST_IMAGES = 16
 _USUAL_SPLIT = "test"  # without it, data of one split are taken whole
 
@@ -48,7 +50,8 @@ def load_labelled_images(section: ZeroShotSection, recipe: Recipe) -> Dataset:
         else:
             is_usual = section.split == _USUAL_SPLIT
             source = cast(str, section.source)  # a checked recipe with a path has one
-            rows = load_split(DataSection(source=source, path=section.path), section.split, whole=is_usual)
+            read = {name: getattr(section, name) for name in _READING}
+            rows = load_split(DataSection(source=source, path=section.path, **read), section.split, whole=is_usual)
         check_class_names(rows, section.classes, section.label_column)
         images = LabelledImages(rows, section.classes, section.image_column, section.label_column)
         _check_first_images(images)
@@ -143,6 +146,7 @@ def _name_key(message: str, section: ZeroShotSection) -> str:
     value = getattr(section, begin[1])
     shown = "" if isinstance(value, list) else f" {value!r}"
     words = {"class_names": "classes", "data.path": f"{KEY}.path", "data.source": f"{KEY}.source"}
+    words |= {f"data.{name}": f"{KEY}.{name}" for name in _READING}
     for word, name in (words | {"--split": f"{KEY}.split"}).items():
         message = message.replace(word, name)
     return f"{key}{shown}: {message}"

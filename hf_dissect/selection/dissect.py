@@ -9,7 +9,7 @@ from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.options import DissectOptions, find_unused_option
 from hf_dissect.selection.past_model import PastModel
 from hf_dissect.selection.scoring import CandidateScores
-from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest_known, keep_random
+from hf_dissect.selection.strategy import SCORED_EPOCHS, Selection, SelectionStrategy, keep_largest_known, keep_random
 from hf_dissect.settings import check_values
 
 
@@ -112,6 +112,22 @@ class Dissect(SelectionStrategy):
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure the score by the earlier model, if there is one; see `SelectionStrategy.measure`."""
         return {} if scores.past_correlation is None else {"history": scores.past_correlation}
+
+    why_no_plan = "an earlier model has to score the candidates (history: average or snapshot)"
+
+    @property
+    def can_plan(self) -> bool:
+        """True if the history is in the ledger."""
+        return self.past_model is None
+
+    @property
+    def first_planned_epoch(self) -> int:
+        """First epoch, from 0, that knows a score after the history of the warm-up."""
+        return max(SCORED_EPOCHS, self.warmup_epochs + 1)
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan by the differential of the history and the last score; see `SelectionStrategy.plan`."""
+        return ledger.column("history") - ledger.column("correlation")
 
     def record(
         self,

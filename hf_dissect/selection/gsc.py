@@ -48,6 +48,10 @@ class Gsc(SelectionStrategy):
             return keep_random(len(labels), k, self.generator)
         return keep_largest(labels, k)
 
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan by the labels; see `SelectionStrategy.plan`."""
+        return torch.where(ledger.column("correlation").isnan(), torch.nan, self.soft_labels.of(ledger, ledger.ids))
+
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure the evidence of each candidate; see `SelectionStrategy.measure`."""
         labels = self.soft_labels.of(ledger, scores.sample_id)

@@ -108,6 +108,25 @@ class SampleLedger:
         else:
             column[slots] = values
 
+    def replace(self, name: str, values: torch.Tensor) -> None:
+        """Replace a whole column.
+
+        Args:
+            name: Name of the column.
+            values: Values, `(len(self),)`, in the order of `ids`.
+
+        Raises:
+            ValueError: If the number of values is not that of the pairs.
+        """
+        if values.shape != (len(self),):
+            raise ValueError(f"{tuple(values.shape)} values for a column of {len(self)} pairs; give one value a pair.")
+        column = self._column(name)
+        if self._index is None:
+            column.copy_(values)
+        else:
+            self._columns[name] = self._new_column()
+            self._columns[name].extend(values.detach().to("cpu", torch.float32))
+
     def save(self, path: str | os.PathLike[str], metadata: dict[str, object] | None = None) -> None:
         """Write the ledger as safetensors, under a temporary name first, so that the file is whole or absent.
 

@@ -5,6 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+from hf_dissect.distributed import Ranks
 
 Batch = dict[str, torch.Tensor]
 """Batch of pairs as `SelectionCollator` makes it: tensors `(B, ...)` by name."""
@@ -33,3 +36,16 @@ class LoopHooks:
     autocast: Callable[[], AbstractContextManager] = nullcontext
     measure: Callable[[str], AbstractContextManager] = nullcontext
     check_finite: Callable[[torch.Tensor, str, torch.Tensor], None] = _check_nothing
+
+    def exchange_size(self, num_good: int, ranks: Ranks) -> list[int]:
+        """Return the number of readable candidates of each rank, from that of this rank."""
+        if self.agree is not None:
+            return self.agree(num_good)
+        return ranks.gather_numbers(num_good).flatten().tolist()
+
+    def move(self, model: nn.Module, batch: Batch) -> Batch:
+        """Return a batch on the device of the model."""
+        if self.prepare is not None:
+            return self.prepare(batch)
+        device = next(model.parameters()).device
+        return {name: value.to(device) for name, value in batch.items()}

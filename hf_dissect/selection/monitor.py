@@ -41,16 +41,31 @@ class _Sums:
     noise_candidates: int = 0
     noise_kept: int = 0
     truth_known: bool = False
+    planned: bool = False
+    loaded: int = 0
+    scored: int = 0
 
-    def add(self, kept: np.ndarray, correlation: np.ndarray | None, is_clean: np.ndarray | None) -> None:
+    def add(
+        self,
+        kept: np.ndarray,
+        correlation: np.ndarray | None,
+        is_clean: np.ndarray | None,
+        loaded: np.ndarray | None = None,
+        scored: np.ndarray | None = None,
+    ) -> None:
         """Add one selection of `B` candidates, `(B,)` each."""
         self.candidates += len(kept)
         self.kept += int(kept.sum())
+        if loaded is not None and scored is not None:
+            self.planned = True
+            self.loaded += int(loaded.sum())
+            self.scored += int(scored.sum())
         if correlation is not None:
-            self.correlation_kept += float(correlation[kept].sum())
-            self.correlation_dropped += float(correlation[~kept].sum())
-            self.scored_kept += int(kept.sum())
-            self.scored_dropped += int((~kept).sum())
+            known = ~np.isnan(correlation)
+            self.correlation_kept += float(correlation[known & kept].sum())
+            self.correlation_dropped += float(correlation[known & ~kept].sum())
+            self.scored_kept += int((known & kept).sum())
+            self.scored_dropped += int((known & ~kept).sum())
         if is_clean is not None:
             self.truth_known = True
             self.noise_candidates += int((~is_clean).sum())
@@ -61,6 +76,9 @@ class _Sums:
         metrics: dict[str, float] = {}
         if self.candidates:
             metrics["kept_share"] = self.kept / self.candidates
+            if self.planned:
+                metrics["loaded_share"] = self.loaded / self.candidates
+                metrics["scored_share"] = self.scored / self.candidates
         if self.scored_kept:
             metrics["correlation_kept"] = self.correlation_kept / self.scored_kept
         if self.scored_dropped:
@@ -101,6 +119,8 @@ class SelectionMonitor:
         correlation: torch.Tensor | None = None,
         priority: torch.Tensor | None = None,
         is_clean: torch.Tensor | None = None,
+        loaded: torch.Tensor | None = None,
+        scored: torch.Tensor | None = None,
     ) -> None:
         """Add one selection of `B` candidates; all tensors are on the CPU.
 
@@ -108,10 +128,13 @@ class SelectionMonitor:
             epoch: Epoch, counted from 0.
             sample_id: Ids of the candidates, int64 `(B,)`.
             kept: Bool `(B,)`, True for a selected candidate.
-            correlation: Correlations, float32 `(B,)`; None if the strategy needs no scores.
+            correlation: Correlations, float32 `(B,)`, NaN for a candidate that was never scored; None if the strategy
+                needs no scores.
             priority: Values that the strategy ranked by, float32 `(B,)`; None, or NaN for some candidates, if it did
                 not rank.
             is_clean: Bool `(B,)`, True for a matched pair; None if the truth is unknown.
+            loaded: Bool `(B,)`, True for a candidate that was loaded; None without a plan.
+            scored: Bool `(B,)`, True for a candidate that was scored for the selection alone; None without a plan.
         """
         if epoch != self.last_epoch.epoch:
             self.last_epoch = _LastEpoch(epoch)
@@ -119,9 +142,14 @@ class SelectionMonitor:
         clean = None if is_clean is None else is_clean.numpy()
         scores = None if correlation is None else correlation.numpy()
         for sums in (self.run, self.last_epoch.sums, self._since_log):
-            sums.add(was_kept, scores, clean)
+            sums.add(was_kept, scores, clean, *(None if part is None else part.numpy() for part in (loaded, scored)))
         if scores is None:
             return
+        if (unknown := np.isnan(scores)).any():
+            known = torch.from_numpy(~unknown)
+            sample_id, was_kept, scores = sample_id[known], was_kept[~unknown], scores[~unknown]
+            priority = None if priority is None else priority[known]
+            clean = None if clean is None else clean[~unknown]
         self._update_histogram(scores, was_kept)
         priorities = None if priority is None else priority.numpy()
         ranked = None if priorities is None else ~np.isnan(priorities)

@@ -8,7 +8,7 @@ from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.options import NcrOptions
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.soft_labels import compute_upper_posterior
-from hf_dissect.selection.strategy import Selection, SelectionStrategy, keep_largest, keep_random
+from hf_dissect.selection.strategy import SCORED_EPOCHS, Selection, SelectionStrategy, keep_largest, keep_random
 from hf_dissect.settings import check_values
 
 
@@ -55,6 +55,15 @@ class Ncr(SelectionStrategy):
         if self._epoch < self.warmup_epochs or len(p_clean[known].unique()) < 2:
             return keep_random(scores.num_candidates, k, self.generator)
         return keep_largest(torch.where(known, p_clean, p_clean[known].median()), k)
+
+    @property
+    def first_planned_epoch(self) -> int:
+        """First epoch, from 0, that has divided all pairs before it begins."""
+        return max(SCORED_EPOCHS, self.warmup_epochs)
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan by the probability of being clean; see `SelectionStrategy.plan`."""
+        return ledger.column("p_clean")
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure the loss of each candidate; see `SelectionStrategy.measure`."""

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
+from hf_dissect.distributed import scale_to_mean_one
+from hf_dissect.losses.contrastive import Weigh
+from hf_dissect.losses.noisy_channel import NoisyChannel
 from hf_dissect.selection.inclusion import find_inclusion, sample_systematically
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
@@ -27,6 +29,7 @@ class NoisyChannelSampling(SelectionStrategy):
 
     name = "noisy_channel"
     columns = ("evidence",)
+    samples = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,9 +49,9 @@ class NoisyChannelSampling(SelectionStrategy):
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure evidence and posterior probability of each candidate; see `SelectionStrategy.measure`."""
-        losses = scores.softmax_loss
-        evidence = find_evidence(losses, scores.num_candidates)
-        return {"evidence": evidence, "posterior": self._find_posterior(scores).float()}
+        if scores.is_part:
+            return {"evidence": scores.evidence}  # the channel observes whole blocks, see `record_block`
+        return {"evidence": scores.evidence, "posterior": self._find_posterior(scores).float()}
 
     def record(
         self,
@@ -58,8 +61,26 @@ class NoisyChannelSampling(SelectionStrategy):
         measured: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Record the evidence, and observe the posteriors of all ranks; see `SelectionStrategy.record`."""
-        if measured:
+        if measured and "posterior" in measured:
             record_evidence(self.channel, ledger, sample_id, measured)
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan by the weights that follow from the last evidence; see `SelectionStrategy.plan`."""
+        return self.channel.weigh(self.channel.posterior_of_evidence(ledger.column("evidence")))
+
+    def reweigh(self, planned: torch.Tensor, inclusion: torch.Tensor) -> Weigh:
+        """Return the function to weights that the losses of a step may lower, but not raise; see the base class."""
+
+        def weigh(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            weights = self.channel.weigh(self.channel.posterior(losses, counts))
+            return scale_to_mean_one(torch.where(planned < weights, planned, weights) / inclusion)
+
+        return weigh
+
+    def record_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> None:
+        """Observe the posteriors of all pairs of a block by their newest evidence; see the base class."""
+        evidence = ledger.read("evidence", sample_id)
+        self.channel.observe(self.channel.posterior_of_evidence(evidence[~evidence.isnan()]))
 
     def _find_posterior(self, scores: CandidateScores) -> torch.Tensor:
         return self.channel.posterior(scores.softmax_loss, scores.num_candidates)

@@ -6,6 +6,8 @@ from functools import cached_property
 
 import torch
 
+from hf_dissect.data.pair_keys import GIVEN_WEIGHT
+from hf_dissect.data.pair_weights import multiply_weights
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores, compute_row_losses
@@ -195,6 +197,37 @@ class GatheredScores(CandidateScores):
             kind=kind,
         )
         return self._ranks.gather_columns({"loss": own}, self._sizes)["loss"]
+
+
+def keep_rows(
+    batch: Mapping[str, torch.Tensor],
+    good: torch.Tensor,
+    kept: Kept,
+    ranks: Ranks,
+    padding: Mapping[str, tuple[int, str]],
+) -> dict[str, torch.Tensor]:
+    """Return the rows of a batch that were kept, the same number on each rank, with their weights.
+
+    Args:
+        batch: Candidates of this rank, `(B, ...)`.
+        good: Positions of the readable candidates, int64 `(n,)`.
+        kept: Choice of this rank among these.
+        ranks: Processes of the run.
+        padding: Padding of captions, see `rebalance`.
+
+    Returns:
+        Kept rows, with `pair_weight` if the strategy or the data weight them.
+    """
+    device = batch["sample_id"].device
+    if len(kept.indices) == len(batch["sample_id"]) and kept.weights is None:
+        kept_batch = dict(batch)
+    else:
+        rows = good[kept.indices].to(device)
+        kept_batch = {name: value[rows] for name, value in batch.items()}
+    weights = multiply_weights(kept.weights, kept_batch.pop(GIVEN_WEIGHT, None), device)
+    if weights is not None:
+        kept_batch["pair_weight"] = weights
+    return rebalance(kept_batch, kept.counts, ranks, padding)
 
 
 def rebalance(

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from hf_dissect.losses.contrastive import MAX_LOGITS, per_pair_loss
 from hf_dissect.losses.logit_rows import sigmoid_losses, softmax_losses, split_rows
+from hf_dissect.losses.noisy_channel import find_evidence
 from hf_dissect.models.families import check_outputs
 from hf_dissect.models.loading import logit_scale_and_bias
 
@@ -25,11 +27,13 @@ class CandidateScores:
         logit_scale: Factor of the similarities in the model's logits (already exponentiated).
         logit_bias: Summand of the logits, for sigmoid losses.
         kind: Loss that the model trains with, `"softmax"` or `"sigmoid"`.
+        is_part: True if a plan chose the candidates from a larger block, of which the others keep their past.
         reference: Scores of the same candidates by the reference model; None if it did not score them.
         past_correlation: Correlations under a copy of the model from earlier steps, float32 `(B,)` on the CPU; None
             without one.
     """
 
+    is_part: ClassVar[bool] = False
     sample_id: torch.Tensor
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
@@ -58,6 +62,11 @@ class CandidateScores:
     def softmax_loss(self) -> torch.Tensor:
         """Softmax loss of each pair among the candidates, float32 `(B,)` on the CPU, also for the sigmoid loss."""
         return self.loss if self.kind == "softmax" else self._compute_losses("softmax")
+
+    @cached_property
+    def evidence(self) -> torch.Tensor:
+        """Evidence of each pair against a stranger, float32 `(B,)` on the CPU, see `compute_pair_evidence`."""
+        return find_evidence(self.softmax_loss, self.num_candidates)
 
     def _compute_losses(self, kind: str) -> torch.Tensor:
         image_embeds, text_embeds = self.get_embeds()
@@ -193,6 +202,15 @@ def score(
     scale, bias = logit_scale_and_bias(model)
     embeds = torch.cat(image_embeds), torch.cat(text_embeds)
     return CandidateScores(sample_id.cpu(), *embeds, scale.mean(), bias.mean(), kind)
+
+
+def choose_autocast(
+    model: torch.nn.Module, dtype: torch.dtype | None, default: Callable[[], AbstractContextManager]
+) -> Callable[[], AbstractContextManager]:
+    """Return the context of mixed precision for a scoring forward pass: that of a type, or the default for None."""
+    if dtype is None:
+        return default
+    return lambda: torch.autocast(next(model.parameters()).device.type, dtype)
 
 
 @contextmanager

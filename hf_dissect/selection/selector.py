@@ -10,19 +10,20 @@ from torch import nn
 from hf_dissect.data.bad_rows import BadRows
 from hf_dissect.data.first_pairs import check_batch
 from hf_dissect.data.model_inputs import forward_inputs
-from hf_dissect.data.pair_keys import GIVEN_WEIGHT
-from hf_dissect.data.pair_weights import multiply_weights
 from hf_dissect.data.pairs import key_hash
 from hf_dissect.data.problems import PROBLEM_KEY, read_problems
 from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import find_loss_kind
+from hf_dissect.selection.block_choice import count_selected
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.ledger_plan import make_plan
+from hf_dissect.selection.loaded_blocks import LoadedBlocks, take_block
 from hf_dissect.selection.loop_hooks import Batch, LoopHooks
 from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.options import SCOPES
 from hf_dissect.selection.reference.model import ReferenceModel
-from hf_dissect.selection.scope import Kept, gather_selection, rebalance, select_from_all, select_from_own
-from hf_dissect.selection.scoring import CandidateScores, compute_correlation, score
+from hf_dissect.selection.scope import Kept, gather_selection, keep_rows, select_from_all, select_from_own
+from hf_dissect.selection.scoring import CandidateScores, choose_autocast, compute_correlation, score
 from hf_dissect.selection.strategies import make_strategy
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
@@ -51,6 +52,9 @@ class OnlineSelector:
         ranks: Processes of the run; None for the processes that `accelerate` sees.
         bad_rows: Counter of unreadable rows; None for one that never stops the run.
         trace: Trace of the selections; None for figures without a record.
+        rescore_every: 1 to score every candidate in each step. With `m > 1`, the ledger decides before loading which
+            candidates train, and of the others a share of `1 / m` is scored again, see `plan` and `finish_step`.
+        scoring_dtype: Type of the numbers in the forward pass that scores; None for that of the training.
         hooks: Functions of the loop around the selector.
         options: Keyword arguments of the strategy, if it is given by name.
 
@@ -58,6 +62,7 @@ class OnlineSelector:
         ledger: `SampleLedger` with the last correlation of each pair and the columns of the strategy.
         strategy: `SelectionStrategy` of the run.
         bad_rows: `BadRows`, the unreadable rows so far.
+        plan: `LedgerPlan` that decides which candidates are loaded; None if all are.
         knows_reference: True if the ledger holds the scores of the reference, so that it need not score the batches.
         epoch: Current epoch, counted from 0.
         updated_epoch: Last epoch that began with an update of strategy and objective.
@@ -83,6 +88,8 @@ class OnlineSelector:
         ranks: Ranks | None = None,
         bad_rows: BadRows | None = None,
         trace: SelectionTrace | None = None,
+        rescore_every: int = 1,
+        scoring_dtype: torch.dtype | None = None,
         hooks: LoopHooks = LoopHooks(),  # noqa: B008 (immutable)
         **options: Any,
     ) -> None:
@@ -95,7 +102,9 @@ class OnlineSelector:
             raise ValueError(f"reference is missing: the strategy {self.strategy.name!r} needs a reference model.")
         self.reference = ReferenceModel(reference) if isinstance(reference, nn.Module) else reference
         self.knows_reference = False
-        names = dict.fromkeys(("correlation", *self.strategy.columns, *columns))
+        self.plan = make_plan(self.strategy, ratio, rescore_every, seed, keeps_before=num_samples is None)
+        planned = () if self.plan is None else self.plan.columns
+        names = dict.fromkeys(("correlation", *self.strategy.columns, *columns, *planned))
         self.ledger = SampleLedger(num_samples, columns=tuple(names))
         self.ratio = ratio
         self.scope = scope
@@ -103,11 +112,13 @@ class OnlineSelector:
         self.kind = kind
         self.scoring_batch_size = scoring_batch_size
         self.scores_all = scores_all
+        self.scoring_dtype = scoring_dtype
         self.padding = dict(padding or {})
         self.ranks = Ranks() if ranks is None else ranks
         self.bad_rows = BadRows(1.0, num_samples) if bad_rows is None else bad_rows
         self.trace = SelectionTrace() if trace is None else trace
         self.hooks = hooks
+        self._blocks = LoadedBlocks(self.plan, self.strategy, self.ledger, self.ranks, self.trace)
         self.epoch = 0
         self.updated_epoch = 0
         self._step = 0
@@ -126,6 +137,7 @@ class OnlineSelector:
             if renew is not None:
                 renew(self.ledger)
         self.strategy.on_epoch_begin(epoch, self.ledger)
+        self._blocks.begin_epoch(epoch)
 
     def select(
         self, model: nn.Module, batch: Batch, *, step: int | None = None, micro_step: int = 0
@@ -140,12 +152,13 @@ class OnlineSelector:
 
         Returns:
             Kept rows of the batch on the device of the model, with `pair_weight` float32 `(k,)`, the product of the
-            weights of the strategy and of the data, if there are any.
+            weights of the strategy and of the data, if there are any; see `LoadedBlocks.keep` for a plan.
 
         Raises:
             TooManyBadRows: More rows are unreadable than `bad_rows` allows.
             ValueError: The batch of another collator lacks the ids, or holds something other than tensors.
         """
+        batch, block = take_block(batch)
         check_batch(batch)
         step, self._step = self._step if step is None else step, self._step + 1
         if micro_step == 0:
@@ -155,12 +168,17 @@ class OnlineSelector:
         sample_id, problems = batch["sample_id"].cpu(), read_problems(batch)
         good = self.bad_rows.add(sample_id, batch.get("bad_reason", torch.zeros_like(sample_id)).cpu(), problems)
         batch = {name: value for name, value in batch.items() if name != PROBLEM_KEY}
-        sizes = self._agree(len(good))
-        batch = self._prepare(model, batch)
+        if block is not None:
+            counts = self.hooks.exchange_size(int((block.inclusion[good] > 0).sum()), self.ranks)
+            block.epoch, block.step = self.epoch, step
+            return self._blocks.keep(self.hooks.move(model, batch), block, good, counts)
+        sizes = self.hooks.exchange_size(len(good), self.ranks)
+        self._blocks.pass_over(sizes)
+        batch = self.hooks.move(model, batch)
         candidates = self.score(model, batch, sample_id, good).subset(good)
         kept = self._choose(candidates, sizes, step, micro_step)
         self._note(batch, candidates, good, kept, sizes, step)
-        return self._keep(batch, good, kept)
+        return keep_rows(batch, good, kept, self.ranks, self.padding)
 
     def score(
         self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, good: torch.Tensor | None = None
@@ -190,14 +208,16 @@ class OnlineSelector:
             self.hooks.check_finite(scores.correlation[readable], "the correlation", sample_id[readable])
         return scores
 
-    def _score(self, model: nn.Module, batch: Batch, sample_id: torch.Tensor) -> CandidateScores:
+    def _score(
+        self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, chunk_size: int | None = None
+    ) -> CandidateScores:
         return score(
             model,
             forward_inputs(model, batch),
             sample_id,
             kind=self.kind or find_loss_kind(model),
-            chunk_size=self.scoring_batch_size,
-            autocast=self.hooks.autocast,
+            chunk_size=chunk_size or self.scoring_batch_size,
+            autocast=choose_autocast(model, self.scoring_dtype, self.hooks.autocast),
         )
 
     @property
@@ -228,7 +248,7 @@ class OnlineSelector:
             record.
         """
         columns = {"sample_id": sample_id, **(more or {})}
-        if not self.scores_candidates:
+        if not self._blocks.add_outputs(outputs) and not self.scores_candidates:
             columns["correlation"] = compute_correlation(outputs["image_embeds"], outputs["text_embeds"]).detach()
         if len(columns) == 1:
             return {}
@@ -237,6 +257,25 @@ class OnlineSelector:
             self._record(gathered["sample_id"], gathered["correlation"])
         return gathered
 
+    def finish_step(self, model: nn.Module) -> None:
+        """End the training step of a batch, before or after the weights change; it matters with `rescore_every` only.
+
+        Candidates that a plan loaded to be scored are scored among those that trained, and the ledger gets the scores
+        of both. Every rank calls this method once for each batch that `select` returned, in the same order.
+
+        Args:
+            model: Dual encoder that trained, wrapped or not.
+        """
+
+        def score_rows(rows: Batch, chunk_size: int) -> CandidateScores:
+            with self.hooks.measure("scoring"):
+                scores = self._score(model, rows, rows["sample_id"].cpu(), chunk_size)
+                self.hooks.check_finite(scores.correlation, "the correlation", scores.sample_id)
+            return scores
+
+        rescore = score_rows if self.strategy.needs_scores(self.epoch) else None
+        self._blocks.finish(model, self.kind or find_loss_kind(model), rescore, self.scoring_batch_size)
+
     def pop_logs(self) -> dict[str, float]:
         """Return the figures of the selections since the last call, as `selection_*`."""
         return self.monitor.pop_logs() | self.strategy.pop_logs()
@@ -244,6 +283,7 @@ class OnlineSelector:
     def reset(self, step: int = 0) -> None:
         """Count epochs from the beginning again, and discard the record of selections from step `step` on."""
         self.epoch, self.updated_epoch, self._step, self.knows_reference = -1, 0, step, False
+        self._blocks.reset()
         self.trace.restart(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,6 +294,7 @@ class OnlineSelector:
             "updated_epoch": self.updated_epoch,
             "monitor": self.monitor.state_dict(),
             "strategy": self.strategy.state_dict(),
+            "plan": None if self.plan is None else self.plan.state_dict(),
             "reference": self.reference.name if self.reference is not None and self.knows_reference else None,
             "past_model": None if self.strategy.past_model is None else self.strategy.past_model.state_dict(),
         }
@@ -265,20 +306,11 @@ class OnlineSelector:
         self.monitor.load_state_dict(state["monitor"])
         if state.get("strategy"):
             self.strategy.load_state_dict(state["strategy"])
+        if self.plan is not None and state.get("plan"):
+            self.plan.load_state_dict(state["plan"])
         self.knows_reference = self.reference is not None and state.get("reference") == self.reference.name
         if self.strategy.past_model is not None and state.get("past_model"):
             self.strategy.past_model.load_state_dict(state["past_model"])
-
-    def _agree(self, num_good: int) -> list[int]:
-        if self.hooks.agree is not None:
-            return self.hooks.agree(num_good)
-        return self.ranks.gather_numbers(num_good).flatten().tolist()
-
-    def _prepare(self, model: nn.Module, batch: Batch) -> Batch:
-        if self.hooks.prepare is not None:
-            return self.hooks.prepare(batch)
-        device = next(model.parameters()).device
-        return {name: value.to(device) for name, value in batch.items()}
 
     def _choose(self, candidates: CandidateScores, sizes: list[int], step: int, micro_step: int) -> Kept:
         chooses_alone = self.scope == "local" or self.strategy.keeps_all or self.ranks.alone
@@ -290,15 +322,16 @@ class OnlineSelector:
     def _num_selected(self, num_candidates: int) -> int:
         if self.strategy.keeps_all:
             return num_candidates
-        ratio = self.strategy.choose_ratio(self.ratio)
-        return min(num_candidates, max(2, round(ratio * num_candidates)))
+        return count_selected(self.strategy.choose_ratio(self.ratio), num_candidates)
 
     def _note(
         self, batch: Batch, candidates: CandidateScores, good: torch.Tensor, kept: Kept, sizes: list[int], step: int
     ) -> None:
         """Write the choice to the trace, and the scores to the ledger, both on every rank."""
         is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
+        kept = self._blocks.add_evidence(kept, candidates, sizes)
         columns, measured = gather_selection(candidates, kept, is_clean, sizes, self.ranks)
+        self._blocks.note_whole(columns, measured)
         self.trace.observe(self.epoch, step, columns)
         if "correlation" in columns:
             self._record(columns["sample_id"], columns["correlation"], measured)
@@ -311,15 +344,3 @@ class OnlineSelector:
     ) -> None:
         self.ledger.write("correlation", sample_id, correlation)
         self.strategy.record(sample_id, correlation, self.ledger, measured)
-
-    def _keep(self, batch: Batch, good: torch.Tensor, kept: Kept) -> dict[str, torch.Tensor]:
-        device = batch["sample_id"].device
-        if len(kept.indices) == len(batch["sample_id"]) and kept.weights is None:
-            kept_batch = dict(batch)
-        else:
-            rows = good[kept.indices].to(device)
-            kept_batch = {name: value[rows] for name, value in batch.items()}
-        weights = multiply_weights(kept.weights, kept_batch.pop(GIVEN_WEIGHT, None), device)
-        if weights is not None:
-            kept_batch["pair_weight"] = weights
-        return rebalance(kept_batch, kept.counts, self.ranks, self.padding)

@@ -6,9 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from hf_dissect.losses.contrastive import Weigh
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.past_model import PastModel
 from hf_dissect.selection.scoring import CandidateScores
+
+SCORED_EPOCHS = 2
+"""Number of epochs that score every candidate before a plan decides, until the model that scores is of use."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class SelectionStrategy:
         columns: Ledger columns of the rule, in addition to the `correlation` that is always recorded.
         stand_ins: Column that replaces an own column if a run starts with the ledger of another rule.
         keeps_all: True if every candidate trains, so that the selection ratio has no effect.
+        samples: True if `plan` returns weights that pairs are drawn in proportion to; False if the pairs of a block
+            with the largest values train.
+        plan_columns: Further ledger columns that `plan` reads; `evidence` is written by the selector.
+        why_no_plan: Reason why a rule without `plan` has none, for an error.
         reference: Use of a reference model. "": none. "stored": its scores are put in the ledger before the first
             step (`measure_reference`), and for a stream, it scores every batch. "batch": it scores every batch.
             "before": its scores must be in the ledger before the first step.
@@ -50,6 +58,9 @@ class SelectionStrategy:
     columns: ClassVar[tuple[str, ...]] = ()
     stand_ins: ClassVar[Mapping[str, str]] = {}
     keeps_all: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+    plan_columns: ClassVar[tuple[str, ...]] = ()
+    why_no_plan: ClassVar[str] = "it has no method plan"
     reference: ClassVar[str] = ""
     warmup: ClassVar[str] = "train on a random subset"
 
@@ -105,6 +116,51 @@ class SelectionStrategy:
             The selected candidates.
         """
         raise NotImplementedError
+
+    @property
+    def can_plan(self) -> bool:
+        """True if the rule can choose pairs by the ledger alone, before they are loaded."""
+        return type(self).plan is not SelectionStrategy.plan
+
+    @property
+    def first_planned_epoch(self) -> int:
+        """First epoch, from 0, whose pairs are chosen by `plan` and not by `select`."""
+        return SCORED_EPOCHS
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Return what the rule ranks all pairs by in an epoch, from the ledger alone.
+
+        It is called at the beginning of an epoch, after `update` and `on_epoch_begin`, with `selection_rescore_every`
+        above 1. The values are frozen for the epoch.
+
+        Args:
+            ledger: Ledger with the values of earlier visits; read-only here.
+
+        Returns:
+            Values, float32 `(len(ledger),)`, in the order of `ledger.column`: larger is better, or weights of at least
+            0 if the rule `samples`. NaN for a pair that the ledger does not know.
+        """
+        raise NotImplementedError
+
+    def reweigh(self, planned: torch.Tensor, inclusion: torch.Tensor) -> Weigh | None:
+        """Return the factors of the losses of pairs that were drawn by `plan`, if they follow from these losses, too.
+
+        Args:
+            planned: Planned values of the `k` pairs, float32 `(k,)`; NaN for pairs that the ledger did not know.
+            inclusion: Probabilities with which they were chosen, float32 `(k,)`, above 0.
+
+        Returns:
+            Function from the losses of the step to factors; None for the planned weights over the probabilities.
+        """
+        return None
+
+    def record_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> None:
+        """Take in a whole block of candidates of which `plan` chose, after the ledger has its new values.
+
+        Args:
+            sample_id: Ids of the candidates of all ranks, also of those that were not loaded, int64 `(n,)`.
+            ledger: Ledger with the newest values; read-only here.
+        """
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure further values of each scored candidate, for `record` to receive from all ranks.

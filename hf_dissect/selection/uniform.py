@@ -12,9 +12,18 @@ class Random(SelectionStrategy):
 
     name = "random"
 
+    @property
+    def first_planned_epoch(self) -> int:
+        """First epoch, from 0, that is planned: there is nothing to wait for."""
+        return 0
+
     def needs_scores(self, epoch: int) -> bool:
         """Return False."""
         return False
+
+    def plan(self, ledger: SampleLedger) -> torch.Tensor:
+        """Plan nothing in particular, so that the pairs of a block are chosen at random."""
+        return torch.zeros(len(ledger))
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Keep `k` random candidates; see `SelectionStrategy.select`."""

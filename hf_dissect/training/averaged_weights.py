@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -120,7 +120,7 @@ class AveragedWeights(TrainerCallback):
     def _get(self, name: str) -> torch.Tensor:
         module = self._statistics.get(name)
         # A layer may replace the buffer itself, so that no reference to it lasts.
-        return self._parameters[name] if module is None else module._buffers[name.rpartition(".")[2]]
+        return self._parameters[name] if module is None else cast(torch.Tensor, getattr(module, name.split(".")[-1]))
 
     def _add_means(self, names: list[str]) -> None:
         for name in (name for name in names if name not in self._means):
@@ -137,8 +137,8 @@ class AveragedWeights(TrainerCallback):
             return
         if self.num_steps == 0:
             logger.warning(
-                "average_weights=%s averages from step %d on, and training ended after step %d: the model has the last "
-                "weights.",
+                "average_weights=%s averages from step %d on, and training ended after step %d: the model has the "
+                "last weights.",
                 *(share, self._start + 1, self._step),
             )
         else:
@@ -201,10 +201,10 @@ class AveragedWeights(TrainerCallback):
         held = "no mean of them" if saved is None else f"their mean from step {saved + 1} on"
         largest = math.floor((1 - step / state.max_steps) * 1000) / 1000
         raise ValueError(
-            f"average_weights={share} (training.average_weights in a recipe) averages the weights of {state.max_steps} "
-            f"steps from step {start + 1} on, but {checkpoint}, of step {step}, holds {held}. Resume with the settings "
-            f"of the run that wrote it, from a checkpoint before step {start + 1}, or without average_weights"
-            + (f"; or set it to at most {largest}." if largest > 0 else ".")
+            f"average_weights={share} (training.average_weights in a recipe) averages the weights of "
+            f"{state.max_steps} steps from step {start + 1} on, but {checkpoint}, of step {step}, holds {held}. "
+            f"Resume with the settings of the run that wrote it, from a checkpoint before step {start + 1}, or "
+            "without average_weights" + (f"; or set it to at most {largest}." if largest > 0 else ".")
         )
 
     def _restore_means(self, saved: Mapping[str, torch.Tensor]) -> None:

@@ -5,8 +5,9 @@ import logging
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +37,7 @@ MOST_PARAMETERS = 1_000_000_000
 """Number of parameters up to which a model is checked; a larger one takes long to write and to load."""
 LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LARGEST_DIFFERENCE_IN_HALF = 3e-2
+_OUTPUTS = ("image_embeds", "text_embeds", "embeds", "logits")  # of a dual encoder, and of a student
 _METHODS = ("forward", "get_image_features", "get_text_features")
 _CAPTIONS = ("a red circle", "two dogs in the snow", "a street at night", "an old map")
 _LIBRARIES = ("transformers", "torch", "peft", "accelerate", "hf_dissect", "timm")
@@ -45,13 +47,20 @@ class ReloadCheck(TrainerCallback):
     """Callback that warns before training if the saved model would not be the trained one.
 
     Args:
-        collator: Collator of the run.
-        dataset: Training pairs.
+        make_inputs: Function from the model to the arguments of its forward pass for a few rows; None without them.
+        take_saved: Function from the model of the trainer to the part of it that is saved; None for all of it.
+        setting: Key of the recipe that switches the check off.
     """
 
-    def __init__(self, collator: Any, dataset: Any) -> None:
-        self._collator = collator
-        self._dataset = dataset
+    def __init__(
+        self,
+        make_inputs: Callable[[nn.Module], dict[str, torch.Tensor] | None],
+        take_saved: Callable[[Any], nn.Module] | None = None,
+        setting: str = "model.check_reload",
+    ) -> None:
+        self._make_inputs = make_inputs
+        self._take_saved = take_saved or (lambda model: model)
+        self._setting = setting
 
     def on_train_begin(
         self,
@@ -64,6 +73,7 @@ class ReloadCheck(TrainerCallback):
         """Save the model to a temporary folder, load it, compare the embeddings of a few pairs, and warn."""
         if not (getattr(args, "check_reload", True) and state.is_world_process_zero and state.global_step == 0):
             return
+        model = self._take_saved(model)
         sharded = AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         size = sum(weight.numel() for weight in model.parameters())
         if sharded or size > MOST_PARAMETERS or getattr(bare_model(model), "is_quantized", False):
@@ -72,8 +82,8 @@ class ReloadCheck(TrainerCallback):
         start = time.perf_counter()
         try:
             with _leave_no_trace():
-                batch = _make_batch(model, self._collator, self._dataset)
-                problem = find_reload_problem(model, batch, Path(args.output_dir or ".") / UNFINISHED_FOLDER)
+                inputs = _try_to_make(self._make_inputs, model)
+                problem = find_reload_problem(model, inputs, Path(args.output_dir or ".") / UNFINISHED_FOLDER)
         except Exception as error:  # the check must not end a run
             logger.info("Whether the saved model can be loaded again could not be checked: %r", error)
             return
@@ -82,8 +92,8 @@ class ReloadCheck(TrainerCallback):
             logger.warning(
                 "What is saved will not be what is trained: %s. Training continues, but evaluate, audit, push and "
                 "from_pretrained will use the saved model. Repair this before you train, or silence the check with "
-                "check_reload=False (model.check_reload in a recipe).",
-                problem,
+                "check_reload=False (%s in a recipe).",
+                *(problem, self._setting),
             )
 
 
@@ -94,7 +104,7 @@ def make_callbacks(collator: Any, dataset: Any) -> list[TrainerCallback]:
         collator: Collator of the run.
         dataset: Training pairs.
     """
-    return [ClampLogitScale(), ReloadCheck(collator, dataset)]
+    return [ClampLogitScale(), ReloadCheck(partial(_make_batch, collator=collator, pairs=dataset))]
 
 
 def find_reload_problem(model: nn.Module, inputs: dict[str, torch.Tensor] | None, place: Path) -> str | None:
@@ -169,7 +179,7 @@ def _compare(model: nn.Module, reloaded: nn.Module, inputs: dict[str, torch.Tens
             cosine = 1 - largest**2 / 2
             return (
                 f"once loaded, its {name} differ by {largest:.3g} from those of the model to be trained (unit length, "
-                f"the worst of {len(own[name])} pairs, cosine {cosine:.3g}); {_name_ways_out(model, causes)}"
+                f"the worst of {len(own[name])} rows, cosine {cosine:.3g}); {_name_ways_out(model, causes)}"
             )
     patched = [cause for cause in causes if "replaced on the class" in cause]
     return f"{'; '.join(patched)}, which another process does not do; {_name_ways_out(model)}" if patched else None
@@ -217,21 +227,29 @@ def _find_patches(model: nn.Module) -> list[str]:
 # ---- a batch and its embeddings ----
 
 
+def _try_to_make(
+    make_inputs: Callable[[nn.Module], dict[str, torch.Tensor] | None], model: nn.Module
+) -> dict[str, torch.Tensor] | None:
+    try:
+        inputs = make_inputs(model)
+    except Exception as error:
+        logger.info("The outputs of the saved model are not compared, because no batch could be made: %r", error)
+        return None
+    device = next(bare_model(model).parameters()).device
+    return (
+        None if inputs is None else {name: each.to(device) for name, each in inputs.items() if torch.is_tensor(each)}
+    )
+
+
 def _make_batch(model: nn.Module, collator: Any, pairs: Any) -> dict[str, torch.Tensor] | None:
     """Collate a few pairs: the first ones of a table, or made ones in place of a stream, which is not read ahead."""
     if pairs is None:
         return None
-    try:
-        if isinstance(pairs, PairStream) or not hasattr(pairs, "__len__"):
-            rows = _make_rows(model)
-        else:
-            rows = [pairs[row] for row in range(min(NUM_PAIRS, len(pairs)))]
-        batch = forward_inputs(model, collator(rows))
-    except Exception as error:
-        logger.info("The embeddings of the saved model are not compared, because no batch could be made: %r", error)
-        return None
-    device = next(bare_model(model).parameters()).device
-    return {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
+    if isinstance(pairs, PairStream) or not hasattr(pairs, "__len__"):
+        rows = _make_rows(model)
+    else:
+        rows = [pairs[row] for row in range(min(NUM_PAIRS, len(pairs)))]
+    return forward_inputs(model, collator(rows))
 
 
 def _make_rows(model: nn.Module) -> list[dict[str, Any]]:
@@ -258,12 +276,12 @@ def _make_rows(model: nn.Module) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _embed(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Embed pairs by the forward pass, and by each of the two methods that embed one side alone."""
+    """Compute outputs of the forward pass, and of the two methods of a dual encoder that embed one side alone."""
     embeds = {}
     with evaluation_mode(model), _without_autocast(model):
         outputs = model(**inputs)
         inputs = {name: value for name, value in inputs.items() if name != "task_ids"}
-        for name in ("image_embeds", "text_embeds"):
+        for name in _OUTPUTS:
             if torch.is_tensor(value := getattr(outputs, name, None)):
                 embeds[name] = F.normalize(value.double(), dim=-1)
         for method in _METHODS[1:]:

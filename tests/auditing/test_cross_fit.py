@@ -34,9 +34,11 @@ def make_inputs(
 def test_mismatched_pairs_are_found_and_their_share_estimated():
     inputs, is_clean = make_inputs()
     found = cross_fit(inputs, settings=SMALL)
-    assert noise_detection_metrics(found.matches.score, is_clean)["auroc"] > 0.85
-    low, high = fit_two_groups(found.matches).interval
-    assert low < 0.3 < high
+    # With five seeds of pairs and encoders: 0.995 to 0.999, share 0.296 to 0.304, separation 0.981 to 1.
+    assert noise_detection_metrics(found.matches.score, is_clean)["auroc"] > 0.98
+    groups = fit_two_groups(found.matches)
+    assert groups.share == pytest.approx(0.3, abs=0.02) and groups.interval[0] < 0.3 < groups.interval[1]
+    assert groups.separation > 0.97
     assert set(found.fold.tolist()) == {0, 1} and found.correlation.min() >= 0
 
 
@@ -62,7 +64,9 @@ def test_nothing_of_the_scored_fold_is_learnt():
         torch.eye(count), torch.arange(count), tokens, 0, count + 1, torch.arange(count), torch.arange(count)
     )
     groups = fit_two_groups(cross_fit(inputs, settings=dataclasses.replace(SMALL, epochs=40)).matches)
-    assert groups.interval[1] > 0.9 and groups.separation < 0.8
+    # With four seeds: 0.996 to 1, share 0.86 to 0.96, separation 0.5 to 0.64. The share is not that of the truth (1 in
+    # effect) to a few per cent, since chance alone makes 400 scores better than others.
+    assert groups.interval[1] > 0.98 and groups.share > 0.75 and groups.separation < 0.72
 
 
 def test_scores_are_means_over_the_models():
@@ -92,7 +96,7 @@ def test_pictures_are_read_by_a_small_network():
         torch.arange(count),
     )
     found = cross_fit(inputs, settings=FitSettings(models=1, epochs=8, width=16, dropout=0.0))
-    assert fit_two_groups(found.matches).separation > 0.8
+    assert fit_two_groups(found.matches).separation > 0.88  # with four seeds 0.911 to 0.944
 
 
 @pytest.mark.parametrize(("images", "folds", "message"), [(60, 2, "too few to fit encoders"), (200, 1, "at least 2")])

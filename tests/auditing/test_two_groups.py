@@ -21,40 +21,55 @@ def draw(count: int, auroc: float, share: float, seed: int = 0) -> tuple[MatchSc
     return MatchScores(scale(score), scale(rng.normal(size=16 * count))), is_clean
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.15, 0.4, 0.8])
+SHARES = (0.0, 0.05, 0.15, 0.4, 0.8)
+# Largest errors with eight seeds, and a fifth to a half more. Few pairs that belong together (a share of 0.8) leave
+# the shape of their scores open, and scores that overlap (an AUROC of 0.85) leave the share open.
+SHARE_ERRORS = {0.85: (0.03, 0.03, 0.08, 0.12, 0.18), 0.95: (0.02, 0.03, 0.04, 0.04, 0.08)}
+SHARE_ERRORS[0.995] = (0.005, 0.01, 0.02, 0.015, 0.015)
+SEPARATION_ERRORS = {0.85: (0.02, 0.02, 0.05, 0.1, 0.18), 0.95: (0.01, 0.015, 0.02, 0.02, 0.12)}
+SEPARATION_ERRORS[0.995] = (0.003, 0.005, 0.01, 0.015, 0.07)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("auroc", [0.85, 0.95, 0.995])
-def test_share_interval_and_separation_are_those_of_the_truth(auroc, share):
-    matches, is_clean = draw(3000, auroc, share)
+def test_share_interval_and_separation_are_those_of_the_truth(auroc, share, seed):
+    matches, is_clean = draw(3000, auroc, share, seed)
     groups = fit_two_groups(matches)
     low, high = groups.interval
     assert low - 0.01 <= share <= high + 0.01 and low <= groups.share <= high
-    assert groups.share == pytest.approx(share, abs=0.08 if auroc < 0.9 else 0.03)
-    assert groups.separation == pytest.approx(auroc, abs=0.1 if auroc < 0.9 else 0.06)
-    assert groups.p_mismatched.mean() == pytest.approx(groups.share, abs=0.05)
+    assert groups.share == pytest.approx(share, abs=SHARE_ERRORS[auroc][SHARES.index(share)])
+    assert groups.separation == pytest.approx(auroc, abs=SEPARATION_ERRORS[auroc][SHARES.index(share)])
+    assert groups.p_mismatched.mean() == pytest.approx(groups.share, abs=0.1 if auroc < 0.9 else 0.01)
     order = matches.score.numpy().argsort()
     assert (np.diff(groups.p_mismatched[order]) <= 0).all() and (np.diff(groups.local_fdr[order]) <= 0).all()
-    assert roc_auc_score(is_clean, -groups.p_mismatched) > auroc - 0.05 if 0 < share else True
+    assert roc_auc_score(is_clean, -groups.p_mismatched) > auroc - 0.025 if 0 < share else True
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("auroc", "share"), [(0.68, 0.15), (0.68, 0.0), (0.6, 0.4), (0.75, 0.6)])
 @pytest.mark.parametrize("count", [300, 3000])
-def test_a_model_that_knows_little_says_so(count, auroc, share):
-    groups = fit_two_groups(draw(count, auroc, share)[0])
+def test_a_model_that_knows_little_says_so(count, auroc, share, seed):
+    groups = fit_two_groups(draw(count, auroc, share, seed)[0])
     low, high = groups.interval
-    assert low - 0.03 <= share <= high + 0.03 and high - low > 0.15
+    # A bound that lies at 0 misses it by up to 0.024 with 300 pairs.
+    assert low - (0.03 if count == 300 else 0.01) <= share <= high
+    assert high - low > (0.3 if count == 300 else 0.25 if share else 0.1)
     assert groups.separation < 0.8
 
 
-def test_pairs_that_are_all_strangers_cannot_be_called_clean():
-    groups = fit_two_groups(draw(1000, 0.9, 1.0)[0])
-    assert groups.interval[1] > 0.98 and groups.separation < 0.8
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_that_are_all_strangers_cannot_be_called_clean(seed):
+    groups = fit_two_groups(draw(1000, 0.9, 1.0, seed)[0])
+    # With eight seeds: a share of 0.91 to 0.99, an interval up to 1, a separation of 0.5 to 0.61.
+    assert groups.interval[1] > 0.99 and groups.share > 0.87 and groups.separation < 0.7
 
 
 def test_scores_of_embeddings_with_and_without_ties():
     image, text, is_clean = make_embeddings_of_pairs(2000, 0.3)
     groups = fit_two_groups(score_matches(image, text, logit_scale=10.0))
-    assert groups.share == pytest.approx(0.3, abs=0.04)
-    assert ((groups.p_mismatched > 0.5) == ~is_clean.numpy()).mean() > 0.96
+    assert groups.share == pytest.approx(0.3, abs=0.015)
+    assert ((groups.p_mismatched > 0.5) == ~is_clean.numpy()).mean() > 0.99
     flat = fit_two_groups(MatchScores(torch.zeros(50), torch.zeros(400)))
     assert np.isfinite(flat.p_mismatched).all() and flat.separation < 0.8
 
@@ -65,7 +80,8 @@ def test_the_largest_set_holds_its_promise(share, max_fdr):
     matches, is_clean = draw(20_000, 0.95, share)
     groups = fit_two_groups(matches)
     kept = find_largest_set(groups.local_fdr, matches.score.numpy(), max_fdr)
-    assert (~is_clean[kept]).mean() == pytest.approx(min(max_fdr, share), abs=0.012)
+    # With six seeds, the largest error is 0.005 up to 0.05, and 0.019 at 0.2, where one pair more weighs more.
+    assert (~is_clean[kept]).mean() == pytest.approx(min(max_fdr, share), abs=0.025 if max_fdr > 0.05 else 0.007)
     assert groups.local_fdr[kept].mean() <= max_fdr
     # They are the best ones, and with the next there would be too many mismatched.
     score = matches.score.numpy()

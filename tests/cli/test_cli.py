@@ -324,7 +324,7 @@ def test_what_cannot_work_is_one_line_and_status_2(line, workplace, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "bake", "train", "train tiny.yaml --fast", "evaluate x a.b=1", "evaluate x --max-rows 0"]
+    "line", ["", "bake", "train", "train tiny.yaml --fast", "push x y a.b=1", "evaluate x --max-rows 0"]
 )
 def test_an_impossible_command_line_is_explained(line, capsys):
     with pytest.raises(SystemExit) as leaving:

@@ -11,6 +11,7 @@ from testing.tar_files import write_tar
 
 from hf_dissect.data import as_pairs
 from hf_dissect.data.loading import load_splits
+from hf_dissect.data.surrogates import MARK
 
 
 @pytest.fixture(autouse=True)
@@ -339,7 +340,7 @@ def test_coco_elsewhere_and_strange(tmp_path):
     empty = coco("a.png", "b.png", captions=1)
     empty["annotations"] = [{"image_id": 1, "caption": "NA"}, {"image_id": 1, "caption": "a\ud800"}]
     write(tmp_path, {"empty/train.json": empty})
-    assert load(tmp_path / "empty")["train"]["captions"] == [[], ["NA", None]]
+    assert load(tmp_path / "empty")["train"]["captions"] == [[], ["NA", MARK + "a\\ud800"]]
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,17 @@ import gzip
 import json
 import logging
 
+import PIL.Image
 import pytest
 from datasets import Value
+from testing import tiny_models
 
+from hf_dissect import SelectionCollator
 from hf_dissect.data import as_pairs
+from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.loading import load_splits
+from hf_dissect.data.problems import read_problems, split_problem
+from hf_dissect.data.surrogates import MARK
 
 
 @pytest.fixture(autouse=True)
@@ -243,10 +249,39 @@ def test_rows_of_json_without_anything_keep_their_places(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
-def test_half_a_character_costs_its_own_row_only(tmp_path, name):
+def test_half_a_character_costs_its_own_row_only(tmp_path, name, caplog):
     lines = ['{"image": "0.png", "caption": "a\\ud83d"}', '{"image": "1.png", "caption": "\\ud83d\\ude00"}']
     train = read(tmp_path, "\n".join(lines) if name == "train.jsonl" else f"[{','.join(lines)}]", name)
-    assert train["caption"] == [None, "\U0001f600"]
+    assert train["caption"] == [MARK + "a\\ud83d", "\U0001f600"]
+    assert caplog.text.count("half a character") == 1 and name in caplog.text
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "captions.json", "dataset_x.json"])
+def test_a_caption_with_half_a_character_is_counted_as_one(tmp_path, name):
+    captions = ["\\ud83d", "a \\udc00 cat", "whole \\ud83d\\ude00", "plain"]
+    for place in range(4):
+        PIL.Image.new("RGB", (8, 8), (60 * place, 0, 0)).save(tmp_path / f"{place}.png")
+    images = [f'{{"id": {place}, "file_name": "{place}.png"}}' for place in range(4)]
+    notes = [f'{{"image_id": {place}, "caption": "{caption}"}}' for place, caption in enumerate(captions)]
+    rows = [f'{{"image": "{place}.png", "caption": "{caption}"}}' for place, caption in enumerate(captions)]
+    sentences = [
+        f'{{"filename": "{place}.png", "split": "train", "sentences": [{{"raw": "{caption}"}}]}}'
+        for place, caption in enumerate(captions)
+    ]
+    text = {
+        "train.jsonl": "\n".join(rows),
+        "train.json": f"[{','.join(rows)}]",
+        "captions.json": f'{{"images": [{",".join(images)}], "annotations": [{",".join(notes)}]}}',
+        "dataset_x.json": f'{{"images": [{",".join(sentences)}]}}',
+    }[name]
+    (tmp_path / name).write_text(text)
+    pairs = as_pairs(load_splits(source="folder", path=str(tmp_path))["train"])
+    processor = tiny_models.tiny_clip()[1]
+    batch = SelectionCollator(processor)(pairs.__getitems__(list(range(4))))
+    half = BadReason.CAPTION_NOT_UNICODE
+    assert batch["bad_reason"].tolist() == [half, half, 0, 0]
+    assert [split_problem(text)[0] for text in read_problems(batch).values()] == ["\\ud83d", "a \\udc00 cat"]
+    assert list(pairs.captions()) == ["whole \U0001f600", "plain"]
 
 
 @pytest.mark.parametrize(

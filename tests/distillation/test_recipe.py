@@ -106,12 +106,18 @@ def test_train_leaves_a_folder_that_repeats_and_resumes(utd, tmp_path, capsys):
         ("data.path=nowhere.npz", "there is no .npz file"),
         ("auxiliaries.skeleton.config.num_channels=59", "skeleton: arrays of \\(4, 20, 3\\) have no 59 channels"),
         ("student.config.model_type=eye", "config.model_type 'eye' is not a known architecture"),
+        (
+            "training.metric_for_best_model=acuracy",
+            "training.metric_for_best_model: 'acuracy' is not a figure of the evaluation; allowed: loss, student_acc",
+        ),
     ],
 )
 def test_data_that_do_not_fit_end_with_a_word(override, message, utd, tmp_path, capsys):
     import re
 
-    settings = [f"data.path={utd}", *SMALL, override, "--output-dir", str(tmp_path / "run")]
+    best = ["training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.save_strategy=steps"]
+    best = [*best, "data.validation_groups=[2]", "data.test_groups=[4]"] if "metric" in override else []
+    settings = [f"data.path={utd}", *SMALL, *best, override, "--output-dir", str(tmp_path / "run")]
     assert main(["train", UTD, *settings]) == 2
     assert re.search(message, capsys.readouterr().err)
 

@@ -152,7 +152,7 @@ def test_the_student_loads_without_trainer_teacher_or_auxiliaries(tmp_path):
     torch.save(batch, tmp_path / "batch.pt")
     script = f"""
 import sys, torch
-import hf_dissect.distillation
+import hf_dissect
 from transformers import AutoModel, AutoModelForImageClassification
 batch = torch.load({str(tmp_path / "batch.pt")!r}, weights_only=True)
 for kind in (AutoModel, AutoModelForImageClassification):
@@ -196,10 +196,16 @@ def test_rows_that_lack_something_are_counted_and_train_what_they_can(tmp_path):
             "label and auxiliary missing": 1,
         },
         "rows": [0, 1, 2, 3, 4, 5, 6],
+        "problems": [
+            {"id": 2, "problem": "skeleton: 12 numbers that are not finite", "path": None},
+            {"id": 3, "problem": "inertial: an array of shape (5, 2), not (8, 2)", "path": None},
+            {"id": 4, "problem": "depth: missing", "path": None},
+            {"id": 6, "problem": "inertial: missing", "path": None},
+        ],
     }
     assert weights_of(trainer).isfinite().all()
     strict = tiny_trainer(tmp_path, columns, num_train_epochs=1, max_steps=-1)
-    with pytest.raises(TooManyBadRows, match=r"max_bad_fraction=0.01"):
+    with pytest.raises(TooManyBadRows, match=r"max_bad_fraction=0.01.*First problems: (depth|inertial): missing .row"):
         strict.train()
 
 

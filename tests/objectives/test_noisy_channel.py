@@ -199,7 +199,7 @@ def test_the_estimate_is_logged_and_stands_in_figures_report_and_card(tmp_path):
     report, card = ((tmp_path / name).read_text() for name in ("report.html", "README.md"))
     assert "Mismatched, estimated over optimiser steps" in report and share in report
     assert f"| Mismatched pairs, as the run estimates | {share} |" in card
-    assert '| Weights of the noisy channel | {"smoothing": 0.1} |' in card and "efron2001empirical" in card
+    assert '| Weights of the noisy channel | {"smoothing": 0.0} |' in card and "efron2001empirical" in card
 
 
 # ---- several processes ----

@@ -117,6 +117,6 @@ def test_a_recipe_sets_them():
     recipe = Recipe.load("quickstart", ["objective.rince.q=0.1", "objective.rince.lam=0.5"])
     arguments = DissectTrainingArguments(**recipe.training_arguments())
     robust = arguments.make_robust_objective()
-    assert (robust.name, robust.q, robust.lam, robust.temperature) == ("rince", 0.1, 0.5, None)
+    assert (robust.name, robust.q, robust.lam, robust.temperature) == ("rince", 0.1, 0.5, 0.07)
     recipe = Recipe.load("quickstart", ["objective.symnce={}"])
     assert DissectTrainingArguments(**recipe.training_arguments()).make_robust_objective().name == "symnce"

@@ -69,7 +69,8 @@ def load_error(path: Path, content: bytes | str) -> str:
 def test_defaults_are_those_of_the_contract():
     recipe = Recipe.from_dict(minimal())
     assert recipe.training == {} and recipe.description == "" and recipe.evaluation.zero_shot is None
-    assert recipe.selection == SelectionSection("dissect", 0.5, "local", 1, {}, False, None, False, 0.01)
+    assert recipe.selection == SelectionSection("dissect", 0.5, "local", 1, {}, mask_false_negatives=False)
+    assert (recipe.selection.rescore_every, recipe.selection.max_bad_fraction) == (1, 0.01)
     assert recipe.compare == CompareSection(["none", "random", "dissect"], [0])
     assert (recipe.data.source, recipe.data.train_split, recipe.data.num_workers) == ("scenes", "train", 0)
     assert (recipe.model.vocab_size, recipe.model.trust_remote_code) == (4096, False)
@@ -648,6 +649,8 @@ def test_training_arguments_gather_the_sections():
         "gsc": None,
         "noisy_channel": None,
         "selection_reference": None,
+        "selection_rescore_every": 1,
+        "scoring_dtype": None,
         "rince": None,
         "symnce": None,
         "weight_column": None,
@@ -689,8 +692,8 @@ def test_an_objective_with_its_defaults_survives_a_round_trip(tmp_path):
     assert recipe.objective.noisy_channel == NoisyChannelSection()
     recipe.save(tmp_path / "recipe.yaml")
     loaded = Recipe.load(tmp_path / "recipe.yaml")
-    assert loaded == recipe and loaded.training_arguments()["noisy_channel"] == {"smoothing": 0.1}
-    assert select_shareable(loaded.to_dict())[0]["objective"]["noisy_channel"] == {"smoothing": 0.1}
+    assert loaded == recipe and loaded.training_arguments()["noisy_channel"] == {"smoothing": 0.0}
+    assert select_shareable(loaded.to_dict())[0]["objective"]["noisy_channel"] == {"smoothing": 0.0}
     assert loaded.with_overrides(["objective.noisy_channel=null"]).objective.noisy_channel is None
 
 

@@ -202,11 +202,13 @@ def test_mismatched_pairs_stand_first(tmp_path):
     is_clean = torch.tensor(result.table["is_clean"].to_pylist())
     auroc = noise_detection_metrics(torch.tensor(result.table["score"].to_pylist()), is_clean)["auroc"]
     assert result.auroc == pytest.approx(auroc, abs=1e-6) and auroc > 0.9
+    # With five seeds of model, pairs and noise: 0.78 to 0.97, share 0.22 to 0.27, 25 to 29 dropped, 93 to 97 % clean.
+    # The bounds are as wide as 128 pairs, of which 32 are mismatched, make them.
     assert (~is_clean[:32]).float().mean() > 0.75
-    assert result.mismatched_share == pytest.approx(0.25, abs=0.12)
+    assert result.mismatched_share == pytest.approx(0.25, abs=0.06)
     likely = (result.table["p_mismatched"].to_numpy() > 0.5).sum()
     kept = pq.read_table(tmp_path / "clean")
-    assert 0 < likely == 128 - kept.num_rows and np.mean(kept["clean"].to_pylist()) > 0.85
+    assert 20 < likely == 128 - kept.num_rows < 36 and np.mean(kept["clean"].to_pylist()) > 0.9
 
 
 def test_the_ledger_of_the_run_is_added(run, audited):
@@ -219,6 +221,53 @@ def test_the_ledger_of_the_run_is_added(run, audited):
     np.testing.assert_allclose(
         table["ledger_differential"].to_numpy(), history - table["correlation"].to_numpy(), atol=1e-4
     )
+
+
+def earlier_by_hand(file: Path, ids: list[int]) -> list[float]:
+    """The last correlation of each pair up to the step that first trained on it, relative to those of its epoch."""
+    rows = pq.read_table(file).to_pylist()
+    earlier = []
+    for sample_id in ids:
+        own = sorted((row for row in rows if row["sample_id"] == sample_id), key=lambda row: row["step"])
+        trained = next((row["step"] for row in own if row["kept"]), float("inf"))
+        last = [row for row in own if row["step"] <= trained][-1]
+        of_epoch = np.array([row["correlation"] for row in rows if row["epoch"] == last["epoch"]])
+        earlier.append((last["correlation"] - of_epoch.mean()) / of_epoch.std())
+    return earlier
+
+
+@pytest.mark.parametrize(
+    "selection", [{"strategy": "none"}, {"strategy": "small_loss"}, {"strategy": "dissect", "warmup_epochs": 2}]
+)
+def test_pairs_of_the_run_are_ranked_by_the_record_of_its_selections(selection, tmp_path):
+    recipe = tiny_recipe(
+        tmp_path / "run",
+        selection={**selection, "record": True},
+        training={"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 3},
+    )
+    run_recipe(recipe)
+    record = tmp_path / "run" / "selection.parquet"
+    for folder in ("run", "run/checkpoint-5"):
+        result = audit(str(tmp_path / folder), output_dir=tmp_path / "audit")
+        table = result.table
+        ids = table["sample_id"].to_pylist()
+        expected = earlier_by_hand(record, ids)
+        np.testing.assert_allclose(table["earlier_correlation"].to_numpy(), expected, atol=1e-5)
+        assert sorted(ids) == list(range(64)) and expected == sorted(expected)
+        assert result.origin_of_ranks == "last correlation before training, from selection.parquet"
+        assert result.num_trained == 64 and result.mismatched_share is None
+        # Many correlations are 0 at first, so that the order of these pairs must not count.
+        auroc = noise_detection_metrics(torch.tensor(expected), torch.tensor(table["is_clean"].to_pylist()))["auroc"]
+        assert result.auroc == pytest.approx(auroc, abs=1e-6)
+
+
+def test_a_record_that_is_not_whole_is_left_out(tmp_path, caplog):
+    run_recipe(tiny_recipe(tmp_path / "run", selection={"strategy": "none", "record": True}))
+    record = tmp_path / "run" / "selection.parquet"
+    record.write_bytes(record.read_bytes()[:200])
+    result = audit(str(tmp_path / "run"), output_dir=tmp_path / "audit")
+    assert result.origin_of_ranks is None and result.num_trained == 64
+    assert "selection.parquet is left out, because it cannot be read" in caplog.text
 
 
 def test_other_data_get_a_ledger_only_when_it_is_named_and_fits(run, tmp_path):

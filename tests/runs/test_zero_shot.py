@@ -6,6 +6,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from testing.tiny_recipe import tiny_recipe
 
+from hf_dissect.recipe.recipe import RecipeError
 from hf_dissect.runs.run import run_recipe
 from hf_dissect.runs.zero_shot import check_class_names, load_labelled_images
 
@@ -87,3 +88,25 @@ def test_the_usual_split_of_data_without_splits_is_all_of_them(tmp_path):
     recipe = make_recipe(tmp_path, table(["cat", "dog"], TEXT), split="validation")
     with pytest.raises(ValueError, match="evaluation.zero_shot.split 'validation'"):
         load_labelled_images(recipe.evaluation.zero_shot, recipe)
+
+
+def test_labelled_images_in_a_table_that_needs_settings(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for place in range(4):
+        PILImage.new("RGB", (8, 8), (60 * place, 0, 0)).save(tmp_path / "pictures" / f"{place}.png")
+    lines = ["image;label", *(f"{place}.png;{('Größe', 'dog')[place % 2]}" for place in range(4))]
+    (tmp_path / "labelled.csv").write_bytes("\n".join(lines).encode("cp1252"))
+    section = {"classes": ["Größe", "dog"], "source": "folder", "path": str(tmp_path / "labelled.csv")}
+    read = {"separator": ";", "encoding": "cp1252", "image_root": str(tmp_path / "pictures")}
+    recipe = tiny_recipe(tmp_path / "run", evaluation={"zero_shot": {**section, **read}})
+    rows = load_labelled_images(recipe.evaluation.zero_shot, recipe)
+    assert list(rows["label"]) == ["Größe", "dog"] * 2
+    recipe = tiny_recipe(tmp_path / "run", evaluation={"zero_shot": {**section, **read, "image_root": "nowhere"}})
+    with pytest.raises(FileNotFoundError, match="evaluation.zero_shot.image_root 'nowhere': .* is not a folder"):
+        load_labelled_images(recipe.evaluation.zero_shot, recipe)
+    for wrong, message in (
+        ({**read, "separator": ";;"}, "evaluation.zero_shot.separator: ';;' is not allowed"),
+        ({**read, "source": "hub", "image_root": None}, "evaluation.zero_shot.separator: ';' is only for .*folder"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            tiny_recipe(tmp_path / "run", evaluation={"zero_shot": {**section, **wrong}})

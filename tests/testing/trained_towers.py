@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     BartConfig,
     BartModel,
@@ -125,3 +126,30 @@ def save_text_tower(folder: Path, kind: str = "bert", *, sentence_pooling: str |
         pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": False, sentence_pooling: True}
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     return str(folder)
+
+
+def add_sentence_modules(folder: Path, *modules: dict, seed: int = 0) -> list[torch.nn.Linear]:
+    """Add modules to the folder of a sentence-transformers model, and return the linear layers of the dense ones.
+
+    A module is a `config.json` of a Dense, with `file` for the name of the file of its weights, or `{"type": ...}`.
+    """
+    torch.manual_seed(seed)
+    listed, layers = json.loads((folder / "modules.json").read_text()), []
+    for module in modules:
+        kind = module.get("type", "Dense")
+        path = f"{len(listed)}_{kind}"
+        listed.append({"idx": len(listed), "name": path, "path": path, "type": f"sentence_transformers.models.{kind}"})
+        (folder / path).mkdir()
+        config = {key: value for key, value in module.items() if key not in ("type", "file")}
+        (folder / path / "config.json").write_text(json.dumps(config))
+        if kind == "Dense":
+            linear = torch.nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+            tensors = {f"linear.{name}": value.detach() for name, value in linear.named_parameters()}
+            file = module.get("file", "model.safetensors")
+            if file.endswith(".bin"):
+                torch.save(tensors, folder / path / file)
+            else:
+                save_file(tensors, folder / path / file)
+            layers.append(linear)
+    (folder / "modules.json").write_text(json.dumps(listed))
+    return layers

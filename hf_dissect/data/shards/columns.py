@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from datasets import Features, Image, List, Value
 
+from hf_dissect.data.surrogates import can_be_encoded, escape_unencodable, is_unencodable
+
 KEY_COLUMN = "__key__"
 JSON_COLUMN = "__json__"
 CLASS_MEMBER = "cls"
@@ -234,28 +236,24 @@ def _first_captions(
     for name in names:
         if name in members and (text := _decode(members[name])):
             return [text], False
+    unencodable: list[str | None] = []  # a caption for want of a better one, which is then counted for what it is
     for name in fields:
         value = record.get(name)
         if isinstance(value, list):
-            texts = [text if _is_encodable(text) else None for text in value if isinstance(text, str)]
-            if any(text and text.strip() for text in texts):
+            texts = [escape_unencodable(text) for text in value if isinstance(text, str)]
+            if any(text.strip() and not is_unencodable(text) for text in texts):
                 return texts, True
-        elif isinstance(value, str) and value.strip() and _is_encodable(value):
-            return [value], False
-    return [], False
+            unencodable += [text for text in texts if is_unencodable(text)]
+        elif isinstance(value, str) and value.strip():
+            if can_be_encoded(value):
+                return [value], False
+            unencodable.append(escape_unencodable(value))
+    return unencodable[:1], False
 
 
 def _decode(content: bytes) -> str:
     # A hole of zeros in a damaged file is not a caption.
     return content.decode("utf-8-sig", errors="replace").strip().strip("\0").strip()
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and Arrow cannot
-        return False
-    return True
 
 
 def _convert(value: Any, kind: str) -> Any:

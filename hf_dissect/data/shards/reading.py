@@ -26,7 +26,7 @@ from hf_dissect.data.shards.skipped import describe_in, note_skipped
 from hf_dissect.data.shards.survey import Asked, NamedSurveys, look_ahead, survey_shard
 from hf_dissect.data.split_files import summarize_error
 
-_VERSION = 1
+_VERSION = 2
 """Version of these readers, on which the cache depends: rows that another one read are read again."""
 
 Identity = tuple[str, int, int]

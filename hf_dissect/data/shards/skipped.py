@@ -58,6 +58,13 @@ def read_description(rows: datasets.Dataset) -> dict[str, str]:
     return skipped
 
 
+def find_skipped(data: Any) -> dict[str, str]:
+    """Return the skipped shards of pairs, of a table, or of a dict of several, with the reason."""
+    if isinstance(data, Mapping):
+        return {shard: reason for part in data.values() for shard, reason in find_skipped(part).items()}
+    return read_description(data) if isinstance(data, datasets.Dataset) else getattr(data, "skipped_shards", {})
+
+
 def describe_all_skipped(skipped: Mapping[str, str]) -> str:
     """Return why there are no rows, to be added to an error message; empty if no shard was skipped."""
     if not skipped:
@@ -72,3 +79,17 @@ def summarize_skipped(skipped: Mapping[str, str]) -> dict[str, Any]:
     if len(set(names)) < len(names):
         names = ["/".join(shard.rsplit("/", 2)[-2:]) for shard in skipped]
     return {"count": len(skipped), "shards": dict(sorted(zip(names, skipped.values(), strict=True)))}
+
+
+def summarize_all_skipped(skipped: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Return `count` and `shards` of the split "train", and the same of each other split under its name.
+
+    Args:
+        skipped: Skipped shards and the reasons by split.
+
+    Returns:
+        Entry `skipped_shards` of `metrics.json`; empty if no shard was skipped.
+    """
+    others = {split: summarize_skipped(shards) for split, shards in skipped.items() if shards and split != "train"}
+    train = skipped.get("train", {})
+    return {**summarize_skipped(train), **others} if train or others else {}

@@ -1,5 +1,6 @@
 """Make candidate batches of a stream that is split over processes and workers and resumes exactly after a stop."""
 
+import itertools
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,10 @@ _SKIPPED = "skipped_shards"
 """Key of a worker's state for the shards that it has not read to their end, see `record_skipped`."""
 
 Batch = dict[str, torch.Tensor]
+Rows = list[dict[str, Any]]
 Collator = Callable[[Sequence[dict[str, Any]]], Batch]
+Pick = Callable[[Rows, int], Rows]
+"""Function from the undecoded rows of a block and the number of its batch in this process to the rows to collate."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class StreamLoader:
         prefetch_factor: Number of batches that a worker prepares ahead, 2 if None.
         pin_memory: Whether to copy batches into page-locked memory.
         multiprocessing_context: Context that starts the workers; None takes the usual one.
+        pick: Function of the worker that picks the rows to collate; None for all.
+
+    Attributes:
+        num_batches: Number of batches returned so far, in earlier runs that this one resumes, too.
 
     Raises:
         ValueError: If the stream is already split over the processes.
@@ -76,6 +84,7 @@ class StreamLoader:
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
         multiprocessing_context: Any = None,
+        pick: Pick | None = None,
     ) -> None:
         check_whole(stream.rows)
         self.dataset = stream
@@ -87,6 +96,8 @@ class StreamLoader:
         self.multiprocessing_context = multiprocessing_context if num_workers else None
         num_shards = count_separate_shards(stream.rows)
         self._settings = _Settings(rank, world_size, num_workers, batch_size, seed, shuffle_buffer, num_shards)
+        self.pick = pick
+        self.num_batches = 0
         self._restarts = 0
         self._turn = 0
         self._states = [BlockState().to_json() for _ in range(max(1, num_workers))]
@@ -112,7 +123,16 @@ class StreamLoader:
             self._settings.seed
         )  # otherwise the loader draws from the global one
         loader = DataLoader(
-            _WorkerBatches(self.dataset, self.collator, self._settings, self._restarts, self._turn, self._states),
+            _WorkerBatches(
+                self.dataset,
+                self.collator,
+                self._settings,
+                self._restarts,
+                self._turn,
+                self._states,
+                pick=self.pick,
+                first=self.num_batches,
+            ),
             batch_size=None,
             collate_fn=_keep_unchanged,
             num_workers=self.num_workers,
@@ -135,6 +155,7 @@ class StreamLoader:
             **asdict(self._settings),
             "restarts": self._restarts,
             "turn": self._turn,
+            "num_batches": self.num_batches,
             "workers": list(self._states),
         }
 
@@ -143,6 +164,7 @@ class StreamLoader:
 
         The place is lost if settings have changed. The pass then starts again, in another order, with a warning.
         """
+        self.num_batches = state.get("num_batches", 0)  # states of earlier versions do not count
         for worker in state["workers"]:
             self.dataset.skipped_shards.update(worker.get(_SKIPPED, {}))
         changed = {name: value for name, value in asdict(self._settings).items() if state.get(name) != value}
@@ -166,6 +188,7 @@ class StreamLoader:
     def _accept(self, batch: Batch | ValueError, state: dict[str, Any]) -> Batch:
         if isinstance(batch, ValueError):
             raise batch
+        self.num_batches += 1
         self._states[self._turn] = state
         self.dataset.skipped_shards.update(state.get(_SKIPPED, {}))
         self._turn = (self._turn + 1) % len(self._states)
@@ -183,6 +206,8 @@ class _WorkerBatches(IterableDataset):
         restarts: int,
         turn: int,
         states: list[dict[str, Any]],
+        pick: Pick | None = None,
+        first: int = 0,
     ) -> None:
         self.stream = stream
         self.collator = collator
@@ -190,18 +215,21 @@ class _WorkerBatches(IterableDataset):
         self.restarts = restarts
         self.turn = turn
         self.states = list(states)
+        self.pick = pick
+        self.first = first
 
     def __iter__(self) -> Iterator[tuple[Batch | ValueError, dict[str, Any]]]:
         info = get_worker_info()
         # Torch asks its worker 0 first, which therefore takes the part whose turn it is.
-        number = (self.turn + (info.id if info else 0)) % len(self.states)
-        state = self.states[number]
+        place = (self.turn + (info.id if info else 0)) % len(self.states)
+        state = self.states[place]
         try:
-            reader = self._choose_part(number)
+            reader = self._choose_part(place)
             reader.skipped_shards.update(state.get(_SKIPPED, {}))
             pairs = self._open_part(reader, BlockState.from_json(_drop_skipped(state)))
-            while True:
-                batch = self.collator([next(pairs) for _ in range(self.settings.batch_size)])
+            for number in itertools.count(self.first + (info.id if info else 0), len(self.states)):
+                rows = [next(pairs) for _ in range(self.settings.batch_size)]
+                batch = self.collator(rows if self.pick is None else self.pick(rows, number))
                 state = pairs.state.to_json()
                 if reader.skipped_shards:
                     state = {**state, _SKIPPED: dict(reader.skipped_shards)}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hf_dissect.data.surrogates import escape_unencodable
 from hf_dissect.data.tables.text_file import read_text, reading_text
 
 _HALF_PAIR = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")  # of two escapes that stand for one character
@@ -18,52 +19,55 @@ _HALF_PAIR = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")  # of two escapes th
 logger = logging.getLogger(__name__)
 
 
-def iterate_json_rows(file: Path, encoding: str | None, lines: bool) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON file; text with half a character, which no file can hold, is None.
+def iterate_json_rows(
+    file: Path, encoding: str | None, lines: bool, *, warns: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON file; text with half a character, which no table can hold, is escaped and marked.
 
     Args:
         file: File of JSON.
         encoding: See `reading_text`.
         lines: True if each line is a row.
+        warns: False in a second pass, and for a file that was loaded before.
 
     Raises:
         ValueError: If it is not JSON, or holds anything but rows; the message names the file and the line.
     """
-    removed = 0
-    for line, row, escaped in _iterate_lines(file, encoding) if lines else _iterate_whole(file, encoding):
+    is_known = not warns
+    for line, row, may_have_halves in _iterate_lines(file, encoding) if lines else _iterate_whole(file, encoding):
         if not isinstance(row, dict):
             raise ValueError(
                 f"{str(file)!r}, {line}: {type(row).__name__} instead of an object such as "
                 '{"image": "0.jpg", "caption": "a cat"}.'
             )
-        if escaped:
-            row, count = _remove_halves(row)
-            removed += count
+        if may_have_halves:
+            row, is_known = _escape_halves(f"{file}, {line}", row, is_known)
         yield row
-    _report(file, removed)
 
 
-def load_json(file: Path, encoding: str | None) -> Any:
+def load_json(file: Path, encoding: str | None, *, warns: bool = True) -> Any:
     """Return the content of a JSON file that is one value; a file of several lines of JSON gives a list.
+
+    Args:
+        file: File of JSON.
+        encoding: See `reading_text`.
+        warns: False for a file that was loaded before.
 
     Raises:
         ValueError: If it is not JSON; the message names the file and the line.
     """
     text = read_text(file, encoding).lstrip("\ufeff")
     try:
-        content, removed = json.loads(text), 0
-        if _HALF_PAIR.search(text):
-            content, removed = _remove_halves(content)
-        _report(file, removed)
-        return content
+        content = json.loads(text)
+        return _escape_halves(str(file), content, not warns)[0] if _HALF_PAIR.search(text) else content
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return list(iterate_json_rows(file, encoding, lines=True))
+            return list(iterate_json_rows(file, encoding, lines=True, warns=warns))
         raise ValueError(_describe(file, error.lineno, error)) from error
 
 
 def _iterate_whole(file: Path, encoding: str | None) -> Iterator[tuple[str, Any, bool]]:
-    content = load_json(file, encoding)
+    content = load_json(file, encoding, warns=False)  # those who looked for captions of COCO in it were warned
     if isinstance(content, dict):
         content = _rows_of_object(file, content)
     if not isinstance(content, list):
@@ -102,9 +106,16 @@ def _iterate_lines(file: Path, encoding: str | None) -> Iterator[tuple[str, Any,
             yield f"line {number}", row, bool(_HALF_PAIR.search(bare))
 
 
-def _report(file: Path, removed: int) -> None:
-    if removed:
-        logger.warning("%s: %d texts with half a character (a lone surrogate) are left out.", file, removed)
+def _escape_halves(place: str, value: Any, is_known: bool) -> tuple[Any, bool]:
+    """Return a value with texts that cannot be encoded escaped, and whether they were warned of."""
+    escaped = escape_unencodable(value)
+    if escaped != value and not is_known:
+        logger.warning(
+            "%s: a text with half a character (a lone surrogate) cannot be encoded. Such a text is escaped, and as a "
+            "caption it makes a row that cannot be read.",
+            place,
+        )
+    return escaped, is_known or escaped != value
 
 
 def _describe(file: Path, line: int, error: json.JSONDecodeError) -> str:
@@ -112,20 +123,3 @@ def _describe(file: Path, line: int, error: json.JSONDecodeError) -> str:
         f"{file}: not readable as json (line {line}, character {error.colno}: {error.msg}). It may be cut off: "
         "write it again, or remove the line."
     )
-
-
-def _remove_halves(value: Any) -> tuple[Any, int]:
-    """Return a value without texts that cannot be encoded, and their number."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return None, 1
-        return value, 0
-    if isinstance(value, dict):
-        parts = {key: _remove_halves(each) for key, each in value.items()}
-        return {key: each for key, (each, _) in parts.items()}, sum(count for _, count in parts.values())
-    if isinstance(value, list):
-        items = [_remove_halves(each) for each in value]
-        return [each for each, _ in items], sum(count for _, count in items)
-    return value, 0

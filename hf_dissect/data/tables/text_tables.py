@@ -20,7 +20,7 @@ from hf_dissect.data.tables.delimited import Layout, find_layout, iterate_rows
 from hf_dissect.data.tables.json_rows import iterate_json_rows
 
 _ROWS_AT_ONCE = 10_000
-_FORM = 1  # to be raised when the same files give other rows, so that an older cache is not read
+_FORM = 2  # to be raised when the same files give other rows, so that an older cache is not read
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _JsonTable(_TextTable):
         self._types: dict[str, JsonColumnType] = {}
         num_rows = 0
         for file in self.config.files:
-            for length, batch in self._iterate_batches(file):
+            for length, batch in self._iterate_batches(file, warns=True):
                 num_rows += length
                 for name, values in batch.items():
                     kind = _find_kind(name, self.config.options)
@@ -185,13 +185,13 @@ class _JsonTable(_TextTable):
 
     def _generate_tables(self, files: list[_TextFile]) -> Iterator[tuple[Key, pa.Table]]:
         for place, file in enumerate(files):
-            for number, (length, batch) in enumerate(self._iterate_batches(file)):
+            for number, (length, batch) in enumerate(self._iterate_batches(file, warns=False)):
                 columns = {name: kind.convert(batch.get(name, [None] * length)) for name, kind in self._types.items()}
                 yield Key(place, number), pa.table(columns)
 
-    def _iterate_batches(self, file: _TextFile) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    def _iterate_batches(self, file: _TextFile, warns: bool) -> Iterator[tuple[int, dict[str, list[Any]]]]:
         """Yield the number and the columns of some rows at a time; a row without a column has None there."""
-        rows = iterate_json_rows(file.path, self.config.options.encoding, lines=file.kind == "jsonl")
+        rows = iterate_json_rows(file.path, self.config.options.encoding, lines=file.kind == "jsonl", warns=warns)
         while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
             names = dict.fromkeys(name for row in some for name in row)
             yield len(some), {name: [row.get(name) for row in some] for name in names}

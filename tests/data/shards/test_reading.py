@@ -12,6 +12,7 @@ from hf_dissect.auditing.export import export_clean
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs
 from hf_dissect.data.shards.files import find_shards
+from hf_dissect.data.surrogates import MARK
 
 PICTURE = b"\x89PNG picture"
 
@@ -130,10 +131,11 @@ def test_the_first_caption_that_is_not_empty_is_taken(tmp_path, streaming, caplo
         "2.jpg": PICTURE, "2.txt": b"\xef\xbb\xbfbom", "2.json": b'{"caption": "other"}',
         "3.jpg": PICTURE, "3.txt": b"", "3.json": b'{"captions": [], "text": "", "caption": "last"}',
         "4.jpg": PICTURE, "4.json": b'{"caption": "\\ud83d"}',
+        "5.jpg": PICTURE, "5.json": b'{"text": "\\ud83d", "caption": "whole"}',
     }  # fmt: skip
     write_tar(tmp_path / "0.tar", files)
     rows = load(tmp_path, streaming=streaming)
-    assert column(rows, "caption") == ["from the JSON", "from the caption", "bom", "last", None]
+    assert column(rows, "caption") == ["from the JSON", "from the caption", "bom", "last", MARK + "\\ud83d", "whole"]
     assert "list of captions" not in caplog.text
 
 

@@ -5,11 +5,13 @@ import json
 import shutil
 
 import pytest
+from testing import tiny_models
 from testing.shard_server import serving
 from testing.tar_files import write_tar
-from testing.tiny_recipe import tiny_recipe
+from testing.tiny_recipe import tiny_recipe, write_tiny_recipe
 
-from hf_dissect import make_scenes
+from hf_dissect import DissectTrainer, DissectTrainingArguments, make_scenes
+from hf_dissect.cli import main
 from hf_dissect.data import load_splits
 from hf_dissect.data.pairs import as_pairs
 from hf_dissect.data.shards.skipped import summarize_skipped
@@ -145,6 +147,61 @@ def test_the_figures_of_a_run_name_the_shards(shards, tmp_path, streaming):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "2 shards were not read to their end" in page and "train-1.tar: the file ends at byte" in page
     assert "Shards not read to their end" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("damaged", [("test",), ("validation", "test"), ("train", "validation")])
+def test_shards_of_the_other_splits_are_counted_under_their_names(tmp_path, damaged, capsys):
+    rows = {split: make_scenes(24, split=split) for split in ("train", "validation", "test")}
+    for split, scenes in rows.items():
+        members = {}
+        for place, row in enumerate(scenes):
+            members[f"{place:03}.png"] = row["image"]["bytes"]
+            members[f"{place:03}.txt"] = row["caption"].encode()
+        write_tar(tmp_path / "shards" / f"{split}-0.tar", members)
+        content = (tmp_path / "shards" / f"{split}-0.tar").read_bytes()
+        (tmp_path / "shards" / f"{split}-1.tar").write_bytes(
+            content[: len(content) // 2] if split in damaged else content
+        )
+    unused = dict.fromkeys(("scenes_train", "scenes_validation", "scenes_test"))
+    data = {
+        **unused,
+        "source": "webdataset",
+        "path": str(tmp_path / "shards"),
+        "skip_bad_shards": True,
+        "noise_rate": 0,
+    }
+    file = write_tiny_recipe(tmp_path / "recipe.yaml", data=data, training={"max_steps": 2})
+    assert main(["train", str(file), "--output-dir", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    skipped, said = metrics["skipped_shards"], capsys.readouterr().out
+    page, card = ((tmp_path / "run" / name).read_text() for name in ("report.html", "README.md"))
+    assert skipped["count"] == ("train" in damaged) == len(skipped["shards"])
+    assert skipped.keys() == {"count", "shards", *damaged} - {"train"}
+    for split in damaged:
+        entry = skipped if split == "train" else skipped[split]
+        assert entry["count"] == 1 and entry["shards"][f"{split}-1.tar"].startswith("the file ")
+        assert (
+            f"1 shards of the split {split} were not read to their end" in said and f"{split}-1.tar: the file" in page
+        )
+        assert split == "train" or (
+            f"1 shards were not read to their end ({split})" in page and f"1 ({split})" in card
+        )
+
+
+def test_the_test_split_is_not_mixed_up_with_the_one_evaluated_in_its_place(shards, tmp_path):
+    rows = load(shards, skip_bad_shards=True)["train"]
+    settings = {"max_steps": 1, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": "none"}
+    model, processor = tiny_models.tiny_clip()
+    trainer = DissectTrainer(
+        model=model,
+        processing_class=processor,
+        train_dataset=tiny_models.tiny_pairs(16),
+        eval_dataset={"first": rows, "second": tiny_models.tiny_pairs(4)},
+        args=DissectTrainingArguments(str(tmp_path), save_run_folder=False, save_strategy="no", **settings),
+    )
+    trainer.train()
+    skipped = trainer.finish()["skipped_shards"]
+    assert (skipped["count"], skipped["validation"]["count"]) == (0, 2) and "test" not in skipped
 
 
 def test_shards_that_are_all_damaged(tmp_path):
