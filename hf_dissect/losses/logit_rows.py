@@ -29,7 +29,7 @@ def mask_negatives(logits: torch.Tensor, first: int, mask: torch.Tensor | None) 
     if mask is None:
         return logits
     labels = torch.arange(len(logits), device=logits.device) + first
-    return logits.masked_fill(_off_diagonal(mask, labels), -torch.inf)
+    return logits.masked_fill(exclude_negatives(mask, labels), -torch.inf)
 
 
 def smoothed_softmax_losses(
@@ -52,7 +52,7 @@ def smoothed_softmax_losses(
     if mask is None:
         normaliser, mean = logits.logsumexp(1), logits.mean(1)
     else:
-        excluded = _off_diagonal(mask, labels)
+        excluded = exclude_negatives(mask, labels)
         normaliser = logits.masked_fill(excluded, -torch.inf).logsumexp(1)
         mean = logits.masked_fill(excluded, 0).sum(1) / (~excluded).sum(1)
     return torch.stack([normaliser - torch.lerp(own, mean, smoothing), normaliser - own], dim=1)
@@ -74,7 +74,7 @@ def sigmoid_losses(logits: torch.Tensor, first: int | None, mask: torch.Tensor |
     if first is not None:
         rows = torch.arange(len(logits), device=logits.device)
         sign[rows, rows + first] = 1
-        mask = None if mask is None else _off_diagonal(mask, rows + first)
+        mask = None if mask is None else exclude_negatives(mask, rows + first)
     log_likelihood = F.logsigmoid(sign * logits)
     if mask is not None:
         log_likelihood = log_likelihood.masked_fill(mask, 0)
@@ -135,7 +135,8 @@ def promote_to_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _off_diagonal(mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def exclude_negatives(mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return a mask `(r, c)` that is False for the true pairs, whose columns are `labels` int64 `(r,)`."""
     return mask.scatter(1, labels[:, None], False)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_dissect.losses.evidence_temperature import EvidenceTemperature
 from hf_dissect.losses.logit_rows import promote_to_float32
 from hf_dissect.losses.pair_evidence import compute_pair_evidence
 
@@ -33,6 +34,7 @@ class NoisyChannel:
     Attributes:
         pi: Estimated share of matched pairs. It begins at 1/2, moves by 2 % towards the mean posterior of the pairs of
             each optimiser step, and stays within [0.05, 0.999].
+        temperature: `EvidenceTemperature` that the losses are to be taken at.
     """
 
     START = 0.5
@@ -43,6 +45,7 @@ class NoisyChannel:
     def __init__(self, smoothing: float = 0.0) -> None:
         self.smoothing = smoothing
         self.pi = self.START
+        self.temperature = EvidenceTemperature()
         self._sum = 0.0
         self._count = 0
 
@@ -94,7 +97,8 @@ class NoisyChannel:
         self._count += len(posterior)
 
     def begin_step(self) -> None:
-        """Move `pi` by what was observed since the last optimiser step began."""
+        """Move `pi` and the temperature by what was observed since the last optimiser step began."""
+        self.temperature.begin_step()
         if self._count:
             moved = (1 - self.SHARE_OF_STEP) * self.pi + self.SHARE_OF_STEP * self._sum / self._count
             self.pi = min(max(moved, self.LOWEST), self.HIGHEST)
@@ -105,16 +109,22 @@ class NoisyChannel:
         return {"estimated_mismatched": 1 - self.pi}
 
     def pop_logs(self) -> dict[str, float]:
-        """Return the figures as `selection_*`, for the logs of training."""
-        return {f"selection_{name}": value for name, value in self.compute_figures().items()}
+        """Return the figures as `selection_*`, for the logs of training, and a temperature that was below 1."""
+        figures, lowest = self.compute_figures(), self.temperature.pop_lowest()
+        if lowest < 1:
+            figures["evidence_temperature"] = lowest
+        return {f"selection_{name}": value for name, value in figures.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the share, and what was observed in the current step."""
-        return {"pi": self.pi, "sum": self._sum, "count": self._count}
+        """Return the share, what was observed in the current step, and the temperature."""
+        own = {"pi": self.pi, "sum": self._sum, "count": self._count}
+        return own | {"temperature": self.temperature.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
         self.pi, self._sum, self._count = float(state["pi"]), float(state["sum"]), int(state["count"])
+        if "temperature" in state:  # earlier versions had none
+            self.temperature.load_state_dict(state["temperature"])
 
     def _logit(self) -> float:
         return math.log(self.pi / (1 - self.pi))

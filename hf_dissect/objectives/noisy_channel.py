@@ -1,14 +1,14 @@
 """Objective of the noisy channel: pairs are weighted by the probability that their caption is not a stranger's."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from hf_dissect.losses import ContrastiveLoss
-from hf_dissect.losses.logit_rows import promote_to_float32, smoothed_softmax_losses
+from hf_dissect.losses.evidence_temperature import TemperedLosses
+from hf_dissect.losses.logit_rows import promote_to_float32
 from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.recipe.objective_schema import NoisyChannelSection
@@ -51,7 +51,7 @@ class NoisyChannelObjective(RobustObjective):
         self._last_evidence: dict[str, torch.Tensor] = {}
 
     def begin_step(self) -> None:
-        """Move the share of matched pairs by the pairs of the last step."""
+        """Move the share of matched pairs and the temperature by the pairs of the last step."""
         self.channel.begin_step()
 
     def compute_loss(
@@ -66,29 +66,27 @@ class NoisyChannelObjective(RobustObjective):
         """Compute the weighted contrastive loss, times the weights of the strategy; see `RobustObjective`."""
         given = batch.get("pair_weight")
         own_weights: list[torch.Tensor] = []
+        is_softmax = contrastive_loss.kind == "softmax"
+        row_losses = TemperedLosses(self.channel.temperature.value, self.smoothing if is_softmax else 0.0)
+        softmax = ContrastiveLoss(
+            "softmax", contrastive_loss.mask_false_negatives, contrastive_loss.max_logits, row_losses
+        )
 
         def weigh(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
             losses = self.channel.correct(losses, counts)
             posterior = self.channel.posterior(losses, counts)
             evidence = find_evidence(losses, counts)
             self._last_evidence = {"evidence": evidence, "posterior": posterior.float()}
+            self._last_evidence |= row_losses.pop_columns(counts)
             own_weights.append(self.channel.weigh(posterior))
             return own_weights[0] if given is None else own_weights[0] * given.to(losses)
 
         keys = {name: batch.get(name) for name in ("image_key", "caption_key")}
-        if contrastive_loss.kind == "softmax":
+        if is_softmax:
             self.channel.smoothing = self.smoothing
-            smoothed = ContrastiveLoss(
-                "softmax",
-                contrastive_loss.mask_false_negatives,
-                contrastive_loss.max_logits,
-                partial(smoothed_softmax_losses, smoothing=self.smoothing),
-            )
-            return smoothed(outputs, scale=scale, bias=bias, weights=weigh, **keys)
+            return softmax(outputs, scale=scale, bias=bias, weights=weigh, **keys)
         with torch.no_grad():
-            ContrastiveLoss("softmax", contrastive_loss.mask_false_negatives, contrastive_loss.max_logits)(
-                outputs, scale=scale, weights=weigh, **keys
-            )
+            softmax(outputs, scale=scale, weights=weigh, **keys)
         loss = contrastive_loss(outputs, scale=scale, bias=bias, weights=given, **keys)
         lacking = 1 - own_weights[0] if given is None else (1 - own_weights[0]) * given.to(own_weights[0])
         images, texts = (promote_to_float32(outputs[name]) for name in ("image_embeds", "text_embeds"))
@@ -98,7 +96,7 @@ class NoisyChannelObjective(RobustObjective):
     def compute_evidence(
         self, outputs: Mapping[str, torch.Tensor], sample_id: torch.Tensor, ledger: SampleLedger
     ) -> dict[str, torch.Tensor]:
-        """Return `evidence` and `posterior` of the pairs whose loss was computed last, see `RobustObjective`."""
+        """Return evidence and posterior of the pairs whose loss was computed last, and measurements of a sample."""
         evidence, self._last_evidence = self._last_evidence, {}
         return evidence
 
@@ -108,7 +106,7 @@ class NoisyChannelObjective(RobustObjective):
             record_evidence(self.channel, ledger, sample_id, evidence)
 
     def pop_logs(self) -> dict[str, float]:
-        """Return the estimated share of mismatched pairs, for the logs."""
+        """Return the estimated share of mismatched pairs, and a temperature below 1, for the logs."""
         return self.channel.pop_logs()
 
     def compute_figures(self) -> dict[str, float]:

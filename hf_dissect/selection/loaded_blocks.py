@@ -221,7 +221,7 @@ class LoadedBlocks:
             columns["is_clean"] = torch.cat([block.is_clean, left])
         measured = self.strategy.measure(candidates, self.ledger) if scores else {}
         if "evidence" in self.ledger.columns and scores:
-            measured = {**measured, "evidence": candidates.evidence}
+            measured = {"evidence": candidates.evidence, **measured}
         both = columns | {f"measured.{name}": fill(values) for name, values in measured.items()}
         everywhere = self.ranks.gather_columns(both, sizes)
         is_new = ~everywhere["correlation"].isnan()
@@ -274,21 +274,25 @@ class LoadedScores(CandidateScores):
     @cached_property
     def evidence(self) -> torch.Tensor:
         """Evidence of each pair against those that trained, float32 `(k + h,)` on the CPU."""
+        return self._find_evidence(self.logit_scale)
+
+    def _find_evidence(self, scale: torch.Tensor | float) -> torch.Tensor:
         images, texts = self.get_embeds()
         k = self._num_trained
-        own = (images * texts).sum(-1) * self.logit_scale
+        own = (images * texts).sum(-1) * scale
         losses = torch.zeros_like(own)
         for rows, columns in ((images, texts[:k]), (texts, images[:k])):
-            total = torch.logsumexp(rows @ columns.T * self.logit_scale, dim=1)
+            total = torch.logsumexp(rows @ columns.T * scale, dim=1)
             total = torch.cat([total[:k], torch.logaddexp(total[k:], own[k:])])
             losses += (total - own) / 2
         counts = torch.where(torch.arange(len(own), device=own.device) < k, k, k + 1)
         return find_evidence(losses, counts).cpu()
 
-    def _compute_losses(self, kind: str) -> torch.Tensor:
+    def _compute_losses(self, kind: str, temperature: float = 1.0) -> torch.Tensor:
         """Compute the losses that the pairs would have among as many as were loaded, from their evidence."""
         if kind == "softmax":
-            return recover_losses(self.evidence, self.num_candidates)
+            evidence = self.evidence if temperature == 1 else self._find_evidence(self.logit_scale * temperature)
+            return recover_losses(evidence, self.num_candidates)
         images, texts = self.get_embeds()
         k = self._num_trained
         negatives = F.softplus(texts @ images[:k].T * self.logit_scale + self.logit_bias)

@@ -7,7 +7,8 @@ import torch
 
 from hf_dissect.distributed import scale_to_mean_one
 from hf_dissect.losses.contrastive import Weigh
-from hf_dissect.losses.noisy_channel import NoisyChannel
+from hf_dissect.losses.evidence_temperature import measure_pairs
+from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
 from hf_dissect.selection.inclusion import find_inclusion, sample_systematically
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores
@@ -36,7 +37,7 @@ class NoisyChannelSampling(SelectionStrategy):
         self.channel = NoisyChannel()
 
     def begin_step(self) -> None:
-        """Move the share of matched pairs by the candidates of the last step; see `SelectionStrategy.begin_step`."""
+        """Move share and temperature by the candidates of the last step; see `SelectionStrategy.begin_step`."""
         self.channel.begin_step()
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
@@ -48,10 +49,13 @@ class NoisyChannelSampling(SelectionStrategy):
         return Selection(drawn, (weights[drawn] / inclusion[drawn]).float(), posterior.float())
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
-        """Measure evidence and posterior probability of each candidate; see `SelectionStrategy.measure`."""
+        """Measure evidence and posterior of each candidate, and more of a sample; see `SelectionStrategy.measure`."""
+        is_plain = self.channel.temperature.value == 1
+        evidence = scores.evidence if is_plain else find_evidence(self._find_losses(scores), scores.num_candidates)
         if scores.is_part:
-            return {"evidence": scores.evidence}  # the channel observes whole blocks, see `record_block`
-        return {"evidence": scores.evidence, "posterior": self._find_posterior(scores).float()}
+            return {"evidence": evidence}  # the channel observes whole blocks, see `record_block`
+        columns = {"evidence": evidence, "posterior": self._find_posterior(scores).float()}
+        return columns | measure_pairs(*scores.get_embeds(), scores.logit_scale)
 
     def record(
         self,
@@ -83,10 +87,13 @@ class NoisyChannelSampling(SelectionStrategy):
         self.channel.observe(self.channel.posterior_of_evidence(evidence[~evidence.isnan()]))
 
     def _find_posterior(self, scores: CandidateScores) -> torch.Tensor:
-        return self.channel.posterior(scores.softmax_loss, scores.num_candidates)
+        return self.channel.posterior(self._find_losses(scores), scores.num_candidates)
+
+    def _find_losses(self, scores: CandidateScores) -> torch.Tensor:
+        return scores.temper_softmax_loss(self.channel.temperature.value)
 
     def pop_logs(self) -> dict[str, float]:
-        """Return the estimated share of mismatched pairs, for the logs."""
+        """Return the estimated share of mismatched pairs, and a temperature below 1, for the logs."""
         return self.channel.pop_logs()
 
     def compute_figures(self) -> dict[str, float]:
@@ -105,14 +112,16 @@ class NoisyChannelSampling(SelectionStrategy):
 def record_evidence(
     channel: NoisyChannel, ledger: SampleLedger, sample_id: torch.Tensor, measured: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write the evidence for pairs to a ledger, and let a channel observe their posterior probabilities.
+    """Write the evidence for pairs to a ledger, and let a channel observe their posterior probabilities and a sample.
 
     Args:
         channel: Channel of the run.
         ledger: Ledger with the column `evidence`.
         sample_id: Ids of the pairs of all ranks, int64 `(n,)`.
-        measured: `evidence`, NaN where there is none, and `posterior` of these pairs, float32 `(n,)`.
+        measured: `evidence`, NaN where there is none, and `posterior` of these pairs, and the columns of
+            `EvidenceTemperature.observe`, float32 `(n,)`.
     """
     known = ~measured["evidence"].isnan()
     ledger.write("evidence", sample_id[known], measured["evidence"][known])
     channel.observe(measured["posterior"])
+    channel.temperature.observe(measured)

@@ -186,13 +186,13 @@ class GatheredScores(CandidateScores):
         embeds = self._own.text_embeds
         return None if embeds is None else self._ranks.gather_rows(embeds, self._sizes)
 
-    def _compute_losses(self, kind: str) -> torch.Tensor:
+    def _compute_losses(self, kind: str, temperature: float = 1.0) -> torch.Tensor:
         """Compute the losses among the candidates of all ranks, float32 `(sum(sizes),)` on the CPU."""
         own = compute_row_losses(
             *self._own.get_embeds(),
             *self.get_embeds(),
             offset=sum(self._sizes[: self._ranks.own]),
-            scale=self.logit_scale,
+            scale=self.logit_scale * temperature,
             bias=self.logit_bias,
             kind=kind,
         )

@@ -63,14 +63,18 @@ class CandidateScores:
         """Softmax loss of each pair among the candidates, float32 `(B,)` on the CPU, also for the sigmoid loss."""
         return self.loss if self.kind == "softmax" else self._compute_losses("softmax")
 
+    def temper_softmax_loss(self, temperature: float) -> torch.Tensor:
+        """Return the softmax loss of each pair with the logits times `temperature`, float32 `(B,)` on the CPU."""
+        return self.softmax_loss if temperature == 1 else self._compute_losses("softmax", temperature)
+
     @cached_property
     def evidence(self) -> torch.Tensor:
         """Evidence of each pair against a stranger, float32 `(B,)` on the CPU, see `compute_pair_evidence`."""
         return find_evidence(self.softmax_loss, self.num_candidates)
 
-    def _compute_losses(self, kind: str) -> torch.Tensor:
+    def _compute_losses(self, kind: str, temperature: float = 1.0) -> torch.Tensor:
         image_embeds, text_embeds = self.get_embeds()
-        logits = text_embeds @ image_embeds.T * self.logit_scale + self.logit_bias
+        logits = text_embeds @ image_embeds.T * (self.logit_scale * temperature) + self.logit_bias
         return per_pair_loss(logits.detach(), kind=kind).cpu()
 
     @cached_property

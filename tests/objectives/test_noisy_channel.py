@@ -18,6 +18,7 @@ from hf_dissect import DissectTrainer, DissectTrainingArguments, TwinDualEncoder
 from hf_dissect.data import shuffle_captions
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.distributed import Ranks
+from hf_dissect.losses.noisy_channel import NoisyChannel
 from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
@@ -27,7 +28,7 @@ KEYS = {"image_key": torch.tensor([1, 1, 2, 3, 4, 5]), "caption_key": torch.tens
 IDS = torch.tensor([3, 9, 4, 1, 30, 22])
 
 
-def written_out(kind: str, texts, images, scale, bias, pi: float, given, masked: bool, smoothing: float):
+def written_out(kind: str, texts, images, scale, bias, pi: float, given, masked: bool, smoothing: float, tau=1.0):
     """The weighted loss with every matrix in full, and the evidence of the pairs."""
     logits, own = texts @ images.T * scale + bias, torch.eye(len(texts), dtype=torch.bool)
     excluded = torch.zeros_like(own)
@@ -39,7 +40,8 @@ def written_out(kind: str, texts, images, scale, bias, pi: float, given, masked:
     count = (~excluded).sum(1)
     kept = logits.masked_fill(excluded, -math.inf)
     losses = -(kept.log_softmax(1).diagonal() + kept.log_softmax(0).diagonal()) / 2
-    ratio = count * torch.exp(-losses).detach()
+    tempered = (tau * kept).detach()
+    ratio = count * torch.exp((tempered.log_softmax(1).diagonal() + tempered.log_softmax(0).diagonal()) / 2)
     if smoothing:
         above = (ratio - smoothing) / (1 - smoothing)
         ratio = torch.where(ratio > 2 * smoothing, above, ratio / (2 * (1 - smoothing))).clamp_max(count)
@@ -58,13 +60,14 @@ def written_out(kind: str, texts, images, scale, bias, pi: float, given, masked:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("with_logits", [False, True])
+@pytest.mark.parametrize("tau", [1.0, 0.2])
 @pytest.mark.parametrize(("kind", "smoothing"), [("softmax", 0.0), ("softmax", 0.3), ("sigmoid", 0.0)])
-def test_the_loss_weights_each_pair_by_its_posterior_squared(kind, smoothing, with_logits, weighted, masked):
+def test_the_loss_weights_each_pair_by_its_posterior_squared(kind, smoothing, tau, with_logits, weighted, masked):
     torch.manual_seed(1)
     images, texts = (F.normalize(torch.randn(6, 8, dtype=torch.float64), dim=-1).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(value, dtype=torch.float64) for value in (4.0, -1.5 if kind == "sigmoid" else 0.0))
     robust, ledger = NoisyChannelObjective(smoothing), SampleLedger(40, columns=NoisyChannelObjective.columns)
-    robust.channel.pi = 0.7
+    robust.channel.pi, robust.channel.temperature.value = 0.7, tau
     objective = Objective(kind, mask_false_negatives=masked, robust=robust)
     batch = {"sample_id": IDS, **(KEYS if masked else {})}
     given = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0], dtype=torch.float64) if weighted else torch.ones(6)
@@ -74,7 +77,7 @@ def test_the_loss_weights_each_pair_by_its_posterior_squared(kind, smoothing, wi
     if with_logits:
         outputs["logits_per_text"] = texts @ images.T * scale + bias
     loss = objective.compute_loss(torch.nn.Identity(), batch, outputs, scale, bias, ledger)
-    expected, posterior, evidence = written_out(kind, texts, images, scale, bias, 0.7, given, masked, smoothing)
+    expected, posterior, evidence = written_out(kind, texts, images, scale, bias, 0.7, given, masked, smoothing, tau)
     torch.testing.assert_close(loss, expected)
     for got, wanted in zip(
         torch.autograd.grad(loss, (images, texts)), torch.autograd.grad(expected, (images, texts)), strict=True
@@ -98,14 +101,25 @@ SMALL = {"selection_options": None, "selection_strategy": "none", "noisy_channel
 
 def state_of(trainer: DissectTrainer) -> dict[str, torch.Tensor]:
     columns = {name: trainer.ledger.column(name).clone() for name in trainer.ledger.columns}
-    columns["channel"] = torch.tensor(list(trainer.objective.state_dict().values()), dtype=torch.float64)
+    channel = trainer.objective.state_dict()
+    temperature = channel.pop("temperature")
+    columns["channel"] = torch.tensor(list(channel.values()), dtype=torch.float64)
+    columns |= {name: torch.tensor(value, dtype=torch.float64) for name, value in temperature.items()}
     return columns | {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def make_over_confident(model: torch.nn.Module, channel: NoisyChannel) -> None:
+    """Set the logit scale to 100, and let the channel have seen steps in which small factors were the likeliest."""
+    model.logit_scale.data.fill_(math.log(100))
+    state = channel.temperature.state_dict()
+    channel.temperature.load_state_dict(state | {"likelihoods": state["likelihoods"][:-1] + [9.0]})
 
 
 RUNS = {
     "map, accumulation": dict(gradient_accumulation_steps=2, dropout=0.1),
     "stream, two workers": dict(stream=True, dataloader_num_workers=2),
     "map, gradient caching, a bad row": dict(grad_cache_chunk_size=3, bad_row=True),
+    "over-confident": dict(gradient_accumulation_steps=2, logging_steps=2),
     "with a strategy": dict(selection_strategy="random", mask_false_negatives=True),
 }
 
@@ -114,8 +128,12 @@ RUNS = {
 def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path):
     settings = dict(SMALL, save_steps=5, max_steps=12, **RUNS[run])
     whole = make_trainer(tmp_path, **settings)
+    if run == "over-confident":
+        make_over_confident(whole.model, whole.objective.robust.channel)
     whole.train()
     state = state_of(whole)
+    logged = [entry.get("selection_evidence_temperature") for entry in whole.state.log_history if "loss" in entry]
+    assert (min(logged) < 1) if run == "over-confident" else (state["value"] == 1 and not any(logged))
     assert state["evidence"].isfinite().sum() > 30 and state["channel"][2] > 0
     resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -211,12 +229,13 @@ def train_on_rank(steps: int = 3):
     found = {}
     for family in ("tiny_clip", "tiny_siglip"):
         model, batch = model_and_batch(family)
+        make_over_confident(model, (robust := NoisyChannelObjective()).channel)
         batch["sample_id"] = torch.arange(10) * 3
         size = 10 // world
         batch = {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
         model = DistributedDataParallel(model.train()) if world > 1 else model.train()
         kind = "softmax" if family == "tiny_clip" else "sigmoid"
-        objective = Objective(kind, mask_false_negatives=True, robust=NoisyChannelObjective())
+        objective = Objective(kind, mask_false_negatives=True, robust=robust)
         ledger, ranks = SampleLedger(40, columns=("evidence",)), Ranks(Accelerator(cpu=True))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         for _ in range(steps):
@@ -231,7 +250,10 @@ def train_on_rank(steps: int = 3):
             optimizer.step()
         objective.begin_step()
         found[family] = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+        temperature = objective.robust.channel.temperature
         found[family] |= {"pi": torch.tensor(objective.robust.channel.pi), "evidence": ledger.column("evidence")}
+        found[family]["temperature"] = torch.tensor(temperature.value)
+        assert temperature.pop_lowest() < 0.5
         shares = ranks.gather(torch.tensor([objective.robust.channel.pi], dtype=torch.float64))
         assert (shares == shares[0]).all()
     return found

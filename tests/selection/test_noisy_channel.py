@@ -22,9 +22,9 @@ def make_scores(scale: float = 20.0, kind: str = "softmax") -> CandidateScores:
     return CandidateScores(torch.arange(100, 100 + PAIRS), image, text, scale, bias, kind)
 
 
-def written_out(scores: CandidateScores, pi: float) -> tuple[torch.Tensor, torch.Tensor]:
+def written_out(scores: CandidateScores, pi: float, tau: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior and evidence of the candidates."""
-    logits = (scores.text_embeds @ scores.image_embeds.T).double() * scores.logit_scale + scores.logit_bias
+    logits = (scores.text_embeds @ scores.image_embeds.T).double() * tau * scores.logit_scale + scores.logit_bias
     q = ((logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()) / 2).exp()
     return pi * q / (pi * q + (1 - pi) / PAIRS), ((PAIRS - 1) * q / (1 - q)).log()
 
@@ -36,12 +36,15 @@ def ledger() -> SampleLedger:
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("pi", [0.2, 0.5, 0.9])
-@pytest.mark.parametrize("k", [2, 11, 30, PAIRS])
-def test_weights_are_those_of_the_channel_over_the_inclusion(k, pi, kind, ledger):
+@pytest.mark.parametrize(("k", "tau"), [(2, 1.0), (11, 1.0), (30, 1.0), (PAIRS, 1.0), (11, 0.3)])
+def test_weights_are_those_of_the_channel_over_the_inclusion(k, tau, pi, kind, ledger):
     scores, strategy = make_scores(4.0, kind), make_strategy("noisy_channel")
-    strategy.channel.pi = pi
+    strategy.channel.pi, strategy.channel.temperature.value = pi, tau
     selection = strategy.select(scores, ledger, k)
-    posterior, _ = written_out(scores, pi)
+    posterior, evidence = written_out(scores, pi, tau)
+    measured = strategy.measure(scores, ledger)
+    torch.testing.assert_close(measured["posterior"], posterior.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(measured["evidence"], evidence.float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(selection.priority, posterior.float(), rtol=1e-4, atol=1e-6)
     weights = posterior.square()
     low, high = 0.0, k / weights.min().item()
@@ -109,9 +112,24 @@ def test_the_share_moves_by_all_candidates_once_a_step(kind, ledger):
     assert strategy.channel.pi == pytest.approx(share, rel=1e-6)
 
 
+def test_an_over_confident_model_is_tempered_from_the_second_step_on(ledger):
+    generator, strategy = torch.Generator().manual_seed(0), make_strategy("noisy_channel")
+    embeds = F.normalize(torch.randn(2, PAIRS, 16, generator=generator), dim=-1)
+    scores = CandidateScores(torch.arange(PAIRS), *embeds, 100.0)
+    before = strategy.measure(scores, ledger)
+    strategy.record(scores.sample_id, scores.correlation, ledger, before)
+    strategy.begin_step()
+    tau, logits = strategy.channel.temperature.value, embeds[1] @ embeds[0].T * 100
+    sigma = ((logits.var(0, correction=0).mean() + logits.var(1, correction=0).mean()) / 2).sqrt().item()
+    assert tau == pytest.approx(2.5 / sigma) and tau < 0.2
+    assert strategy.measure(scores, ledger)["posterior"].median() > 4 * before["posterior"].median()
+    assert strategy.pop_logs()["selection_evidence_temperature"] == tau
+
+
 RUNS = {
     "accumulation": dict(gradient_accumulation_steps=2),
     "stream": dict(stream=True),
+    "over-confident": dict(),
     "gradient caching, a bad row, global": dict(grad_cache_chunk_size=2, bad_row=True, selection_scope="global"),
 }
 
@@ -120,7 +138,12 @@ RUNS = {
 def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path):
     settings = dict(selection_strategy="noisy_channel", selection_options=None, save_steps=5, max_steps=11)
     whole, resumed = (make_trainer(tmp_path, **settings, **RUNS[run]) for _ in range(2))
+    if run == "over-confident":
+        whole.model.logit_scale.data.fill_(math.log(100))
+        state = whole.strategy.channel.temperature.state_dict()
+        whole.strategy.channel.temperature.load_state_dict(state | {"likelihoods": state["likelihoods"][:-1] + [9.0]})
     whole.train()
+    assert (whole.strategy.channel.temperature.value < 1) is (run == "over-confident")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert resumed.strategy.state_dict() == whole.strategy.state_dict() and whole.strategy.channel.pi != 0.5
     for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):

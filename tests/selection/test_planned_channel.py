@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from hf_dissect.losses.pair_evidence import recover_losses
 from hf_dissect.selection import SampleLedger
+from hf_dissect.selection.loaded_blocks import LoadedScores
 from hf_dissect.selection.noisy_channel import NoisyChannelSampling
 
 
@@ -38,3 +41,20 @@ def test_the_share_moves_by_the_newest_evidence_of_whole_blocks():
     rule.record_block(torch.arange(6), ledger)
     rule.begin_step()
     assert rule.channel.pi == pytest.approx(0.98 * 0.6 + 0.02 * sum(matched) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("tau", [1.0, 0.25])
+def test_evidence_of_loaded_pairs_has_the_temperature_of_the_channel(tau, held):
+    images, texts = F.normalize(torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    parts = (images[:6], texts[:6]), (images[6:], texts[6:]) if held else None
+    scores, tempered = (
+        LoadedScores(torch.arange(9), *parts, (torch.tensor(scale), torch.tensor(0.0)), "softmax")
+        for scale in (40.0, 40.0 * tau)
+    )
+    rule, ledger = NoisyChannelSampling(), SampleLedger(9, columns=("correlation", "evidence"))
+    rule.channel.temperature.value = tau
+    measured = rule.measure(scores, ledger)
+    torch.testing.assert_close(measured["evidence"], tempered.evidence, rtol=1e-3, atol=1e-3)
+    expected = recover_losses(tempered.evidence, scores.num_candidates)
+    torch.testing.assert_close(scores.temper_softmax_loss(tau), expected, rtol=1e-4, atol=1e-5)
