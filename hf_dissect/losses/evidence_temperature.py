@@ -171,10 +171,11 @@ def measure_pairs(
     """
     number = len(image_embeds)
     labels = torch.arange(number, device=image_embeds.device)[_choose_sample(number, 0)]
-    sample = sum(
-        _measure(own[labels] @ other.T * scale, labels, None) / 2
+    texts, images = (
+        _measure(own[labels] @ other.T * scale, labels, None)
         for own, other in ((text_embeds, image_embeds), (image_embeds, text_embeds))
     )
+    sample = (texts + images) / 2
     measured = torch.full((number, len(COLUMNS)), torch.nan).index_put_((labels.cpu(),), sample.float().cpu())
     return make_columns(measured, number)
 
