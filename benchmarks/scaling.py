@@ -61,8 +61,7 @@ def work(options: argparse.Namespace) -> None:
     from hf_dissect.distributed import Ranks
     from hf_dissect.recipe.recipe import Recipe
     from hf_dissect.runs.run import build_trainer
-    from hf_dissect.selection import SampleLedger
-    from hf_dissect.selection import selector as selector_module
+    from hf_dissect.selection import SampleLedger, scope
 
     torch.set_num_threads(1)
     settings = {
@@ -88,7 +87,7 @@ def work(options: argparse.Namespace) -> None:
         charge(Ranks, name, times, "exchange of scores")
     for name in ("forward", "backward"):
         charge(distributed._GatherWithGrad, name, times, "feature exchange")
-    charge(selector_module, "rebalance", times, "rebalancing")
+    charge(scope, "rebalance", times, "rebalancing")
     for name in ("read", "write"):
         charge(SampleLedger, name, times, "ledger")
     trainer.add_callback(clock)

@@ -63,13 +63,17 @@ COMMANDS = {
     "hf-dissect recipes": [],
     "hf-dissect recipes quickstart": [],
     "hf-dissect train flickr8k-local data.path=/data/flickr8k": [SCRATCH, *SMALL, "model.max_caption_length=16"],
+    "hf-dissect train mine.yaml selection.strategy=learnability selection.reference=openai/clip-vit-base-patch32": [
+        *FINETUNE,
+        "selection.reference=clip",
+    ],
+    "hf-dissect train mine.yaml objective.noisy_channel={} selection.strategy=none": FINETUNE,
+    "hf-dissect train mine.yaml selection.strategy=noisy_channel": FINETUNE,
     "hf-dissect train mine.yaml selection.rescore_every=8": FINETUNE,
     "hf-dissect train mine.yaml objective.gsc.gamma=0.02 selection.strategy=none": [
         *FINETUNE,
         "objective.gsc.warmup_epochs=0",
     ],
-    "hf-dissect train mine.yaml objective.noisy_channel={} selection.strategy=none": FINETUNE,
-    "hf-dissect train mine.yaml selection.strategy=noisy_channel": FINETUNE,
     "make peft-suite": None,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
@@ -185,20 +189,7 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
-        *(
-            "mine",
-            "mine-2",
-            "mine-3",
-            "mine-4",
-            "mine-5",
-            "mine-6",
-            "mine-7",
-            "mine-8",
-            "mine-9",
-            "flickr8k-local",
-            "cc3m",
-            "cc3m-2",
-        ),
+        *("mine", *(f"mine-{number}" for number in range(2, 12)), "flickr8k-local", "cc3m", "cc3m-2"),
         *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-utd-mhad-3", "amid-clip", "pairs", "pairs-2"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]

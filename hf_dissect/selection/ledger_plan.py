@@ -60,7 +60,7 @@ class LedgerPlan:
         self.rule = BlockRule(ratio, rescore_every, strategy.samples, scores, seed)
         self.columns = (PLAN_COLUMN, *((PLAN_BEFORE,) if keeps_before else ()), *strategy.plan_columns)
         self.reader: PlanReader | None = None
-        self._planned_epoch = -1
+        self._planned_epoch: int = -1
         self._begun: tuple[int | None, int | None] = (None, None)
         self.reset()
 
