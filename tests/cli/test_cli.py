@@ -158,9 +158,9 @@ def test_ctrl_c_stops_with_one_line_and_the_run_can_be_resumed(workplace):
 
 @pytest.mark.slow
 def test_sigterm_in_the_last_pass_keeps_model_and_figures(workplace):
-    """Start the command and score many pairs when it has trained; the bar of that pass is awaited."""
+    """Start the command and score many pairs when it has trained; the bar of that long pass is awaited."""
     settings = ["training.max_steps=2", "data.scenes_train=6000", "evaluation.max_train_pairs=null"]
-    command = [*COMMAND, "train", "tiny.yaml", *settings, "evaluation.batch_size=4"]
+    command = [*COMMAND, "train", "tiny.yaml", *settings, "evaluation.batch_size=1"]
     with subprocess.Popen(command, cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True) as running:
         seen = ""
         while "scoring pairs" not in seen and (letter := running.stderr.read(1)):
