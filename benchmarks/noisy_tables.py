@@ -1,7 +1,7 @@
 """The tables of `noisy_correspondence.py`: in the terminal, in README.md, docs/which_method.md and docs/results.md."""
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -220,7 +220,7 @@ def render_sentences(runs: list[dict]) -> str:
 
 def render_gains(runs: list[dict]) -> str:
     """Where DISSect is strong, and its gains over plain training."""
-    gains, places = [], {}
+    gains, averaged, places = [], [], {}
     for kind in KINDS:
         ranked = {name: sums for name, sums in _rank(runs, kind).items() if {"dissect", "none"} <= sums.keys()}
         if ranked:
@@ -228,10 +228,22 @@ def render_gains(runs: list[dict]) -> str:
             values = " / ".join(f"{sums['dissect'] - sums['none']:+.1f}" for sums in ranked.values())
             rates = " / ".join(str(split_condition(name)[1]) for name in ranked)
             gains.append(f"{values} {_SHORT[kind]} ({rates} %)")
+            averaged += _list_averaged_gains(runs, ranked)
     if not {"random", "neighbours"} <= places.keys():
         return ""
     first = _STRONG if places["neighbours"] < places["random"] else _NOT_STRONG
-    return _wrap(f"{first} `dissect` against plain training: {'; '.join(gains)}. Bold: the best without the truth.")
+    text = f"{first} `dissect` against plain training after the last step: {'; '.join(gains)}"
+    text += f"; with averaged weights: {', '.join(averaged)}" if averaged else ""
+    return _wrap(f"{text}. Bold: the best last step without the truth.")
+
+
+def _list_averaged_gains(runs: list[dict], conditions: Iterable[str]) -> Iterator[str]:
+    """Gains of DISSect over plain training where both have averaged weights."""
+    for name in conditions:
+        sums = {row["method"]: row.get("averaged") for row in summarise(runs, "steps", name)}
+        if sums["dissect"] and sums["none"]:
+            kind, rate = split_condition(name)
+            yield f"{sums['dissect']['mean'] - sums['none']['mean']:+.1f} {_SHORT[kind]} ({rate} %)"
 
 
 def _rank(runs: list[dict], kind: str) -> dict[str, dict[str, float]]:

@@ -72,6 +72,8 @@ class NoisyChannelObjective(RobustObjective):
             "softmax", contrastive_loss.mask_false_negatives, contrastive_loss.max_logits, row_losses
         )
 
+        self.channel.smoothing = row_losses.smoothing
+
         def weigh(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
             losses = self.channel.correct(losses, counts)
             posterior = self.channel.posterior(losses, counts)
@@ -83,7 +85,6 @@ class NoisyChannelObjective(RobustObjective):
 
         keys = {name: batch.get(name) for name in ("image_key", "caption_key")}
         if is_softmax:
-            self.channel.smoothing = self.smoothing
             return softmax(outputs, scale=scale, bias=bias, weights=weigh, **keys)
         with torch.no_grad():
             softmax(outputs, scale=scale, weights=weigh, **keys)

@@ -122,7 +122,7 @@ def read_section(
             faults.add_misplaced(key, value, elsewhere[name])
             continue
         if name not in known:
-            faults.add_unknown(key, value, known, "" if known else "none, it has no settings")
+            faults.add_unknown(key, value, known)
             continue
         expected, declaration = known[name]
         nested = [item for item in list_members(expected) if isinstance(item, type) and dataclasses.is_dataclass(item)]
