@@ -10,6 +10,7 @@ from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.evidence_temperature import TemperedLosses
 from hf_dissect.losses.logit_rows import promote_to_float32
 from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
+from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.recipe.objective_schema import NoisyChannelSection
 from hf_dissect.selection import SampleLedger
@@ -81,6 +82,7 @@ class NoisyChannelObjective(RobustObjective):
             self._last_evidence = {"evidence": evidence, "posterior": posterior.float()}
             self._last_evidence |= row_losses.pop_columns(counts)
             own_weights.append(self.channel.weigh(posterior))
+            self.opinion = Opinion(posterior, own_weights[0])
             return own_weights[0] if given is None else own_weights[0] * given.to(losses)
 
         keys = {name: batch.get(name) for name in ("image_key", "caption_key")}

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from hf_dissect.losses import ContrastiveLoss
+from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.selection import SampleLedger
 
 
@@ -23,6 +24,8 @@ class RobustObjective:
         warmup: What the steps of the warm-up do, for a warning.
         after_warmup: What the epochs after the warm-up have, for an error.
         num_networks: Number of networks that it trains, 2 for a `TwinDualEncoder`.
+        opinion: Opinion about the own pairs whose loss was computed last; None of an objective without any, and during
+            its warm-up.
         takes_mask: True if pairs that share an image or a caption can be left out of each other's negatives.
     """
 
@@ -33,6 +36,7 @@ class RobustObjective:
     warmup: ClassVar[str] = "train by the contrastive loss"
     after_warmup: ClassVar[str] = "its loss"
     num_networks: int = 1
+    opinion: Opinion | None = None
     takes_mask: ClassVar[bool] = False
 
     def compute_loss(
