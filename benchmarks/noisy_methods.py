@@ -35,10 +35,14 @@ METHODS = {
     "big_loss": ["selection.strategy=big_loss"],
     "clipscore": ["selection.strategy=clipscore"],
     "ncr": ["selection.strategy=ncr", "selection.warmup_epochs=1"],
+    "ncr-division": [  # all pairs, weighted by what the rule divides them by
+        *("selection.strategy=ncr", "selection.warmup_epochs=1", "selection.ratio=1", "objective.division={}"),
+    ],
     "dissect": ["selection.strategy=dissect", "selection.warmup_epochs=4"],
     "dissect:momentum": ["selection.strategy=dissect", "selection.options.variant=momentum"],
     "gsc-rule": ["selection.strategy=gsc"],  # keeps the largest labels instead of weighting by them
     "gsc": GSC,
+    "gsc-posterior": [*GSC, "objective.gsc.evidence=posterior"],
     "gsc-without-labels": [*GSC, "objective.gsc.beta=1e-9"],  # its loss and temperature alone
     "gsc+": [*GSC, "objective.gsc.dual=true"],
     "gsc+-without-labels": [*GSC, "objective.gsc.dual=true", "objective.gsc.beta=1e-9"],  # what two networks gain

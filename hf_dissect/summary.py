@@ -19,6 +19,7 @@ from hf_dissect.evaluation.selection_figures import (
 from hf_dissect.model_card import describe_model
 from hf_dissect.models.adapters import describe_adapter
 from hf_dissect.objective import Objective
+from hf_dissect.recipe.objective_schema import list_robust_objectives
 from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
 from hf_dissect.training.run_folder import list_changed_settings
@@ -90,6 +91,8 @@ class SelectionSummary:
         """Return the strategy, the figures of the selection, the adapter and the settings."""
         name, adapter = self._selector.strategy.name, describe_adapter(model)
         reference = self._selector.reference
+        # An objective without settings looks like an absent one.
+        bare = [name for name in list_robust_objectives() if getattr(self._args, name) == {}]
         return {
             "name": name,
             "strategy": name,
@@ -104,7 +107,7 @@ class SelectionSummary:
             **({} if reference is None else {"reference": hub_id(reference.name) or "a local model"}),
             **({} if adapter is None else {"adapter": adapter}),
             **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
-            "settings": list_changed_settings(self._args, always=SHOWN_SETTINGS),
+            "settings": list_changed_settings(self._args, always=(*SHOWN_SETTINGS, *bare)),
         }
 
     def _describe_noise(self) -> str | None:

@@ -11,12 +11,14 @@ import torch
 from transformers import TrainingArguments
 
 from hf_dissect.objective import Objective
+from hf_dissect.objectives.division import DivisionObjective
 from hf_dissect.objectives.gsc import GscObjective
 from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
 from hf_dissect.objectives.rince import RinceObjective
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.objectives.symnce import SymnceObjective
 from hf_dissect.recipe.objective_schema import (
+    DivisionSection,
     GscSection,
     NoisyChannelSection,
     ObjectiveSection,
@@ -66,6 +68,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     rince: dict[str, Any] | str | None = declared(ObjectiveSection, "rince")
     symnce: dict[str, Any] | str | None = declared(ObjectiveSection, "symnce")
     noisy_channel: dict[str, Any] | str | None = declared(ObjectiveSection, "noisy_channel")
+    division: dict[str, Any] | str | None = declared(ObjectiveSection, "division")
     max_train_pairs: int | None = declared(EvaluationSection, "max_train_pairs")
     image_column: str | None = declared(DataSection, "image_column")
     caption_column: str | None = declared(DataSection, "caption_column")
@@ -79,7 +82,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
 
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS,
-        *("selection_options", "gsc", "rince", "symnce", "noisy_channel"),
+        *("selection_options", "gsc", "rince", "symnce", "noisy_channel", "division"),
     ]
 
     def __post_init__(self) -> None:
@@ -118,8 +121,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
             )
 
     def _check_robust_objective(self) -> None:
-        names = [name for name in list_robust_objectives() if getattr(self, name) is not None]
-        if clash := find_clash(self.selection_strategy, names):
+        given = {name: getattr(self, name) for name in list_robust_objectives() if getattr(self, name) is not None}
+        if clash := find_clash(self.selection_strategy, self.selection_ratio, given):
             raise ValueError(f"{clash[0]}={getattr(self, clash[0])!r} {clash[1]} (null is None in Python).")
         robust = self.make_robust_objective()
         if robust is None:
@@ -191,7 +194,11 @@ class DissectTrainingArguments(BaseTrainingArguments):
         for name, (_, make) in _ROBUST.items():
             if getattr(self, name) is not None:
                 settings = _read_section(name, getattr(self, name))
-                return make(**settings, seed=self.seed) if name == "gsc" else make(**settings)
+                if name == "gsc":
+                    settings["seed"] = self.seed
+                if name == "division":
+                    settings["warmup_epochs"] = getattr(self.make_strategy(), "warmup_epochs", 0)
+                return make(**settings)
         return None
 
     def column_names(self) -> dict[str, str | None]:
@@ -214,6 +221,7 @@ _ROBUST: dict[str, tuple[type, Callable[..., RobustObjective]]] = {
     "rince": (RinceSection, RinceObjective),
     "symnce": (SymnceSection, SymnceObjective),
     "noisy_channel": (NoisyChannelSection, NoisyChannelObjective),
+    "division": (DivisionSection, DivisionObjective),
 }
 """Section of settings and class of each objective that may replace the contrastive loss."""
 
@@ -222,10 +230,10 @@ def _read_section(name: str, given: Any) -> dict[str, Any]:
     """Return the settings of an objective with the defaults of those that are not given."""
     section = _ROBUST[name][0]
     known = list_settings(section)
-    first = next(iter(known))
-    options = _read_options(name, given, example=json.dumps({first: getattr(section, first)}))
+    example = {first: getattr(section, first) for first in list(known)[:1]}
+    options = _read_options(name, given, example=json.dumps(example))
     for unknown in options.keys() - known.keys():
-        raise ValueError(f"{name}={given!r}: {unknown!r} is not a setting of it; allowed: {', '.join(known)}.")
+        raise ValueError(f"{name}={given!r}: {unknown!r} is not a setting of it; allowed: {', '.join(known) or 'none'}.")
     options = {key: getattr(section, key) for key in known} | options
     check_values(section, options, f"{name}: ")
     return options

@@ -224,6 +224,7 @@ def test_ids_of_data_on_the_hub():
         ({"strategy": "none", "settings": {"gsc": {"gamma": 0.01}}}, "siglip", {"2405.16996", "2303.15343"}),
         ({"strategy": "none", "settings": {"noisy_channel": {}}}, "siglip", {"2303.15343"}),
         ({"strategy": "gsc", "settings": {"gsc": {}}}, "clip", {"2405.16996", "2103.00020"}),
+        ({"strategy": "ncr", "settings": {"division": {}}}, "siglip", {"2303.15343"}),
         ({"strategy": "random", "adapter": {"type": "mola"}}, "align", {"2406.09679", "2102.05918"}),
         ({"strategy": "small_loss", "adapter": {"type": "lora"}}, "siglip2",
          {"1804.06872", "2106.09685", "2502.14786"}),
@@ -242,7 +243,11 @@ def test_papers_without_an_arxiv_id_and_of_a_locked_tower(tmp_path):
     frozen = recipe(model={"name_or_path": "me/clip", "freeze": "vision"})
     _, text = card(tmp_path, metrics={"strategy": "ncr"}, recipe=frozen)
     assert "Learning with Noisy Correspondence" in text and "Locked-image text Tuning" in text
-    for metrics in ({"strategy": "noisy_channel"}, {"strategy": "none", "settings": {"noisy_channel": {}}}):
+    for metrics in (
+        {"strategy": "noisy_channel"},
+        {"strategy": "none", "settings": {"noisy_channel": {}}},
+        {"strategy": "none", "settings": {"gsc": {"evidence": "posterior"}}},
+    ):
         _, text = card(tmp_path, metrics=metrics)
         assert text.count("Analysis of a Microarray Experiment") == 1
     _, text = card(tmp_path, metrics={"strategy": "ncr"}, model=ModelFacts(feature_size=3))

@@ -58,6 +58,7 @@ def test_options_given_are_not_changed():
 def test_soft_labels_are_asked_for_by_name_also_as_json():
     assert arguments().gsc is None and arguments().make_robust_objective() is None
     complete = {"gamma": 0.01, "beta": 0.7, "temperature": 0.07, "warmup_epochs": 1, "dual": False}
+    complete["evidence"] = "probability"
     given = {}
     assert arguments(gsc=given).gsc == complete == arguments(gsc="{}").gsc and given == {}
     gsc = arguments(gsc='{"beta": 0.5, "gamma": 0.1}', seed=7).make_robust_objective()

@@ -24,7 +24,7 @@ _OF_STRATEGY = {
     "coreset": "hessel2021clipscore",
 }
 _OF_OBJECTIVE = {name: _OF_STRATEGY[name] for name in ("gsc", "noisy_channel")}
-_OF_OBJECTIVE |= {"rince": "chuang2022rince", "symnce": "cui2025symnce"}
+_OF_OBJECTIVE |= {"division": _OF_STRATEGY["ncr"], "rince": "chuang2022rince", "symnce": "cui2025symnce"}
 _OF_ADAPTER = {"mola": "zhou2024mola", "lora": "hu2022lora"}
 _OF_MODEL = {
     "siglip": "zhai2023siglip",
@@ -52,6 +52,7 @@ def find_papers(metrics: Mapping[str, Any], *, model_type: str | None = None, lo
     keys = [
         _OF_STRATEGY.get(metrics.get("strategy", "")),
         *(key for name, key in _OF_OBJECTIVE.items() if settings.get(name) is not None),
+        _OF_OBJECTIVE["noisy_channel"] if as_mapping(settings.get("gsc")).get("evidence") == "posterior" else None,
         _OF_ADAPTER.get(as_mapping(metrics.get("adapter")).get("type", "")),
         "izmailov2018swa" if metrics.get("averaged_weights") else None,
         "gao2021gradcache" if settings.get("grad_cache_chunk_size") else None,

@@ -33,6 +33,7 @@ _OBJECTIVE = {
     "rince": "Robust loss (RINCE)",
     "symnce": "Robust loss (SymNCE)",
     "noisy_channel": "Weights of the noisy channel",
+    "division": "Weights of NCR's division",
     "grad_cache_chunk_size": "GradCache: pairs a pass",
 }
 _FIGURES = {
@@ -103,7 +104,7 @@ def list_selection(metrics: Mapping[str, Any], recipe: "Recipe | None") -> list[
         *((f"Selection: {key}", value) for key, value in selection.items()),
         ("Reference model", metrics.get("reference")),
         *((name, _format_figure(key, figures.get(key))) for key, name in _FIGURES.items()),
-        *((name, settings.get(key)) for key, name in _OBJECTIVE.items()),
+        *((name, "yes" if settings.get(key) == {} else settings.get(key)) for key, name in _OBJECTIVE.items()),
         ("Frozen tower", None if recipe is None else recipe.model.freeze),
     ]
 

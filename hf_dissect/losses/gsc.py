@@ -1,6 +1,7 @@
 """GSC: a contrastive loss that trusts each pair as far as its geometry agrees with that of the others."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,8 +13,17 @@ from hf_dissect.losses.logit_rows import compute_losses_in_blocks, promote_to_fl
 
 logger = logging.getLogger(__name__)
 
+Agreement = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Function from the cross-entropies of the own pairs in both directions, `(b,)` each without gradient, and the number
+of pairs that they were found among, to the cross-modal agreement of the pairs `(b,)` in [0, 1]."""
+
 WITHOUT_SIGNAL = 0.01
 """The label below which a pair contributes almost no gradient."""
+
+
+def average_probabilities(of_texts: torch.Tensor, of_images: torch.Tensor, count: int) -> torch.Tensor:
+    """Compute the agreement of the paper: the softmax probability of the true pair, mean of both directions."""
+    return (of_texts.neg().exp() + of_images.neg().exp()) / 2
 
 
 class GscLoss:
@@ -67,7 +77,11 @@ class GscLoss:
         return self._combine(pairs, pairs.cross_modal(self.temperature, self.max_logits))
 
     def with_evidence(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        labels: torch.Tensor,
+        agreement: Agreement = average_probabilities,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the loss and, at little more cost, the evidence for the next labels.
 
@@ -75,6 +89,7 @@ class GscLoss:
             image_embeds: Embeddings `(b, D)` of unit length.
             text_embeds: Embeddings `(b, D)` of unit length.
             labels: Soft labels `(b,)` in [0, 1].
+            agreement: Function that computes the agreement; that of the paper by default.
 
         Returns:
             The loss as in `__call__`, and the evidence as in `gsc_evidence`.
@@ -82,7 +97,7 @@ class GscLoss:
         self._warn_if_signal_is_lost(labels)
         pairs = _Pairs.of_all_ranks(image_embeds, text_embeds, labels)
         cross_modal = pairs.cross_modal(self.temperature, self.max_logits)
-        return self._combine(pairs, cross_modal), _compute_evidence(pairs, cross_modal)
+        return self._combine(pairs, cross_modal), _compute_evidence(pairs, cross_modal, agreement)
 
     def _combine(self, pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         losses = (cross_modal[0] + cross_modal[1]) / 2
@@ -108,6 +123,7 @@ def gsc_evidence(
     *,
     temperature: float = 0.07,
     across_ranks: bool = True,
+    agreement: Agreement = average_probabilities,
 ) -> dict[str, torch.Tensor]:
     """Measure how far the geometry of a batch supports each pair, for the next soft labels (see `SoftLabels`).
 
@@ -117,10 +133,11 @@ def gsc_evidence(
         labels: Soft labels `(b,)` in [0, 1], which mask the structures within the modalities.
         temperature: Temperature of the softmax, above 0.
         across_ranks: True to compare with the pairs of all ranks, False with those of this rank only.
+        agreement: Function that computes the agreement; that of the paper by default.
 
     Returns:
-        Tensors `(b,)` in at least single precision on the CPU: `agreement`, the softmax probability of the true pair,
-        mean of the two directions; `structure`, the cosine of the pair's rows `A_img_i` and `A_txt_i`.
+        Tensors `(b,)` in at least single precision on the CPU: `agreement`, by default the softmax probability of the
+        true pair, mean of the two directions; `structure`, the cosine of the pair's rows `A_img_i` and `A_txt_i`.
 
     Raises:
         ValueError: If the number of labels is not that of the pairs, or the temperature is not above 0.
@@ -128,13 +145,15 @@ def gsc_evidence(
     check_temperature(temperature)
     gathered = _Pairs.of_all_ranks if across_ranks else _Pairs.of_this_rank
     pairs = gathered(image_embeds, text_embeds, labels)
-    return _compute_evidence(pairs, pairs.cross_modal(temperature, MAX_LOGITS))
+    return _compute_evidence(pairs, pairs.cross_modal(temperature, MAX_LOGITS), agreement)
 
 
 @torch.no_grad()
-def _compute_evidence(pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-    agreement = (cross_modal[0].neg().exp() + cross_modal[1].neg().exp()) / 2
-    return {"agreement": agreement.cpu(), "structure": pairs.structure_cosines().cpu()}
+def _compute_evidence(
+    pairs: "_Pairs", cross_modal: tuple[torch.Tensor, torch.Tensor], agreement: Agreement
+) -> dict[str, torch.Tensor]:
+    agreements = agreement(*cross_modal, len(pairs.all_texts))
+    return {"agreement": agreements.cpu(), "structure": pairs.structure_cosines().cpu()}
 
 
 @dataclass(frozen=True)

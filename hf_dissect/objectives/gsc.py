@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
 
 from hf_dissect.losses import ContrastiveLoss
-from hf_dissect.losses.gsc import GscLoss, gsc_evidence
+from hf_dissect.losses.gsc import Agreement, GscLoss, average_probabilities, gsc_evidence
+from hf_dissect.losses.noisy_channel import NoisyChannel
 from hf_dissect.models.twin_encoder import split_embeddings
+from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.recipe.objective_schema import GscSection
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.soft_labels import NETWORK_SUFFIXES, SoftLabels
+from hf_dissect.settings import check_values
 
 
 @dataclass
@@ -23,6 +28,13 @@ class GscObjective(RobustObjective):
     Once an epoch, the labels are renewed from the evidence. With `dual` (GSC+), two networks are trained at twice the
     cost, each with the labels that come from the evidence of the other.
 
+    The agreement of a pair is the softmax probability `q` of its true partner among the `n` pairs of all ranks. It is
+    small among many pairs, even of a matched pair. With the evidence "posterior", which is not of the paper, the
+    agreement is the probability that the pair is matched, `P = pi n q / (pi n q + 1 - pi)` (`NoisyChannel`), with the
+    share `pi` estimated as the run goes, one share for each network. Its `-log q` is the mean of the cross-entropies of
+    both directions at `temperature`, as `NoisyChannel` takes them, while the agreement of the paper is the mean of both
+    probabilities.
+
     Args:
         gamma: Weight of the loss within the modalities.
         beta: Share of the new evidence in a label, in (0, 1].
@@ -30,9 +42,12 @@ class GscObjective(RobustObjective):
         warmup_epochs: Number of epochs with the contrastive loss, which record evidence as well.
         dual: True for the two networks of a `TwinDualEncoder`, each trained with the labels of the other.
         seed: Seed of the mixture that divides the structures.
+        evidence: Agreement that the labels follow, "probability" (that of the paper) or "posterior".
 
     Attributes:
         columns: Ledger columns of evidence and labels.
+        channels: `NoisyChannel` of each network; empty without posteriors.
+        opinion: Labels as probabilities and as weights. None for two networks, each of which has labels of its own.
 
     Raises:
         ValueError: A value is not allowed.
@@ -44,6 +59,7 @@ class GscObjective(RobustObjective):
     warmup_epochs: int = GscSection.warmup_epochs
     dual: bool = GscSection.dual
     seed: int = 0
+    evidence: str = GscSection.evidence
 
     name: ClassVar[str] = "gsc"
     warmup: ClassVar[str] = "train by the contrastive loss, without soft labels"
@@ -54,11 +70,13 @@ class GscObjective(RobustObjective):
             raise ValueError(f"warmup_epochs={self.warmup_epochs!r}: must be an integer of at least 0.")
         if not isinstance(self.dual, bool):
             raise ValueError(f"dual={self.dual!r}: must be true or false.")
+        check_values(GscSection, {"evidence": self.evidence})
         self._last_evidence: dict[str, torch.Tensor] | None = None
         suffixes = NETWORK_SUFFIXES if self.dual else NETWORK_SUFFIXES[:1]
         self._labels = [SoftLabels(self.beta, self.seed, suffix) for suffix in suffixes]
         self.columns = tuple(column for labels in self._labels for column in labels.columns)
         self.num_networks = 2 if self.dual else 1
+        self.channels = [NoisyChannel() for _ in self._labels] if self.evidence == "posterior" else []
         self._loss = GscLoss(self.gamma, self.temperature)
 
     def compute_loss(
@@ -77,14 +95,17 @@ class GscObjective(RobustObjective):
         sample_id, weights = batch["sample_id"], batch.get("pair_weight")
         losses: list[torch.Tensor] = []
         last_evidence: dict[str, torch.Tensor] = {}
-        for own, embeds, labels in self._iterate_networks(outputs, sample_id, ledger):
+        for own, agreement, embeds, labels in self._iterate_networks(outputs, sample_id, ledger):
             if weights is None:
-                loss, evidence = self._loss.with_evidence(*embeds, labels)
+                loss, evidence = self._loss.with_evidence(*embeds, labels, agreement)
                 last_evidence.update(own.as_columns(evidence))
             else:
                 # The evidence is computed apart, because the weights must not mask any of it.
                 loss = self._loss(*embeds, labels.to(weights) * weights)
             losses.append(loss)
+            if not self.dual:
+                own_labels = labels.to(embeds[0].device)
+                self.opinion = Opinion(own_labels, own_labels)
         self._last_evidence = last_evidence if weights is None else None
         # DDP waits for a gradient of every parameter, so scale and bias get one of zero.
         return sum(losses[1:], losses[0]) + 0 * (scale + bias).sum()
@@ -108,24 +129,62 @@ class GscObjective(RobustObjective):
             columns, self._last_evidence = self._last_evidence, None
             return columns
         columns = {}
-        for own, embeds, labels in self._iterate_networks(outputs, sample_id, ledger):
-            columns.update(own.as_columns(gsc_evidence(*embeds, labels, temperature=self.temperature)))
+        for own, agreement, embeds, labels in self._iterate_networks(outputs, sample_id, ledger):
+            evidence = gsc_evidence(*embeds, labels, temperature=self.temperature, agreement=agreement)
+            columns.update(own.as_columns(evidence))
         return columns
 
     def _iterate_networks(
         self, outputs: Mapping[str, torch.Tensor], sample_id: torch.Tensor, ledger: SampleLedger
-    ) -> Iterator[tuple[SoftLabels, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """Yield for each network the labels that its evidence renews, its embeddings, and the labels of its loss."""
+    ) -> Iterator[tuple[SoftLabels, Agreement, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """Yield for each network the labels that its evidence renews, the function that computes its agreement, its
+        embeddings, and the labels of its loss."""
         images, texts = (split_embeddings(outputs[f"{side}_embeds"], len(self._labels)) for side in ("image", "text"))
-        for own, image, text, other in zip(self._labels, images, texts, reversed(self._labels), strict=True):
-            yield own, (image, text), other.of(ledger, sample_id)
+        agreements: list[Agreement] = [partial(_find_posteriors, channel) for channel in self.channels]
+        agreements = agreements or [average_probabilities for _ in self._labels]
+        for own, agreement, image, text, other in zip(
+            self._labels, agreements, images, texts, reversed(self._labels), strict=True
+        ):
+            yield own, agreement, (image, text), other.of(ledger, sample_id)
 
     def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
-        """Write the evidence for the pairs of all ranks to the ledger, `(n,)` each."""
+        """Write the evidence for the pairs of all ranks to the ledger, `(n,)` each, and observe their posteriors."""
         for labels in self._labels:
             labels.record(ledger, sample_id, *(evidence[column] for column in labels.evidence_columns))
+        for channel, labels in zip(self.channels, self._labels, strict=False):
+            channel.observe(evidence[labels.evidence_columns[0]])
 
     def update(self, ledger: SampleLedger) -> None:
         """Renew the labels from the evidence, once an epoch."""
         for labels in self._labels:
             labels.update(ledger)
+
+    def begin_step(self) -> None:
+        """Move the shares of matched pairs by the pairs of the last step, and forget the opinion about them."""
+        self.opinion = None  # a second training begins with a warm-up, too
+        for channel in self.channels:
+            channel.begin_step()
+
+    def pop_logs(self) -> dict[str, float]:
+        """Return the estimated share of mismatched pairs for the logs; empty without posteriors."""
+        return {f"selection_{name}": value for name, value in self.compute_figures().items()}
+
+    def compute_figures(self) -> dict[str, float]:
+        """Return the estimated share of mismatched pairs, the mean of the networks; empty without posteriors."""
+        figures = [channel.compute_figures() for channel in self.channels]
+        return {name: fmean(own[name] for own in figures) for name in (figures[0] if figures else ())}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the channels; empty without posteriors, since all else is in the ledger."""
+        return {"channels": [channel.state_dict() for channel in self.channels]} if self.channels else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state; without one, as of an earlier version, the shares begin at 1/2."""
+        for channel, own in zip(self.channels, state.get("channels", ()), strict=False):
+            channel.load_state_dict(own)
+
+
+def _find_posteriors(
+    channel: NoisyChannel, of_texts: torch.Tensor, of_images: torch.Tensor, count: int
+) -> torch.Tensor:
+    return channel.posterior((of_texts + of_images) / 2, count)

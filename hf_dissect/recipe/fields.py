@@ -71,7 +71,7 @@ class Faults:
         places = [place for place in self._places.get(name, ()) if place != key]
         near = find_nearest(name, known)
         meant = suggest(name, known) or (f"; did you mean {' or '.join(map(repr, places))}?" if places else "")
-        allowed = allowed or ", ".join(known)
+        allowed = allowed or ", ".join(known) or "none"
         self.add(key, f"unknown key (value {show(value)}); allowed: {allowed}{meant}")
         self._keys += [f"{section}.{near}".lstrip(".")] if near else []
 

@@ -1,7 +1,8 @@
 """The section of a recipe about the loss, and those of the objectives that may replace the contrastive one."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 from hf_dissect.settings import list_members, list_settings, setting
 
@@ -17,6 +18,13 @@ class GscSection:
     )
     warmup_epochs: int = setting(1, "Epochs that train by the contrastive loss first.", within="[0, inf)")
     dual: bool = setting(False, "Train two networks, each with the other's labels (GSC+); costs twice as much.")
+    evidence: str = setting(
+        "probability",
+        "Agreement of image and caption that the labels follow: probability, the softmax probability of the paper, "
+        "which is small in large batches; posterior, the probability that the pair is matched, from an estimate of "
+        "the share of matched pairs.",
+        choices=("probability", "posterior"),
+    )
 
 
 @dataclasses.dataclass
@@ -61,6 +69,11 @@ class NoisyChannelSection:
 
 
 @dataclasses.dataclass
+class DivisionSection:
+    """Weights of NCR's division for pairs that may be mismatched, which have no settings."""
+
+
+@dataclasses.dataclass
 class ObjectiveSection:
     """The loss."""
 
@@ -95,6 +108,12 @@ class ObjectiveSection:
         '{"smoothing": 0.1}, or {} for the defaults; null: equal weights.',
         argument="noisy_channel",
     )
+    division: DivisionSection | None = setting(
+        None,
+        "Weight each pair by the probability of being clean that the strategy ncr gives it, which then keeps all pairs "
+        "(ratio 1): {}, since it has no settings; null: equal weights.",
+        argument="division",
+    )
 
 
 def list_robust_objectives() -> tuple[str, ...]:
@@ -103,12 +122,13 @@ def list_robust_objectives() -> tuple[str, ...]:
     return tuple(name for name, kind in types.items() if any(map(dataclasses.is_dataclass, list_members(kind))))
 
 
-def find_clash(strategy: str, objectives: Iterable[str]) -> tuple[str, str] | None:
-    """Return an objective of a run that does not go with another one or with the strategy, and the problem.
+def find_clash(strategy: str, ratio: float, objectives: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
+    """Return an objective of a run that does not go with another one or with the selection, and the problem.
 
     Args:
         strategy: Name of the strategy.
-        objectives: Names of the objectives that are set, see `list_robust_objectives`.
+        ratio: Selection ratio.
+        objectives: Settings of the objectives that are set, by name, see `list_robust_objectives`.
     """
     names = list(objectives)
     if len(names) > 1:
@@ -118,4 +138,22 @@ def find_clash(strategy: str, objectives: Iterable[str]) -> tuple[str, str] | No
             "does not go with the strategy noisy_channel: both weight the pairs by the same probabilities, which "
             "would count twice; set the objective to null, or take the strategy none, which trains on all pairs"
         )
+    if names == ["division"] and (strategy != "ncr" or ratio != 1):
+        return names[0], (
+            f"does not go with the strategy {strategy} and a ratio of {ratio:g}: its weights are the division of the "
+            "strategy ncr, which divides all pairs and, with a ratio of 1, trains on all of them; take this "
+            "strategy and a ratio of 1, or set the objective to null"
+        )
+    if names == ["gsc"] and objectives["gsc"].get("evidence") == "posterior" and strategy in _PROBABILITIES:
+        return names[0], (
+            f"does not go with the strategy {strategy}, as its evidence is posterior: {_PROBABILITIES[strategy]}; set "
+            "evidence to probability, or take another strategy, such as none, which trains on all pairs"
+        )
     return None
+
+
+_PROBABILITIES = {
+    "gsc": "the strategy writes the softmax probability into the same column of the ledger",
+    "noisy_channel": "both weight the pairs by the same probabilities, which would count twice",
+}
+"""Reason why the posteriors of GSC do not go with a strategy, by its name."""

@@ -1,5 +1,6 @@
 """Checks of a recipe's selection, objective and comparison against the settings they must agree with."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -106,10 +107,11 @@ def reference_conflicts(selection: SelectionSection, compare: CompareSection, da
 
 def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection) -> Iterator[Fault]:
     """Yield the faults of an objective next to another one, or to a strategy."""
-    names = [name for name in list_robust_objectives() if getattr(objective, name) is not None]
-    if clash := find_clash(selection.strategy, names):
-        others = [f"objective.{name}" for name in names if name != clash[0]]
-        yield (f"objective.{clash[0]}", *others, "selection.strategy"), clash[1]
+    sections = {name: getattr(objective, name) for name in list_robust_objectives()}
+    given = {name: dataclasses.asdict(section) for name, section in sections.items() if section is not None}
+    if clash := find_clash(selection.strategy, selection.ratio, given):
+        others = [f"objective.{name}" for name in given if name != clash[0]]
+        yield (f"objective.{clash[0]}", *others, "selection.strategy", "selection.ratio"), clash[1]
 
 
 def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:

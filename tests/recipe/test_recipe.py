@@ -293,8 +293,8 @@ def test_every_setting_is_explained(section):
         ({"evaluation": {"zero_shot": {"classes": ["a", "a"]}}}, "allowed: each class name once"),
         (
             {"objective": {"gsc": {"gama": 0.1}}},
-            "objective.gsc.gama: unknown key (value 0.1); allowed: gamma, beta, temperature, warmup_epochs, dual; "
-            "did you mean 'gamma'?",
+            "objective.gsc.gama: unknown key (value 0.1); allowed: gamma, beta, temperature, warmup_epochs, dual, "
+            "evidence; did you mean 'gamma'?",
         ),
         ({"objective": {"gsc": {"beta": 0}}}, "objective.gsc.beta: 0 is not allowed; allowed: a number in (0, 1]"),
         ({"objective": {"gsc": {"gamma": -0.1}}}, "objective.gsc.gamma: -0.1 is not allowed; allowed: at least 0"),
@@ -653,6 +653,7 @@ def test_training_arguments_gather_the_sections():
         "scoring_dtype": None,
         "rince": None,
         "symnce": None,
+        "division": None,
         "weight_column": None,
         "scoring_batch_size": None,
         "record_selection": True,
