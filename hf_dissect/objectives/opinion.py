@@ -1,4 +1,4 @@
-"""What an objective believes of the pairs of a step."""
+"""Opinion of an objective about the pairs of a step."""
 
 from dataclasses import dataclass
 

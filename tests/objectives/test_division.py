@@ -143,7 +143,7 @@ def test_a_ratio_of_one_divides_all_pairs_and_trains_on_all_of_them(warmup, tmp_
     p_clean = torch.from_numpy(mixture.predict_proba(scaled)[:, mixture.means_.argmin()])
     found = trainer.ledger.column("p_clean").double()
     torch.testing.assert_close(found, p_clean, rtol=1e-2, atol=1e-3)
-    assert 0.05 < found.mean() < 0.95 and found.unique().numel() > 20
+    assert 0.05 < found.mean() < 0.95 and found.unique().numel() > 10
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     expected = [losses.mean().item()] * warmup + [(found * losses).mean().item()] * (4 - warmup)
     assert logged == pytest.approx(expected, rel=1e-4)
@@ -167,7 +167,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path):
     whole = make_trainer(tmp_path, **settings)
     whole.train()
     state = state_of(whole)
-    assert state["p_clean"].isfinite().sum() > 60 and state["p_clean"].nan_to_num().unique().numel() > 20
+    assert state["p_clean"].isfinite().sum() > 60 and state["p_clean"].nan_to_num().unique().numel() > 10
     resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     torch.testing.assert_close(state_of(resumed), state, equal_nan=True, rtol=0, atol=0)
