@@ -233,7 +233,9 @@ def _read_section(name: str, given: Any) -> dict[str, Any]:
     example = {first: getattr(section, first) for first in list(known)[:1]}
     options = _read_options(name, given, example=json.dumps(example))
     for unknown in options.keys() - known.keys():
-        raise ValueError(f"{name}={given!r}: {unknown!r} is not a setting of it; allowed: {', '.join(known) or 'none'}.")
+        raise ValueError(
+            f"{name}={given!r}: {unknown!r} is not a setting of it; allowed: {', '.join(known) or 'none'}."
+        )
     options = {key: getattr(section, key) for key in known} | options
     check_values(section, options, f"{name}: ")
     return options

@@ -31,9 +31,10 @@ class GscObjective(RobustObjective):
     The agreement of a pair is the softmax probability `q` of its true partner among the `n` pairs of all ranks. It is
     small among many pairs, even of a matched pair. With the evidence "posterior", which is not of the paper, the
     agreement is the probability that the pair is matched, `P = pi n q / (pi n q + 1 - pi)` (`NoisyChannel`), with the
-    share `pi` estimated as the run goes, one share for each network. Its `-log q` is the mean of the cross-entropies of
-    both directions at `temperature`, as `NoisyChannel` takes them, while the agreement of the paper is the mean of both
-    probabilities.
+    share `pi` estimated as the run goes, one share for each network. Its `-log q` is the mean of the cross-entropies
+    of both directions at `temperature`, as `NoisyChannel` takes them, while the agreement of the paper is the mean of
+    both probabilities. A label is then a probability that comes close to 1 for pairs learnt by heart, too; so the
+    weight of a pair, and its mask in the structures, is the square of its label, as `NoisyChannel` weighs.
 
     Args:
         gamma: Weight of the loss within the modalities.
@@ -47,7 +48,8 @@ class GscObjective(RobustObjective):
     Attributes:
         columns: Ledger columns of evidence and labels.
         channels: `NoisyChannel` of each network; empty without posteriors.
-        opinion: Labels as probabilities and as weights. None for two networks, each of which has labels of its own.
+        opinion: Labels as probabilities, and the weights that follow from them, which are the labels themselves
+            without posteriors. None for two networks, each of which has labels of its own.
 
     Raises:
         ValueError: A value is not allowed.
@@ -95,17 +97,17 @@ class GscObjective(RobustObjective):
         sample_id, weights = batch["sample_id"], batch.get("pair_weight")
         losses: list[torch.Tensor] = []
         last_evidence: dict[str, torch.Tensor] = {}
-        for own, agreement, embeds, labels in self._iterate_networks(outputs, sample_id, ledger):
+        for network in self._list_networks(outputs, sample_id, ledger):
             if weights is None:
-                loss, evidence = self._loss.with_evidence(*embeds, labels, agreement)
-                last_evidence.update(own.as_columns(evidence))
+                loss, evidence = self._loss.with_evidence(*network.embeds, network.weights, network.agreement)
+                last_evidence.update(network.own.as_columns(evidence))
             else:
                 # The evidence is computed apart, because the weights must not mask any of it.
-                loss = self._loss(*embeds, labels.to(weights) * weights)
+                loss = self._loss(*network.embeds, network.weights.to(weights) * weights)
             losses.append(loss)
             if not self.dual:
-                own_labels = labels.to(embeds[0].device)
-                self.opinion = Opinion(own_labels, own_labels)
+                device = network.embeds[0].device
+                self.opinion = Opinion(network.labels.to(device), network.weights.to(device))
         self._last_evidence = last_evidence if weights is None else None
         # DDP waits for a gradient of every parameter, so scale and bias get one of zero.
         return sum(losses[1:], losses[0]) + 0 * (scale + bias).sum()
@@ -129,23 +131,26 @@ class GscObjective(RobustObjective):
             columns, self._last_evidence = self._last_evidence, None
             return columns
         columns = {}
-        for own, agreement, embeds, labels in self._iterate_networks(outputs, sample_id, ledger):
-            evidence = gsc_evidence(*embeds, labels, temperature=self.temperature, agreement=agreement)
-            columns.update(own.as_columns(evidence))
+        for network in self._list_networks(outputs, sample_id, ledger):
+            evidence = gsc_evidence(
+                *network.embeds, network.weights, temperature=self.temperature, agreement=network.agreement
+            )
+            columns.update(network.own.as_columns(evidence))
         return columns
 
-    def _iterate_networks(
+    def _list_networks(
         self, outputs: Mapping[str, torch.Tensor], sample_id: torch.Tensor, ledger: SampleLedger
-    ) -> Iterator[tuple[SoftLabels, Agreement, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """Yield for each network the labels that its evidence renews, the function that computes its agreement, its
-        embeddings, and the labels of its loss."""
+    ) -> Iterator["_Network"]:
         images, texts = (split_embeddings(outputs[f"{side}_embeds"], len(self._labels)) for side in ("image", "text"))
-        agreements: list[Agreement] = [partial(_find_posteriors, channel) for channel in self.channels]
-        agreements = agreements or [average_probabilities for _ in self._labels]
-        for own, agreement, image, text, other in zip(
-            self._labels, agreements, images, texts, reversed(self._labels), strict=True
-        ):
-            yield own, agreement, (image, text), other.of(ledger, sample_id)
+        places = enumerate(zip(self._labels, images, texts, reversed(self._labels), strict=True))
+        for place, (own, image, text, other) in places:
+            labels = other.of(ledger, sample_id)
+            if not self.channels:
+                yield _Network(own, average_probabilities, (image, text), labels, labels)
+                continue
+            channel = self.channels[place]
+            weights = channel.weigh(labels)
+            yield _Network(own, partial(_find_posteriors, channel), (image, text), labels, weights)
 
     def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
         """Write the evidence for the pairs of all ranks to the ledger, `(n,)` each, and observe their posteriors."""
@@ -182,6 +187,25 @@ class GscObjective(RobustObjective):
         """Continue from a saved state; without one, as of an earlier version, the shares begin at 1/2."""
         for channel, own in zip(self.channels, state.get("channels", ()), strict=False):
             channel.load_state_dict(own)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """One of the networks in a step.
+
+    Attributes:
+        own: Labels that its evidence renews.
+        agreement: Function that computes its agreement.
+        embeds: Embeddings of images and texts, `(b, D)` each.
+        labels: Labels of the pairs in its loss, `(b,)`.
+        weights: Weights that follow from the labels, `(b,)`.
+    """
+
+    own: SoftLabels
+    agreement: Agreement
+    embeds: tuple[torch.Tensor, torch.Tensor]
+    labels: torch.Tensor
+    weights: torch.Tensor
 
 
 def _find_posteriors(

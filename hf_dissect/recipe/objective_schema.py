@@ -22,7 +22,7 @@ class GscSection:
         "probability",
         "Agreement of image and caption that the labels follow: probability, the softmax probability of the paper, "
         "which is small in large batches; posterior, the probability that the pair is matched, from an estimate of "
-        "the share of matched pairs.",
+        "the share of matched pairs, and the squares of the labels as weights.",
         choices=("probability", "posterior"),
     )
 
@@ -110,8 +110,8 @@ class ObjectiveSection:
     )
     division: DivisionSection | None = setting(
         None,
-        "Weight each pair by the probability of being clean that the strategy ncr gives it, which then keeps all pairs "
-        "(ratio 1): {}, since it has no settings; null: equal weights.",
+        "Weight each pair by the probability of being clean that the strategy ncr gives it, which then keeps all "
+        "pairs (ratio 1): {}, since it has no settings; null: equal weights.",
         argument="division",
     )
 

@@ -130,7 +130,7 @@ def state_of(trainer: DissectTrainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("warmup", [1, 2])
 def test_a_ratio_of_one_divides_all_pairs_and_trains_on_all_of_them(warmup, tmp_path):
-    """One step an epoch and weights that stay: the division and the loss of each epoch follow from the first losses."""
+    """One step an epoch and weights that stay: division and loss of each epoch follow from the first losses."""
     settings = dict(per_device_train_batch_size=64, num_train_epochs=4, learning_rate=0.0)
     trainer = small_trainer(tmp_path, selection_warmup_epochs=warmup, **settings)
     trainer.train()
@@ -179,9 +179,7 @@ def test_other_models_train(model, tmp_path):
         network, processor = tiny_models.tiny_siglip()
         settings = NCR | dict(num_train_epochs=3, per_device_train_batch_size=16, save_run_folder=False, use_cpu=True)
         args = DissectTrainingArguments(str(tmp_path), **settings, disable_tqdm=True, save_strategy="no")
-        trainer = DissectTrainer(
-            network, args, processing_class=processor, train_dataset=tiny_models.tiny_pairs(64)
-        )
+        trainer = DissectTrainer(network, args, processing_class=processor, train_dataset=tiny_models.tiny_pairs(64))
     else:
         trainer = small_trainer(tmp_path, getattr(tiny_models, f"with_{model}")(tiny_models.tiny_clip()[0]))
     trainer.train()
