@@ -47,9 +47,8 @@ class Repair:
     The sum over the batch counts at most as much as that of the trusted pairs, `strength * min(1, sum w / sum (1 -
     P))`, and rises from 0 at an eighth of the run to all of it at five eighths, because the first opinions are poor.
 
-    That clean neighbours can take the place of a partner is known from IN2R (ICML 2026, arXiv 2606.04061), which has a
-    trained network for it, and from soft targets by nearest neighbours (NPC, AAAI 2024). Memory, centring, spread and
-    balance are our own.
+    That clean neighbours can take the place of a partner is the finding of IN2R (ICML 2026, arXiv 2606.04061), which
+    trains a network for it. The target over the batch, centring, spread, ramp and balance are our own.
 
     Args:
         side, strength, memory, neighbours, all_pairs: See `RepairSection`.

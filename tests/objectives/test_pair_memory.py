@@ -36,7 +36,7 @@ def test_the_latest_trusted_pairs_stay_and_each_pair_is_there_once():
 
 
 def test_a_caption_finds_the_image_that_its_neighbours_share():
-    """Two topics: captions 0 and 1 have images like 0, captions 2 and 3 images like 2. The mean image is 1, 1, 0, 0."""
+    """Two topics with two pairs each; the mean image is 1, 1, 0."""
     memory = PairMemory(8)
     captions = F.normalize(torch.tensor([[1.0, 0.1, 0, 0], [1, -0.1, 0, 0], [0, 0, 1, 0.1], [0, 0, 1, -0.1]]), dim=1)
     images = torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, -1.0], [0.0, 2.0, 1.0], [0.0, 2.0, -1.0]])
