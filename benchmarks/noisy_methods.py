@@ -28,6 +28,7 @@ SETTINGS = [
 ]
 ALL_PAIRS = ["selection.strategy=none"]
 GSC = [*ALL_PAIRS, "objective.gsc.warmup_epochs=1"]
+NCR_DIVISION = ["selection.strategy=ncr", "selection.warmup_epochs=1", "selection.ratio=1", "objective.division={}"]
 METHODS = {
     "none": ALL_PAIRS,
     "random": ["selection.strategy=random"],
@@ -35,9 +36,7 @@ METHODS = {
     "big_loss": ["selection.strategy=big_loss"],
     "clipscore": ["selection.strategy=clipscore"],
     "ncr": ["selection.strategy=ncr", "selection.warmup_epochs=1"],
-    "ncr-division": [  # all pairs, weighted by what the rule divides them by
-        *("selection.strategy=ncr", "selection.warmup_epochs=1", "selection.ratio=1", "objective.division={}"),
-    ],
+    "ncr-division": NCR_DIVISION,  # all pairs, weighted by what the rule divides them by
     "dissect": ["selection.strategy=dissect", "selection.warmup_epochs=4"],
     "dissect:momentum": ["selection.strategy=dissect", "selection.options.variant=momentum"],
     "gsc-rule": ["selection.strategy=gsc"],  # keeps the largest labels instead of weighting by them
@@ -55,6 +54,15 @@ METHODS = {
     "symnce": [*ALL_PAIRS, "objective.symnce={}"],
     "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
     "noisy_channel-smoothed": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1"],
+    "repair": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair={}"],
+    "repair-both": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.side=both"],
+    "repair-learnt": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.space=learnt"],
+    "repair-average": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.space=average"],
+    "repair-all": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.all_pairs=true"],
+    "repair-unsmoothed": [*ALL_PAIRS, "objective.noisy_channel={}", "objective.repair={}"],
+    "gsc-repair": [*GSC, "objective.repair={}"],
+    "gsc-posterior-repair": [*GSC, "objective.gsc.evidence=posterior", "objective.repair={}"],
+    "ncr-division-repair": [*NCR_DIVISION, "objective.repair={}"],
     "noisy_channel-half": ["selection.strategy=noisy_channel"],
     "noisy_channel-half-m8": ["selection.strategy=noisy_channel", "selection.rescore_every=8"],
     "learnability": ["selection.strategy=learnability"],
@@ -65,7 +73,7 @@ METHODS = {
 }
 BY_REFERENCE = ("learnability", "rho", "jest", "coreset")  # only with --reference
 IN_README_CONDITIONS = ("random0", "random20", "random40", "random60", "neighbours20", "neighbours40", "neighbours60")
-IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "oracle")
+IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "repair", "oracle")
 
 CONDITIONS = ("random0", "random20", "random40", "random60", "random80")
 CONDITIONS += ("neighbours20", "neighbours40", "neighbours60", "partial40")

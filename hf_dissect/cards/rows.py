@@ -34,6 +34,7 @@ _OBJECTIVE = {
     "symnce": "Robust loss (SymNCE)",
     "noisy_channel": "Weights of the noisy channel",
     "division": "Weights of NCR's division",
+    "repair": "Repair of mismatched pairs",
     "grad_cache_chunk_size": "GradCache: pairs a pass",
 }
 _FIGURES = {

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_dissect.recipe.fields import training_value
-from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, find_clash, list_robust_objectives
+from hf_dissect.recipe.objective_schema import (
+    GscSection,
+    ObjectiveSection,
+    find_clash,
+    find_repair_fault,
+    list_robust_objectives,
+)
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
@@ -112,6 +118,10 @@ def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection
     if clash := find_clash(selection.strategy, selection.ratio, given):
         others = [f"objective.{name}" for name in given if name != clash[0]]
         yield (f"objective.{clash[0]}", *others, "selection.strategy", "selection.ratio"), clash[1]
+    if objective.repair is not None:
+        problem = find_repair_fault(dataclasses.asdict(objective.repair), selection.strategy, given)
+        if problem is not None:
+            yield ("objective.repair", *(f"objective.{name}" for name in given), "selection.strategy"), problem
 
 
 def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:

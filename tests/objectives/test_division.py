@@ -187,6 +187,15 @@ def test_other_models_train(model, tmp_path):
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
 
 
+def test_repair_knows_the_mismatched_pairs_from_it(tmp_path):
+    trainer = small_trainer(tmp_path, repair={}, num_train_epochs=6)
+    trainer.train()
+    shares = [entry.get("selection_repaired_share", 0) for entry in trainer.state.log_history if "loss" in entry]
+    assert max(shares[:4]) == 0 < max(shares)
+    with pytest.raises(ValueError, match="division={} does not go with the strategy none"):
+        small_trainer(tmp_path, repair={}, selection_strategy="none")
+
+
 def test_two_networks_are_refused(tmp_path):
     twins = TwinDualEncoder.of(tiny_models.tiny_clip()[0], tiny_models.tiny_clip(seed=1)[0])
     with pytest.raises(ValueError, match="division: the model consists of two networks.*give one of them"):

@@ -273,6 +273,13 @@ def test_gradient_caching_changes_nothing_but_the_memory(tmp_path):
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
+def test_repair_knows_the_mismatched_pairs_from_it(tmp_path):
+    trainer = small_trainer(tmp_path, repair={}, num_train_epochs=6)
+    trainer.train()
+    shares = [entry.get("selection_repaired_share", 0) for entry in trainer.state.log_history if "loss" in entry]
+    assert shares[0] == 0 < max(shares)  # not in the warm-up
+
+
 def test_two_networks_train_and_resume(tmp_path):
     def trainer():
         twins = TwinDualEncoder.of(tiny_models.tiny_clip()[0], tiny_models.tiny_clip(seed=1)[0])
