@@ -153,10 +153,7 @@ class Repair:
         own_keys = pairs.keys[:, pairs.rows]
 
         def find_image_targets(block: slice) -> torch.Tensor:
-            found = self.pairs.find_images(texts[block].detach(), own_keys[:, block], self.neighbours)
-            logits = found @ vectors.T
-            spread = logits.std(1, keepdim=True)
-            return torch.where(spread > 1e-6, (SPREAD * logits / spread).log_softmax(1), -torch.inf)  # no neighbour
+            return self.find_image_targets(texts[block].detach(), own_keys[:, block], vectors)
 
         def find_caption_targets(block: slice) -> torch.Tensor:
             rows = slice(first + block.start, first + block.stop)
@@ -167,6 +164,21 @@ class Repair:
         if self.side == "caption":
             return losses
         return (losses + soft_target_losses(images, gather_with_grad(texts), scale, find_caption_targets)) / 2
+
+    def find_image_targets(self, captions: torch.Tensor, keys: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Find the targets of captions over some images.
+
+        Args:
+            captions: Embeddings of the captions, of unit length, `(r, D)`.
+            keys: Id of each caption's pair and key of its image, int64 `(2, r)`.
+            images: Vectors of the images, centred by `PairMemory.center`, `(N, F)`.
+
+        Returns:
+            Logarithms of the targets `(r, N)`; all `-inf` for a caption without neighbours.
+        """
+        logits = self.pairs.find_images(captions, keys, self.neighbours) @ images.T
+        spread = logits.std(1, keepdim=True)
+        return torch.where(spread > 1e-6, (SPREAD * logits / spread).log_softmax(1), -torch.inf)
 
     def pop_logs(self) -> dict[str, float]:
         """Return the share of repaired pairs in the weight of the loss since the last call, for the logs."""
