@@ -7,9 +7,9 @@ import torch
 
 from hf_dissect.distributed import gather_last_dimension
 from hf_dissect.losses import ContrastiveLoss
-from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.selection import SampleLedger
+from hf_dissect.selection.opinion import Opinion
 
 
 class DivisionObjective(RobustObjective):

@@ -12,10 +12,10 @@ from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.gsc import Agreement, GscLoss, average_probabilities, gsc_evidence
 from hf_dissect.losses.noisy_channel import NoisyChannel
 from hf_dissect.models.twin_encoder import split_embeddings
-from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.recipe.objective_schema import GscSection
 from hf_dissect.selection import SampleLedger
+from hf_dissect.selection.opinion import Opinion
 from hf_dissect.selection.soft_labels import NETWORK_SUFFIXES, SoftLabels
 from hf_dissect.settings import check_values
 

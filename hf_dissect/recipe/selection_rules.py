@@ -119,7 +119,8 @@ def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection
         others = [f"objective.{name}" for name in given if name != clash[0]]
         yield (f"objective.{clash[0]}", *others, "selection.strategy", "selection.ratio"), clash[1]
     if objective.repair is not None:
-        problem = find_repair_fault(dataclasses.asdict(objective.repair), selection.strategy, given)
+        rule = selection.strategy, selection.rescore_every
+        problem = find_repair_fault(dataclasses.asdict(objective.repair), *rule, given)
         if problem is not None:
             yield ("objective.repair", *(f"objective.{name}" for name in given), "selection.strategy"), problem
 
