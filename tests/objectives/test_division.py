@@ -167,7 +167,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path):
     whole = make_trainer(tmp_path, **settings)
     whole.train()
     state = state_of(whole)
-    assert state["loss"].isfinite().sum() >= 15  # those of the last epoch, which is not over
+    assert state["loss"].isfinite().sum() >= 8  # those of the last epoch, which is not over
     assert state["p_clean"].isfinite().sum() > 60 and state["p_clean"].nan_to_num().unique().numel() > 10
     resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))

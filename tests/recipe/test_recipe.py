@@ -654,6 +654,7 @@ def test_training_arguments_gather_the_sections():
         "rince": None,
         "symnce": None,
         "division": None,
+        "repair": None,
         "weight_column": None,
         "scoring_batch_size": None,
         "record_selection": True,
