@@ -221,7 +221,7 @@ def find_true_images(condition: str, folder: str) -> torch.Tensor | None:
 
 @torch.no_grad()
 def measure_targets(trainer: DissectTrainer, true_image: torch.Tensor) -> dict[str, float]:
-    """How far a wrong caption's target over 512 images finds the true one: its share, and how often it is in the top 10.
+    """How far a wrong caption's target over 512 images finds the true one: its share, and how often in the top 10.
 
     A target that knows nothing gives it a share of 1/512, and has it in the top 10 in 2 % of cases.
     """
