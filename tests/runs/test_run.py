@@ -86,8 +86,11 @@ def test_a_run_without_the_images_of_its_wrong_captions(tmp_path):
     card = format_ledger_card(ledger, {"data": data}, "ada/scores")
     assert "the share 0.25 was replaced by those of images that were left out on purpose" in card
     assert "numbered without those that were left out (`data.noise_kind: absent`, seed 3)" in card
-    resumed = tiny_recipe(tmp_path / "second", data=data, selection={"ledger": str(tmp_path / "run")}, **ONE_EPOCH)
-    assert build_trainer(resumed).ledger.num_samples == 77
+    further = {**ONE_EPOCH, "data": data, "selection": {"ledger": str(tmp_path / "run"), "warmup_epochs": 0}}
+    assert build_trainer(tiny_recipe(tmp_path / "second", **further)).ledger.num_samples == 77
+    further["data"] = {**data, "noise_kind": "random"}
+    with pytest.raises(ValueError, match=r"is of 77 pairs, the training data are 96: .*data\.noise_kind"):
+        build_trainer(tiny_recipe(tmp_path / "third", **further)).train()
 
 
 def test_image_folder(tmp_path):
