@@ -157,7 +157,10 @@ def measure_step_ratio(method: str, condition: str, seed: int, options: argparse
         for name in list(seconds)[:: 1 if number % 2 else -1]:
             with tempfile.TemporaryDirectory() as folder:
                 batch = int(load_recipe("none", options).training["per_device_train_batch_size"])
-                short = [f"data.max_train_rows={math.ceil(more * TIMED_BATCHES * batch / 5)}", "training.eval_strategy=no"]
+                short = [
+                    f"data.max_train_rows={math.ceil(more * TIMED_BATCHES * batch / 5)}",
+                    "training.eval_strategy=no",
+                ]
                 trainer = prepare(name, condition, seed, options, folder, *short)
                 trainer.train()
                 if number:  # the first round warms up

@@ -15,7 +15,7 @@ _ROWS_AT_ONCE = 1000
 
 
 def number_pictures(dataset: Dataset, image_column: str | None = None) -> np.ndarray:
-    """Number the pictures of a table, so that rows with the same picture have the same number.
+    """Give each row the number of its picture, the same for rows with the same picture.
 
     Two rows have the same picture if the content of a file, its path, or the stored features are equal in one of the
     columns of images. A picture that was saved once more, in another size or quality, is another one, and so is a
@@ -30,9 +30,7 @@ def number_pictures(dataset: Dataset, image_column: str | None = None) -> np.nda
         int64 `(rows,)`, from 0.
     """
     named = (find_image_column(dataset, image_column), FEATURES_COLUMN)
-    columns = [
-        name for name, feature in dataset.features.items() if name in named or isinstance(feature, Image)
-    ]
+    columns = [name for name, feature in dataset.features.items() if name in named or isinstance(feature, Image)]
     number = np.arange(len(dataset))
     for position, column in enumerate(columns):
         same = _number_contents(dataset, column)

@@ -163,8 +163,8 @@ class DataSection:
     noise_kind: str = setting(
         "random",
         "Kind of the wrong captions; random: exchanged at random; neighbours: exchanged between images whose stored "
-        "features (data.image_features) are near each other; partial: one noun replaced; absent: those of images that are "
-        "left out of the training data.",
+        "features (data.image_features) are near each other; partial: one noun replaced; absent: those of images that "
+        "are left out of the training data.",
         choices=NOISE_KINDS,
     )
     noise_permutation: str | None = setting(None, ".npy, int (num_pairs,): pair i gets caption number order[i].")

@@ -79,7 +79,9 @@ def test_lists_of_different_lengths(lengths, rate):
         assert given < round(rate * (sum(lengths) - given))
 
 
-@pytest.mark.parametrize("kind", [List(Value("string")), LargeList(Value("large_string")), List(Value("large_string"))])
+@pytest.mark.parametrize(
+    "kind", [List(Value("string")), LargeList(Value("large_string")), List(Value("large_string"))]
+)
 def test_types_are_kept(kind):
     rows = make_rows((2, 0, 3) * 8).cast_column("captions", kind)
     noisy = replace_by_absent(rows, rate=0.4)
@@ -98,7 +100,9 @@ def test_the_rows_that_go_and_the_captions_that_are_replaced_are_spread():
     noisy = replace_by_absent(make_rows((5,) * 2000), rate=0.4)
     _, clean = read_pairs(noisy)
     wrong = np.array(clean).reshape(-1, 5)
-    assert ~wrong == pytest.approx(np.zeros_like(wrong, float), abs=1) and (~wrong).mean(0) == pytest.approx(0.4, abs=0.06)
+    assert ~wrong == pytest.approx(np.zeros_like(wrong, float), abs=1) and (~wrong).mean(0) == pytest.approx(
+        0.4, abs=0.06
+    )
     assert np.mean(noisy["row"]) == pytest.approx(999.5, abs=40)
 
 
@@ -218,7 +222,10 @@ def test_the_truth_that_is_there_is_kept_and_wrong_captions_are_not_given_away()
     before = shuffle_captions(make_rows((2,) * 100), rate=0.3, clean_column="truth")
     noisy = replace_by_absent(before, rate=0.2, clean_column="truth")
     pairs, truth = read_pairs(noisy, "truth")
-    stays, known = set(noisy["row"]), {row: value for row, value in zip(before["row"], before["captions"], strict=True)}
+    stays, known = (
+        set(noisy["row"]),
+        {row: value for row, value in zip(before["row"], before["captions"], strict=True)},
+    )
     assert truth == [row == donor(caption) for row, caption in pairs]
     replaced = [caption for row, caption in pairs if caption not in known[row]]
     assert len(replaced) == round(0.2 * len(pairs)) and not {donor(caption) for caption in replaced} & stays
@@ -334,5 +341,7 @@ def test_flickr8k(rate, fewest):
     assert (~clean).sum() == round(rate * 5 * len(noisy))
     own = dict(zip(rows["image_id"], rows["captions"], strict=True))
     present = {caption for name in noisy["image_id"] for caption in own[name]}
-    wrong = [caption for caption, truth in zip(itertools.chain(*noisy["captions"]), clean.ravel(), strict=True) if not truth]
+    wrong = [
+        caption for caption, truth in zip(itertools.chain(*noisy["captions"]), clean.ravel(), strict=True) if not truth
+    ]
     assert not set(wrong) & present
