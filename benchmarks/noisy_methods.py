@@ -51,6 +51,13 @@ METHODS = {
     "symnce": [*ALL_PAIRS, "objective.symnce={}"],
     "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
     "noisy_channel-smoothed": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1"],
+    "repair": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair={}"],
+    "repair-both": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.side=both"],
+    "repair-learnt": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.space=learnt"],
+    "repair-average": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.space=average"],
+    "repair-all": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.all_pairs=true"],
+    "repair-unsmoothed": [*ALL_PAIRS, "objective.noisy_channel={}", "objective.repair={}"],
+    "gsc-repair": [*GSC, "objective.repair={}"],
     "noisy_channel-half": ["selection.strategy=noisy_channel"],
     "noisy_channel-half-m8": ["selection.strategy=noisy_channel", "selection.rescore_every=8"],
     "learnability": ["selection.strategy=learnability"],
@@ -61,7 +68,7 @@ METHODS = {
 }
 BY_REFERENCE = ("learnability", "rho", "jest", "coreset")  # only with --reference
 IN_README_CONDITIONS = ("random0", "random20", "random40", "random60", "neighbours20", "neighbours40", "neighbours60")
-IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "oracle")
+IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "repair", "oracle")
 
 CONDITIONS = ("random0", "random20", "random40", "random60", "random80")
 CONDITIONS += ("neighbours20", "neighbours40", "neighbours60", "partial40", "absent40", "absent60")

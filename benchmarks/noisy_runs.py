@@ -25,7 +25,7 @@ from hf_dissect.evaluation.selection_figures import compute_label_figures, read_
 from hf_dissect.runs.run import build_trainer
 from hf_dissect.selection import SampleLedger
 
-OPINIONS = ("label_auroc", "p_clean_auroc", "ranking_auroc", "model_auroc")
+OPINIONS = ("label_auroc", "p_clean_auroc", "evidence_auroc", "ranking_auroc", "model_auroc")
 AVERAGED_SHARE = 0.75
 TIMED_BATCHES = 4  # in an epoch of a run that only measures the time of a step
 FEATURES = "mobilenet_v1_features.npz"

@@ -1,4 +1,4 @@
-"""Objective of a run: the contrastive loss, or one robust against mismatched pairs, plus a decorrelation."""
+"""Objective of a run: the contrastive loss or a robust one, plus repair of mismatched pairs and a decorrelation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +10,7 @@ from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.models.families import check_outputs
 from hf_dissect.models.tasks import Decorrelation
 from hf_dissect.models.twin_encoder import split_embeddings
+from hf_dissect.objectives.repair import Repair
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.selection import SampleLedger
 
@@ -23,6 +24,7 @@ class Objective:
         robust: Objective that replaces the contrastive loss after its warm-up; None for the contrastive loss
             throughout.
         num_networks: Number of networks of the model, 2 for a `TwinDualEncoder`, whose losses are added.
+        repair: Soft targets for the pairs that the robust objective believes mismatched; None without them.
 
     Attributes:
         columns: Ledger columns of the objective.
@@ -37,6 +39,7 @@ class Objective:
         mask_false_negatives: bool = False,
         robust: RobustObjective | None = None,
         num_networks: int = 1,
+        repair: Repair | None = None,
     ) -> None:
         if robust is not None:
             _check_fit(robust, kind, num_networks)
@@ -44,6 +47,7 @@ class Objective:
         self.num_networks = num_networks
         self.decorrelation = Decorrelation()
         self.robust = robust
+        self.repair = repair
         self.columns: tuple[str, ...] = () if robust is None else robust.columns
         self._epoch = 0
 
@@ -51,10 +55,16 @@ class Objective:
         """Set the epoch, counted from 0, when it begins or is resumed."""
         self._epoch = epoch
 
-    def begin_step(self) -> None:
-        """Begin an optimiser step, of one micro-batch or more."""
+    def begin_step(self, progress: float = 1.0) -> None:
+        """Begin an optimiser step, of one micro-batch or more.
+
+        Args:
+            progress: Share of the run that is done, in [0, 1].
+        """
         if self.robust is not None:
             self.robust.begin_step()
+        if self.repair is not None:
+            self.repair.begin_step(progress)
 
     def compute_loss(
         self,
@@ -88,6 +98,8 @@ class Objective:
             loss = self._compute_contrastive_loss(batch, outputs, scale, bias)
         else:
             loss = self.robust.compute_loss(self.contrastive_loss, batch, outputs, scale, bias, ledger)
+            if self.repair is not None and model.training and self.robust.opinion is not None:
+                loss = loss + self.repair.compute_loss(model, batch, outputs, scale, self.robust.opinion)
         return self.decorrelation.add_to(loss, model, batch, projections) if model.training else loss
 
     def _compute_contrastive_loss(
@@ -133,17 +145,22 @@ class Objective:
             self.robust.update(ledger)
 
     def pop_logs(self) -> dict[str, float]:
-        """Return figures since the last call: those of the decorrelation and of the robust objective."""
-        return self.decorrelation.pop_logs() | ({} if self.robust is None else self.robust.pop_logs())
+        """Return figures since the last call: those of the decorrelation, the robust objective and the repair."""
+        parts = (self.decorrelation, self.robust, self.repair)
+        return {name: value for part in parts if part is not None for name, value in part.pop_logs().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the robust objective that is not in the ledger."""
-        return {} if self.robust is None else self.robust.state_dict()
+        """Return the state of robust objective and repair that is not in the ledger."""
+        state = {} if self.robust is None else self.robust.state_dict()
+        return state if self.repair is None else {**state, "repair": self.repair.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
-        if self.robust is not None and state:
-            self.robust.load_state_dict(state)
+        if self.repair is not None and state.get("repair"):
+            self.repair.load_state_dict(state["repair"])
+        own = {name: value for name, value in state.items() if name != "repair"}
+        if self.robust is not None and own:
+            self.robust.load_state_dict(own)
 
 
 def _check_fit(robust: RobustObjective, kind: str, num_networks: int) -> None:

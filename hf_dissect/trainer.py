@@ -108,7 +108,7 @@ class DissectTrainer(BaseTrainer):
         collator = data_collator or training_data.make_collator(self.model, processing_class, args)
         self.data_collator = training_data.try_collator(collator, train_dataset, eval_dataset)
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
-        self.objective = args.make_objective(self.kind, num_networks=len(list_networks(self.model)))
+        self.objective = args.make_objective(self.kind, len(list_networks(self.model)), self.model, self.data_collator)
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
@@ -158,7 +158,7 @@ class DissectTrainer(BaseTrainer):
         batches = epoch_iterator if self._stream_batches is None else self._stream_batches
         with self.times.measure("data"):
             candidates, num_items = super().get_batch_samples(batches, num_batches, device)
-        self.objective.begin_step()
+        self.objective.begin_step(self.state.global_step / self.state.max_steps)
         return [
             self.selector.select(self.model_wrapped, batch, step=self.state.global_step, micro_step=number)
             for number, batch in enumerate(candidates)

@@ -5,14 +5,17 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.gsc import GscObjective
+from hf_dissect.objectives.image_space import make_image_space
 from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
+from hf_dissect.objectives.repair import Repair
 from hf_dissect.objectives.rince import RinceObjective
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.objectives.symnce import SymnceObjective
@@ -20,9 +23,11 @@ from hf_dissect.recipe.objective_schema import (
     GscSection,
     NoisyChannelSection,
     ObjectiveSection,
+    RepairSection,
     RinceSection,
     SymnceSection,
     find_clash,
+    find_repair_fault,
     list_robust_objectives,
 )
 from hf_dissect.recipe.schema import (
@@ -66,6 +71,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     rince: dict[str, Any] | str | None = declared(ObjectiveSection, "rince")
     symnce: dict[str, Any] | str | None = declared(ObjectiveSection, "symnce")
     noisy_channel: dict[str, Any] | str | None = declared(ObjectiveSection, "noisy_channel")
+    repair: dict[str, Any] | str | None = declared(ObjectiveSection, "repair")
     max_train_pairs: int | None = declared(EvaluationSection, "max_train_pairs")
     image_column: str | None = declared(DataSection, "image_column")
     caption_column: str | None = declared(DataSection, "caption_column")
@@ -79,12 +85,12 @@ class DissectTrainingArguments(BaseTrainingArguments):
 
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS,
-        *("selection_options", "gsc", "rince", "symnce", "noisy_channel"),
+        *("selection_options", "gsc", "rince", "symnce", "noisy_channel", "repair"),
     ]
 
     def __post_init__(self) -> None:
         self.selection_options = self._read_selection_options()
-        for name in _ROBUST:
+        for name in (*_ROBUST, "repair"):
             if getattr(self, name) is not None:
                 setattr(self, name, _read_section(name, getattr(self, name)))
         for name in ("initial_ledger", "selection_reference"):
@@ -121,6 +127,10 @@ class DissectTrainingArguments(BaseTrainingArguments):
         names = [name for name in list_robust_objectives() if getattr(self, name) is not None]
         if clash := find_clash(self.selection_strategy, names):
             raise ValueError(f"{clash[0]}={getattr(self, clash[0])!r} {clash[1]} (null is None in Python).")
+        if self.repair is not None:
+            given = {name: getattr(self, name) for name in names}
+            if problem := find_repair_fault(cast(dict, self.repair), self.selection_strategy, given):
+                raise ValueError(f"repair={self.repair!r} {problem} (null is None in Python).")
         robust = self.make_robust_objective()
         if robust is None:
             return
@@ -174,17 +184,27 @@ class DissectTrainingArguments(BaseTrainingArguments):
             "scoring_dtype": None if self.scoring_dtype is None else getattr(torch, self.scoring_dtype),
         }
 
-    def make_objective(self, kind: str, num_networks: int = 1) -> Objective:
+    def make_objective(
+        self, kind: str, num_networks: int = 1, model: nn.Module | None = None, collator: Any = None
+    ) -> Objective:
         """Build the objective that the arguments describe.
 
         Args:
             kind: Contrastive loss of the model, "softmax" or "sigmoid".
             num_networks: Number of networks of the model, 2 for a `TwinDualEncoder`.
+            model: Model that trains, for `repair`.
+            collator: Collator of the run, for an encoder of `repair`.
 
         Raises:
-            ValueError: The robust objective does not fit the model.
+            ValueError: The robust objective or the repair does not fit the model.
+            OSError: The encoder of the repair cannot be read or downloaded.
         """
-        return Objective(kind, self.mask_false_negatives, self.make_robust_objective(), num_networks)
+        repair = None
+        if self.repair is not None:
+            settings = _read_section("repair", self.repair)
+            space = make_image_space(settings.pop("space"), settings.pop("encoder"), model, collator)
+            repair = Repair(**settings, space=space)
+        return Objective(kind, self.mask_false_negatives, self.make_robust_objective(), num_networks, repair)
 
     def make_robust_objective(self) -> RobustObjective | None:
         """Build the objective that replaces the contrastive loss; None for the contrastive loss."""
@@ -220,7 +240,7 @@ _ROBUST: dict[str, tuple[type, Callable[..., RobustObjective]]] = {
 
 def _read_section(name: str, given: Any) -> dict[str, Any]:
     """Return the settings of an objective with the defaults of those that are not given."""
-    section = _ROBUST[name][0]
+    section = RepairSection if name == "repair" else _ROBUST[name][0]
     known = list_settings(section)
     first = next(iter(known))
     options = _read_options(name, given, example=json.dumps({first: getattr(section, first)}))

@@ -24,7 +24,7 @@ _OF_STRATEGY = {
     "coreset": "hessel2021clipscore",
 }
 _OF_OBJECTIVE = {name: _OF_STRATEGY[name] for name in ("gsc", "noisy_channel")}
-_OF_OBJECTIVE |= {"rince": "chuang2022rince", "symnce": "cui2025symnce"}
+_OF_OBJECTIVE |= {"rince": "chuang2022rince", "symnce": "cui2025symnce", "repair": "liu2026in2r"}
 _OF_ADAPTER = {"mola": "zhou2024mola", "lora": "hu2022lora"}
 _OF_MODEL = {
     "siglip": "zhai2023siglip",

@@ -33,6 +33,7 @@ _OBJECTIVE = {
     "rince": "Robust loss (RINCE)",
     "symnce": "Robust loss (SymNCE)",
     "noisy_channel": "Weights of the noisy channel",
+    "repair": "Repair of mismatched pairs",
     "grad_cache_chunk_size": "GradCache: pairs a pass",
 }
 _FIGURES = {

@@ -1,7 +1,8 @@
 """The section of a recipe about the loss, and those of the objectives that may replace the contrastive one."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from hf_dissect.settings import list_members, list_settings, setting
 
@@ -61,6 +62,31 @@ class NoisyChannelSection:
 
 
 @dataclasses.dataclass
+class RepairSection:
+    """Soft targets for pairs that are believed mismatched, from the nearest pairs that are trusted."""
+
+    side: str = setting(
+        "caption",
+        "What is repaired; caption: the captions, by the images of near captions; both: the images as well.",
+        choices=("caption", "both"),
+    )
+    strength: float = setting(0.5, "Weight of a repaired pair, at most that of the trusted ones.", within="(0, inf)")
+    space: str = setting(
+        "auto",
+        "Where images are compared; learnt: the embeddings that train; average: those of a moving average of the "
+        "weights, at the price of a forward pass of the images; stored: the stored features that the model reads; "
+        "auto: stored where there are some, else learnt.",
+        choices=("auto", "learnt", "average", "stored"),
+    )
+    encoder: str | None = setting(
+        None, "Frozen image encoder whose output is the space, by Hub id or folder; it reads the same pixels."
+    )
+    memory: int = setting(2048, "Latest trusted pairs to search for near captions.", within="[64, inf)")
+    neighbours: int = setting(4, "Near captions that make a target.", within="[1, 16]")
+    all_pairs: bool = setting(False, "Add the soft target to the loss of every pair, not only of mismatched ones.")
+
+
+@dataclasses.dataclass
 class ObjectiveSection:
     """The loss."""
 
@@ -95,12 +121,27 @@ class ObjectiveSection:
         '{"smoothing": 0.1}, or {} for the defaults; null: equal weights.',
         argument="noisy_channel",
     )
+    repair: RepairSection | None = setting(
+        None,
+        "Next to noisy_channel or gsc: train the captions of pairs that are believed mismatched by soft targets over "
+        'the images of the batch: its settings, such as {"side": "both"}, or {} for the defaults; null: no repair.',
+        argument="repair",
+    )
+
+
+_ADDED = ("repair",)
+"""Sections that add to an objective and replace none."""
+_WITH_OPINION = ("noisy_channel", "gsc")
+"""Objectives that say which pairs are mismatched."""
+_KEEPS_MISMATCHED = ("none", "random")
+"""Strategies that keep as many of the mismatched pairs as of the others."""
 
 
 def list_robust_objectives() -> tuple[str, ...]:
     """Return the names of the objectives that may replace the contrastive loss, of which a run has one at most."""
     types = {name: expected for name, (expected, _) in list_settings(ObjectiveSection).items()}
-    return tuple(name for name, kind in types.items() if any(map(dataclasses.is_dataclass, list_members(kind))))
+    sections = (name for name, kind in types.items() if any(map(dataclasses.is_dataclass, list_members(kind))))
+    return tuple(name for name in sections if name not in _ADDED)
 
 
 def find_clash(strategy: str, objectives: Iterable[str]) -> tuple[str, str] | None:
@@ -117,5 +158,37 @@ def find_clash(strategy: str, objectives: Iterable[str]) -> tuple[str, str] | No
         return names[0], (
             "does not go with the strategy noisy_channel: both weight the pairs by the same probabilities, which "
             "would count twice; set the objective to null, or take the strategy none, which trains on all pairs"
+        )
+    return None
+
+
+def find_repair_fault(
+    repair: Mapping[str, Any], strategy: str, objectives: Mapping[str, Mapping[str, Any]]
+) -> str | None:
+    """Return the problem of repair in a run; None if there is none.
+
+    Args:
+        repair: Settings of the repair.
+        strategy: Name of the strategy.
+        objectives: Settings of the objectives that are set, by name; see `list_robust_objectives`.
+    """
+    if not objectives.keys() & set(_WITH_OPINION):
+        return (
+            "does not know which pairs are mismatched, which an objective has to tell it; set "
+            f"{' or '.join(_WITH_OPINION)} to {{}}, or repair to null"
+        )
+    if objectives.get("gsc", {}).get("dual"):
+        return (
+            "does not go with dual=true of gsc, whose two networks have two opinions of a pair; set dual to false, or "
+            "repair to null"
+        )
+    if strategy not in _KEEPS_MISMATCHED:
+        return (
+            f"does not go with the strategy {strategy}, which drops pairs that repair would mend before the model "
+            f"embeds them; set the strategy to {' or '.join(_KEEPS_MISMATCHED)}, or repair to null"
+        )
+    if repair["encoder"] is not None and repair["space"] != "auto":
+        return (
+            f"has an encoder, which is the space, and space {repair['space']!r}; set space to auto, or encoder to null"
         )
     return None

@@ -1,11 +1,18 @@
 """Checks of a recipe's selection, objective and comparison against the settings they must agree with."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_dissect.recipe.fields import training_value
-from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection, find_clash, list_robust_objectives
+from hf_dissect.recipe.objective_schema import (
+    GscSection,
+    ObjectiveSection,
+    find_clash,
+    find_repair_fault,
+    list_robust_objectives,
+)
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
@@ -110,6 +117,11 @@ def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection
     if clash := find_clash(selection.strategy, names):
         others = [f"objective.{name}" for name in names if name != clash[0]]
         yield (f"objective.{clash[0]}", *others, "selection.strategy"), clash[1]
+    if objective.repair is not None:
+        given = {name: dataclasses.asdict(getattr(objective, name)) for name in names}
+        problem = find_repair_fault(dataclasses.asdict(objective.repair), selection.strategy, given)
+        if problem is not None:
+            yield ("objective.repair", *(f"objective.{name}" for name in names), "selection.strategy"), problem
 
 
 def gsc_conflicts(gsc: GscSection | None, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:

@@ -25,13 +25,22 @@ class PastModel:
         warmup_steps: Steps before the copy is used, at least 1. The average starts with the weights of the first step,
             the snapshot is taken after these steps.
         every: Steps after which the snapshot is replaced by the current weights; None to keep the first one.
+        setting: Setting that asks for the copy, and what to set it to where there can be none, for the error.
     """
 
-    def __init__(self, kind: str, momentum: float, warmup_steps: int, every: int | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        momentum: float,
+        warmup_steps: int,
+        every: int | None = None,
+        setting: tuple[str, str] = ("selection.options.history", "ledger"),
+    ) -> None:
         self.kind = kind
         self.momentum = momentum
         self.warmup_steps = warmup_steps
         self.every = every
+        self._setting = setting
         self._steps = 0
         self._taken = 0  # step in which the copy was made
         self._copy: dict[str, torch.Tensor] = {}
@@ -50,7 +59,7 @@ class PastModel:
         Raises:
             ValueError: The weights are split over several processes (FSDP, DeepSpeed).
         """
-        weights = _list_weights(model)
+        weights = self._list_weights(model)
         if self.kind == "average":
             self._average(weights)
         elif self._steps == self.warmup_steps or (
@@ -66,7 +75,7 @@ class PastModel:
         Args:
             model: Model that trains, wrapped or not.
         """
-        weights = _list_weights(model)
+        weights = self._list_weights(model)
         self._copy = {name: self._copy[name].to(weight) for name, weight in weights.items()}
         self._exchange(weights)
         try:
@@ -94,22 +103,22 @@ class PastModel:
         self._copy = {name: weight.detach().clone() for name, weight in weights.items()}
         self._taken = self._steps
 
+    def _list_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the weights that train and the floating-point buffers, by their names without wrappers."""
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+        weights = {_strip_wrappers(name): weight for name, weight in [*trained, *buffers]}
+        if any(isinstance(part, DTensor) or any(hasattr(part, mark) for mark in _SPLIT) for part in weights.values()):
+            setting, other = self._setting
+            raise ValueError(
+                f"{setting}: a copy of the model needs whole weights on every process, and these are split "
+                f"(FSDP, DeepSpeed); set it to {other}, or train with DDP."
+            )
+        return weights
+
     def _exchange(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
             weight.data, self._copy[name] = self._copy[name], weight.data
-
-
-def _list_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights that train and the floating-point buffers, by their names in the model without wrappers."""
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
-    weights = {_strip_wrappers(name): weight for name, weight in [*trained, *buffers]}
-    if any(isinstance(part, DTensor) or any(hasattr(part, mark) for mark in _SPLIT) for part in weights.values()):
-        raise ValueError(
-            "selection.options.history: a copy of the model needs whole weights on every process, and these are split "
-            "(FSDP, DeepSpeed); set it to ledger, or train with DDP."
-        )
-    return weights
 
 
 def _strip_wrappers(name: str) -> str:

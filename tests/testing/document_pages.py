@@ -8,7 +8,14 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     *("docs/index.md", "docs/quickstart.md", "docs/tutorial.md", "docs/python.md", "docs/recipes.md", "docs/data.md"),
-    *("docs/which_method.md", "docs/strategies.md", "docs/noisy_channel.md", "docs/ledger_first.md", "docs/costs.md"),
+    *(
+        "docs/which_method.md",
+        "docs/strategies.md",
+        "docs/noisy_channel.md",
+        "docs/repair.md",
+        "docs/ledger_first.md",
+        "docs/costs.md",
+    ),
     *("docs/soft_labels.md", "docs/mola.md", "docs/distillation.md"),
     *("docs/run_folder.md", "docs/hub.md", "docs/audit.md", "docs/many_gpus.md", "docs/own_strategy.md"),
     *("docs/results.md", "docs/paper_index.md", "docs/limits.md"),

@@ -11,6 +11,7 @@ from torch import nn
 from hf_dissect.models.families import check_dual_encoder, check_tokens
 from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import LOADING_ERRORS, find_loss_kind, load_model_and_processor
+from hf_dissect.models.picture_check import check_same_pictures
 from hf_dissect.selection.reference.model import ReferenceModel
 from hf_dissect.selection.strategy import SelectionStrategy
 
@@ -158,19 +159,7 @@ def _check_tokenizers(where: str, own: Any, collator: Any) -> None:
 def _check_pictures(where: str, own: Any, collator: Any) -> None:
     if getattr(collator, "image_processor", None) is None or own.image_processor is None or own.reads_features:
         return
-    pictures = [Image.radial_gradient("L").convert("RGB").resize(size) for size in ((83, 61), (50, 120))]
-    theirs, ours = (dict(part.image_processor(images=pictures, return_tensors="pt")) for part in (own, collator))
-    same = theirs.keys() == ours.keys() and all(
-        theirs[name].shape == ours[name].shape and torch.allclose(theirs[name].float(), ours[name].float(), atol=1e-3)
-        for name in theirs
-    )
-    if not same:
-        shapes = [tuple(part["pixel_values"].shape[1:]) for part in (theirs, ours)]
-        found = "differs" if shapes[0] == shapes[1] else f"makes {shapes[0]} of a picture, not {shapes[1]}"
-        raise ValueError(
-            f"{where}: its image processor {found}, so one batch cannot serve both; take a reference of the same "
-            "image size and normalisation, or load the model with the image processor of the reference."
-        )
+    check_same_pictures(where, own.image_processor, collator.image_processor, "a reference")
 
 
 def _check_forward(
