@@ -195,7 +195,7 @@ class _Departures:
             return
         raise ValueError(
             f"rate (noise_rate): {self._rate} of the captions cannot be replaced by those of images that are left out "
-            f"(noise_kind: absent): only {self._num_staying} of {total} pairs would stay, for {self._usable} captions. "
+            f"(noise_kind: absent): only {self._num_staying} of {total} pairs stay, and {self._usable} captions. "
             f"The data have {self._num_pictures} different images and {len(self._staying)} different captions. A "
             "caption is not given away if an image that stays has it, too, if it is missing, or if it is known to be "
             "wrong. Use another rate, more data, or noise_kind random."
