@@ -82,6 +82,11 @@ _FILES = {f"random{rate}": f"caption_order_noise{rate}.npy" for rate in (20, 40,
 _FILES |= {"neighbours40": "caption_order_neighbours40.npy"}
 
 
+def order_file(condition: str) -> str | None:
+    """The file next to the data with the order of the captions; None for a condition that the package makes."""
+    return _FILES.get(condition)
+
+
 def split_condition(name: str) -> tuple[str, int]:
     """The kind and the percentage of a condition."""
     kind, rate = re.fullmatch(r"([a-z]+)(\d+)", name).groups()

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import transformers
-from noisy_methods import BY_REFERENCE, METHODS, SETTINGS, Oracle, noise_settings, split_condition
+from noisy_methods import BY_REFERENCE, METHODS, SETTINGS, Oracle, noise_settings, order_file, split_condition
 from torch.optim.swa_utils import AveragedModel
 from transformers import PrinterCallback, TrainerCallback
 
@@ -29,6 +30,8 @@ OPINIONS = ("label_auroc", "p_clean_auroc", "evidence_auroc", "ranking_auroc", "
 AVERAGED_SHARE = 0.75
 TIMED_BATCHES = 4  # in an epoch of a run that only measures the time of a step
 FEATURES = "mobilenet_v1_features.npz"
+CAPTIONS = 5  # of an image
+TARGETS = 1000  # wrong captions whose targets are measured
 
 
 class Collated(torch.utils.data.Dataset):
@@ -182,10 +185,10 @@ def run(method: str, condition: str, seed: int, options: argparse.Namespace) -> 
         mean = MeanWeights()
         trainer.add_callback(mean)
         trainer.train()
-        return found | figures(trainer, options.split, mean)
+        return found | figures(trainer, options.split, mean, find_true_images(condition, options.data))
 
 
-def figures(trainer: DissectTrainer, split: str, mean: MeanWeights) -> dict:
+def figures(trainer: DissectTrainer, split: str, mean: MeanWeights, true_image: torch.Tensor | None = None) -> dict:
     """What a finished run shows."""
     sums = {
         part: [logs[key] for logs in trainer.state.log_history if (key := f"eval_{part}_recall_sum") in logs]
@@ -211,7 +214,43 @@ def figures(trainer: DissectTrainer, split: str, mean: MeanWeights) -> dict:
     if (ranking := trainer.monitor.ranking_truth()) is not None:
         found["ranking_auroc"] = noise_detection_metrics(*ranking)["auroc"]
     found["model_auroc"] = noise_detection_metrics(scored["correlation"], scored["is_clean"])["auroc"]
+    if trainer.objective.repair is not None and true_image is not None:
+        found |= measure_targets(trainer, true_image)
     return found | {"detection": next(found[name] for name in OPINIONS if name in found)}
+
+
+def find_true_images(condition: str, folder: str) -> torch.Tensor | None:
+    """The image that each caption describes, int64 `(pairs,)`; None where the order of the captions is no file."""
+    order = order_file(condition)
+    return None if order is None else torch.from_numpy(np.load(Path(folder, order)) // CAPTIONS).long()
+
+
+@torch.no_grad()
+def measure_targets(trainer: DissectTrainer, true_image: torch.Tensor) -> dict[str, float]:
+    """How far a wrong caption's target over 512 images finds the true one: its share, and how often it is in the top 10.
+
+    A target that knows nothing gives it a share of 1/512, and has it in the top 10 in 2 % of cases.
+    """
+    repair, model, pairs = trainer.objective.repair, trainer.model, trainer.train_dataset
+    captions, vectors = [], []
+    for batch in trainer.get_eval_dataloader(pairs):
+        outputs = trainer.encoder(model, trainer._prepare_inputs(batch))
+        captions.append(outputs["text_embeds"].cpu())
+        vectors.append(repair.space.embed(model, batch, outputs, False).cpu())
+    keys = torch.stack([pairs.columns[name] for name in ("sample_id", "image_key")])
+    captions, vectors = torch.cat(captions), repair.pairs.center(torch.cat(vectors))
+    generator = torch.Generator().manual_seed(0)
+    (wrong,) = (~pairs.columns["is_clean"]).nonzero(as_tuple=True)
+    wrong = wrong[torch.randperm(len(wrong), generator=generator)[:TARGETS]]
+    shares, top = [], []
+    for position in wrong.tolist():
+        others = torch.randperm(len(vectors) // CAPTIONS, generator=generator)[:512]
+        others = torch.cat([true_image[position : position + 1], others[others != true_image[position]][:511]])
+        rows = slice(position, position + 1)
+        target = repair.find_image_targets(captions[rows], keys[:, rows], vectors[others * CAPTIONS])[0].exp()
+        shares.append(target[0].item())
+        top.append(float((target > target[0]).sum() < 10))
+    return {"target_share": statistics.fmean(shares), "target_in_top_10": statistics.fmean(top)}
 
 
 def label_weight(ledger: SampleLedger, sample_id: torch.Tensor, is_clean: torch.Tensor) -> dict[str, float]:

@@ -12,7 +12,8 @@ from hf_dissect.models.tasks import Decorrelation
 from hf_dissect.models.twin_encoder import split_embeddings
 from hf_dissect.objectives.repair import Repair
 from hf_dissect.objectives.robust import RobustObjective
-from hf_dissect.selection import SampleLedger
+from hf_dissect.selection import SampleLedger, SelectionStrategy
+from hf_dissect.selection.opinion import Opinion
 
 
 class Objective:
@@ -50,21 +51,26 @@ class Objective:
         self.repair = repair
         self.columns: tuple[str, ...] = () if robust is None else robust.columns
         self._epoch = 0
+        self._strategy: SelectionStrategy | None = None
 
     def on_epoch_begin(self, epoch: int) -> None:
         """Set the epoch, counted from 0, when it begins or is resumed."""
         self._epoch = epoch
 
-    def begin_step(self, progress: float = 1.0) -> None:
-        """Begin an optimiser step, of one micro-batch or more.
+    def begin_step(self, progress: float = 1.0, strategy: SelectionStrategy | None = None) -> None:
+        """Begin an optimiser step, of one micro-batch or more, before its pairs are selected.
 
         Args:
             progress: Share of the run that is done, in [0, 1].
+            strategy: Strategy of the run, which draws pairs for the repair as well, and may have an opinion for it.
         """
         if self.robust is not None:
             self.robust.begin_step()
         if self.repair is not None:
             self.repair.begin_step(progress)
+            self._strategy = strategy
+            if strategy is not None:
+                strategy.repair_strength = self.repair.strength_now
 
     def compute_loss(
         self,
@@ -98,9 +104,14 @@ class Objective:
             loss = self._compute_contrastive_loss(batch, outputs, scale, bias)
         else:
             loss = self.robust.compute_loss(self.contrastive_loss, batch, outputs, scale, bias, ledger)
-            if self.repair is not None and model.training and self.robust.opinion is not None:
-                loss = loss + self.repair.compute_loss(model, batch, outputs, scale, self.robust.opinion)
+        if self.repair is not None and model.training and (opinion := self._find_opinion(batch, ledger)) is not None:
+            loss = loss + self.repair.compute_loss(model, batch, outputs, scale, opinion)
         return self.decorrelation.add_to(loss, model, batch, projections) if model.training else loss
+
+    def _find_opinion(self, batch: Mapping[str, Any], ledger: SampleLedger) -> Opinion | None:
+        if self.robust is not None:
+            return self.robust.opinion
+        return None if self._strategy is None else self._strategy.read_opinion(ledger, batch)
 
     def _compute_contrastive_loss(
         self,

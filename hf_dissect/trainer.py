@@ -158,7 +158,7 @@ class DissectTrainer(BaseTrainer):
         batches = epoch_iterator if self._stream_batches is None else self._stream_batches
         with self.times.measure("data"):
             candidates, num_items = super().get_batch_samples(batches, num_batches, device)
-        self.objective.begin_step(self.state.global_step / self.state.max_steps)
+        self.objective.begin_step(self.state.global_step / self.state.max_steps, self.strategy)
         return [
             self.selector.select(self.model_wrapped, batch, step=self.state.global_step, micro_step=number)
             for number, batch in enumerate(candidates)

@@ -129,7 +129,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
             raise ValueError(f"{clash[0]}={getattr(self, clash[0])!r} {clash[1]} (null is None in Python).")
         if self.repair is not None:
             given = {name: getattr(self, name) for name in names}
-            if problem := find_repair_fault(cast(dict, self.repair), self.selection_strategy, given):
+            selection = self.selection_strategy, self.selection_rescore_every
+            if problem := find_repair_fault(cast(dict, self.repair), *selection, given):
                 raise ValueError(f"repair={self.repair!r} {problem} (null is None in Python).")
         robust = self.make_robust_objective()
         if robust is None:
@@ -170,6 +171,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
             options.setdefault("warmup_epochs", self.selection_warmup_epochs)
         if self.selection_strategy == "dissect":
             options.setdefault("history_given", self.initial_ledger is not None)
+        if self.selection_strategy == "noisy_channel" and self.repair is not None:
+            options["repairs"] = True
         return make_strategy(self.selection_strategy, **options)
 
     def selector_settings(self) -> dict[str, Any]:

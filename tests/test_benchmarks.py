@@ -389,6 +389,13 @@ def test_scaling():
     assert [len(parts) for parts in results["paper"].values()] == [8] * 4
 
 
+def test_repair_cost():
+    results = run_benchmark("repair_cost", "--batch", 16, "--dim", 16, "--rounds", 1)
+    assert results["features"]["noisy_channel"]["ratio_median"] == 1
+    assert set(results["small_clip"]) == {"noisy_channel", "learnt", "both sides", "average", "encoder"}
+    assert all(kind["ms_per_step_median"] > 0 for kind in results["small_clip"].values())
+
+
 def test_gsc_cost():
     results = run_benchmark("gsc_cost", "--batch", 8, "--dim", 16, "--rounds", 1)
     assert results["loss_alone"]["contrastive"]["processor"]["ratio_to_contrastive_median"] == 1

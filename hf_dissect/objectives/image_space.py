@@ -90,7 +90,7 @@ class AverageSpace(ImageSpace):
 
 
 class EncoderSpace(ImageSpace):
-    """The output of a frozen image encoder, which is no part of model, optimiser or checkpoints.
+    """The output of a frozen image encoder, of which neither model nor optimiser nor checkpoints know.
 
     Args:
         tower: Encoder and its pooling.

@@ -10,11 +10,11 @@ from hf_dissect.losses import ContrastiveLoss
 from hf_dissect.losses.evidence_temperature import TemperedLosses
 from hf_dissect.losses.logit_rows import promote_to_float32
 from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
-from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.recipe.objective_schema import NoisyChannelSection
 from hf_dissect.selection import SampleLedger
 from hf_dissect.selection.noisy_channel import record_evidence
+from hf_dissect.selection.opinion import Opinion
 from hf_dissect.settings import check_values
 
 

@@ -11,9 +11,9 @@ from hf_dissect.distributed import gather_last_dimension, gather_with_grad, get_
 from hf_dissect.losses.logit_rows import promote_to_float32
 from hf_dissect.losses.soft_targets import soft_target_losses
 from hf_dissect.objectives.image_space import ImageSpace
-from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.objectives.pair_memory import PairMemory
 from hf_dissect.recipe.objective_schema import RepairSection
+from hf_dissect.selection.opinion import Opinion
 from hf_dissect.settings import check_values
 
 TRUSTED = 0.7
@@ -68,7 +68,7 @@ class Repair:
     def __post_init__(self) -> None:
         check_values(RepairSection, {name: value for name, value in vars(self).items() if name != "space"}, "repair: ")
         self.pairs = PairMemory(self.memory)
-        self._progress = 0.0
+        self._ramp = 0.0
         self._begins_step = True
         self._shares: list[torch.Tensor] = []
 
@@ -78,7 +78,12 @@ class Repair:
         Args:
             progress: Share of the run that is done, in [0, 1].
         """
-        self._progress, self._begins_step = progress, True
+        self._ramp, self._begins_step = min(max((progress - BEGIN) / (FULL - BEGIN), 0.0), 1.0), True
+
+    @property
+    def strength_now(self) -> float:
+        """Strength in the current step, before the balance with the trusted pairs; 0 while there is no memory."""
+        return self.strength * self._ramp * (self.pairs.count >= FEWEST_PAIRS * self.neighbours)
 
     def compute_loss(
         self,
@@ -104,11 +109,10 @@ class Repair:
         with torch.autocast(texts.device.type, enabled=False):
             own = self._gather(texts, self.space.embed(model, batch, outputs, self._begins_step), opinion, batch)
             self._begins_step = False
-            ramp = min(max((self._progress - BEGIN) / (FULL - BEGIN), 0.0), 1.0)
             loss = 0 * texts.sum()
-            if ramp and self.pairs.count >= FEWEST_PAIRS * self.neighbours:
+            if self.strength_now:
                 trusted, doubted = own.weights.sum(), own.doubt.sum()
-                strength = self.strength * ramp * (trusted / doubted.clamp_min(1e-6)).clamp_max(1)
+                strength = self.strength_now * (trusted / doubted.clamp_min(1e-6)).clamp_max(1)
                 losses = self._compute_losses(texts, images, scale.detach(), own)
                 loss = strength * (own.doubt[own.rows] * losses).mean()
                 self._shares.append(strength * doubted / (strength * doubted + trusted).clamp_min(1e-6))
@@ -119,8 +123,8 @@ class Repair:
         self, texts: torch.Tensor, vectors: torch.Tensor, opinion: Opinion, batch: Mapping[str, Any]
     ) -> "_Pairs":
         """Gather what repair needs of the pairs of all ranks."""
-        given = batch.get("pair_weight")
-        factors = torch.ones_like(opinion.matched) if given is None else given.to(opinion.matched)
+        factors = batch.get("pair_weight") if opinion.factors is None else opinion.factors
+        factors = torch.ones_like(opinion.matched) if factors is None else factors.to(opinion.matched)
         columns = [
             texts.detach(),
             vectors.to(texts),
@@ -149,10 +153,7 @@ class Repair:
         own_keys = pairs.keys[:, pairs.rows]
 
         def find_image_targets(block: slice) -> torch.Tensor:
-            found = self.pairs.find_images(texts[block].detach(), own_keys[:, block], self.neighbours)
-            logits = found @ vectors.T
-            spread = logits.std(1, keepdim=True)
-            return torch.where(spread > 1e-6, (SPREAD * logits / spread).log_softmax(1), -torch.inf)  # no neighbour
+            return self.find_image_targets(texts[block].detach(), own_keys[:, block], vectors)
 
         def find_caption_targets(block: slice) -> torch.Tensor:
             rows = slice(first + block.start, first + block.stop)
@@ -163,6 +164,21 @@ class Repair:
         if self.side == "caption":
             return losses
         return (losses + soft_target_losses(images, gather_with_grad(texts), scale, find_caption_targets)) / 2
+
+    def find_image_targets(self, captions: torch.Tensor, keys: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Find the targets of captions over some images.
+
+        Args:
+            captions: Embeddings of the captions, of unit length, `(r, D)`.
+            keys: Id of each caption's pair and key of its image, int64 `(2, r)`.
+            images: Vectors of the images, centred by `PairMemory.center`, `(N, F)`.
+
+        Returns:
+            Logarithms of the targets `(r, N)`; all `-inf` for a caption without neighbours.
+        """
+        logits = self.pairs.find_images(captions, keys, self.neighbours) @ images.T
+        spread = logits.std(1, keepdim=True)
+        return torch.where(spread > 1e-6, (SPREAD * logits / spread).log_softmax(1), -torch.inf)
 
     def pop_logs(self) -> dict[str, float]:
         """Return the share of repaired pairs in the weight of the loss since the last call, for the logs."""

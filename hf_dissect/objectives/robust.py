@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 
 from hf_dissect.losses import ContrastiveLoss
-from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.selection import SampleLedger
+from hf_dissect.selection.opinion import Opinion
 
 
 class RobustObjective:

@@ -133,8 +133,8 @@ _ADDED = ("repair",)
 """Sections that add to an objective and replace none."""
 _WITH_OPINION = ("noisy_channel", "gsc")
 """Objectives that say which pairs are mismatched."""
-_KEEPS_MISMATCHED = ("none", "random")
-"""Strategies that keep as many of the mismatched pairs as of the others."""
+_KEEPS_MISMATCHED = ("none", "random", "noisy_channel")
+"""Strategies that keep mismatched pairs: as many as of the others, or those that repair is to mend."""
 
 
 def list_robust_objectives() -> tuple[str, ...]:
@@ -163,24 +163,35 @@ def find_clash(strategy: str, objectives: Iterable[str]) -> tuple[str, str] | No
 
 
 def find_repair_fault(
-    repair: Mapping[str, Any], strategy: str, objectives: Mapping[str, Mapping[str, Any]]
+    repair: Mapping[str, Any], strategy: str, rescore_every: int, objectives: Mapping[str, Mapping[str, Any]]
 ) -> str | None:
     """Return the problem of repair in a run; None if there is none.
 
     Args:
         repair: Settings of the repair.
         strategy: Name of the strategy.
+        rescore_every: Its setting of that name.
         objectives: Settings of the objectives that are set, by name; see `list_robust_objectives`.
     """
-    if not objectives.keys() & set(_WITH_OPINION):
+    if strategy != "noisy_channel" and not objectives.keys() & set(_WITH_OPINION):
         return (
             "does not know which pairs are mismatched, which an objective has to tell it; set "
-            f"{' or '.join(_WITH_OPINION)} to {{}}, or repair to null"
+            f"{' or '.join(_WITH_OPINION)} to {{}}, take the strategy noisy_channel, or set repair to null"
+        )
+    if strategy == "noisy_channel" and objectives:
+        return (
+            f"does not go with {next(iter(objectives))} next to the strategy noisy_channel, as each has an opinion of "
+            "the pairs; leave one of them out, or set repair to null"
         )
     if objectives.get("gsc", {}).get("dual"):
         return (
             "does not go with dual=true of gsc, whose two networks have two opinions of a pair; set dual to false, or "
             "repair to null"
+        )
+    if strategy == "noisy_channel" and rescore_every > 1:
+        return (
+            f"does not go with rescore_every={rescore_every}, which loads no pair that has hardly any weight; set "
+            "rescore_every to 1, or repair to null"
         )
     if strategy not in _KEEPS_MISMATCHED:
         return (

@@ -119,7 +119,8 @@ def objective_conflicts(objective: ObjectiveSection, selection: SelectionSection
         yield (f"objective.{clash[0]}", *others, "selection.strategy"), clash[1]
     if objective.repair is not None:
         given = {name: dataclasses.asdict(getattr(objective, name)) for name in names}
-        problem = find_repair_fault(dataclasses.asdict(objective.repair), selection.strategy, given)
+        rule = selection.strategy, selection.rescore_every
+        problem = find_repair_fault(dataclasses.asdict(objective.repair), *rule, given)
         if problem is not None:
             yield ("objective.repair", *(f"objective.{name}" for name in names), "selection.strategy"), problem
 

@@ -11,8 +11,12 @@ from hf_dissect.losses.evidence_temperature import measure_pairs
 from hf_dissect.losses.noisy_channel import NoisyChannel, find_evidence
 from hf_dissect.selection.inclusion import find_inclusion, sample_systematically
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.opinion import Opinion
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.strategy import Selection, SelectionStrategy
+
+SMALLEST_POSTERIOR = 1e-6
+"""Posterior of a drawn pair from which the probability that it was drawn with can be recovered."""
 
 
 class NoisyChannelSampling(SelectionStrategy):
@@ -24,17 +28,27 @@ class NoisyChannelSampling(SelectionStrategy):
     weight above 0, all of these are drawn, and others at random to fill up; their weight stays 0, so that they are
     negatives of the others only.
 
+    With `repairs`, pairs are drawn for `hf_dissect.objectives.repair.Repair` as well, in proportion to `w + s (1 - P)`
+    with the strength `s` of the repair.
+
+    Args:
+        repairs: True if pairs that are believed mismatched train by soft targets.
+
     Attributes:
         channel: `NoisyChannel` with the estimated share of matched pairs.
+        repair_strength: Strength of the repair in the current step.
     """
 
     name = "noisy_channel"
-    columns = ("evidence",)
+    columns: tuple[str, ...] = ("evidence",)  # type: ignore[misc]  # a class variable of other rules
     samples = True
 
-    def __init__(self) -> None:
+    def __init__(self, repairs: bool = False) -> None:
         super().__init__()
         self.channel = NoisyChannel()
+        self.repairs = repairs
+        if repairs:
+            self.columns = ("evidence", "posterior")
 
     def begin_step(self) -> None:
         """Move share and temperature by the candidates of the last step; see `SelectionStrategy.begin_step`."""
@@ -44,9 +58,21 @@ class NoisyChannelSampling(SelectionStrategy):
         """Draw `k` candidates in proportion to their weights; see `SelectionStrategy.select`."""
         posterior = self._find_posterior(scores)
         weights = self.channel.weigh(posterior).double()
-        inclusion = find_inclusion(weights, k)
+        inclusion = find_inclusion(weights + self._find_need_of_repair(posterior.double(), weights), k)
         drawn = sample_systematically(inclusion, self.generator)
         return Selection(drawn, (weights[drawn] / inclusion[drawn]).float(), posterior.float())
+
+    def _find_need_of_repair(self, posterior: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        doubt = 1 - posterior
+        return self.repair_strength * (weights.sum() / doubt.sum().clamp_min(1e-6)).clamp_max(1) * doubt
+
+    def read_opinion(self, ledger: SampleLedger, batch: Mapping[str, torch.Tensor]) -> Opinion | None:
+        """Return the posteriors that the pairs were drawn by; see `SelectionStrategy.read_opinion`."""
+        if not self.repairs:
+            return None
+        posterior = ledger.read("posterior", batch["sample_id"].cpu()).to(batch["pair_weight"])
+        weights = self.channel.weigh(posterior)
+        return Opinion(posterior, weights, batch["pair_weight"] / weights)
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure evidence and posterior of each candidate, and more of a sample; see `SelectionStrategy.measure`."""
@@ -67,6 +93,8 @@ class NoisyChannelSampling(SelectionStrategy):
         """Record the evidence, and observe the posteriors of all ranks; see `SelectionStrategy.record`."""
         if measured and "posterior" in measured:
             record_evidence(self.channel, ledger, sample_id, measured)
+            if self.repairs:
+                ledger.write("posterior", sample_id, measured["posterior"].clamp_min(SMALLEST_POSTERIOR))
 
     def plan(self, ledger: SampleLedger) -> torch.Tensor:
         """Plan by the weights that follow from the last evidence; see `SelectionStrategy.plan`."""

@@ -8,6 +8,7 @@ import torch
 
 from hf_dissect.losses.contrastive import Weigh
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.opinion import Opinion
 from hf_dissect.selection.past_model import PastModel
 from hf_dissect.selection.scoring import CandidateScores
 
@@ -49,6 +50,8 @@ class SelectionStrategy:
             "before": its scores must be in the ledger before the first step.
         past_model: Copy of the model from earlier steps that scores the candidates, too; None without one.
         warmup: What the steps of a warm-up do, for a warning.
+        repair_strength: Strength of the repair of mismatched pairs in the current step, see
+            `hf_dissect.objectives.repair`; 0 without it.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
             `select`, so that a resumed run chooses like an uninterrupted one, and the random stream of the training is
             not touched.
@@ -63,6 +66,7 @@ class SelectionStrategy:
     why_no_plan: ClassVar[str] = "it has no method plan"
     reference: ClassVar[str] = ""
     warmup: ClassVar[str] = "train on a random subset"
+    repair_strength: float = 0.0
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
@@ -116,6 +120,15 @@ class SelectionStrategy:
             The selected candidates.
         """
         raise NotImplementedError
+
+    def read_opinion(self, ledger: SampleLedger, batch: Mapping[str, torch.Tensor]) -> Opinion | None:
+        """Return what the rule believes of the pairs that train in a step; None of a rule without an opinion.
+
+        Args:
+            ledger: Ledger of the run.
+            batch: Batch of `b` pairs, with `sample_id` int64 `(b,)` and `pair_weight` `(b,)`.
+        """
+        return None
 
     @property
     def can_plan(self) -> bool:

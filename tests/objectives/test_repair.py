@@ -25,9 +25,10 @@ from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.image_space import AverageSpace, ImageSpace, StoredSpace
 from hf_dissect.objectives.noisy_channel import NoisyChannelObjective
-from hf_dissect.objectives.opinion import Opinion
 from hf_dissect.objectives.repair import Repair
-from hf_dissect.selection import SampleLedger
+from hf_dissect.selection import CandidateScores, SampleLedger, make_strategy
+from hf_dissect.selection.inclusion import find_inclusion
+from hf_dissect.selection.opinion import Opinion
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -132,6 +133,33 @@ def test_the_target_of_a_wrong_caption_holds_its_true_image():
     assert (numbers[nearest] == torch.arange(8)[:, None]).all()
 
 
+def test_the_strategy_draws_pairs_for_their_repair_as_well():
+    """Each candidate is drawn in proportion to its weight and its need of repair; the loss divides by that."""
+    torch.manual_seed(0)
+    images = unit(40, 8).float()
+    texts = F.normalize(images + 0.4 * torch.randn(40, 8), dim=1)
+    texts[20:] = unit(20, 8).float()  # strangers
+    scores = CandidateScores(torch.arange(40), images, texts, torch.tensor(8.0), torch.tensor(0.0), "softmax")
+    rule = make_strategy("noisy_channel", repairs=True)
+    rule.repair_strength = 0.5
+    ledger, drawn = SampleLedger(40, columns=rule.columns), torch.zeros(40)
+    rule.record(scores.sample_id, scores.correlation, ledger, rule.measure(scores, ledger))
+    posterior = torch.sigmoid(math.log(40) - scores.loss)  # pi is 1/2
+    need = posterior**2 + 0.5 * min(1, float((posterior**2).sum() / (1 - posterior).sum())) * (1 - posterior)
+    inclusion = find_inclusion(need, 16).float()
+    for seed in range(400):
+        rule.generator.manual_seed(seed)
+        selection = rule.select(scores, ledger, 16)
+        drawn[selection.indices] += 1 / 400
+        batch = {"sample_id": selection.indices, "pair_weight": selection.weights}
+        opinion = rule.read_opinion(ledger, batch)
+        torch.testing.assert_close(opinion.matched, posterior[selection.indices])
+        torch.testing.assert_close(opinion.factors, 1 / inclusion[selection.indices], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(drawn, inclusion, rtol=0, atol=0.1)
+    assert drawn[20:].sum() > 2
+    assert make_strategy("noisy_channel").read_opinion(ledger, batch) is None
+
+
 # ---- in a run ----
 
 SMALL = {"selection_options": None, "selection_strategy": "none", "noisy_channel": {}, "record_selection": False}
@@ -147,8 +175,9 @@ def state_of(trainer: DissectTrainer) -> dict[str, torch.Tensor]:
 
 def trust_at_first(trainer: DissectTrainer) -> None:
     """Begin a run with the belief that 9 of 10 pairs match, so that a few steps fill the memory."""
-    if hasattr(trainer.objective.robust, "channel"):
-        trainer.objective.robust.channel.pi = 0.9
+    for rule in (trainer.objective.robust, trainer.strategy):
+        if hasattr(rule, "channel"):
+            rule.channel.pi = 0.9
 
 
 RUNS = {
@@ -157,6 +186,7 @@ RUNS = {
     "gradient caching, both sides": dict(grad_cache_chunk_size=3, repair={"side": "both", "neighbours": 1}),
     "averaged space, all pairs": dict(repair={"space": "average", "all_pairs": True, "neighbours": 1}, dropout=0.1),
     "gsc": dict(noisy_channel=None, gsc={"warmup_epochs": 0}),
+    "strategy": dict(noisy_channel=None, selection_strategy="noisy_channel", selection_ratio=0.75),
 }
 
 
@@ -277,7 +307,8 @@ def test_the_share_is_logged_and_the_settings_stand_in_the_card(tmp_path):
     assert logged[0] is None and 0 <= logged[-1] < 1
     settings = json.loads((tmp_path / "metrics.json").read_text())["settings"]
     assert settings["repair"]["neighbours"] == 1
-    assert "epair" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "| Repair of mismatched pairs |" in card and "liu2026in2r" in card
 
 
 REFUSED = [
@@ -285,6 +316,8 @@ REFUSED = [
     (dict(noisy_channel=None, rince={}), "repair=.*which an objective has to tell it"),
     (dict(noisy_channel=None, gsc={"dual": True}), "repair=.*dual"),
     (dict(selection_strategy="small_loss"), "repair=.*does not go with the strategy small_loss.*none or random"),
+    (dict(noisy_channel=None, selection_strategy="noisy_channel", selection_rescore_every=8), "rescore_every=8"),
+    (dict(noisy_channel=None, gsc={}, selection_strategy="noisy_channel"), "repair=.*with gsc next to the strategy"),
     (dict(repair={"encoder": "a/b", "space": "average"}), "repair=.*set space to auto"),
     (dict(repair={"side": "image"}), "repair: side='image'.*caption, both"),
     (dict(repair={"memory": 8}), "repair: memory=8"),
