@@ -76,11 +76,12 @@ IN_README_CONDITIONS = ("random0", "random20", "random40", "random60", "neighbou
 IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "repair", "oracle")
 
 CONDITIONS = ("random0", "random20", "random40", "random60", "random80")
-CONDITIONS += ("neighbours20", "neighbours40", "neighbours60", "partial40")
+CONDITIONS += ("neighbours20", "neighbours40", "neighbours60", "partial40", "absent40", "absent60")
 KINDS = {
     "random": "captions exchanged at random",
     "neighbours": "captions exchanged between near neighbours",
     "partial": "one noun of the caption replaced",
+    "absent": "captions of images that are not in the data",
 }
 _FILES = {f"random{rate}": f"caption_order_noise{rate}.npy" for rate in (20, 40, 60)}
 _FILES |= {"neighbours40": "caption_order_neighbours40.npy"}

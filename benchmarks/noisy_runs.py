@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -153,11 +154,16 @@ def measure_step_ratio(method: str, condition: str, seed: int, options: argparse
     The short runs have the method's epochs and warm-up, of a few batches each, so that every phase has its share.
     """
     seconds: dict[str, list[float]] = {"none": [], method: []}
+    kind, rate = split_condition(condition)
+    more = 1 + rate / 100 if kind == "absent" else 1.0  # a share of the rows is left out
     for number in range(options.timing_rounds + 1):
         for name in list(seconds)[:: 1 if number % 2 else -1]:
             with tempfile.TemporaryDirectory() as folder:
                 batch = int(load_recipe("none", options).training["per_device_train_batch_size"])
-                short = [f"data.max_train_rows={-(-TIMED_BATCHES * batch // 5)}", "training.eval_strategy=no"]
+                short = [
+                    f"data.max_train_rows={math.ceil(more * TIMED_BATCHES * batch / 5)}",
+                    "training.eval_strategy=no",
+                ]
                 trainer = prepare(name, condition, seed, options, folder, *short)
                 trainer.train()
                 if number:  # the first round warms up
@@ -221,7 +227,7 @@ def find_true_images(condition: str, folder: str) -> torch.Tensor | None:
 
 @torch.no_grad()
 def measure_targets(trainer: DissectTrainer, true_image: torch.Tensor) -> dict[str, float]:
-    """How far a wrong caption's target over 512 images finds the true one: its share, and how often it is in the top 10.
+    """How far a wrong caption's target over 512 images finds the true one: its share, and how often in the top 10.
 
     A target that knows nothing gives it a share of 1/512, and has it in the top 10 in 2 % of cases.
     """

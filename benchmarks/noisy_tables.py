@@ -193,7 +193,12 @@ def tabulate(runs: list[dict], budget: str, methods: Sequence[str], *, spread: b
     return "\n".join(lines)
 
 
-_SHORT = {"random": "at random", "neighbours": "nearly fitting", "partial": "one noun"}
+_SHORT = {
+    "random": "at random",
+    "neighbours": "nearly fitting",
+    "partial": "one noun",
+    "absent": "image not in the data",
+}
 _LABELS = {
     "none": "`none`: plain training",
     "gsc": "soft labels, GSC",

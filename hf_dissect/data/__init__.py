@@ -1,5 +1,6 @@
 """Image-text data: reading rows, turning them into pairs, and mismatching captions on purpose."""
 
+from hf_dissect.data.absent_noise import replace_by_absent
 from hf_dissect.data.loading import load_splits
 from hf_dissect.data.neighbour_noise import exchange_between_neighbours
 from hf_dissect.data.noise import apply_caption_order, load_caption_order, shuffle_captions
@@ -21,6 +22,7 @@ __all__ = [
     "load_splits",
     "make_scene_classes",
     "make_scenes",
+    "replace_by_absent",
     "replace_nouns",
     "scenes_features",
     "scenes_generator",

@@ -66,7 +66,7 @@ def load_splits(
     """Load the rows of a run without decoding an image.
 
     A permutation of captions is applied to the whole train split before `max_train_rows` cuts it, a noise rate to the
-    rows that the cut leaves. Both change the train split only.
+    rows that the cut leaves, of which the kind "absent" leaves some out. Both change the train split only.
 
     Args:
         source: One of `SOURCES`.
@@ -231,7 +231,7 @@ def _check_noise(
     if noise_kind == "partial" and text_features is not None:
         raise ValueError(
             f"data.noise_kind is 'partial', which changes words, but data.text_features is {text_features!r}: the "
-            "stored features would stay as they are. Set data.noise_kind to random or neighbours, or leave "
+            "stored features would stay as they are. Set data.noise_kind to random, neighbours or absent, or leave "
             "data.text_features out."
         )
     _refuse_for_streams(streaming, noise_rate=noise_rate or None, noise_permutation=noise_permutation)

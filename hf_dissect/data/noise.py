@@ -80,16 +80,27 @@ def apply_caption_order(
     row_of_pair = find_row_of_pair(captions)
     order = _check_order(order, len(row_of_pair))
     truth = row_of_pair[order] == row_of_pair
-    flat = captions.flatten() if is_list(captions.type) else captions
-    replaced = replace_column(
-        dataset, column, lay_out_like(captions, flat.take(pa.array(order))), dataset.features[column]
-    )
-    if TEXT_FEATURES_COLUMN in dataset.column_names:  # they belong to the caption
-        vectors = read_column(dataset, TEXT_FEATURES_COLUMN)
-        vectors = vectors.flatten() if is_list(captions.type) else vectors
-        moved, kind = lay_out_like(captions, vectors.take(pa.array(order))), dataset.features[TEXT_FEATURES_COLUMN]
-        replaced = replace_column(replaced, TEXT_FEATURES_COLUMN, moved, kind)
-    return record_truth(replaced, captions, truth, order, clean_column)
+    return record_truth(move_captions(dataset, column, order), captions, truth, order, clean_column)
+
+
+def move_captions(dataset: Dataset, column: str, order: np.ndarray) -> Dataset:
+    """Give pair i the caption of pair `order[i]`, and its stored features.
+
+    Args:
+        dataset: Rows with a caption (string) or a list of captions.
+        column: Column with the captions.
+        order: Pair that each caption comes from, int64 `(num_pairs,)`; pairs may occur any number of times.
+    """
+    captions = read_column(dataset, column)
+    moved = dataset
+    for name in (column, TEXT_FEATURES_COLUMN):
+        if name in dataset.column_names:
+            values = read_column(dataset, name)
+            flat = values.flatten() if is_list(captions.type) else values
+            moved = replace_column(
+                moved, name, lay_out_like(captions, flat.take(pa.array(order))), dataset.features[name]
+            )
+    return moved
 
 
 def record_truth(
@@ -109,7 +120,7 @@ def record_truth(
     column = find_truth_column(dataset, clean_column) or (free[0] if free else CLEAN_COLUMNS[0])
     values = pa.array(truth)
     if column in dataset.column_names:
-        known = _read_truth(dataset, column, find_row_of_pair(captions))
+        known = read_truth(dataset, column, find_row_of_pair(captions))
         values = pc.and_kleene(values, known.take(pa.array(order)))
     feature = List(Value("bool")) if is_list(captions.type) else Value("bool")
     return replace_column(dataset, column, lay_out_like(captions, values), feature)
@@ -240,7 +251,7 @@ def _check_order(order: np.ndarray, num_pairs: int) -> np.ndarray:
     return order
 
 
-def _read_truth(dataset: Dataset, column: str, row_of_pair: np.ndarray) -> pa.Array:
+def read_truth(dataset: Dataset, column: str, row_of_pair: np.ndarray) -> pa.Array:
     """Return the truth that the data set holds already, bool, one a pair.
 
     Raises:

@@ -4,15 +4,17 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_dissect.data.absent_noise import replace_by_absent
 from hf_dissect.data.neighbour_noise import exchange_between_neighbours
 from hf_dissect.data.noise import shuffle_captions
 from hf_dissect.data.noun_noise import replace_nouns
 
-NOISE_KINDS = ("random", "neighbours", "partial")
+NOISE_KINDS = ("random", "neighbours", "partial", "absent")
 CHANGES = {
     "random": "shuffled",
     "neighbours": "exchanged between images that look alike",
     "partial": "changed in one noun",
+    "absent": "replaced by those of images that were left out",
 }
 """Words for what is done to the captions of each kind."""
 
@@ -31,8 +33,8 @@ def mismatch_captions(
 
     Args:
         dataset: Rows with a caption (string) or a list of captions.
-        kind: "random" as `shuffle_captions`, "neighbours" as `exchange_between_neighbours`, or "partial" as
-            `replace_nouns`.
+        kind: "random" as `shuffle_captions`, "neighbours" as `exchange_between_neighbours`, "partial" as
+            `replace_nouns`, or "absent" as `replace_by_absent`, which leaves rows out.
         rate: Share of the pairs to mismatch, in [0, 1].
         seed: The same seed gives the same noise.
         image_column: Column with the images or their features; None recognises the usual names.
@@ -54,6 +56,8 @@ def mismatch_captions(
         return exchange_between_neighbours(dataset, image_column=image_column, **settings)
     if kind == "partial":
         return replace_nouns(dataset, **settings)
+    if kind == "absent":
+        return replace_by_absent(dataset, image_column=image_column, **settings)
     raise ValueError(f"kind (noise_kind) must be one of {', '.join(NOISE_KINDS)}, got {kind!r}.")
 
 

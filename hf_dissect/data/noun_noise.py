@@ -82,7 +82,7 @@ def replace_nouns(
         raise ValueError(
             "noise_kind partial (data.noise_kind) changes the words of captions, but the model reads stored features "
             "of them (data.text_features), which would stay as they are. Leave data.text_features out, or use "
-            "noise_kind random or neighbours."
+            "noise_kind random, neighbours or absent."
         )
     captions = read_column(dataset, column)
     row_of_pair = find_row_of_pair(captions)

@@ -137,7 +137,7 @@ def _noise_kind_conflicts(data: DataSection) -> Iterator[Fault]:
         yield (
             ("data.noise_kind", "data.text_features"),
             f"{kind} changes words, but data.text_features {show(data.text_features)} would stay as they are; set "
-            "data.noise_kind to random or neighbours, or data.text_features to null",
+            "data.noise_kind to random, neighbours or absent, or data.text_features to null",
         )
 
 

@@ -12,7 +12,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
 }
 """Variants of each strategy, the default first."""
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
-NOISE_KINDS = ("random", "neighbours", "partial")
+NOISE_KINDS = ("random", "neighbours", "partial", "absent")
 
 
 @dataclasses.dataclass
@@ -163,7 +163,8 @@ class DataSection:
     noise_kind: str = setting(
         "random",
         "Kind of the wrong captions; random: exchanged at random; neighbours: exchanged between images whose stored "
-        "features (data.image_features) are near each other; partial: one noun replaced.",
+        "features (data.image_features) are near each other; partial: one noun replaced; absent: those of images that "
+        "are left out of the training data.",
         choices=NOISE_KINDS,
     )
     noise_permutation: str | None = setting(None, ".npy, int (num_pairs,): pair i gets caption number order[i].")

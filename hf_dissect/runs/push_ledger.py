@@ -123,4 +123,6 @@ def format_ledger_card(ledger: SavedLedger, settings: Mapping[str, Any], repo_id
         count=count,
         noise_rate=data.get("noise_rate") or 0,
         noise_verb=CHANGES.get(str(data.get("noise_kind")), CHANGES["random"]),
+        noise_seed=data.get("noise_seed") or 0,
+        renumbered=data.get("noise_kind") == "absent",
     )

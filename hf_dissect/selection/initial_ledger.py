@@ -77,7 +77,8 @@ def check_same_pairs(
     if scores.num_samples != ledger.num_samples:
         raise ValueError(
             f"selection.ledger {source!r} is of {scores.num_samples} pairs, the training data are "
-            f"{ledger.num_samples}: another data set, split or caption column, or data.max_train_rows differs."
+            f"{ledger.num_samples}: another data set, split or caption column, "
+            "or data.max_train_rows or data.noise_kind differs."
         )
     if known is None:
         return

@@ -353,9 +353,11 @@ def test_image_features_are_float32_rows_in_order(tmp_path):
         ({"noise_rate": 2}, r"data\.noise_rate must be a number between 0 and 1, got 2"),
         (
             {"noise_rate": 0.2, "noise_kind": "near"},
-            r"data\.noise_kind must be one of random, neighbours, partial, got",
+            r"data\.noise_kind must be one of random, neighbours, partial, absent, got",
         ),
         ({"noise_kind": "neighbours"}, r"data\.noise_kind is 'neighbours', but data\.noise_rate is 0"),
+        ({"noise_kind": "absent"}, r"data\.noise_kind is 'absent', but data\.noise_rate is 0"),
+        ({"noise_kind": "absent", "noise_rate": 0.2, "streaming": True}, r"data\.noise_rate is 0\.2 with"),
         ({"noise_kind": "partial", "noise_permutation": "a.npy"}, r"data\.noise_kind is 'partial', but"),
         ({"noise_kind": "partial", "noise_rate": 0.2, "streaming": True}, r"data\.noise_rate is 0\.2 with"),
         ({"noise_kind": "partial", "noise_rate": 0.2, "text_features": "t.npz"}, r"data\.text_features is 't\.npz'"),

@@ -141,6 +141,10 @@ def test_the_kinds_of_recipes_are_those_of_the_data():
             "20% of the training captions exchanged between images that look alike, seed 0",
         ),
         (("partial", 0.6, 1, None), "60% of the training captions changed in one noun, seed 1"),
+        (
+            ("absent", 0.4, 2, None),
+            "40% of the training captions replaced by those of images that were left out, seed 2",
+        ),
         (("random", 0.0, 1, "o.npy"), "training captions in the order of a fixed permutation"),
         (("random", 0.0, 1, None), None),
     ],

@@ -232,11 +232,23 @@ def test_every_setting_is_explained(section):
         ),
         (
             {"data": {"noise_kind": "near"}},
-            "data.noise_kind: 'near' is not allowed; allowed: random, neighbours, partial",
+            "data.noise_kind: 'near' is not allowed; allowed: random, neighbours, partial, absent",
         ),
         (
             {"data": {"noise_kind": "partial"}},
             "data.noise_kind: 'partial' would change no caption: data.noise_rate is 0",
+        ),
+        (
+            {"data": {"noise_kind": "absent"}},
+            "data.noise_kind: 'absent' would change no caption: data.noise_rate is 0",
+        ),
+        (
+            {"data": {"noise_kind": "absent", "noise_permutation": "o.npy"}},
+            "data.noise_kind: 'absent' and data.noise_permutation 'o.npy' are both set",
+        ),
+        (
+            {"data": {"noise_kind": "absent", "streaming": True, "noise_rate": 0.2}, "training": {"max_steps": 5}},
+            "data.noise_rate: 0.2 needs all captions at once; set data.streaming to false",
         ),
         (
             {"data": {"noise_kind": "partial", "noise_permutation": "o.npy"}},

@@ -70,6 +70,29 @@ def test_metrics_report_and_card_say_the_kind_of_noise(tmp_path):
     assert "the share 0.25 was changed in one noun on purpose" in card
 
 
+def test_a_run_without_the_images_of_its_wrong_captions(tmp_path):
+    """Of 96 rows 19 give their captions to 19 of the other 77; the test split has all of its rows."""
+    data = {"scenes_train": 96, "noise_kind": "absent", "noise_rate": 0.25, "noise_seed": 3}
+    metrics = run_recipe(tiny_recipe(tmp_path / "run", data=data, **ONE_EPOCH))
+    text = "25% of the training captions replaced by those of images that were left out, seed 3"
+    assert metrics["num_pairs"] == 77 and metrics["injected_noise"] == text
+    assert metrics["final"]["noise_detection_num_mismatched"] == 19
+    assert (
+        text in (tmp_path / "run" / "report.html").read_text() and text in (tmp_path / "run" / "README.md").read_text()
+    )
+    assert evaluate_checkpoint(str(tmp_path / "run"))["recall_sum"] == pytest.approx(metrics["final"]["recall_sum"])
+    ledger = read_ledger(tmp_path / "run" / "ledger.safetensors")
+    assert ledger.num_samples == 77
+    card = format_ledger_card(ledger, {"data": data}, "ada/scores")
+    assert "the share 0.25 was replaced by those of images that were left out on purpose" in card
+    assert "numbered without those that were left out (`data.noise_kind: absent`, seed 3)" in card
+    further = {**ONE_EPOCH, "data": data, "selection": {"ledger": str(tmp_path / "run"), "warmup_epochs": 0}}
+    assert build_trainer(tiny_recipe(tmp_path / "second", **further)).ledger.num_samples == 77
+    further["data"] = {**data, "noise_kind": "random"}
+    with pytest.raises(ValueError, match=r"is of 77 pairs, the training data are 96: .*data\.noise_kind"):
+        build_trainer(tiny_recipe(tmp_path / "third", **further)).train()
+
+
 def test_image_folder(tmp_path):
     rows = make_scenes(32)
     (tmp_path / "pictures").mkdir()
