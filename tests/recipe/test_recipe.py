@@ -665,6 +665,7 @@ def test_training_arguments_gather_the_sections():
         "scoring_dtype": None,
         "rince": None,
         "symnce": None,
+        "repair": None,
         "weight_column": None,
         "scoring_batch_size": None,
         "record_selection": True,
