@@ -29,6 +29,10 @@ weights are.
 `learnability`, `rho`, `jest` and `coreset` compare with a model of the same features, `--reference`, such as the
 folder of a run on clean pairs; without it they are left out.
 
+With `--towers captions.npz` (made by `two_towers.py features`), only the projections of a dual encoder train, on
+stored features of two pretrained towers: MiniLM, and EfficientNet-lite0 (efficientnet_lite0_features.npz, next to the
+data). Give such runs a file of their own.
+
 `--write-docs` writes the tables of README.md, docs/which_method.md and docs/results.md from FILE.json.
 """
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of Flickr8k")
     parser.add_argument("--methods", help=f"of {', '.join(METHODS)}; all without it")
     parser.add_argument("--reference", help=f"model or run folder that {', '.join(BY_REFERENCE)} compare with")
+    parser.add_argument("--towers", type=Path, help="captions' features by two_towers.py: heads on pretrained towers")
     parser.add_argument("--noise", default=",".join(CONDITIONS), help=f"of {', '.join(CONDITIONS)}; 40 is random40")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the reported figures")

@@ -30,6 +30,10 @@ OPINIONS = ("label_auroc", "p_clean_auroc", "evidence_auroc", "ranking_auroc", "
 AVERAGED_SHARE = 0.75
 TIMED_BATCHES = 4  # in an epoch of a run that only measures the time of a step
 FEATURES = "mobilenet_v1_features.npz"
+TOWERS = (
+    "model={vision: {features: true}, text: {features: true}, projection_dim: 256}",
+    "data.image_features=efficientnet_lite0_features.npz",
+)
 CAPTIONS = 5  # of an image
 TARGETS = 1000  # wrong captions whose targets are measured
 
@@ -85,8 +89,11 @@ class MeanWeights(TrainerCallback):
 
 def load_recipe(method: str, options: argparse.Namespace, *given: str) -> Recipe:
     """The recipe of a method, with the settings of all runs after its own, and those of one run last."""
-    pictures = getattr(options, "pictures", False)
-    shared = [setting for setting in SETTINGS if not pictures or "text_config" not in setting]
+    pictures, towers = getattr(options, "pictures", False), getattr(options, "towers", None)
+    shared = [setting for setting in SETTINGS if not (pictures or towers) or "text_config" not in setting]
+    if towers:
+        shared = [setting for setting in shared if not setting.startswith("model.max_caption")]
+        shared += [*TOWERS, f"data.text_features={Path(towers).resolve()}"]
     own = {**METHODS, **getattr(options, "own_methods", {})}[method]
     if method in BY_REFERENCE and getattr(options, "reference", None):
         own = [*own, f"selection.reference={options.reference}", f"model.tokenizer={options.reference}"]

@@ -7,7 +7,8 @@
     PYTHONPATH=SITE python benchmarks/two_towers.py features flickr8k captions.npz
 
 `features` writes MiniLM's embeddings of the captions in a folder's {train,validation,test}.parquet, for
-data.text_features. `run` takes the arguments of `hf-dissect`. Where torchvision is not installed, timm is imported with a stand-in for it.
+data.text_features. `run` takes the arguments of `hf-dissect`. Where torchvision is not installed, a stand-in for it
+lets timm be imported.
 """
 
 import argparse
