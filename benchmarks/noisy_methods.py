@@ -29,6 +29,7 @@ SETTINGS = [
 ALL_PAIRS = ["selection.strategy=none"]
 GSC = [*ALL_PAIRS, "objective.gsc.warmup_epochs=1"]
 NCR_DIVISION = ["selection.strategy=ncr", "selection.warmup_epochs=1", "selection.ratio=1", "objective.division={}"]
+CHANNEL = [*ALL_PAIRS, "objective.noisy_channel={}"]
 METHODS = {
     "none": ALL_PAIRS,
     "random": ["selection.strategy=random"],
@@ -52,18 +53,19 @@ METHODS = {
     "forgetting-never-learnt-last": ["selection.strategy=forgetting", "selection.options.never_learnt=last"],
     "rince": [*ALL_PAIRS, "objective.rince={}"],
     "symnce": [*ALL_PAIRS, "objective.symnce={}"],
-    "noisy_channel": [*ALL_PAIRS, "objective.noisy_channel={}"],
+    "noisy_channel": CHANNEL,
     "noisy_channel-smoothed": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1"],
-    "repair": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair={}"],
-    "repair-both": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.side=both"],
-    "repair-learnt": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.space=learnt"],
-    "repair-average": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.space=average"],
-    "repair-all": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1", "objective.repair.all_pairs=true"],
-    "repair-unsmoothed": [*ALL_PAIRS, "objective.noisy_channel={}", "objective.repair={}"],
+    "repair": [*CHANNEL, "objective.repair={}"],
+    "repair-both": [*CHANNEL, "objective.repair.side=both"],
+    "repair-learnt": [*CHANNEL, "objective.repair.space=learnt"],
+    "repair-average": [*CHANNEL, "objective.repair.space=average"],
+    "repair-all": [*CHANNEL, "objective.repair.all_pairs=true"],
+    "repair-smoothed": [*CHANNEL, "objective.noisy_channel.smoothing=0.1", "objective.repair={}"],
     "gsc-repair": [*GSC, "objective.repair={}"],
     "gsc-posterior-repair": [*GSC, "objective.gsc.evidence=posterior", "objective.repair={}"],
     "ncr-division-repair": [*NCR_DIVISION, "objective.repair={}"],
     "noisy_channel-half": ["selection.strategy=noisy_channel"],
+    "repair-half": ["selection.strategy=noisy_channel", "objective.repair={}"],
     "noisy_channel-half-m8": ["selection.strategy=noisy_channel", "selection.rescore_every=8"],
     "learnability": ["selection.strategy=learnability"],
     "rho": ["selection.strategy=rho"],

@@ -69,7 +69,7 @@ COMMANDS = {
     ],
     "hf-dissect train mine.yaml objective.noisy_channel={} selection.strategy=none": FINETUNE,
     "hf-dissect train mine.yaml selection.strategy=noisy_channel": FINETUNE,
-    "hf-dissect train mine.yaml objective.noisy_channel.smoothing=0.1 objective.repair={} selection.strategy=none"
+    "hf-dissect train mine.yaml objective.noisy_channel={} objective.repair={} selection.strategy=none"
     " training.average_weights=0.75": FINETUNE,
     "hf-dissect train mine.yaml selection.rescore_every=8": FINETUNE,
     "hf-dissect train mine.yaml objective.gsc.gamma=0.02 selection.strategy=none": [
