@@ -9,7 +9,8 @@ batches, initial weights and schedule. Every `--every` steps the validation reca
 charged; the seconds of data, scoring and training are. The target is the best validation recall of plain training.
 `seconds` is when a method first reaches it, `speed_up` how many times sooner than plain training that is, `steps` the
 ratio of the steps of plain training to those of the method, which does not depend on the load of the machine. Runs
-that never reach the target count as `reached` 0 and have no time.
+that never reach the target count as `reached` 0 and have no time. With `--clock processor`, the seconds are those of
+the processor, which other work on the machine leaves comparable; processes that load data are not in them.
 
 With `--pictures` a small ViT learns from the photographs, decoded in each step, instead of a head on stored features.
 A method is the name of one of noisy_correspondence.py, or NAME=KEY=VALUE,KEY=VALUE with settings of its own. The data
@@ -20,6 +21,7 @@ import argparse
 import json
 import re
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,13 +50,23 @@ DECIMALS = {"best": 1, "reached": 2, "seconds": 1, "speed_up": 2, "steps": 2}
 class Curve(TrainerCallback):
     """Steps, charged seconds and validation recall of each evaluation."""
 
-    def __init__(self, trainer: DissectTrainer):
-        self._trainer = trainer
+    def __init__(self, trainer: DissectTrainer, clock: str):
+        self._trainer, self._clock = trainer, clock
+        self._charged = self._since = 0.0  # of the processor
         self.points: list[tuple[int, float, float]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._since = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_evaluate:
+            self._charged += time.process_time() - self._since
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if metrics and (recall := metrics.get("eval_validation_recall_sum")) is not None:
-            self.points.append((state.global_step, charged_seconds(self._trainer), recall))
+            seconds = self._charged if self._clock == "processor" else charged_seconds(self._trainer)
+            self.points.append((state.global_step, seconds, recall))
+        self._since = time.process_time()
 
 
 def run(condition: str, seed: int, methods: list[str], options: argparse.Namespace) -> list[dict]:
@@ -64,13 +76,13 @@ def run(condition: str, seed: int, methods: list[str], options: argparse.Namespa
         with tempfile.TemporaryDirectory() as folder:
             given = ["training.eval_strategy=steps", f"training.eval_steps={options.every}"]
             trainer = prepare(method, condition, seed, options, folder, *given, parts=("validation",))
-            curve = Curve(trainer)
+            curve = Curve(trainer, options.clock)
             trainer.add_callback(curve)
             trainer.train()
             settings = {**METHODS, **options.own_methods}[method]
             kind = "photographs" if options.pictures else "features"
             row = {"method": method, "noise": condition, "seed": seed, "data": kind, "settings": settings}
-            runs.append({**row, "every": options.every, "curve": curve.points})
+            runs.append({**row, "every": options.every, "clock": options.clock, "curve": curve.points})
     return compare(runs)
 
 
@@ -123,6 +135,7 @@ def main() -> None:
     parser.add_argument("--method", action="append", metavar="NAME[=KEY=VALUE,...]", help="beside plain training")
     parser.add_argument("--noise", default="random0,random40,neighbours40", help="conditions; 40 is random40")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="of the seconds")
     parser.add_argument("--every", type=int, default=20, help="steps between two evaluations")
     parser.add_argument("--pictures", action="store_true", help="photographs instead of stored features")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of all runs")

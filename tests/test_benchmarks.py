@@ -287,7 +287,7 @@ def test_the_mean_of_the_weights(noisy):
 def test_time_to_quality():
     write_flickr8k()
     arguments = ["--data", ".", "--seeds", "0,1", *(part for pair in SMALL for part in ("--set", pair))]
-    arguments += ["--every", 5, "--noise", "40,neighbours20"]
+    arguments += ["--every", 5, "--noise", "40,neighbours20", "--clock", "processor"]
     half = "half=selection.strategy=random,selection.ratio=0.5"
     results = run_benchmark("time_to_quality", *arguments, "--method", half)
     assert len(results["runs"]) == 8 and len(results["tables"]) == 2
