@@ -73,6 +73,7 @@ METHODS = {
     "coreset": ["selection.strategy=coreset"],
     "oracle": ALL_PAIRS,  # knows the truth: mismatched pairs have no weight
 }
+OPINIONS = ("label_auroc", "p_clean_auroc", "evidence_auroc", "ranking_auroc", "model_auroc")  # the first counts
 BY_REFERENCE = ("learnability", "rho", "jest", "coreset")  # only with --reference
 IN_README_CONDITIONS = ("random0", "random20", "random40", "random60", "neighbours20", "neighbours40", "neighbours60")
 IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "repair", "oracle")

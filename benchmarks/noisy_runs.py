@@ -14,7 +14,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import transformers
-from noisy_methods import BY_REFERENCE, METHODS, SETTINGS, Oracle, noise_settings, order_file, split_condition
+from noisy_methods import (
+    BY_REFERENCE,
+    METHODS,
+    OPINIONS,
+    SETTINGS,
+    Oracle,
+    noise_settings,
+    order_file,
+    split_condition,
+)
 from torch.optim.swa_utils import AveragedModel
 from transformers import PrinterCallback, TrainerCallback
 
@@ -26,7 +35,6 @@ from hf_dissect.evaluation.selection_figures import compute_label_figures, read_
 from hf_dissect.runs.run import build_trainer
 from hf_dissect.selection import SampleLedger
 
-OPINIONS = ("label_auroc", "p_clean_auroc", "evidence_auroc", "ranking_auroc", "model_auroc")
 AVERAGED_SHARE = 0.75
 TIMED_BATCHES = 4  # in an epoch of a run that only measures the time of a step
 FEATURES = "mobilenet_v1_features.npz"

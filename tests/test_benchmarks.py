@@ -184,11 +184,12 @@ def noisy(monkeypatch):
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
-def made_runs(sums: dict[str, dict[str, float]], seeds=(0, 1), **more) -> list[dict]:
-    """Runs with recall sums that are the given ones, plus and minus one."""
+def made_runs(sums: dict[str, dict[str, float]], seeds=(0, 1), averaged=0.0, **more) -> list[dict]:
+    """Runs with recall sums that are the given ones, plus and minus one, and a gain by averaged weights."""
     return [
         {"method": method, "noise": noise, "seed": seed, "budget": "steps", "last": last + 2 * seed - 1, **more}
         | {"best": last, "best_epoch": 1, "detection": 0.5, "model_auroc": 0.5}
+        | ({"averaged": last + averaged} if averaged else {})
         | {"seconds": 8.0, "steps": 40, "seconds_per_step": 0.2}
         for noise, of_noise in sums.items()
         for method, last in of_noise.items()
@@ -197,12 +198,13 @@ def made_runs(sums: dict[str, dict[str, float]], seeds=(0, 1), **more) -> list[d
 
 
 AT_RANDOM = {"none": 100.0, "small_loss": 150.0, "dissect": 110.0, "oracle": 200.0}
+CLEAN = {"none": 210.0, "oracle": 210.0}
 NEARLY_FITTING = {"none": 150.0, "small_loss": 120.0, "dissect": 160.0, "oracle": 170.0}
 
 
 def test_documents_are_written_from_the_runs(noisy, tmp_path, capsys):
     tables = noisy.noisy_tables
-    runs = made_runs({"random40": AT_RANDOM, "neighbours40": NEARLY_FITTING}, averaged=123.0)
+    runs = made_runs({"random40": AT_RANDOM, "neighbours40": NEARLY_FITTING, "random0": CLEAN}, averaged=13.0)
     Path("runs.json").write_text(json.dumps({"runs": runs}))
     (tmp_path / "docs").mkdir()
     for name, marker, _ in tables.DOCUMENTS:
@@ -211,18 +213,18 @@ def test_documents_are_written_from_the_runs(noisy, tmp_path, capsys):
     run_main("noisy_correspondence", "--output", "runs.json", "--write-docs", tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and "PREVIOUS" not in readme
-    assert "| wrong captions | at random, 40 % | nearly fitting, 40 % |" in readme
-    assert "| `dissect` | 110.0 (123.0) | **160.0** (123.0) |" in readme
-    assert "| `small_loss` | **150.0** (123.0) | 120.0 (123.0) |" in readme
+    assert "| wrong captions | at random, 0 % | 40 % | nearly fitting, 40 % |" in readme
+    assert "| `dissect` | - | 110.0 (123.0) | **160.0 (173.0)** |" in readme
+    assert "| `small_loss` | - | **150.0 (163.0)** | 120.0 (133.0) |" in readme
     assert "DISSect is strong where wrong captions nearly fit, and weak where" in readme
-    gains = "+10.0 at random (40 %); +10.0 nearly fitting (40 %); with averaged weights: +0.0 at random (40 %), +0.0"
+    gains = "+10.0 at random (40 %); +10.0 nearly fitting (40 %); with averaged weights: +10.0 at random (40 %), +10.0"
     assert f"{gains} nearly fitting (40 %)." in " ".join(readme.split())
     page = (tmp_path / "docs" / "which_method.md").read_text()
-    assert "| `dissect` | 110.0 ± 1.4 (123.0) | **160.0 ± 1.4** (123.0) |" in page
-    assert "at 40 % `small_loss` is best of 3 (150.0), `dissect` has place 2 (110.0)." in page
-    assert "between near neighbours: at 40 % `dissect` is best of 3 (160.0)." in page
+    assert "| `dissect` | - | 110.0 ± 1.4 (123.0) | **160.0 ± 1.4 (173.0)** |" in page
+    assert "at 40 % `small_loss` is best of 3 (163.0), `dissect` has place 2 (123.0)." in page
+    assert "between near neighbours: at 40 % `dissect` is best of 3 (173.0)." in page
     results = (tmp_path / "docs" / "results.md").read_text()
-    assert "| `small_loss` | 150.0 ± 1.4 | 123.0 | 150.0 | 0.500 | 0.50 | 200 |" in results
+    assert "| `small_loss` | - | 150.0 ± 1.4 | - / 163.0 | - / 150.0 | - / 0.500 | - / 0.50 | - / 0.45 | 200 |" in results
     before = {name: (tmp_path / name).read_text() for name, _, _ in tables.DOCUMENTS}
     tables.write_docs(runs, tmp_path)
     assert before == {name: (tmp_path / name).read_text() for name, _, _ in tables.DOCUMENTS}
