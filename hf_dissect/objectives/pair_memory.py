@@ -76,7 +76,8 @@ class PairMemory:
         Returns:
             Sums of the centred image vectors of the nearest entries, weighted by their trust, of unit length `(r, F)`.
         """
-        return self._average(captions @ self.captions.T, self.center(self.images), keys, number)
+        similarity = captions @ self.captions.T
+        return self._average(similarity, self.center(self.images), keys, number)
 
     def find_captions(self, images: torch.Tensor, keys: torch.Tensor, number: int) -> torch.Tensor:
         """Find what the captions of near images have in common; the mirror of `find_images`.
@@ -89,7 +90,8 @@ class PairMemory:
         Returns:
             Sums of the caption vectors of the nearest entries, weighted by their trust, of unit length `(r, D)`.
         """
-        return self._average(images @ self.center(self.images).T, self.captions, keys, number)
+        similarity = images @ self.center(self.images).T
+        return self._average(similarity, self.captions, keys, number)
 
     def center(self, images: torch.Tensor) -> torch.Tensor:
         """Subtract the mean image vector of the memory from image vectors `(n, F)`, and scale to unit length."""
@@ -99,7 +101,7 @@ class PairMemory:
     def _average(
         self, similarity: torch.Tensor, vectors: torch.Tensor, keys: torch.Tensor, number: int
     ) -> torch.Tensor:
-        same = (keys[:, :, None] == self._keys[:, None, :]).any(0)
+        same = (keys[0, :, None] == self._keys[0]) | (keys[1, :, None] == self._keys[1])
         similarity = similarity.masked_fill(same | (self.trust == 0), -torch.inf)
         nearest = similarity.topk(min(number, self.size), dim=1)
         weights = torch.where(nearest.values == -torch.inf, 0, self.trust[nearest.indices])
