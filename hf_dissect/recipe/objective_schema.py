@@ -75,7 +75,7 @@ class DivisionSection:
 
 @dataclasses.dataclass
 class RepairSection:
-    """Soft targets for pairs that are believed mismatched, from the nearest pairs that are trusted."""
+    """Soft targets for captions, from the nearest pairs that are trusted; all that mismatched pairs have."""
 
     side: str = setting(
         "caption",
@@ -95,7 +95,10 @@ class RepairSection:
     )
     memory: int = setting(2048, "Latest trusted pairs to search for near captions.", within="[64, inf)")
     neighbours: int = setting(4, "Near captions that make a target.", within="[1, 16]")
-    all_pairs: bool = setting(False, "Add the soft target to the loss of every pair, not only of mismatched ones.")
+    all_pairs: bool = setting(
+        True,
+        "Soft targets for the captions of all pairs, beside the loss of the trusted ones; false: for doubted pairs.",
+    )
 
 
 @dataclasses.dataclass
