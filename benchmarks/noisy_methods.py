@@ -30,6 +30,7 @@ ALL_PAIRS = ["selection.strategy=none"]
 GSC = [*ALL_PAIRS, "objective.gsc.warmup_epochs=1"]
 NCR_DIVISION = ["selection.strategy=ncr", "selection.warmup_epochs=1", "selection.ratio=1", "objective.division={}"]
 CHANNEL = [*ALL_PAIRS, "objective.noisy_channel={}"]
+SMOOTHED = [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1"]
 METHODS = {
     "none": ALL_PAIRS,
     "random": ["selection.strategy=random"],
@@ -54,13 +55,13 @@ METHODS = {
     "rince": [*ALL_PAIRS, "objective.rince={}"],
     "symnce": [*ALL_PAIRS, "objective.symnce={}"],
     "noisy_channel": CHANNEL,
-    "noisy_channel-smoothed": [*ALL_PAIRS, "objective.noisy_channel.smoothing=0.1"],
+    "noisy_channel-smoothed": SMOOTHED,
     "repair": [*CHANNEL, "objective.repair={}"],
     "repair-both": [*CHANNEL, "objective.repair.side=both"],
     "repair-learnt": [*CHANNEL, "objective.repair.space=learnt"],
     "repair-average": [*CHANNEL, "objective.repair.space=average"],
-    "repair-all": [*CHANNEL, "objective.repair.all_pairs=true"],
-    "repair-smoothed": [*CHANNEL, "objective.noisy_channel.smoothing=0.1", "objective.repair={}"],
+    "repair-mismatched": [*CHANNEL, "objective.repair.all_pairs=false"],
+    "repair-mismatched-smoothed": [*SMOOTHED, "objective.repair.all_pairs=false"],
     "gsc-repair": [*GSC, "objective.repair={}"],
     "gsc-posterior-repair": [*GSC, "objective.gsc.evidence=posterior", "objective.repair={}"],
     "ncr-division-repair": [*NCR_DIVISION, "objective.repair={}"],

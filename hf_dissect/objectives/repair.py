@@ -32,20 +32,20 @@ BEGIN, FULL = 1 / 8, 5 / 8
 
 @dataclass
 class Repair:
-    """Loss of pairs that are believed mismatched, with a soft target for each of their captions.
+    """Loss with a soft target for each caption, also of pairs that are mismatched.
 
     A mismatched pair still has a good caption. Trusted pairs whose captions are near to it tell what its image looks
     like: the sum `r` of their image vectors, weighted by their trust. The target of caption `t_i` is the softmax of
     `r . R_j` over the images `R_j` of the batch, scaled so that each target has the same spread, and the loss is
 
-        (1 - P_i) * -sum_j target_ij log softmax_j(s t_i . v_j)
+        d_i * -sum_j target_ij log softmax_j(s t_i . v_j)
 
-    with the probability `P_i` of being matched and the model's scale `s` without gradient. The trusted pairs are the
+    with the model's scale `s` without gradient. `d_i` is 1, or the probability of being mismatched without `all_pairs`. The trusted pairs are the
     latest of the run, see `PairMemory`. Image vectors are centred on the mean of the memory. Entries that share the
     image of a pair or are the pair itself do not count: they would only confirm it.
 
-    The sum over the batch counts at most as much as that of the trusted pairs, `strength * min(1, sum w / sum (1 -
-    P))`, and rises from 0 at an eighth of the run to all of it at five eighths, because the first opinions are poor.
+    The sum over the batch counts at most as much as that of the trusted pairs, `strength * min(1, sum w / sum d)`, and
+    rises from 0 at an eighth of the run to all of it at five eighths, because the first opinions are poor.
 
     That clean neighbours can take the place of a partner is the finding of IN2R (ICML 2026, arXiv 2606.04061), which
     trains a network for it. The target over the batch, centring, spread, ramp and balance are our own.

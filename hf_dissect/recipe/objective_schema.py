@@ -144,9 +144,9 @@ class ObjectiveSection:
     )
     repair: RepairSection | None = setting(
         None,
-        "Next to noisy_channel, gsc or division: train the captions of pairs that are believed mismatched by soft "
-        'targets over the images of the batch: its settings, such as {"side": "both"}, or {} for the defaults; null: '
-        "no repair.",
+        "Next to noisy_channel, gsc or division: captions also learn from soft targets over the images of the batch, "
+        'so that mismatched pairs teach, too: its settings, such as {"side": "both"}, or {} for the defaults; null: no '
+        "repair.",
         argument="repair",
     )
 

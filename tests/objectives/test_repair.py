@@ -184,7 +184,9 @@ RUNS = {
     "map, accumulation": dict(gradient_accumulation_steps=2, dropout=0.1),
     "stream, two workers": dict(stream=True, dataloader_num_workers=2),
     "gradient caching, both sides": dict(grad_cache_chunk_size=3, repair={"side": "both", "neighbours": 1}),
-    "averaged space, all pairs": dict(repair={"space": "average", "all_pairs": True, "neighbours": 1}, dropout=0.1),
+    "averaged space, mismatched pairs": dict(
+        repair={"space": "average", "all_pairs": False, "neighbours": 1}, dropout=0.1
+    ),
     "gsc": dict(noisy_channel=None, gsc={"warmup_epochs": 0}),
     "strategy": dict(noisy_channel=None, selection_strategy="noisy_channel", selection_ratio=0.75),
 }
