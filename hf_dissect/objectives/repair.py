@@ -40,9 +40,9 @@ class Repair:
 
         d_i * -sum_j target_ij log softmax_j(s t_i . v_j)
 
-    with the model's scale `s` without gradient. `d_i` is 1, or the probability of being mismatched without `all_pairs`. The trusted pairs are the
-    latest of the run, see `PairMemory`. Image vectors are centred on the mean of the memory. Entries that share the
-    image of a pair or are the pair itself do not count: they would only confirm it.
+    with the model's scale `s` without gradient. `d_i` is 1, or the probability of being mismatched without
+    `all_pairs`. The trusted pairs are the latest of the run, see `PairMemory`. Image vectors are centred on the mean
+    of the memory. Entries that share the image of a pair or are the pair itself do not count: they would confirm it.
 
     The sum over the batch counts at most as much as that of the trusted pairs, `strength * min(1, sum w / sum d)`, and
     rises from 0 at an eighth of the run to all of it at five eighths, because the first opinions are poor.

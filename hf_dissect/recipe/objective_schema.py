@@ -145,8 +145,8 @@ class ObjectiveSection:
     repair: RepairSection | None = setting(
         None,
         "Next to noisy_channel, gsc or division: captions also learn from soft targets over the images of the batch, "
-        'so that mismatched pairs teach, too: its settings, such as {"side": "both"}, or {} for the defaults; null: no '
-        "repair.",
+        'so that mismatched pairs teach, too: its settings, such as {"side": "both"}, or {} for the defaults; null: '
+        "no repair.",
         argument="repair",
     )
 
