@@ -77,7 +77,7 @@ METHODS = {
 OPINIONS = ("label_auroc", "p_clean_auroc", "evidence_auroc", "ranking_auroc", "model_auroc")  # the first counts
 BY_REFERENCE = ("learnability", "rho", "jest", "coreset")  # only with --reference
 IN_README_CONDITIONS = ("random0", "random20", "random40", "random60", "neighbours20", "neighbours40", "neighbours60")
-IN_README = ("none", "random", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "repair", "oracle")
+IN_README = ("none", "small_loss", "ncr", "dissect", "gsc", "gsc+", "noisy_channel", "repair", "oracle")
 
 CONDITIONS = ("random0", "random20", "random40", "random60", "random80")
 CONDITIONS += ("neighbours20", "neighbours40", "neighbours60", "partial40", "absent40", "absent60")

@@ -250,32 +250,32 @@ def render_sentences(runs: list[dict]) -> str:
 
 
 def render_gains(runs: list[dict]) -> str:
-    """Where DISSect is strong, and its gains over plain training."""
-    gains, averaged, places = [], [], {}
+    """Where DISSect ranks high, and its gains over plain training, after the last step and with averaged weights."""
+    gains: dict[str, list[str]] = {"last": [], "averaged": []}
+    places = {}
     for kind in KINDS:
         found = _rank(runs, kind, "last")
         ranked = {name: sums for name, sums in found.items() if {"dissect", "none"} <= sums.keys()}
-        if ranked:
-            places[kind] = fmean([*sums].index("dissect") / (len(sums) - 1) for sums in ranked.values())
-            values = " / ".join(f"{sums['dissect'] - sums['none']:+.1f}" for sums in ranked.values())
-            rates = " / ".join(str(split_condition(name)[1]) for name in ranked)
-            gains.append(f"{values} {_SHORT[kind]} ({rates} %)")
-            averaged += _list_averaged_gains(runs, ranked)
+        if not ranked:
+            continue
+        places[kind] = fmean([*sums].index("dissect") / (len(sums) - 1) for sums in ranked.values())
+        rates = " / ".join(str(split_condition(name)[1]) for name in ranked)
+        for figure, texts in gains.items():
+            values = [_gain(runs, name, figure) for name in ranked]
+            if any(value != "-" for value in values):
+                texts.append(f"{' / '.join(values)} {_SHORT[kind]} ({rates} %)")
     if not {"random", "neighbours"} <= places.keys():
         return ""
     first = _STRONG if places["neighbours"] < places["random"] else _NOT_STRONG
-    text = f"{first} `dissect` against plain training after the last step: {'; '.join(gains)}"
-    text += f"; with averaged weights: {', '.join(averaged)}" if averaged else ""
+    text = f"{first} `dissect` against plain training after the last step: {'; '.join(gains['last'])}"
+    text += f". With averaged weights: {'; '.join(gains['averaged'])}" if gains["averaged"] else ""
     return _wrap(f"{text}. Bold: the best averaged weights without the truth, at the cost of one network.")
 
 
-def _list_averaged_gains(runs: list[dict], conditions: Iterable[str]) -> Iterator[str]:
-    """Gains of DISSect over plain training where both have averaged weights."""
-    for name in conditions:
-        sums = {row["method"]: row.get("averaged") for row in summarise(runs, "steps", name)}
-        if sums["dissect"] and sums["none"]:
-            kind, rate = split_condition(name)
-            yield f"{sums['dissect']['mean'] - sums['none']['mean']:+.1f} {_SHORT[kind]} ({rate} %)"
+def _gain(runs: list[dict], condition: str, figure: str) -> str:
+    sums = {row["method"]: row.get(figure) for row in summarise(runs, "steps", condition)}
+    both = sums["dissect"], sums["none"]
+    return f"{both[0]['mean'] - both[1]['mean']:+.1f}" if all(both) else "-"
 
 
 def _rank(runs: list[dict], kind: str, figure: str = "averaged") -> dict[str, dict[str, float]]:
@@ -293,8 +293,8 @@ def _wrap(text: str) -> str:
     return textwrap.fill(text, 119, subsequent_indent="  " if text.startswith("- ") else "", break_on_hyphens=False)
 
 
-_STRONG = "**DISSect is strong where wrong captions nearly fit, and weak where they were exchanged at random.**"
-_NOT_STRONG = "In these runs DISSect is placed no better where wrong captions nearly fit than where they do not."
+_STRONG = "**Without averaging, DISSect ranks higher where wrong captions nearly fit than where they are random.**"
+_NOT_STRONG = "In these runs DISSect ranks no higher where wrong captions nearly fit than where they are random."
 
 
 def _best(rows: dict[str, dict]) -> str | None:
