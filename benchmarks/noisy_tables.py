@@ -36,6 +36,8 @@ DECIMALS |= {"seconds_per_step": 3}
 BUDGETS = {"steps": "equal steps", "time": "equal time, scoring charged"}
 _BEGIN, _END = "<!-- {}: begin -->\n", "<!-- {}: end -->\n"
 _FEWEST_TO_RANK = 3
+SMALLEST_GAP = 10.0
+"""Points of the recall sum below which no share of a gap is given: runs differ by as much."""
 TWICE = ("gsc+", "gsc+-without-labels")
 """Methods that train two networks."""
 
@@ -71,7 +73,7 @@ def summarise(runs: list[dict], budget: str, condition: str) -> list[dict]:
         ends = [[by_seed.get((end, run["seed"])) for end in ("none", "oracle")] for run in own]
         shares = [
             {"recovered": (run["last"] - none["last"]) / (oracle["last"] - none["last"])}
-            if none and oracle and none["last"] != oracle["last"] and split_condition(condition)[1]
+            if none and oracle and oracle["last"] - none["last"] >= SMALLEST_GAP
             else {}
             for run, (none, oracle) in zip(own, ends, strict=True)
         ]
@@ -83,9 +85,10 @@ def summarise(runs: list[dict], budget: str, condition: str) -> list[dict]:
 
 def _win_back(run: dict, none: dict | None, clean: dict | None) -> dict[str, float]:
     """Share of the loss of plain training to wrong captions that a method wins back, all with averaged weights."""
-    if not none or not clean or "averaged" not in run or "averaged" not in none or none["noise"] == "random0":
+    if not none or not clean or "averaged" not in run or "averaged" not in none:
         return {}
-    return {"won_back": (run["averaged"] - none["averaged"]) / (clean["averaged"] - none["averaged"])}
+    lost = clean["averaged"] - none["averaged"]
+    return {"won_back": (run["averaged"] - none["averaged"]) / lost} if lost >= SMALLEST_GAP else {}
 
 
 def list_tables(runs: list[dict]) -> Iterator[tuple[str, str, list[dict]]]:
