@@ -192,7 +192,7 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
-        *("mine", *(f"mine-{number}" for number in range(2, 13)), "flickr8k-local", "cc3m", "cc3m-2"),
+        *("mine", *(f"mine-{number}" for number in range(2, 14)), "flickr8k-local", "cc3m", "cc3m-2"),
         *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-utd-mhad-3", "amid-clip", "pairs", "pairs-2"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
