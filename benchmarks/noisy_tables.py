@@ -306,7 +306,7 @@ def _best(rows: dict[str, dict]) -> str | None:
 
 
 def _order(rows: Iterable[dict], figure: str = "averaged") -> dict[str, float]:
-    """Recall sums by method, the best first, without the oracle, what costs twice as much, and what has fewer seeds."""
+    """Recall sums by method, the best first, without the oracle, twice the cost, and fewer seeds than others."""
     known = [row for row in rows if figure in row]
     most = max((len(row["seeds"]) for row in known), default=0)
     sums = {row["method"]: row[figure]["mean"] for row in known if len(row["seeds"]) == most}
