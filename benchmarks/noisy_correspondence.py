@@ -42,8 +42,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from noisy_methods import BY_REFERENCE, CONDITIONS, METHODS, SETTINGS, read_condition
-from noisy_runs import load_recipe, run
+from noisy_methods import BY_REFERENCE, CONDITIONS, METHODS, read_condition
+from noisy_runs import list_shared_settings, load_recipe, run
 from noisy_tables import BUDGETS, ROOT, is_complete, modernise, show, write_docs
 from tqdm.auto import tqdm
 
@@ -112,7 +112,8 @@ def measure(runs: list[dict], planned: list[tuple[str, str, int]], options: argp
             runs[:] = [run for run in runs if key(run) != key(made)] + [made]
             if options.output:
                 options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps({"settings": SETTINGS, "runs": runs}, indent=1) + "\n")
+                settings = [*list_shared_settings(options), *options.set]
+                options.output.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -95,13 +95,19 @@ class MeanWeights(TrainerCallback):
                 weight.copy_(kept)
 
 
+def list_shared_settings(options: argparse.Namespace) -> list[str]:
+    """The settings of all runs."""
+    pictures, towers = getattr(options, "pictures", False), getattr(options, "towers", None)
+    left_out = ("model.config.text_config",) if pictures or towers else ()
+    left_out += ("model.max_caption",) if towers else ()
+    shared = [setting for setting in SETTINGS if not setting.startswith(left_out)]
+    return [*shared, *TOWERS, f"data.text_features={towers}"] if towers else shared
+
+
 def load_recipe(method: str, options: argparse.Namespace, *given: str) -> Recipe:
     """The recipe of a method, with the settings of all runs after its own, and those of one run last."""
-    pictures, towers = getattr(options, "pictures", False), getattr(options, "towers", None)
-    shared = [setting for setting in SETTINGS if not (pictures or towers) or "text_config" not in setting]
-    if towers:
-        shared = [setting for setting in shared if not setting.startswith("model.max_caption")]
-        shared += [*TOWERS, f"data.text_features={Path(towers).resolve()}"]
+    pictures = getattr(options, "pictures", False)
+    shared = list_shared_settings(options)
     own = {**METHODS, **getattr(options, "own_methods", {})}[method]
     if method in BY_REFERENCE and getattr(options, "reference", None):
         own = [*own, f"selection.reference={options.reference}", f"model.tokenizer={options.reference}"]

@@ -134,6 +134,20 @@ def test_noisy_correspondence():
     assert [run["steps"] for run in more] == [10, 10, 10, 10, 10, 6]
 
 
+def test_noisy_correspondence_on_pretrained_towers():
+    write_flickr8k()
+    random = np.random.default_rng(1)
+    sizes = {"train": 32, "validation": 8, "test": 8}
+    for name, dim, each in (("captions", 12, 5), ("efficientnet_lite0_features", 20, 1)):
+        np.savez(f"{name}.npz", **{split: random.normal(size=(each * rows, dim)) for split, rows in sizes.items()})
+    arguments = ["--data", ".", "--seeds", 0, *(part for pair in SMALL[:2] for part in ("--set", pair))]
+    arguments += ["--towers", "captions.npz", "--noise", "40", "--methods", "repair"]
+    results = run_benchmark("noisy_correspondence", *arguments)
+    assert results["settings"][-1] == SMALL[1] and "data.text_features=captions.npz" in results["settings"]
+    (run,) = results["runs"]
+    assert run["steps"] == 10 and 0 <= run["target_share"] <= 1 and run["detection"] == run["evidence_auroc"]
+
+
 def test_noisy_correspondence_with_a_reference():
     """The reference is a model that trained on the same features."""
     write_flickr8k()
