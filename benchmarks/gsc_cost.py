@@ -59,20 +59,26 @@ def loss_alone(name: str, options: argparse.Namespace) -> Callable[[], None]:
     return step
 
 
-def whole_step(name: str, options: argparse.Namespace, recipe: str) -> Callable[[], None]:
-    """A training step of a recipe's model, fresh, on a batch of random images (or features) and captions."""
+def make_model_and_batch(recipe: str, options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A recipe's model, fresh, and a batch of random images (or features) and captions."""
     torch.manual_seed(0)
     config = Recipe.load(recipe).model.config | {"projection_dim": options.dim}
     config["text_config"] = config["text_config"] | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 2}
     model = AutoModel.from_config(AutoConfig.for_model(**config))
     vision = model.config.vision_config
     sides = (3, vision.image_size, vision.image_size) if hasattr(vision, "image_size") else (vision.hidden_size,)
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
     batch = {
         "input_ids": torch.randint(3, VOCABULARY, (options.batch, TOKENS)),
         "attention_mask": torch.ones(options.batch, TOKENS, dtype=torch.int64),
         "pixel_values": torch.randn(options.batch, *sides),
     }
+    return model.train(), batch
+
+
+def whole_step(name: str, options: argparse.Namespace, recipe: str) -> Callable[[], None]:
+    """A training step of a recipe's model, fresh, on a random batch."""
+    model, batch = make_model_and_batch(recipe, options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     loss_of = objective_of(name, torch.rand(options.batch))
 
     def step() -> None:

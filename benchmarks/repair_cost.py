@@ -17,11 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gsc_cost import TOKENS, VOCABULARY, measure
+from gsc_cost import make_model_and_batch, measure
 from results_file import show_and_write
-from transformers import AutoConfig, AutoModel
 
-from hf_dissect import Recipe
 from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.models.vision_towers import Tower
 from hf_dissect.objective import Objective
@@ -49,26 +47,16 @@ def make_repair(kind: str, model: torch.nn.Module) -> Repair | None:
 
 
 def whole_step(kind: str, recipe: str, options: argparse.Namespace) -> Callable[[], None]:
-    """A training step of a recipe's model, on a batch of random images (or features) and captions."""
-    torch.manual_seed(0)
-    config = Recipe.load(recipe).model.config | {"projection_dim": options.dim}
-    config["text_config"] = config["text_config"] | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 2}
-    model = AutoModel.from_config(AutoConfig.for_model(**config))
-    vision = model.config.vision_config
-    sides = (3, vision.image_size, vision.image_size) if hasattr(vision, "image_size") else (vision.hidden_size,)
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5)
-    batch = {
-        "input_ids": torch.randint(3, VOCABULARY, (options.batch, TOKENS)),
-        "attention_mask": torch.ones(options.batch, TOKENS, dtype=torch.int64),
-        "pixel_values": torch.randn(options.batch, *sides),
-        "sample_id": torch.arange(options.batch),
-        "image_key": torch.arange(options.batch),
-    }
+    """A training step of a recipe's model, on a random batch."""
+    model, inputs = make_model_and_batch(recipe, options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    number = torch.arange(options.batch)
+    batch = {**inputs, "sample_id": number, "image_key": number}
     repair = make_repair(kind, model)
     objective = Objective("softmax", robust=NoisyChannelObjective(0.1), repair=repair)
     ledger = SampleLedger(options.batch, columns=objective.columns)
     if repair is not None:
-        outputs = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
+        outputs = model(**inputs)
         width = repair.space.embed(model, batch, outputs, True).shape[1]
         keys = torch.arange(repair.memory).repeat(2, 1) + options.batch
         captions = F.normalize(torch.randn(repair.memory, options.dim), dim=-1)
@@ -76,7 +64,7 @@ def whole_step(kind: str, recipe: str, options: argparse.Namespace) -> Callable[
 
     def step() -> None:
         objective.begin_step(1.0)
-        outputs = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
+        outputs = model(**inputs)
         objective.compute_loss(model, batch, outputs, *logit_scale_and_bias(model), ledger).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # as the Trainer does
         optimizer.step()
