@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
+    onload_layer,
 )
 from peft.utils.integrations import init_empty_weights
 from torch import nn
@@ -22,7 +23,7 @@ from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
 from hf_dissect.mola.hooks import attach_hooks, hook_input_layers
 from hf_dissect.mola.layer import MolaLayer, wrap_layer
-from hf_dissect.mola.lora_export import export_task_as_lora
+from hf_dissect.mola.quantized_base import check_mergeable, check_trainable
 from hf_dissect.mola.router import Router, build_router, check_router_input
 from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
@@ -152,11 +153,13 @@ class MolaModel(BaseTuner):
         if isinstance(parent, nn.MultiheadAttention):
             warnings.warn(f"{current_key} is left out: nn.MultiheadAttention does not call it.", stacklevel=2)
             return
+        if peft_config.train_base:
+            check_trainable(current_key, target)
         r, alpha = peft_config.get_rank(current_key), peft_config.get_alpha(current_key)
         if isinstance(target, MolaLayer):
             target.update_layer(adapter_name, r, alpha, peft_config)
             return
-        layer = wrap_layer(target, self.routing, self.routing.find_tower(current_key))
+        layer = wrap_layer(target, self.routing, self.routing.find_tower(current_key), self.model)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, r, alpha, peft_config)
         if adapter_name not in self.active_adapters:
@@ -173,6 +176,8 @@ class MolaModel(BaseTuner):
             )
         if config.train_logit_scale and not hasattr(self.model, "logit_scale"):
             raise ValueError(f"train_logit_scale=True: {type(self.model).__name__} has no logit_scale.")
+        if config.train_base == "all":
+            check_trainable(type(self.model).__name__, self.model)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -226,20 +231,6 @@ class MolaModel(BaseTuner):
         """
         return self.routing.last_weights(adapter_name)
 
-    def export_task_as_lora(self, task: int, save_directory: str, adapter_name: str = "default") -> None:
-        """Save the expert of one task as a LoRA adapter, which PEFT loads without this package.
-
-        Args:
-            task: Task from 0 to `num_experts - 1`.
-            save_directory: Folder to write.
-            adapter_name: Name of the adapter.
-
-        Raises:
-            ValueError: If the adapter has a router, the task does not exist, the base was trained as well, or a layer
-                is of a kind that LoRA cannot express.
-        """
-        export_task_as_lora(self.model, self.peft_config[adapter_name], adapter_name, task, save_directory)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -274,15 +265,38 @@ class MolaModel(BaseTuner):
             safe_merge: Check that each merged weight is finite before it replaces the old one.
 
         Raises:
-            ValueError: If an adapter has a router, no task is fixed, or a merged weight would not be finite.
+            ValueError: If an adapter has a router, no task is fixed, a merged weight would not be finite, or the base
+                is quantised in a way that cannot be merged.
         """
-        self._check_tasks_to_merge(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_tasks_to_merge(self, adapter_names: list[str] | None) -> None:
-        for name in self.active_adapters if adapter_names is None else adapter_names:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise before any layer is changed."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
             if name in self.peft_config:
-                self.routing.get_task_to_merge(name)  # raises before any layer is changed
+                self.routing.get_task_to_merge(name)
+        for layer in self._layers():
+            with onload_layer(layer):
+                tasks = layer.find_tasks_to_merge(name for name in names if name not in layer.merged_adapters)
+                if tasks:
+                    check_mergeable(layer)
+                    if safe_merge:
+                        layer.compute_merged_weight(tasks)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return True if PEFT can convert an adapter to LoRA, once a task is fixed by `set_task`.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        if adapter_name in self.peft_config and self.peft_config[adapter_name].variant != "grad":
+            return False
+        try:
+            return all(layer.supports_lora_conversion(adapter_name) for layer in self._layers())
+        except TypeError:
+            return False
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
         self,
@@ -292,7 +306,7 @@ class MolaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_tasks_to_merge(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.routing.detach()
         release_statistics(model)

@@ -208,11 +208,15 @@ class Mixed(nn.Module):
         return self.second(self.first(x))
 
 
-def test_the_delta_weight_has_the_shape_and_type_of_the_weight():
-    model = get_peft_model(
-        Mixed().bfloat16(), MolaConfig(variant="grad", target_modules=["first", "second"], init_weights=False)
-    )
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_delta_weight_has_the_shape_of_the_weight_and_the_type_of_the_experts(autocast):
+    config = MolaConfig(variant="grad", target_modules=["first", "second"], init_weights=False)
+    model = get_peft_model(Mixed().bfloat16(), config, autocast_adapter_dtype=autocast)
     for layer in (model.base_model.model.first, model.base_model.model.second):
         delta = layer.get_delta_weight("default", 1)
-        assert delta.shape == layer.weight.shape and delta.dtype == torch.bfloat16
-        assert delta.abs().max() > 0
+        assert delta.shape == layer.weight.shape and delta.dtype == layer.mola_A["default"].dtype
+        assert delta.dtype == (torch.float32 if autocast else torch.bfloat16) and delta.abs().max() > 0
+        with pytest.raises(ValueError, match=r"choose the one to merge with `set_task\(task\)`"):
+            layer.get_delta_weight("default")
+    model.set_task(1)
+    assert torch.equal(delta, layer.get_delta_weight("default"))
