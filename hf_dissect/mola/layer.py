@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_dissect.mola.config import MolaConfig
-from hf_dissect.mola.quantized_base import check_mergeable, find_backend
+from hf_dissect.mola.quantized_base import check_mergeable, find_backend, restore_layout
 from hf_dissect.mola.routing import MolaTunerLayer, Routing
 from hf_dissect.mola.unused_experts import keep_unused_experts
 
@@ -134,8 +134,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         Raises:
             ValueError: If the weight cannot be merged, or the sum is not finite.
         """
-        weight = self.get_base_weight()
-        merged = self._add_experts(weight, tasks, 1)
+        merged = self._add_experts(tasks, 1)
         if not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(tasks)} seems to be broken; nothing was "
@@ -161,11 +160,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         if not tasks:
             return
         check_mergeable(self)
-        if safe_merge:
-            merged = self.compute_merged_weight(tasks)
-        else:
-            merged = self._add_experts(self.get_base_weight(), tasks, 1)
-        self.set_base_weight(merged)
+        self.set_base_weight(self.compute_merged_weight(tasks) if safe_merge else self._add_experts(tasks, 1))
         self.merged_adapters.extend(tasks)
         self._merged_task.update(tasks)
 
@@ -175,7 +170,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.set_base_weight(self._add_experts(self.get_base_weight(), self._merged_task, -1))
+        self.set_base_weight(self._add_experts(self._merged_task, -1))
         self.merged_adapters.clear()
         self._merged_task.clear()
 
@@ -183,11 +178,15 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         """Return the task to merge of each named adapter of this layer."""
         return {name: self.routing.get_task_to_merge(name) for name in adapter_names if name in self.mola_A}
 
-    def _add_experts(self, weight: torch.Tensor, tasks: dict[str, int], sign: int) -> torch.Tensor:
+    def _add_experts(self, tasks: dict[str, int], sign: int) -> torch.Tensor:
+        restore_layout(self)
+        weight = self.get_base_weight()
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name, task in tasks.items():
             merged = merged + sign * self._compute_delta(name, task).to(merged.device)
-        return merged.to(weight.dtype)
+        # A quantised weight is rounded once; torchao gives it the type of what it is made of, other libraries do not.
+        rounds = self.quantization_backend is None or self.quantization_backend.backend_name == "torchao"
+        return merged.to(weight.dtype) if rounds else merged
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True if PEFT can convert the adapter to LoRA, once a task is fixed by `set_task`.

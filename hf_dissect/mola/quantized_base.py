@@ -45,6 +45,24 @@ def find_backend(base_layer: nn.Module, model: nn.Module) -> QuantizationBackend
     return None
 
 
+def restore_layout(layer: BaseTunerLayer) -> None:
+    """Give a base weight of 4 bits the layout in which PEFT reads it.
+
+    For some processors, the first pass in evaluation mode changes the layout of bitsandbytes' weights. PEFT would read
+    other numbers out of it.
+
+    Args:
+        layer: Adapted layer.
+    """
+    base_layer: Any = layer.get_base_layer()
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        base_layer.state_dict()  # before it saves a weight, bitsandbytes restores the layout
+        state = base_layer.weight.quant_state
+        if state.absmax.dim() == 2:  # all but the order of the blocks' maxima
+            state.absmax = state.absmax.T.reshape(-1).to(torch.float32).contiguous()
+
+
 def check_mergeable(layer: BaseTunerLayer) -> None:
     """Raise a ValueError if the base weight of a layer cannot be read, or cannot be written again.
 
