@@ -23,10 +23,13 @@ _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = count()
 # A list for each optimiser, because the step of a subclass may call that of its parent, with hooks of its own.
 _steps: weakref.WeakKeyDictionary[Optimizer, list[list[_Unused]]] = weakref.WeakKeyDictionary()
+# Memory of the copies, kept for the next step: on a CPU, getting it anew takes longer than copying.
+_memory: weakref.WeakKeyDictionary[Optimizer, _Memory] = weakref.WeakKeyDictionary()
 # What the optimisers of torch and transformers begin with zeros, and weight decay may change at once.
 _STARTS_AT_ZERO = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta")
 }
+_DEPTH = 4
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,6 +60,26 @@ def keep_unused_experts(layer: nn.Module) -> None:
     _layers[number] = layer
 
 
+class _Memory:
+    """Copies of rows, in memory that is used again."""
+
+    def __init__(self) -> None:
+        self.free: dict[Any, list[torch.Tensor]] = {}
+
+    def take(self, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return a copy of some rows of a tensor."""
+        if tensor.device.type != "cpu":  # whose allocator keeps memory itself
+            return tensor.index_select(0, rows)
+        free = self.free.get((tensor.shape, tensor.dtype))
+        whole = free.pop() if free else torch.empty_like(tensor)
+        return torch.index_select(tensor, 0, rows, out=whole.narrow(0, 0, rows.shape[0]))
+
+    def give_back(self, copy: torch.Tensor) -> None:
+        """Use the memory of a copy again."""
+        if (whole := copy._base) is not None:
+            self.free.setdefault((whole.shape, whole.dtype), []).append(whole)
+
+
 @dataclass
 class _Unused:
     """The unused experts in one parameter, as they were before the step; in this process's part if it is sharded."""
@@ -67,8 +90,9 @@ class _Unused:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     keeps_state: bool = True
 
-    def put_back(self, optimizer: Optimizer) -> None:
+    def put_back(self, optimizer: Optimizer, memory: _Memory) -> None:
         _local(self.parameter).index_copy_(0, self.rows, self.weights)
+        memory.give_back(self.weights)
         if not self.keeps_state:
             return
         state = optimizer.state.get(self.parameter, {})
@@ -79,6 +103,7 @@ class _Unused:
             if _has_rows(value, self.parameter):
                 if key in self.state:
                     _local(value).index_copy_(0, self.rows, self.state[key])
+                    memory.give_back(self.state[key])
                 elif key in _STARTS_AT_ZERO:  # made in this step
                     _local(value).index_fill_(0, self.rows, 0)
 
@@ -87,7 +112,9 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
     if not _layers:
         return None
     unused: list[_Unused] = []
-    _steps.setdefault(optimizer, []).append(unused)
+    steps = _steps.setdefault(optimizer, [])
+    steps.append(unused)
+    del steps[:-_DEPTH]  # a step that raised an error leaves its list behind
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if not callable(closure):
         unused.extend(_set_aside(optimizer))
@@ -112,7 +139,7 @@ def _set_aside_after(closure: Callable, optimizer: Optimizer, unused: list[_Unus
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     if steps := _steps.get(optimizer):
         for unused in steps.pop():
-            unused.put_back(optimizer)
+            unused.put_back(optimizer, _memory[optimizer])
 
 
 # ---- before the step ----
@@ -128,12 +155,13 @@ class _Adapter:
 def _set_aside(optimizer: Optimizer) -> list[_Unused]:
     """Copy what the step must not change."""
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    adapters = [adapter for adapter in _list_adapters() if any(id(weight) in own for weight in adapter.parameters)]
-    if not adapters:
+    if not any(id(parameter) in own for layer in _layers.values() for parameter in _list_parameters(layer)):
         _warn_of_flat_parameters(optimizer)
         return []
+    adapters = [adapter for adapter in _list_adapters() if any(id(weight) in own for weight in adapter.parameters)]
+    memory = _memory.setdefault(optimizer, _Memory())
     offsets: dict[Any, int] = {}
-    used = [_find_used(adapter, offsets) for adapter in adapters]
+    used = [_find_used(adapter, offsets, memory) for adapter in adapters]
     _agree(adapters, used)
     unused = []
     for adapter, is_used in zip(adapters, used, strict=True):
@@ -146,8 +174,12 @@ def _set_aside(optimizer: Optimizer) -> list[_Unused]:
                     local = [row for row in range(len(weight)) if not is_used[first + row]]
                     rows[key] = torch.tensor(local, dtype=torch.int64, device=weight.device)
                 if len(rows[key]):
-                    unused.append(_copy(optimizer, parameter, rows[key]))
+                    unused.append(_copy(optimizer, parameter, rows[key], memory))
     return unused
+
+
+def _list_parameters(layer: Any) -> Iterable[nn.Parameter]:
+    return (weight for name in layer.adapter_layer_names for weight in getattr(layer, name)._parameters.values())
 
 
 def _list_adapters() -> list[_Adapter]:
@@ -156,9 +188,9 @@ def _list_adapters() -> list[_Adapter]:
     for layer in reversed(list(_layers.values())):
         # `B` comes first: at the start `A` has no gradient, as `B` is zero.
         for attribute in reversed(layer.adapter_layer_names):
-            for name, parameter in getattr(layer, attribute).items():
+            for name, parameter in getattr(layer, attribute)._parameters.items():
                 config = layer.routing.mola_config.get(name)
-                if config is None or config.variant != "grad" or getattr(parameter, "grad", None) is None:
+                if config is None or config.variant != "grad" or parameter.grad is None:
                     continue
                 adapter = adapters.setdefault((id(layer.routing), name), _Adapter(config.num_experts, []))
                 if len(parameter) == config.num_experts:
@@ -168,7 +200,7 @@ def _list_adapters() -> list[_Adapter]:
     return list(adapters.values())
 
 
-def _find_used(adapter: _Adapter, offsets: dict[Any, int]) -> list[bool]:
+def _find_used(adapter: _Adapter, offsets: dict[Any, int], memory: _Memory) -> list[bool]:
     """Return for each expert True if a gradient in this process is not zero.
 
     A few gradients mostly suffice, so only what is still open is looked for in the rest. That costs three transfers
@@ -181,14 +213,16 @@ def _find_used(adapter: _Adapter, offsets: dict[Any, int]) -> list[bool]:
     begin, size = 0, 1
     while begin < len(gradients) and (missing := [expert for expert in held if not used[expert]]):
         part = gradients[begin : begin + size]
-        flags = [_find_rows(gradient, first, missing, len(used)) for gradient, first in part]
+        flags = [_find_rows(gradient, first, missing, len(used), memory) for gradient, first in part]
         for expert in torch.stack([flag.to(flags[0].device) for flag in flags]).any(0).nonzero().flatten().tolist():
             used[expert] = True
         begin, size = begin + size, 8 if begin == 0 else len(gradients)
     return used
 
 
-def _find_rows(gradient: torch.Tensor, first: int, experts: list[int], num_experts: int) -> torch.Tensor:
+def _find_rows(
+    gradient: torch.Tensor, first: int, experts: list[int], num_experts: int, memory: _Memory
+) -> torch.Tensor:
     """Return for each of all experts True if it is one of some experts and its row of a gradient is not zero."""
     rows = torch.tensor(
         [expert - first for expert in experts if first <= expert < first + len(gradient)], device=gradient.device
@@ -196,8 +230,9 @@ def _find_rows(gradient: torch.Tensor, first: int, experts: list[int], num_exper
     flags = torch.zeros(num_experts, dtype=torch.bool, device=gradient.device)
     if len(rows):
         # Without the sign, a number is zero if its bits are; that is found much faster than by comparing numbers.
-        bits = gradient.index_select(0, rows).abs_().view(_BITS[gradient.element_size()])
-        flags[rows + first] = bits.flatten(1).amax(1) != 0
+        copy = memory.take(gradient, rows)
+        flags[rows + first] = copy.abs_().view(_BITS[copy.element_size()]).flatten(1).amax(1) != 0
+        memory.give_back(copy)
     return flags
 
 
@@ -218,8 +253,8 @@ def _agree(adapters: list[_Adapter], used: list[list[bool]]) -> None:
             used[i] = [next(whole) for _ in used[i]]
 
 
-def _copy(optimizer: Optimizer, parameter: nn.Parameter, rows: torch.Tensor) -> _Unused:
-    unused = _Unused(parameter, rows, _local(parameter).index_select(0, rows))
+def _copy(optimizer: Optimizer, parameter: nn.Parameter, rows: torch.Tensor, memory: _Memory) -> _Unused:
+    unused = _Unused(parameter, rows, memory.take(_local(parameter), rows))
     state = optimizer.state.get(parameter, {})
     if not _can_keep(state):
         _warn_of_packed_state(optimizer)
@@ -227,7 +262,7 @@ def _copy(optimizer: Optimizer, parameter: nn.Parameter, rows: torch.Tensor) -> 
         return unused
     for key, value in state.items():
         if _has_rows(value, parameter):
-            unused.state[key] = _local(value).index_select(0, rows)
+            unused.state[key] = memory.take(_local(value), rows)
     return unused
 
 
@@ -253,7 +288,7 @@ def _has_rows(value: Any, parameter: nn.Parameter) -> bool:
     """Return True if a value of the optimiser's state has a row for each expert, where the parameter has it."""
     if not torch.is_tensor(value) or not value.dim() or isinstance(value, DTensor) != isinstance(parameter, DTensor):
         return False
-    return len(value) == len(parameter) and len(_local(value)) == len(_local(parameter))
+    return value.shape[0] == parameter.shape[0] and _local(value).shape[0] == _local(parameter).shape[0]
 
 
 def _can_keep(state: dict[Any, Any]) -> bool:

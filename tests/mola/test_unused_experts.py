@@ -9,11 +9,16 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from peft import get_peft_model
-from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_gpt2, tiny_resnet, tokens
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from testing import expert_ranks, tiny_models
+from testing.launched import on_ranks
+from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_bert_classifier, tiny_gpt2, tiny_resnet, tokens
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from transformers import Trainer, TrainingArguments
 
+from hf_dissect import DissectTrainer, DissectTrainingArguments
 from hf_dissect.mola import MolaConfig, MolaLayer, unused_experts
 
 EXPERTS = 4
@@ -269,8 +274,6 @@ def test_a_copied_model(copied):
 
 def test_a_loaded_adapter_trains_on(tmp_path):
     make(init_weights=False).save_pretrained(tmp_path)
-    from peft import PeftModel
-
     model = PeftModel.from_pretrained(tiny_bert(), tmp_path, is_trainable=True).train()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     step(model, optimizer, [0, 1, 2, 3])
@@ -422,3 +425,73 @@ def test_accelerate():
             optimizer.step()
             optimizer.zero_grad()
     assert moved(before, snapshot(plain, optimizer.optimizer)) == {1, 3}
+
+
+def test_two_processes_agree(tmp_path):
+    on_ranks([2], tmp_path, expert_ranks.check_all)
+
+
+def rows_by_task(tasks):
+    """A row of captions' tokens for each task, with labels, for a plain Trainer."""
+    inputs = tokens(8)
+    return Dataset.from_list(
+        [
+            {"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": i % 3, "task_ids": tasks[i]}
+            for i, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True))
+        ]
+    )
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad"])
+def test_the_trainer_of_transformers(optim, tmp_path):
+    model = adapted(tiny_bert_classifier(), variant="grad", num_experts=EXPERTS)
+    before = snapshot(model)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(tmp_path),
+            optim=optim,
+            learning_rate=0.01,
+            weight_decay=0.1,
+            max_steps=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            remove_unused_columns=False,
+            use_cpu=True,
+            save_strategy="steps",
+            save_steps=2,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=rows_by_task([0, 3] * 4),
+    )
+    trainer.train()
+    assert moved(before, snapshot(model)) == {0, 3}
+    final = snapshot(model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert moved(before, snapshot(model)) == {0, 3} and moved(final, snapshot(model)) == set()
+
+
+def test_the_trainer_of_selected_pairs(tmp_path):
+    model, processor = tiny_models.tiny_clip()
+    model = tiny_models.with_mola(model, "grad", num_experts=3)
+    pairs = tiny_models.tiny_pairs(32)
+    before = snapshot(model)
+    DissectTrainer(
+        model=model,
+        processing_class=processor,
+        train_dataset=pairs.add_column("task", [0, 2] * 16),
+        args=DissectTrainingArguments(
+            str(tmp_path),
+            task_column="task",
+            weight_decay=0.1,
+            learning_rate=0.01,
+            per_device_train_batch_size=8,
+            max_steps=3,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+    ).train()
+    assert moved(before, snapshot(model)) == {0, 2}
