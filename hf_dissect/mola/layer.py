@@ -51,7 +51,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
-        object.__setattr__(self, "routing", routing)  # registered once, as the base model's `mola`
+        object.__setattr__(self, "routing", routing)  # registered once, in the base model
         self.tower = tower
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.mola_A = nn.ParameterDict()
@@ -83,6 +83,36 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         self.reset_mola_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # The routing is not among the layers that PEFT visits if it has no routers, so it is told by those that are.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, in the routing as well.
+
+        Args:
+            adapter_names: Names of the adapters.
+            inference_mode: Freeze them.
+        """
+        super().set_adapter(adapter_names, inference_mode)
+        self.routing.set_adapter(adapter_names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off, in the routing as well.
+
+        Args:
+            enabled: True to switch them on.
+        """
+        super().enable_adapters(enabled)
+        self.routing.enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, from the routing as well.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        super().delete_adapter(adapter_name)
+        self.routing.delete_adapter(adapter_name)
 
     def reset_mola_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Initialise every expert as LoRA does.
@@ -252,6 +282,8 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         weights = self.routing.expert_weights(adapter_name, self.tower, len(x), A.dtype)
         if isinstance(weights, int):
             return self._up(self._down(x, A[weights]), B[weights] * scaling)
+        if not weights.is_floating_point():
+            weights = F.one_hot(weights, len(A)).to(torch.promote_types(A.dtype, torch.float32))
         # One adapter of rank E * r with weighted inner dimensions needs no weight matrix per sample.
         hidden = self._down(x, A.flatten(0, 1))
         return self._up(
