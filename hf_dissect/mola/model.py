@@ -183,6 +183,11 @@ class MolaModel(BaseTuner):
             )
         if config.train_logit_scale and not hasattr(self.model, "logit_scale"):
             raise ValueError(f"train_logit_scale=True: {type(self.model).__name__} has no logit_scale.")
+        if bare := {"logit_scale", "logit_bias"} & set(config.modules_to_save or ()):
+            raise ValueError(
+                f"modules_to_save names {', '.join(sorted(bare))}, which is a parameter and not a module: use "
+                "train_logit_scale=True."
+            )
         if config.train_base == "all":
             check_trainable(type(self.model).__name__, self.model)
 
@@ -331,6 +336,12 @@ class MolaModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        if config.train_base and any(isinstance(part, MolaLayer) and part.merged for part in model.modules()):
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged, and train_base={config.train_base!r} saves the base, which would "
+                "have the expert in it twice after loading. Call unmerge_adapter() before saving, or use "
+                "merge_and_unload() and save the whole model."
+            )
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return adapter | select_base_state(model, config, adapter_name, state_dict)
 
