@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_dissect.mola.routing import mola_routing
 from hf_dissect.mola.base_model import find_towers
+from hf_dissect.mola.routing import mola_routing
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
