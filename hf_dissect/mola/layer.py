@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import quantization_extra_repr
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_dissect.mola.base_weight import MergingLayer
 from hf_dissect.mola.config import MolaConfig
-from hf_dissect.mola.quantized_base import check_mergeable, find_backend, restore_layout
-from hf_dissect.mola.routing import MolaTunerLayer, Routing
+from hf_dissect.mola.routing import Routing
 from hf_dissect.mola.unused_experts import keep_unused_experts
 
 
-class MolaLayer(nn.Module, MolaTunerLayer):
+class MolaLayer(nn.Module, MergingLayer):
     """Base class of the adapted layers.
 
     For each adapter, a layer holds `mola_A` and `mola_B`. In a dense layer their shapes are `(E, r, in)` and
@@ -129,125 +127,6 @@ class MolaLayer(nn.Module, MolaTunerLayer):
             else:
                 nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
-    def get_delta_weight(self, adapter_name: str, task: int | None = None) -> torch.Tensor:
-        """Compute the contribution of one task's expert to the base weight.
-
-        Args:
-            adapter_name: Name of the adapter.
-            task: Index of the expert; None for the task fixed by `set_task`, or the default task.
-
-        Returns:
-            A tensor with the shape of the base weight and the type of the experts.
-
-        Raises:
-            ValueError: If `task` is None and the adapter has a router, or no task is fixed.
-        """
-        if task is None:
-            task = self.routing.get_task_to_merge(adapter_name)
-        if adapter_name not in self.mola_A:
-            return torch.zeros_like(self.get_base_weight())  # an adapter of other layers of the model
-        return self._compute_delta(adapter_name, task).to(self.mola_A[adapter_name].dtype)
-
-    def _compute_delta(self, adapter_name: str, task: int) -> torch.Tensor:
-        """Compute the delta weight in at least single precision."""
-        A, B = self.mola_A[adapter_name][task], self.mola_B[adapter_name][task]
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        return self._as_weight(B.to(dtype) @ A.to(dtype).flatten(1), A) * self.mola_scaling[adapter_name]
-
-    @torch.no_grad()
-    def compute_merged_weight(self, tasks: dict[str, int]) -> torch.Tensor:
-        """Return the base weight, dequantised if it is quantised, plus the experts of some adapters.
-
-        Args:
-            tasks: Task of each adapter to merge.
-
-        Raises:
-            ValueError: If the weight cannot be merged, or the sum is not finite.
-        """
-        merged = self._add_experts(tasks, 1)
-        if not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(tasks)} seems to be broken; nothing was "
-                "merged."
-            )
-        return merged
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the experts of the fixed tasks to the base weight.
-
-        All adapters are added at once, so that a quantised weight is rounded once.
-
-        Args:
-            safe_merge: Check that the result is finite before it replaces the weight.
-            adapter_names: Adapters to merge; None for the active ones.
-
-        Raises:
-            ValueError: If an adapter has a router, no task is fixed, the merged weight would not be finite, or the
-                base is quantised in a way that cannot be merged.
-        """
-        tasks = self.find_tasks_to_merge(check_adapters_to_merge(self, adapter_names))
-        if not tasks:
-            return
-        check_mergeable(self)
-        self.set_base_weight(self.compute_merged_weight(tasks) if safe_merge else self._add_experts(tasks, 1))
-        self.merged_adapters.extend(tasks)
-        self._merged_task.update(tasks)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Subtract the merged experts from the base weight."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.set_base_weight(self._add_experts(self._merged_task, -1))
-        self.merged_adapters.clear()
-        self._merged_task.clear()
-
-    def find_tasks_to_merge(self, adapter_names: Iterable[str]) -> dict[str, int]:
-        """Return the task to merge of each named adapter of this layer."""
-        return {name: self.routing.get_task_to_merge(name) for name in adapter_names if name in self.mola_A}
-
-    def _add_experts(self, tasks: dict[str, int], sign: int) -> torch.Tensor:
-        restore_layout(self)
-        weight = self.get_base_weight()
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for name, task in tasks.items():
-            merged = merged + sign * self._compute_delta(name, task).to(merged.device)
-        # A quantised weight is rounded once; torchao gives it the type of what it is made of, other libraries do not.
-        rounds = self.quantization_backend is None or self.quantization_backend.backend_name == "torchao"
-        return merged.to(weight.dtype) if rounds else merged
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True if PEFT can convert the adapter to LoRA, once a task is fixed by `set_task`.
-
-        Args:
-            adapter_name: Name of the adapter.
-
-        Raises:
-            TypeError: If LoRA would give other outputs, because the layer is not dense, or the base was trained.
-        """
-        config = self.routing.mola_config.get(adapter_name)
-        if config is None:
-            raise TypeError(
-                f"There is no adapter {adapter_name!r} to convert; the model has {', '.join(self.routing.mola_config)}."
-            )
-        if config.variant != "grad":
-            warnings.warn(
-                f"Adapter {adapter_name!r} has a router, whose weights depend on the input; a LoRA adapter cannot "
-                "express it. Only adapters with variant='grad' can be converted.",
-                stacklevel=2,
-            )
-            return False
-        trained = [name for name in ("train_base", "train_logit_scale") if getattr(config, name)]
-        if trained or not isinstance(self, Linear):
-            reason = f"was trained with {trained[0]}" if trained else f"adapts {type(self.get_base_layer()).__name__}"
-            raise TypeError(
-                f"Adapter {adapter_name!r} {reason}, which a LoRA adapter of its dense layers does not express. Use "
-                "set_task(task), merge_and_unload() and save the whole model instead."
-            )
-        return True
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the base layer plus the weighted experts of the active adapters.
 
@@ -279,7 +158,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         A, B = self.mola_A[adapter_name], self.mola_B[adapter_name]
         scaling, r = self.mola_scaling[adapter_name], self.mola_r[adapter_name]
         x = self.mola_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        weights = self.routing.expert_weights(adapter_name, self.tower, len(x), A.dtype)
+        weights = self._expert_weights(adapter_name, x, A.dtype)
         if isinstance(weights, int):
             return self._up(self._down(x, A[weights]), B[weights] * scaling)
         if not weights.is_floating_point():
@@ -289,6 +168,9 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         return self._up(
             self._weigh(hidden, (weights * scaling).repeat_interleave(r, dim=1)), B.transpose(0, 1).flatten(1)
         )
+
+    def _expert_weights(self, adapter_name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | int:
+        return self.routing.expert_weights(adapter_name, self.tower, len(x), dtype)
 
     def __repr__(self) -> str:
         return "mola." + super().__repr__()
@@ -305,10 +187,6 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         """Return the shape of one expert's `A` without its rank, and the number of outputs of `B`."""
         raise NotImplementedError
 
-    def _as_weight(self, delta: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        """Give a product `B A` the shape of the base weight; `A` is one expert's."""
-        raise NotImplementedError
-
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
@@ -321,7 +199,24 @@ class MolaLayer(nn.Module, MolaTunerLayer):
 
 
 class Linear(MolaLayer):
-    """MoLA in a dense layer, `torch.nn.Linear` or the `Conv1D` of transformers."""
+    """MoLA in a dense layer, `torch.nn.Linear` or the `Conv1D` of transformers.
+
+    Attributes:
+        batch_dim: Dimension of the samples in its input, 1 for an input `(L, B, D)`.
+        knows_batch_dim: False if that may be wrong, so that doubtful inputs are refused.
+    """
+
+    batch_dim = 0
+    knows_batch_dim = False
+
+    def _expert_weights(self, adapter_name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | int:
+        dim = self.batch_dim if x.dim() > 2 else 0
+        doubtful: int | bool | None = True if self.batch_dim else None
+        if not self.knows_batch_dim and x.dim() > 2:
+            doubtful = x.shape[1]
+        return self.routing.expert_weights(adapter_name, self.tower, x.shape[dim], dtype, doubtful)
+
+    is_dense = True
 
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
         return (cast(int, self.in_features),), cast(int, self.out_features)
@@ -333,6 +228,8 @@ class Linear(MolaLayer):
         return F.linear(x, A)
 
     def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.batch_dim and hidden.dim() > 2:
+            return hidden * weights.to(hidden)
         return hidden * weights.to(hidden).reshape(len(weights), *[1] * (hidden.dim() - 2), -1)
 
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -368,22 +265,23 @@ class Conv2d(MolaLayer):
         return F.conv2d(hidden, B[:, :, None, None], groups=self._get_convolution().groups)
 
 
-def wrap_layer(target: nn.Module, routing: Routing, tower: str, model: nn.Module) -> MolaLayer:
+def wrap_layer(
+    target: nn.Module, routing: Routing, tower: str, quantization_backend: QuantizationBackend | None = None
+) -> MolaLayer:
     """Wrap a module in the adapted layer of its kind.
 
     Args:
         target: Module to adapt, which another PEFT method may have wrapped.
         routing: Source of the experts' weights.
         tower: Name of the tower that the module belongs to.
-        model: Base model, which knows how it was quantised.
+        quantization_backend: Access to the weight of a quantised module; None for a plain weight.
 
     Raises:
         TypeError: If MoLA cannot adapt this kind of module.
     """
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    backend = find_backend(base_layer, model)
-    if backend is not None or isinstance(base_layer, nn.Linear | Conv1D):
-        return Linear(target, routing, tower, backend)
+    if quantization_backend is not None or isinstance(base_layer, nn.Linear | Conv1D):
+        return Linear(target, routing, tower, quantization_backend)
     if isinstance(base_layer, nn.Conv2d):
         return Conv2d(target, routing, tower)
     raise TypeError(

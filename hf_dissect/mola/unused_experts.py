@@ -1,4 +1,4 @@
-"""Experts that a step does not use stay as they are: optimisers see one parameter of all experts, with zeros for these."""
+"""Experts that a step does not use stay as they are, though optimisers see one parameter of all experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -207,7 +207,9 @@ def _find_used(adapter: _Adapter, offsets: dict[Any, int], memory: _Memory) -> l
     from the device at most.
     """
     used = [False] * adapter.num_experts
-    gradients = [(_local(weight.grad), _first_row(weight, offsets)) for weight in adapter.parameters]
+    gradients = [
+        (_local(cast(torch.Tensor, weight.grad)), _first_row(weight, offsets)) for weight in adapter.parameters
+    ]
     gradients = [(gradient, first) for gradient, first in gradients if gradient.numel()]
     held = {first + row for gradient, first in gradients for row in range(len(gradient))}
     begin, size = 0, 1
@@ -310,8 +312,8 @@ def _warn_once(message: str) -> None:
 
 def _warn_of_packed_state(optimizer: Optimizer) -> None:
     _warn_once(
-        f"{type(optimizer).__name__} packs its state, so that the part of an expert that a step does not use cannot be "
-        "kept: its weights stay, but its momentum decays."
+        f"{type(optimizer).__name__} packs its state, so that the part of an expert that a step does not use cannot "
+        "be kept: its weights stay, but its momentum decays."
     )
 
 

@@ -1,13 +1,12 @@
 """Runs PEFT's `scripts/generate_method_capabilities.py` with MoLA among its methods, and prints the table of the docs.
 
-`make peft-capabilities` runs it. PEFT checks a method by its default settings, so each variant of MoLA is a method here.
+`make peft-capabilities` runs it. PEFT checks a method by its default settings, so each variant is a method here.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-import tempfile
 import types
 from enum import Enum
 from pathlib import Path
@@ -20,14 +19,17 @@ from hf_dissect.mola import MolaConfig, MolaModel
 
 
 class MolaTypes(str, Enum):  # noqa: UP042
-    """The variants of MoLA, under the names of the columns."""
+    """The variants of MoLA, as methods."""
 
-    GRAD = "MoLA, GRAD"
-    ROUTER = "MoLA, ROUTER"
+    GRAD = "MOLA_GRAD"
+    ROUTER = "MOLA_ROUTER"
 
 
-METHODS = [*(kind.value for kind in MolaTypes), "LORA", "POLY", "XLORA", "LILY"]
-LAYERS = {"Conv1D (transformers)": "`Conv1D`", "nn.Parameter": "parameters"}
+COLUMNS = {
+    **{"MOLA_GRAD": "MoLA, `grad`", "MOLA_ROUTER": "MoLA, `router`"},
+    **{"LORA": "LoRA", "POLY": "Poly", "XLORA": "X-LoRA", "LILY": "Lily"},
+}
+LEFT_OUT = ("category", "paper_url")
 
 
 def load_script(path: Path) -> types.ModuleType:
@@ -45,31 +47,30 @@ def check(script: types.ModuleType) -> dict[str, Any]:
     for kind, config in ((MolaTypes.GRAD, MolaGradConfig), (MolaTypes.ROUTER, MolaConfig)):
         PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config
         PEFT_TYPE_TO_TUNER_MAPPING[kind] = MolaModel
-    registered = [kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind.value in METHODS]
-    methods = [script.MethodInfo.from_peft_type(kind) for kind in registered]
+    kinds = [kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind.value in COLUMNS]
+    methods = [script.MethodInfo.from_peft_type(kind) for kind in kinds]
     return script.run_tasks(script.collect_tasks(methods, script.ProbeContext()))
 
 
-def describe(value: Any) -> str:
+def describe(finding: dict[str, Any]) -> str:
     """Write a finding as a cell of the table."""
+    value, note = finding["value"], finding.get("note", "")
+    if value is True and "probing failed" in note:
+        return "refused"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        value = [LAYERS.get(name, name) for name, supported in value.items() if supported]
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    return str(value)
+        value = [name for name, supported in value.items() if supported]
+    return (", ".join(value) or "none") if isinstance(value, list) else str(value)
 
 
 def write_table(found: dict[str, Any]) -> str:
     """Return the table in Markdown, a row for each feature."""
-    rows = [["", *("LoRA" if name == "LORA" else name.replace("GRAD", "`grad`").replace("ROUTER", "`router`") for name in METHODS)]]
-    features = list(found["LORA"]["features"])
-    for feature in features:
-        if feature not in ("category", "paper_url"):
-            cells = [describe(found[name]["features"][feature]["value"]) for name in METHODS]
+    rows = [["", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]
+    for feature in found["LORA"]["features"]:
+        if feature not in LEFT_OUT:
+            cells = [describe(found[name]["features"][feature]) for name in COLUMNS]
             rows.append([feature.replace("_", " "), *cells])
-    rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 

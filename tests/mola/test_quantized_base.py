@@ -1,4 +1,4 @@
-"""Bases with quantised weights: the adapter computes, trains, merges and comes out as a LoRA does, or is refused by name."""
+"""Bases with quantised weights: an adapter computes, trains and merges as a LoRA does, or is refused by name."""
 
 import copy
 
@@ -89,7 +89,7 @@ def load(kind, folder):
 
     base = AutoModelForCausalLM.from_pretrained(folder)
     for name, module in list(base.named_modules()):
-        if name.endswith(("_proj")):
+        if name.endswith("_proj"):
             settings = BaseQuantizeConfig(nbits=8, group_size=32)
             base.set_submodule(name, HQQLinear(module, settings, compute_dtype=torch.float32, device="cpu"))
     return base
@@ -314,7 +314,9 @@ class Holder(nn.Module):
 def test_unknown_kinds_are_refused_by_name(kind, variant):
     make, reason = UNKNOWN[kind]
     layer = make()
-    message = rf"{type(layer).__qualname__}\) is quantised in a way that PEFT does not know: .*{reason}.*exclude_modules"
+    message = (
+        rf"{type(layer).__qualname__}\) is quantised in a way that PEFT does not know: .*{reason}.*exclude_modules"
+    )
     with pytest.raises(TypeError, match=message):
         get_peft_model(Holder(layer), MolaConfig(variant=variant, target_modules=["layer"]))
 

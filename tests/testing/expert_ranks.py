@@ -34,7 +34,9 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[int]:
-    return {e for name, value in before.items() for e in range(len(value)) if not torch.equal(value[e], after[name][e])}
+    return {
+        e for name, value in before.items() for e in range(len(value)) if not torch.equal(value[e], after[name][e])
+    }
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, tasks: list[int]) -> None:
@@ -47,13 +49,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, tasks: list[int]) -
 def check_steps(model: nn.Module, kind: type[torch.optim.Optimizer], rank: int, num_experts: int, **options) -> None:
     optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1, **options)
     every = list(range(num_experts))
-    for tasks, expected in (
-        (TASKS[rank], {0, 2}),
-        (every, set(every)),
-        (TASKS[rank], {0, 2}),
-        ([1, 1], {1}),
-        ([[0, 1], [1, 1]][rank], {0, 1}),
-    ):
+    # Unused from the start, and after all were used; used by one process, by both, by the first or the second only.
+    for tasks, expected in ((TASKS[rank], {0, 2}), (every, set(every)), ([[0, 1], [1, 1]][rank], {0, 1})):
         before = snapshot(model, optimizer)
         step(model, optimizer, tasks)
         assert moved(before, snapshot(model, optimizer)) == expected, (tasks, expected)
@@ -73,10 +70,8 @@ def check_ddp(rank: int) -> None:
 def check_fsdp2(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for num_experts, place in (
-        (4, None),
         (3, None),  # two in one process, one in the other
-        (4, lambda parameter: Shard(1)),  # a part of each expert in each process
-        (5, lambda parameter: Shard(parameter.dim() - 1)),
+        (4, lambda parameter: Shard(parameter.dim() - 1)),  # a part of each expert in each process
     ):
         model = make(num_experts)
         for layer in model.base_model.model.encoder.layer:
