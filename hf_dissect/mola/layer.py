@@ -82,7 +82,7 @@ class MolaLayer(nn.Module, MergingLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    # The routing is not among the layers that PEFT visits if it has no routers, so it is told by those that are.
+    # PEFT does not visit a routing without routers, so the layers pass on what it has to know.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, in the routing as well.
@@ -111,6 +111,15 @@ class MolaLayer(nn.Module, MergingLayer):
         """
         super().delete_adapter(adapter_name)
         self.routing.delete_adapter(adapter_name)
+
+    def train(self, mode: bool = True) -> MolaLayer:
+        """Set the mode, of the routing as well until a pass begins, which has the mode of the model.
+
+        Args:
+            mode: True to train.
+        """
+        self.routing.training = mode
+        return super().train(mode)
 
     def reset_mola_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Initialise every expert as LoRA does.
@@ -285,7 +294,6 @@ def wrap_layer(
     if isinstance(base_layer, nn.Conv2d):
         return Conv2d(target, routing, tower)
     raise TypeError(
-        f"Target module {target} is not supported. MoLA adapts `torch.nn.Linear` (quantised or not), "
-        "`torch.nn.Conv2d` and `transformers.pytorch_utils.Conv1D`; exclude others with `target_modules` or "
-        "`exclude_modules`."
+        f"Target module {target} is not supported. MoLA adapts `torch.nn.Linear`, `torch.nn.Conv2d` and "
+        "`transformers.pytorch_utils.Conv1D`; exclude others with `target_modules` or `exclude_modules`."
     )

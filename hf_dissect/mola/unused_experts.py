@@ -23,7 +23,7 @@ _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = count()
 # A list for each optimiser, because the step of a subclass may call that of its parent, with hooks of its own.
 _steps: weakref.WeakKeyDictionary[Optimizer, list[list[_Unused]]] = weakref.WeakKeyDictionary()
-# Memory of the copies, kept for the next step: on a CPU, getting it anew takes longer than copying.
+# Memory of the copies, kept for the next step: on a CPU, new memory takes longer than copying.
 _memory: weakref.WeakKeyDictionary[Optimizer, _Memory] = weakref.WeakKeyDictionary()
 # What the optimisers of torch and transformers begin with zeros, and weight decay may change at once.
 _STARTS_AT_ZERO = {
