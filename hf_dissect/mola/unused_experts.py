@@ -80,6 +80,11 @@ class _Memory:
             self.free.setdefault((whole.shape, whole.dtype), []).append(whole)
 
 
+def list_layers(routing: Any) -> Iterable[Any]:
+    """Return the layers of a routing that exist, in the order in which they were made."""
+    return (layer for layer in list(_layers.values()) if layer.routing is routing)
+
+
 @dataclass
 class _Unused:
     """The unused experts in one parameter, as they were before the step; in this process's part if it is sharded."""

@@ -222,3 +222,19 @@ def test_switching_adapters_without_routers():
     assert mola_routing(model) is routing and any(module is routing for module in model.modules())
     model.unload()
     assert not hasattr(model.base_model.model, "_mola")
+
+
+def test_the_routing_is_switched_off_with_the_last_layer_only():
+    model = adapted(tiny_bert(), variant="grad", default_task=0)
+    routing = mola_routing(model)
+    layers = [module for module in model.modules() if isinstance(module, MolaLayer)]
+    for layer in layers:
+        assert not routing.disable_adapters
+        layer.enable_adapters(False)
+    assert routing.disable_adapters
+    layers[-1].enable_adapters(True)
+    assert not routing.disable_adapters
+    model.train()
+    assert routing.training
+    model.eval()
+    assert not routing.training
