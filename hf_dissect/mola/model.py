@@ -23,10 +23,12 @@ from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_st
 from hf_dissect.mola.hooks import attach_hooks, hook_input_layers
 from hf_dissect.mola.layer import MolaLayer, wrap_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
+from hf_dissect.mola.norm_layer import add_task_norms, check_task_norms
 from hf_dissect.mola.router import Router, build_router, check_router_input
 from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
 from hf_dissect.mola.target_modules import TARGET_MODULES
+from hf_dissect.mola.task_norms import find_kind
 from hf_dissect.mola.towers import (
     choose_router_sources,
     find_device_and_dtype,
@@ -93,6 +95,7 @@ class MolaModel(BaseTuner):
         config = self.peft_config[adapter_name]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             router = self._build_router(config, model)  # before the model is changed, because it may fail
+        check_task_norms(model, config)
         present = mola_routing(model)
         routing = Routing(model) if present is None else present
         if present is None:
@@ -104,6 +107,7 @@ class MolaModel(BaseTuner):
             if present is None:
                 routing.detach()
             raise
+        add_task_norms(model, adapter_name, config, routing, self.active_adapters)
         if present is None:
             # Only now, so that PEFT does not take the layers of the router for layers of the model.
             model.mola = routing
@@ -152,6 +156,8 @@ class MolaModel(BaseTuner):
         if isinstance(parent, nn.MultiheadAttention):
             warnings.warn(f"{current_key} is left out: nn.MultiheadAttention does not call it.", stacklevel=2)
             return
+        if peft_config.task_norms and find_kind(target) is not None:
+            return  # a saved adapter's keys name the norms, which are added after the other layers
         r, alpha = peft_config.get_rank(current_key), peft_config.get_alpha(current_key)
         if isinstance(target, MolaLayer):
             target.update_layer(adapter_name, r, alpha, peft_config)

@@ -122,7 +122,7 @@ class Routing(nn.Module, MolaTunerLayer):
     @staticmethod
     def _find_adapted_towers(adapter_name: str, model: nn.Module) -> set[str]:
         layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, MolaTunerLayer))
-        return {layer.tower for layer in layers if hasattr(layer, "tower") and adapter_name in layer.mola_A}
+        return {layer.tower for layer in layers if adapter_name in getattr(layer, "mola_A", ())}
 
     # ---- tasks of a pass ----
 
