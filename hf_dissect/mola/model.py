@@ -23,7 +23,7 @@ from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_st
 from hf_dissect.mola.hooks import attach_hooks, hook_input_layers
 from hf_dissect.mola.layer import MolaLayer, wrap_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
-from hf_dissect.mola.norm_layer import add_task_norms, check_task_norms
+from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, check_task_norms
 from hf_dissect.mola.router import Router, build_router, check_router_input
 from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
@@ -282,13 +282,15 @@ class MolaModel(BaseTuner):
         Raises:
             ValueError: If an adapter has a router, no task is fixed, or a merged weight would not be finite.
         """
-        self._check_tasks_to_merge(adapter_names)
+        self._check_tasks_to_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_tasks_to_merge(self, adapter_names: list[str] | None) -> None:
-        for name in self.active_adapters if adapter_names is None else adapter_names:
+    def _check_tasks_to_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
             if name in self.peft_config:
                 self.routing.get_task_to_merge(name)  # raises before any layer is changed
+        check_norms_to_merge(self.model, names, safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
         self,
@@ -298,7 +300,7 @@ class MolaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_tasks_to_merge(adapter_names)
+            self._check_tasks_to_merge(adapter_names, safe_merge)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.routing.detach()
         release_statistics(model)

@@ -109,25 +109,38 @@ class MolaNorm(nn.Module, MolaTunerLayer):
                 finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mola_norm]
-        self._check_one([*self.merged_adapters, *names], "merge")
+        self.check_merge(names, safe_merge)
         for name in names:
-            task = self.routing.get_task_to_merge(name)
-            own, base = self.mola_norm[name], self.get_base_layer()
-            pairs = {"weight": "scale", "bias": "shift"} | {key: key for key in (*STATISTICS, "num_batches_tracked")}
-            values = {
-                key: value[task].detach()
-                for key, own_key in pairs.items()
-                if (value := getattr(own, own_key, None)) is not None
-            }
-            if safe_merge and not all(torch.isfinite(value).all() for value in values.values()):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was merged."
-                )
+            task, base = self.routing.get_task_to_merge(name), self.get_base_layer()
+            values = self._find_values(name, task)
             self._unmerged = {key: getattr(base, key).data.clone() for key in values}
             for key, value in values.items():
                 getattr(base, key).data.copy_(value)
             self.merged_adapters.append(name)
             self._merged_task[name] = task
+
+    def check_merge(self, adapter_names: list[str], safe_merge: bool) -> None:
+        """Raise a ValueError if adapters cannot be merged here, before anything is changed.
+
+        Args:
+            adapter_names: Adapters to merge; those that are merged or have no normalisation here do not matter.
+            safe_merge: Check that the values are finite, too.
+        """
+        own = [name for name in adapter_names if name in self.mola_norm]
+        self._check_one([*self.merged_adapters, *own], "merge")
+        for name in own if safe_merge else ():
+            values = self._find_values(name, self.routing.get_task_to_merge(name)).values()
+            if not all(torch.isfinite(value).all() for value in values):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was merged."
+                )
+
+    def _find_values(self, adapter_name: str, task: int) -> dict[str, torch.Tensor]:
+        """Return what a task has in place of the parameters and buffers of the base layer, by their names."""
+        own = self.mola_norm[adapter_name]
+        names = {"weight": "scale", "bias": "shift"} | {name: name for name in (*STATISTICS, "num_batches_tracked")}
+        values = {name: getattr(own, own_name, None) for name, own_name in names.items()}
+        return {name: value[task].detach() for name, value in values.items() if value is not None}
 
     def unmerge(self) -> None:
         """Restore affine and statistics of the base layer."""
@@ -165,6 +178,19 @@ def check_task_norms(model: nn.Module, config: MolaConfig) -> None:
             f"task_norms=True: {type(model).__name__} has no normalisation layer that MoLA can adapt (batch norm, "
             "layer norm, group norm, RMS norm), or exclude_modules excludes them all; use task_norms=False."
         )
+
+
+def check_norms_to_merge(model: nn.Module, adapter_names: list[str], safe_merge: bool) -> None:
+    """Raise a ValueError if the normalisation of adapters cannot be merged, before any layer is changed.
+
+    Args:
+        model: Base model with the adapters in it.
+        adapter_names: Adapters to merge.
+        safe_merge: Check that the values are finite, too.
+    """
+    for module in model.modules():
+        if isinstance(module, MolaNorm):
+            module.check_merge(adapter_names, safe_merge)
 
 
 def add_task_norms(
@@ -209,8 +235,7 @@ def _find_norms(
     model: nn.Module, config: MolaConfig, left_out: dict[str, str] | None = None
 ) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield name, parent and name in the parent of each normalisation layer that an adapter may adapt."""
-    own = copy.copy(config)
-    own.target_modules = set()
+    own: Any = copy.copy(config)
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, parent = stack.pop()

@@ -24,6 +24,9 @@ class TaskNorm(nn.Module):
         num_experts: Number of experts.
     """
 
+    scale: nn.Parameter | None
+    shift: nn.Parameter | None
+
     def __init__(self, norm: nn.Module, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -68,7 +71,7 @@ class TaskNorm(nn.Module):
         """Return the weighted sum of the experts' values `(E, ...)`: `(...)` for an int, otherwise `(rows, ...)`."""
         if isinstance(weights, int) or not weights.is_floating_point():
             return values[weights]
-        return (weights.to(values.dtype) @ values.flatten(1)).unflatten(1, values.shape[1:])
+        return _weigh(weights.to(values.dtype), values.flatten(1)).unflatten(1, values.shape[1:])
 
 
 class TaskBatchNorm(TaskNorm):
@@ -132,7 +135,7 @@ class TaskBatchNorm(TaskNorm):
         shift = -mean * scale
         if self.shift is not None:
             shift = shift + self.shift
-        scale, shift = (_spread(weights @ value.to(dtype), x) for value in (scale, shift))
+        scale, shift = (_spread(_weigh(weights, value.to(dtype)), x) for value in (scale, shift))
         return (x.to(dtype) * scale + shift).to(x.dtype)
 
     def _normalise_by_one(self, norm: Any, x: torch.Tensor, expert: int, trains: bool) -> torch.Tensor:
@@ -158,8 +161,8 @@ class TaskBatchNorm(TaskNorm):
         mean, var = _Moments.apply(x) if x.dim() > 2 else (x, torch.zeros_like(x))
         # Within the samples, and between them around a common centre, which keeps the numbers small.
         centred = mean - mean.mean(0).detach()
-        var = shares @ (var + centred.square()) - (shares @ centred).square()
-        mean, var = shares @ mean, var.clamp_min(0)
+        var = _weigh(shares, var + centred.square()) - _weigh(shares, centred).square()
+        mean, var = _weigh(shares, mean), var.clamp_min(0)
         if self.running_mean is None:
             return mean, var
         with torch.no_grad():
@@ -181,6 +184,12 @@ class TaskBatchNorm(TaskNorm):
         for name, value in zip(STATISTICS, (mean, var), strict=True):
             running = getattr(self, name)
             running.copy_(torch.where(moves, running + rate * (value - running), running))
+
+
+def _weigh(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return weighted sums in the type of the values, also where autocast would compute them in half precision."""
+    with torch.autocast(values.device.type, enabled=False):
+        return weights @ values
 
 
 class _Moments(torch.autograd.Function):
@@ -251,6 +260,7 @@ def _align(value: torch.Tensor, x: torch.Tensor, dims: range, batch_dim: int) ->
 
 def _rms_normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps  # as torch has it
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(wide, norm.weight.shape, None, eps).to(x.dtype)
 

@@ -6,7 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import (
+    PeftModel,
+    convert_to_lora,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from testing.tiny_bases import (
     adapted,
     pictures,
@@ -327,11 +333,30 @@ def test_merged_is_the_task_and_unmerged_is_as_before_bit_for_bit(case):
 
 
 def test_a_broken_norm_is_not_merged():
-    model, _ = make("resnet")
-    list(layers(model).values())[-1].mola_norm["default"].scale.data[1] = torch.nan
+    model, batch = make("resnet")
+    list(layers(model).values())[-1].mola_norm["default"].running_var[1] = torch.nan
     model.set_task(1)
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_adapter(safe_merge=True)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaNs detected"):
+            merge(safe_merge=True)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    model.set_task(0)
+    model.merge_adapter(safe_merge=True)
+    with pytest.raises(ValueError, match="task_ids were given while the expert of task"):
+        model(**batch, **MIXED)
+
+
+def test_several_adapters_are_not_merged_into_one_norm():
+    model, _ = make("resnet")
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    for name in ("default", "other"):
+        model.base_model.set_task(1, name)
+    with pytest.raises(ValueError, match="'default', 'other' have task_norms.*merge one at a time"):
+        model.merge_adapter(adapter_names=["default", "other"])
+    assert not any(layer.merged for layer in layers(model).values())
+    with pytest.raises(TypeError, match="do not support LoRA conversion.*MolaNorm"):
+        convert_to_lora(model, rank=2)
 
 
 @pytest.mark.parametrize("fields", [{}, {"variant": "router"}, {"train_base": "all"}], ids=str)
@@ -485,3 +510,69 @@ def test_half_precision_and_copies():
             assert output(model.train(mode), **half, **tasks).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         assert torch.isfinite(output(make("vit")[0], **batch, **MIXED)).all()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model, batch = make("bert")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model.train()(**batch, **MIXED).last_hidden_state.square().sum().backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if "mola_norm" in name})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_an_adapter_is_loaded_natively_and_by_the_names_of_its_weights(tmp_path):
+    model, batch = make("resnet")
+    model.save_pretrained(tmp_path)
+    native = tiny_resnet()
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(output(native, **batch, **MIXED), output(model, **batch, **MIXED))
+    state = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(model).items()}
+    base = inject_adapter_in_model(model.peft_config["default"], tiny_resnet(), state_dict=state)
+    set_peft_model_state_dict(base, state)
+    assert torch.equal(output(base.eval(), **batch, **MIXED), output(model, **batch, **MIXED))
+
+
+def test_a_compiled_model_is_the_same():
+    model, batch = make("resnet")
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    for mode in (True, False):
+        found, expected = (each.train(mode)(**batch, **MIXED).last_hidden_state for each in (compiled, model))
+        torch.testing.assert_close(found, expected)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(compiled._orig_mod.state_dict()[name], buffer)
+
+
+def test_autocast_keeps_statistics_in_full_precision():
+    base = fresh(nn.BatchNorm2d, 4).float()
+    norm = own_values(TaskBatchNorm(base, 3)).train()
+    x = torch.randn(5, 4, 3, 2, generator=torch.Generator().manual_seed(0)) + 30
+    other = copy.deepcopy(norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(norm(base, x, TASKS), other(base, x, TASKS))
+    for name, buffer in copy.deepcopy(norm).named_buffers():
+        torch.testing.assert_close(buffer, dict(other.named_buffers())[name])
+
+
+def test_clip_normalises_each_tower_by_its_weights():
+    clip, processor = tiny_clip()
+    batch = {
+        "input_ids": torch.randint(3, 30, (4, 6)),
+        "attention_mask": torch.ones(4, 6, dtype=torch.int64),
+        "pixel_values": torch.randn(4, 3, clip.config.vision_config.image_size, clip.config.vision_config.image_size),
+    }
+    for fields in ({"variant": "grad"}, {"variant": "router"}):
+        model = adapted(copy.deepcopy(clip), task_norms=True, **fields)
+        for place, layer in enumerate(layers(model).values()):
+            own_values(layer.mola_norm["default"], seed=place)
+        tasks = MIXED if fields["variant"] == "grad" else {}
+        with torch.no_grad():
+            whole = model(**batch, **tasks)
+            image = model.get_image_features(batch["pixel_values"], **tasks)
+        image = image if torch.is_tensor(image) else image.pooler_output
+        torch.testing.assert_close(F.normalize(image, dim=-1), whole.image_embeds)
