@@ -38,7 +38,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
     def __init__(self, base_layer: nn.Module, routing: Routing, tower: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        object.__setattr__(self, "routing", routing)  # registered once, as the base model's `mola`
+        object.__setattr__(self, "routing", routing)  # registered once, in the base model
         self.tower = tower
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.mola_A = nn.ParameterDict()
@@ -164,6 +164,8 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         weights = self.routing.expert_weights(adapter_name, self.tower, len(x), A.dtype)
         if isinstance(weights, int):
             return self._up(self._down(x, A[weights]), B[weights] * scaling)
+        if not weights.is_floating_point():
+            weights = F.one_hot(weights, len(A)).to(torch.promote_types(A.dtype, torch.float32))
         # One adapter of rank E * r with weighted inner dimensions needs no weight matrix per sample.
         hidden = self._down(x, A.flatten(0, 1))
         return self._up(
