@@ -37,9 +37,9 @@ from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, che
 from hf_dissect.mola.router import Router, build_router, check_router_input
 from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
+from hf_dissect.mola.task_norms import find_kind
 
 NAME = "_mola"  # of the routing in the base model; PEFT passes over names with its prefix
-from hf_dissect.mola.task_norms import find_kind
 
 
 class MolaModel(BaseTuner):

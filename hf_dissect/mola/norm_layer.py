@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
+from hf_dissect.mola.base_model import is_sequence_first
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.routing import MolaTunerLayer, Routing
 from hf_dissect.mola.task_norms import BATCH_NORMS, STATISTICS, TaskBatchNorm, TaskNorm, find_kind
@@ -38,7 +39,7 @@ class MolaNorm(nn.Module, MolaTunerLayer):
     def __init__(self, base_layer: nn.Module, routing: Routing, tower: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        object.__setattr__(self, "routing", routing)  # registered once, as the base model's `mola`
+        object.__setattr__(self, "routing", routing)  # registered once, in the base model
         self.tower = tower
         self.mola_norm = nn.ModuleDict()
         self.training = base_layer.training
@@ -219,6 +220,7 @@ def add_task_norms(
             layer = getattr(parent, child_name)
             if not isinstance(layer, MolaNorm):
                 layer = MolaNorm(layer, routing, tower)
+                layer.batch_dim = int(is_sequence_first(model, name))
                 setattr(parent, child_name, layer)
             layer.update_layer(adapter_name, config.num_experts)
             layer.set_adapter(active_adapters, inference_mode=config.inference_mode)
