@@ -50,21 +50,28 @@ class TaskNorm(nn.Module):
         Returns:
             Normalised input, in the type that the base gives.
         """
-        channels_first = self.kind in ("group", "channels first")
+        scale = self._mix(cast(torch.Tensor, self.scale), weights) + self.offset
+        shift = None if self.shift is None else self._mix(self.shift, weights)
+        if self.kind == "rms":
+            dims = range(x.dim() - norm.weight.dim(), x.dim())
+            dtype = torch.promote_types(x.dtype, norm.weight.dtype)
+            return (_rms_normalise(norm, x) * _align(scale, x, dims, batch_dim)).to(dtype)
+        if isinstance(weights, int) and scale.dtype == x.dtype:
+            return self._normalise(norm, x, scale, shift)
+        x = self._normalise(norm, x, None, None)
+        first = x.dim() - norm.weight.dim() if self.kind == "layer" else 1
+        dims = range(first, first + norm.weight.dim())
+        output = x * _align(scale, x, dims, batch_dim)
+        return (output if shift is None else output + _align(shift, x, dims, batch_dim)).to(x.dtype)
+
+    def _normalise(
+        self, norm: Any, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None
+    ) -> torch.Tensor:
         if self.kind == "group":
-            x = F.group_norm(x, norm.num_groups, None, None, norm.eps)
-        elif self.kind == "channels first":
-            x = F.layer_norm(x.movedim(1, -1), norm.normalized_shape, None, None, norm.eps).movedim(-1, 1)
-        elif self.kind == "layer":
-            x = F.layer_norm(x, norm.normalized_shape, None, None, norm.eps)
-        else:
-            x = _rms_normalise(norm, x)
-        dtype = torch.promote_types(x.dtype, norm.weight.dtype) if self.kind == "rms" else x.dtype
-        dims = range(1, 2) if channels_first else range(x.dim() - cast(torch.Tensor, self.scale).dim() + 1, x.dim())
-        x = x * _align(self._mix(cast(torch.Tensor, self.scale), weights) + self.offset, x, dims, batch_dim)
-        if self.shift is not None:
-            x = x + _align(self._mix(self.shift, weights), x, dims, batch_dim)
-        return x.to(dtype)
+            return F.group_norm(x, norm.num_groups, scale, shift, norm.eps)
+        if self.kind == "layer":
+            return F.layer_norm(x, norm.normalized_shape, scale, shift, norm.eps)
+        return F.layer_norm(x.movedim(1, -1), norm.normalized_shape, scale, shift, norm.eps).movedim(-1, 1)
 
     @staticmethod
     def _mix(values: torch.Tensor, weights: Weights) -> torch.Tensor:
