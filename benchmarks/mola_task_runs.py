@@ -42,8 +42,8 @@ METHODS = (
     "mola-router-norms",
 )
 _RATES = {"lr": (2.5e-3, 5e-3, 1e-2)}
-_SCALES = {"alpha": (1.0, 4.0, 16.0)}
-GRID = {name: _RATES | (_SCALES if name.startswith(("mola", "lora")) else {}) for name in METHODS}
+_SCALES = {"alpha": (0.25, 1.0, 4.0)}
+GRID = {name: (_SCALES if name.startswith(("mola", "lora")) else {}) | _RATES for name in METHODS}
 SPLITS = ("train", "validation", "test")
 LAYERS = r".*convolution"
 

@@ -164,7 +164,7 @@ def parse() -> argparse.Namespace:
     network = parser.add_argument_group("network")
     network.add_argument("--widths", type=numbers, default=[16, 32, 64, 128], help="of the stages")
     network.add_argument("--ranks", type=numbers, default=[2, 4, 16, 32], help="of one expert, by stage")
-    network.add_argument("--alpha", type=float, default=4, help="divided by the rank of the first stage")
+    network.add_argument("--alpha", type=float, default=1, help="divided by the rank of the first stage")
     network.add_argument("--adapter-lr", type=float, default=1, help="times the learning rate")
     network.add_argument("--router-side", type=int, default=8, help="pixels of the image that the router sees")
     network.add_argument("--decorrelation", type=float, default=0.1, help="weight of the router's loss")

@@ -161,7 +161,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         A, B = self.mola_A[adapter_name], self.mola_B[adapter_name]
         scaling, r = self.mola_scaling[adapter_name], self.mola_r[adapter_name]
         x = self.mola_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        weights = self.routing.expert_weights(adapter_name, self.tower, len(x), A.dtype)
+        weights = self._expert_weights(adapter_name, x, A.dtype)
         if isinstance(weights, int):
             return self._up(self._down(x, A[weights]), B[weights] * scaling)
         if not weights.is_floating_point():
@@ -171,6 +171,9 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         return self._up(
             self._weigh(hidden, (weights * scaling).repeat_interleave(r, dim=1)), B.transpose(0, 1).flatten(1)
         )
+
+    def _expert_weights(self, adapter_name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | int:
+        return self.routing.expert_weights(adapter_name, self.tower, len(x), dtype)
 
     def __repr__(self) -> str:
         return "mola." + super().__repr__()
@@ -197,7 +200,22 @@ class MolaLayer(nn.Module, MolaTunerLayer):
 
 
 class Linear(MolaLayer):
-    """MoLA in a dense layer, `torch.nn.Linear` or the `Conv1D` of transformers."""
+    """MoLA in a dense layer, `torch.nn.Linear` or the `Conv1D` of transformers.
+
+    Attributes:
+        batch_dim: Dimension of the samples in its input, 1 for an input `(L, B, D)`.
+        knows_batch_dim: False if that may be wrong, so that doubtful inputs are refused.
+    """
+
+    batch_dim = 0
+    knows_batch_dim = False
+
+    def _expert_weights(self, adapter_name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | int:
+        dim = self.batch_dim if x.dim() > 2 else 0
+        doubtful: int | bool | None = True if self.batch_dim else None
+        if not self.knows_batch_dim and x.dim() > 2:
+            doubtful = x.shape[1]
+        return self.routing.expert_weights(adapter_name, self.tower, x.shape[dim], dtype, doubtful)
 
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
         base_layer: Any = self.get_base_layer()
@@ -214,6 +232,8 @@ class Linear(MolaLayer):
         return F.linear(x, A)
 
     def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.batch_dim and hidden.dim() > 2:
+            return hidden * weights.to(hidden)
         return hidden * weights.to(hidden).reshape(len(weights), *[1] * (hidden.dim() - 2), -1)
 
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

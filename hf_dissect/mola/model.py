@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,26 +19,20 @@ from torch import nn
 
 from hf_dissect.mola.base_model import (
     TARGET_MODULES,
-    choose_router_sources,
     find_device_and_dtype,
-    find_input_layer,
     find_towers,
-    get_num_channels,
-    get_output_dim,
-    has_fixed_pixels,
+    is_sequence_first,
 )
+from hf_dissect.mola.calls import attach_hooks, detach_hooks
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
-from hf_dissect.mola.hooks import attach_hooks, detach_hooks
-from hf_dissect.mola.layer import MolaLayer, wrap_layer
+from hf_dissect.mola.layer import Linear, MolaLayer, wrap_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
 from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, check_task_norms
-from hf_dissect.mola.router import Router, build_router, check_router_input
-from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
+from hf_dissect.mola.router import build_router
+from hf_dissect.mola.routing import NAME, MolaTunerLayer, Routing, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
 from hf_dissect.mola.task_norms import find_kind
-
-NAME = "_mola"  # of the routing in the base model; PEFT passes over names with its prefix
 
 
 class MolaModel(BaseTuner):
@@ -97,7 +90,9 @@ class MolaModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = self._build_router(config, model)  # before the model is changed, because it may fail
+            router = (
+                None if config.variant == "grad" else build_router(config, model)
+            )  # before the model is changed, because it may fail
         check_task_norms(model, config)
         present = mola_routing(model)
         if present is None and hasattr(model, NAME):
@@ -126,28 +121,6 @@ class MolaModel(BaseTuner):
         routing._move_adapter_to_device_of_base_layer(adapter_name, *find_device_and_dtype(model))
         keep_frozen_statistics(model)
 
-    def _build_router(self, config: MolaConfig, model: nn.Module) -> Router | None:
-        if config.variant == "grad":
-            return None
-        takes_pixels = "pixel_values" in inspect.signature(model.forward).parameters
-        if config.router_input is None:
-            config.router_input = "pixels" if takes_pixels and has_fixed_pixels(model) else "embeddings"
-        check_router_input(config.router_input)
-        if config.router_input == "pixels" and not takes_pixels:
-            raise ValueError(
-                f"router_input='pixels', but {type(model).__name__} takes no pixel_values: use 'embeddings' for "
-                "models without images."
-            )
-        if config.router_input not in ("pixels", "embeddings"):
-            return build_router(config, model, {}, {})
-        towers = find_towers(model)
-        sources = choose_router_sources(config.router_input, list(towers))
-        dims = {
-            tower: get_num_channels(module) if sources[tower] == "pixels" else get_output_dim(find_input_layer(module))
-            for tower, module in towers.items()
-        }
-        return build_router(config, model, sources, dims)
-
     # PEFT passes each method the configuration of its own kind, whatever the base class declares.
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -169,11 +142,23 @@ class MolaModel(BaseTuner):
             target.update_layer(adapter_name, r, alpha, peft_config)
             return
         layer = wrap_layer(target, self.routing, self.routing.find_tower(current_key))
+        if isinstance(layer, Linear):
+            layer.batch_dim, layer.knows_batch_dim = self._find_batch_dim(peft_config, current_key)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, r, alpha, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an added adapter does not train before it is activated
         self._replace_module(parent, target_name, layer, target)
+
+    def _find_batch_dim(self, config: MolaConfig, module_name: str) -> tuple[int, bool]:
+        """Return the dimension of the samples in a module's input, and False if it could be another."""
+        if config.sequence_first is not None:
+            given = config.sequence_first
+            if isinstance(given, str):
+                return int(re.fullmatch(given, module_name) is not None), True
+            return int(any(module_name == name or module_name.endswith(f".{name}") for name in given)), True
+        sequence_first = is_sequence_first(self.model, module_name)
+        return int(sequence_first), sequence_first
 
     def _check_new_adapter_config(self, config: MolaConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
