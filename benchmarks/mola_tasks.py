@@ -20,8 +20,8 @@ are told the task of a test image; `router` knows it from its head alone.
 Its score is the share of the gap between `hard` and `single` that a method closes, seed by seed: 0 % is hard sharing,
 100 % a network for each task.
 
-One run of 4,000 steps takes one core 3 (`hard`) to 10 minutes (`mola-router-norms`), all methods with three seeds about
-three hours, and tuning all of them about 40 minutes.
+One run of 4,000 steps takes one core 3 (`hard`) to 10 minutes (`mola-router-norms`), all methods with three seeds take
+about three hours, and tuning all of them about 40 minutes.
 Runs that FILE.json has are not repeated.
 """
 
@@ -55,6 +55,7 @@ def main() -> None:
             if options.tune:
                 tune(pool, tuned, trials, save, options)
             else:
+                tuned |= {made["method"]: choose(trials, made["method"]) for made in trials}
                 measure(pool, tuned, runs, save, options)
     if options.tune:
         print(json.dumps(tuned, indent=1))
@@ -107,6 +108,14 @@ def tune(pool: ProcessPoolExecutor, tuned: dict, trials: list[dict], save, optio
         for method, each in candidates.items():
             tuned[method] = max(each, key=lambda settings, method=method: find(method, settings))
         save()
+    tuned |= {method: choose(trials, method) for method in options.methods}
+    save()
+
+
+def choose(trials: list[dict], method: str) -> dict:
+    """The settings of the best of all trials of a method, those with the most steps."""
+    own = [trial for trial in trials if trial["method"] == method]
+    return max(own, key=lambda trial: (trial["steps"], trial["mean"]))["settings"]
 
 
 def markdown(runs: list[dict]) -> str:

@@ -107,7 +107,7 @@ class MolaModel(BaseTuner):
             if present is None:
                 detach_hooks(routing, model)
             raise
-        add_task_norms(model, adapter_name, config, routing, self.active_adapters)
+        add_task_norms(model, adapter_name, config, routing, self.active_adapters, self._find_batch_dim)
         if present is None:
             # Only now, so that PEFT does not take the layers of the router for layers of the model.
             setattr(model, NAME, routing)

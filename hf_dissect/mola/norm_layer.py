@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from hf_dissect.mola.base_model import is_sequence_first
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.routing import MolaTunerLayer, Routing
 from hf_dissect.mola.task_norms import BATCH_NORMS, STATISTICS, TaskBatchNorm, TaskNorm, find_kind
@@ -29,11 +28,16 @@ class MolaNorm(nn.Module, MolaTunerLayer):
         base_layer: Normalisation layer to adapt.
         routing: Source of the experts' weights, shared by all layers of a model.
         tower: Name of the tower that the layer belongs to.
+
+    Attributes:
+        batch_dim: Dimension of the samples in the input, 1 for an input `(L, B, D)`.
+        knows_batch_dim: False if that may be wrong, so that doubtful inputs are refused.
     """
 
     adapter_layer_names = ("mola_norm",)
     routing: Routing
     batch_dim = 0
+    knows_batch_dim = False
     in_features = out_features = None  # PEFT asks every tuner layer, but this one has one size
 
     def __init__(self, base_layer: nn.Module, routing: Routing, tower: str) -> None:
@@ -95,8 +99,12 @@ class MolaNorm(nn.Module, MolaTunerLayer):
             return self.base_layer(x)
         norm = self.mola_norm[name]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        weights = self.routing.expert_weights(name, self.tower, x.shape[self.batch_dim], dtype)
-        return norm(self.get_base_layer(), x, weights, self.batch_dim)
+        dim, doubtful = 0, None
+        if norm.normalises_last and x.dim() > 2:  # as in a dense layer; others have the samples first
+            dim = self.batch_dim
+            doubtful = x.shape[1] if not self.knows_batch_dim else True if dim else None
+        weights = self.routing.expert_weights(name, self.tower, x.shape[dim], dtype, doubtful)
+        return norm(self.get_base_layer(), x, weights, dim)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put affine and statistics of the fixed task into the base layer.
@@ -195,7 +203,12 @@ def check_norms_to_merge(model: nn.Module, adapter_names: list[str], safe_merge:
 
 
 def add_task_norms(
-    model: nn.Module, adapter_name: str, config: MolaConfig, routing: Routing, active_adapters: list[str]
+    model: nn.Module,
+    adapter_name: str,
+    config: MolaConfig,
+    routing: Routing,
+    active_adapters: list[str],
+    find_batch_dim: Callable[[MolaConfig, str], tuple[int, bool]],
 ) -> None:
     """Give the normalisation layers of the towers with adapted layers an affine and statistics for each expert.
 
@@ -205,6 +218,8 @@ def add_task_norms(
         config: Configuration of the adapter.
         routing: Source of the experts' weights.
         active_adapters: Adapters that are active; an adapter that is not does not train.
+        find_batch_dim: Function of the configuration and the name of a module. It returns the dimension of the
+            samples in the module's input, and False if it could be another.
     """
     if not config.task_norms:
         return
@@ -220,7 +235,7 @@ def add_task_norms(
             layer = getattr(parent, child_name)
             if not isinstance(layer, MolaNorm):
                 layer = MolaNorm(layer, routing, tower)
-                layer.batch_dim = int(is_sequence_first(model, name))
+                layer.batch_dim, layer.knows_batch_dim = find_batch_dim(config, name)
                 setattr(parent, child_name, layer)
             layer.update_layer(adapter_name, config.num_experts)
             layer.set_adapter(active_adapters, inference_mode=config.inference_mode)

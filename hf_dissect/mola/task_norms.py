@@ -31,6 +31,7 @@ class TaskNorm(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.kind = find_kind(norm)
+        self.normalises_last = self.kind in ("layer", "rms")
         self.offset = _find_rms_offset(norm) or 0.0
         for name, base_name in (("scale", "weight"), ("shift", "bias")):
             value = getattr(norm, base_name, None)

@@ -104,6 +104,7 @@ def test_each_task_has_the_batch_norm_of_its_samples(case, momentum):
 
 
 def test_gradients_are_those_of_the_batch_norm_of_each_task():
+    torch.manual_seed(0)
     base = fresh(nn.BatchNorm2d, 4)
     norm = own_values(TaskBatchNorm(base, 3)).train()
     x = torch.randn(5, 4, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -203,8 +204,8 @@ NORMS = {
 def test_affine_by_task_for_layers_without_statistics(case):
     base, shape = NORMS[case]
     norm = own_values(TaskNorm(base, 3))
-    x = torch.randn(shape)
-    weights = torch.rand(5, 3).softmax(-1)
+    generator = torch.Generator().manual_seed(4)
+    x, weights = torch.randn(shape, generator=generator), torch.rand(5, 3, generator=generator).softmax(-1)
     alone = []
     for expert in range(3):
         one = copy.deepcopy(base)
@@ -220,7 +221,7 @@ def test_affine_by_task_for_layers_without_statistics(case):
     if case == "rms":
         torch.testing.assert_close(norm(base, x.transpose(0, 1), TASKS, batch_dim=1), expected.transpose(0, 1))
     half = norm(base.bfloat16(), x.bfloat16(), TASKS)
-    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), expected, atol=0.1)
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), expected, atol=0.2)
     base.float()
 
 
@@ -576,3 +577,31 @@ def test_clip_normalises_each_tower_by_its_weights():
             image = model.get_image_features(batch["pixel_values"], **tasks)
         image = image if torch.is_tensor(image) else image.pooler_output
         torch.testing.assert_close(F.normalize(image, dim=-1), whole.image_embeds)
+
+
+def test_inputs_with_the_sequence_first_are_normalised_by_their_samples():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.Linear(4, 4)
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x, task_ids=None):
+            return self.norm(self.attention(x.transpose(0, 1))).transpose(0, 1)
+
+    torch.manual_seed(0)
+    x, tasks = torch.randn(3, 5, 4), torch.tensor([2, 0, 1])
+    fields = {"variant": "grad", "task_norms": True, "target_modules": ["attention"]}
+    model = adapted(Encoder(), sequence_first=["attention", "norm"], **fields)
+    own_values(list(layers(model).values())[0].mola_norm["default"])
+    with torch.no_grad():
+        mixed = model(x, task_ids=tasks)
+        for place, task in enumerate(tasks.tolist()):
+            torch.testing.assert_close(mixed[[place]], model(x[[place]], task_ids=torch.tensor([task])))
+    # Six rows and three samples: the norm refuses what the dense layer, here known, does not.
+    model = adapted(Encoder(), **fields)
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear" and hasattr(layer, "knows_batch_dim"):
+            layer.knows_batch_dim = True
+    with pytest.raises(ValueError, match="Name the modules that compute on"):
+        model(torch.randn(3, 6, 4), task_ids=tasks)
