@@ -1,4 +1,4 @@
-"""What MoLA must know of a base model: its default targets, its towers, and the dimension of its samples."""
+"""Facts about a base model: its default targets, its towers, and the dimension of its samples."""
 
 from __future__ import annotations
 

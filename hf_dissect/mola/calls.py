@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_dissect.mola.base_model import find_towers
 from hf_dissect.mola.hooks import Entry
-from hf_dissect.mola.routing import NAME, Routing
+from hf_dissect.mola.routing import Routing, get_own_routing
 
 
 def attach_hooks(routing: Routing, model: nn.Module) -> None:
@@ -68,7 +68,7 @@ def pass_task_ids_on(peft_model: type[PeftModel]) -> None:
 
     @wraps(forward)
     def forward_with_tasks(self: PeftModel, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if not isinstance(routing := getattr(self.get_base_model(), NAME, None), Routing):
+        if (routing := get_own_routing(self.get_base_model())) is None:
             return forward(self, *args, task_ids=task_ids, **kwargs)
         with routing.passes.given(task_ids):
             return forward(self, *args, **kwargs)

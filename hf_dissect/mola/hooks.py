@@ -237,8 +237,8 @@ class Entry:
         mask = now.masks.get(tower)
         if self.is_causal_lm and (mask is None or mask.shape != by_sample.shape[:2]):
             raise RuntimeError(
-                f"The input layer returned {tuple(output.shape)}, in which the prompt cannot be told from what is "
-                "predicted; register a router of your own for this model (hf_dissect.mola.register_router)."
+                f"The input layer returned {tuple(output.shape)}, so that the prompt cannot be found in it; "
+                "register a router of your own for this model (hf_dissect.mola.register_router)."
             )
         pooled = pool_output(layer, by_sample, mask)
         for adapter_name, router in routers:

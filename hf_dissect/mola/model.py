@@ -30,7 +30,7 @@ from hf_dissect.mola.layer import Linear, MolaLayer, wrap_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
 from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, check_task_norms
 from hf_dissect.mola.router import build_router
-from hf_dissect.mola.routing import NAME, MolaTunerLayer, Routing, mola_routing
+from hf_dissect.mola.routing import MolaTunerLayer, Routing, choose_name, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
 from hf_dissect.mola.task_norms import find_kind
 
@@ -90,15 +90,13 @@ class MolaModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = (
-                None if config.variant == "grad" else build_router(config, model)
-            )  # before the model is changed, because it may fail
+            # Before the model is changed, because it may fail.
+            router = None if config.variant == "grad" else build_router(config, model)
         check_task_norms(model, config)
         present = mola_routing(model)
-        if present is None and hasattr(model, NAME):
-            raise ValueError(f"{type(model).__name__} has an attribute {NAME!r}, the name of MoLA's own; rename it.")
         routing = Routing(model) if present is None else present
         if present is None:
+            name = choose_name(model)
             attach_hooks(routing, model)
         object.__setattr__(self, "routing", routing)  # registered once, in the model
         try:
@@ -110,7 +108,7 @@ class MolaModel(BaseTuner):
         add_task_norms(model, adapter_name, config, routing, self.active_adapters, self._find_batch_dim)
         if present is None:
             # Only now, so that PEFT does not take the layers of the router for layers of the model.
-            setattr(model, NAME, routing)
+            setattr(model, name, routing)
         routing.add_adapter(adapter_name, config, router, model)
         for tower, module in find_towers(model).items():
             routing.entries[tower].hook_input_layer(module)
@@ -295,7 +293,7 @@ class MolaModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         detach_hooks(self.routing, model)
         release_statistics(model)
-        delattr(model, NAME)
+        delattr(model, next(name for name, module in model.named_children() if module is self.routing))
         return model
 
     # ---- saving and loading ----
@@ -322,8 +320,6 @@ class MolaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # Adapters saved by earlier versions have their router under another name.
-        state_dict = {re.sub(r"\bmola\.mola_router\b", f"{NAME}.mola_router", key): v for key, v in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         saved = {key.removeprefix("base_model.model.") for key in remapped if f".{cls.prefix}" in key}
         expected = {

@@ -18,7 +18,7 @@ from hf_dissect.mola.passes import Pass, Passes
 from hf_dissect.mola.router import Router
 from hf_dissect.mola.tasks import check_task_ids, find_common_task
 
-NAME = "_mola"  # of the routing in the base model; PEFT passes over names with the prefix of its type
+NAMES = ("mola", "_mola")  # of the routing in a base model; PEFT passes over names with the prefix of its type
 
 
 class MolaTunerLayer(BaseTunerLayer):
@@ -28,7 +28,7 @@ class MolaTunerLayer(BaseTunerLayer):
 class Routing(nn.Module, MolaTunerLayer):
     """The routers of a model, and the experts in force in each of its calls.
 
-    The base model holds it as the module `_mola`, so that whatever moves, casts, saves or switches adapters
+    The base model holds it as the module `mola`, so that whatever moves, casts, saves or switches adapters
     finds it, also where a model loads its adapter without a `PeftModel`. Hooks on the base model (see `hooks.py`) fill
     `passes`, whoever calls that model.
 
@@ -355,6 +355,26 @@ class Routing(nn.Module, MolaTunerLayer):
 
     def unmerge(self) -> None:
         """Do nothing: the layers are unmerged one by one."""
+
+
+def choose_name(model: nn.Module) -> str:
+    """Return the name of the routing in a base model that has none yet.
+
+    Args:
+        model: Base model.
+
+    Raises:
+        ValueError: If the model has attributes of its own under all names.
+    """
+    for name in NAMES:
+        if not hasattr(model, name):
+            return name
+    raise ValueError(f"{type(model).__name__} has attributes {' and '.join(NAMES)}, MoLA's own names; rename one.")
+
+
+def get_own_routing(model: nn.Module) -> Routing | None:
+    """Return the routing that a base model holds itself; None if it holds none."""
+    return next((module for module in model.children() if isinstance(module, Routing)), None)
 
 
 def mola_routing(model: nn.Module) -> Routing | None:

@@ -1,12 +1,13 @@
 """A choice of experts holds for one call: threads, layers by themselves, and inputs of other forms."""
 
+import copy
 import inspect
 import threading
 import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_vit, tokens
 from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs
 from torch import nn
@@ -104,28 +105,36 @@ def test_threads_do_not_see_each_others_experts(fields):
 # ---- names and arguments ----
 
 
-def test_a_module_called_mola_in_the_base_model_survives():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mola, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mola, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
 
-        def forward(self, x):
-            return self.head(self.mola(x))
+    def forward(self, x):
+        return self.head(self.mola(x))
 
+
+def test_a_module_called_mola_in_the_base_model_survives(tmp_path):
+    torch.manual_seed(0)
     base, x = Net(), torch.randn(3, 4)
     expected = base(x)
-    model = adapted(base, variant="grad", target_modules=["head"], init_weights=True)
-    assert isinstance(base.mola, nn.Linear) and torch.equal(model(x, task_ids=torch.tensor([0, 1, 2])), expected)
-    assert isinstance(model.unload().mola, nn.Linear)
+    fields = {"target_modules": ["head"], "router_input": "embeddings"}
+    model = adapted(copy.deepcopy(base), **fields)
+    assert isinstance(model.get_base_model().mola, nn.Linear)
+    found = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), found)
+    plain = model.unload()
+    assert isinstance(plain.mola, nn.Linear) and torch.equal(plain(x), expected)
+    assert {name for name, _ in plain.named_modules()} == {name for name, _ in base.named_modules()}
 
 
-def test_a_base_model_with_our_own_name_is_refused():
-    base = tiny_bert()
+def test_a_base_model_with_all_of_our_names_is_refused():
+    base = Net()
     base._mola = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="BertModel has an attribute '_mola'"):
-        adapted(base)
-    assert isinstance(base._mola, nn.Linear)
+    with pytest.raises(ValueError, match="Net has attributes mola and _mola"):
+        adapted(base, target_modules=["head"], variant="grad")
+    assert isinstance(base._mola, nn.Linear) and isinstance(base.head, nn.Linear)
 
 
 def test_unload_gives_the_methods_of_the_base_back():

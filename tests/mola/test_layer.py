@@ -143,7 +143,7 @@ def test_two_active_adapters_add_up(case):
     model.add_adapter("second", second)
     model.base_model.set_adapter(["default", "second"])
     layer = layer_of(model)
-    router = model.base_model.model._mola.mola_router["second"].branches["all"]
+    router = model.base_model.model.mola.mola_router["second"].branches["all"]
     with torch.no_grad():
         router.weight = nn.Parameter(router.weight[:2])
         router.bias = nn.Parameter(router.bias[:2])
