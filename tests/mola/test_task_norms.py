@@ -541,7 +541,7 @@ def test_an_adapter_is_loaded_natively_and_by_the_names_of_its_weights(tmp_path)
 
 def test_a_compiled_model_is_the_same():
     model, batch = make("resnet")
-    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     for mode in (True, False):
         found, expected = (each.train(mode)(**batch, **MIXED).last_hidden_state for each in (compiled, model))
         torch.testing.assert_close(found, expected)
