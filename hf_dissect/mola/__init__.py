@@ -6,6 +6,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from hf_dissect.mola.attention import MultiheadAttention
 from hf_dissect.mola.config import MOLA_TYPE, MolaConfig
 from hf_dissect.mola.decorrelation import decorrelation_loss
 from hf_dissect.mola.layer import Conv2d, Linear, MolaLayer
@@ -20,6 +21,7 @@ __all__ = [
     "MolaConfig",
     "MolaLayer",
     "MolaModel",
+    "MultiheadAttention",
     "PixelRouter",
     "Router",
     "Routing",

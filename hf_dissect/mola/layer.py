@@ -27,11 +27,16 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         base_layer: Layer to adapt.
         routing: Source of the experts' weights, shared by all layers of a model.
         tower: Name of the tower that the layer belongs to.
+
+    Attributes:
+        batch_dim: Dimension of a dense layer's input that counts the samples; 1 in a model that puts the sequence
+            first.
     """
 
     adapter_layer_names = ("mola_A", "mola_B")
     other_param_names = ("mola_r", "mola_scaling", "mola_dropout")
     routing: Routing
+    batch_dim = 0
     in_features: int | None
     out_features: int | None
 
@@ -57,12 +62,12 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         Args:
             adapter_name: Name of the adapter.
             r: Rank of its experts in this layer.
-            alpha: Numerator of the factor `alpha / r`.
+            alpha: Numerator of the factor `alpha / r`, or `alpha / sqrt(r)` with `use_rslora`.
             config: Configuration of the adapter.
         """
         shape_A, out_features = self._expert_shape()
         self.mola_r[adapter_name] = r
-        self.mola_scaling[adapter_name] = alpha / r
+        self.mola_scaling[adapter_name] = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.mola_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.mola_A[adapter_name] = nn.Parameter(torch.empty(config.num_experts, r, *shape_A))
         self.mola_B[adapter_name] = nn.Parameter(torch.empty(config.num_experts, out_features, r))
@@ -157,18 +162,18 @@ class MolaLayer(nn.Module, MolaTunerLayer):
                 result = result + self._mixture(name, x)
         return result.to(dtype)
 
-    def _mixture(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        A, B = self.mola_A[adapter_name], self.mola_B[adapter_name]
-        scaling, r = self.mola_scaling[adapter_name], self.mola_r[adapter_name]
+    def _mixture(self, adapter_name: str, x: torch.Tensor, outputs: slice = slice(None)) -> torch.Tensor:
+        """Compute the weighted sum of an adapter's experts, or of some of its outputs."""
+        A, B = self.mola_A[adapter_name], self.mola_B[adapter_name][:, outputs]
+        scaling = self.mola_scaling[adapter_name]
         x = self.mola_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        weights = self.routing.expert_weights(adapter_name, self.tower, len(x), A.dtype)
+        rows = x.shape[self.batch_dim]
+        weights = self.routing.expert_weights(adapter_name, self.tower, rows, A.dtype, repeat=False)
         if isinstance(weights, int):
             return self._up(self._down(x, A[weights]), B[weights] * scaling)
-        # One adapter of rank E * r with weighted inner dimensions needs no weight matrix per sample.
-        hidden = self._down(x, A.flatten(0, 1))
-        return self._up(
-            self._weigh(hidden, (weights * scaling).repeat_interleave(r, dim=1)), B.transpose(0, 1).flatten(1)
-        )
+        if weights.dtype == torch.int64:
+            return self._mix_tasks(x, A, B, weights, scaling)
+        return self._mix_all(x, A, B, weights * scaling)
 
     def __repr__(self) -> str:
         return "mola." + super().__repr__()
@@ -186,12 +191,33 @@ class MolaLayer(nn.Module, MolaTunerLayer):
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Multiply hidden values by the weights `(B, E * r)` of the samples."""
-        raise NotImplementedError
-
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def _mix_tasks(
+        self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, tasks: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Compute one expert for each sample.
+
+        Args:
+            x: Input.
+            A: Experts `(E, r, ...)`.
+            B: Experts `(E, out, r)`.
+            tasks: Expert of each sample, int64 `(S,)`; a sample has one row of `x` or several in succession.
+            scaling: Factor of the result.
+        """
+        raise NotImplementedError
+
+    def _mix_all(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute the sum of all experts with the weights `(S, E)` of each sample, or `(1, E)` of all samples.
+
+        It is one adapter of rank E * r, so no weight matrix per sample is built.
+        """
+        raise NotImplementedError
+
+
+# A batch of matrix products is slower than one product with all experts where each sample has few positions.
+_FEW_PRODUCTS = 64
 
 
 class Linear(MolaLayer):
@@ -211,11 +237,29 @@ class Linear(MolaLayer):
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         return F.linear(x, A)
 
-    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return hidden * weights.to(hidden).reshape(len(weights), *[1] * (hidden.dim() - 2), -1)
-
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, B)
+
+    def _mix_tasks(
+        self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, tasks: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        by_sample = x.movedim(self.batch_dim, 0)
+        *shape, in_features = by_sample.shape
+        positions = math.prod(shape) // len(tasks)
+        if len(A) * positions <= _FEW_PRODUCTS:
+            return self._mix_all(x, A, B, F.one_hot(tasks, len(A)).to(A.dtype) * scaling)
+        hidden = by_sample.reshape(len(tasks), positions, in_features) @ A.index_select(0, tasks).mT
+        output = hidden * scaling @ B.index_select(0, tasks).mT
+        return output.reshape(*shape, -1).movedim(0, self.batch_dim)
+
+    def _mix_all(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        hidden = self._down(x, A.flatten(0, 1))
+        before, (rows, *after, _) = hidden.shape[: self.batch_dim], hidden.shape[self.batch_dim :]
+        samples, num_experts = weights.shape
+        # The weights of a sample serve all its rows, all further dimensions and all ranks of an expert.
+        by_sample = hidden.reshape(*before, samples, rows // samples, *after, num_experts, -1)
+        weights = weights.to(hidden).view(samples, *[1] * (len(after) + 1), num_experts, 1)
+        return self._up((by_sample * weights).reshape(hidden.shape), B.transpose(0, 1).flatten(1))
 
 
 class Conv2d(MolaLayer):
@@ -232,16 +276,49 @@ class Conv2d(MolaLayer):
     def _get_convolution(self) -> nn.Conv2d:
         return cast(nn.Conv2d, self.get_base_layer())
 
-    def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        base_layer = self._get_convolution()
-        return base_layer._conv_forward(x, A.repeat(base_layer.groups, 1, 1, 1), None)
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+        """Convolve as the base layer does, with another weight and number of groups."""
+        base_layer, padding = self._get_convolution(), self._get_convolution().padding
+        if base_layer.padding_mode != "zeros":
+            x = F.pad(x, base_layer._reversed_padding_repeated_twice, mode=base_layer.padding_mode)
+            padding = 0
+        return F.conv2d(x, weight, None, base_layer.stride, padding, base_layer.dilation, groups)
 
-    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        weights = weights.to(hidden).repeat(1, self._get_convolution().groups)
-        return hidden * weights[:, :, None, None]
+    def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        groups = self._get_convolution().groups
+        return self._convolve(x, A.repeat(groups, 1, 1, 1), groups)
 
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         return F.conv2d(hidden, B[:, :, None, None], groups=self._get_convolution().groups)
+
+    def _up_by_sample(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """Multiply `(S, groups * r, height, width)` by the matrix `(S, out, r)` of each sample."""
+        groups = self._get_convolution().groups
+        output = B.reshape(len(B) * groups, -1, B.shape[2]) @ hidden.reshape(len(B) * groups, B.shape[2], -1)
+        return output.view(len(B), -1, *hidden.shape[2:])
+
+    def _mix_tasks(
+        self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, tasks: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        # One convolution, in which the channels of each sample are groups of their own.
+        groups = self._get_convolution().groups
+        tasks = tasks.repeat_interleave(len(x) // len(tasks))
+        A = A.index_select(0, tasks)[:, None].expand(-1, groups, -1, -1, -1, -1)
+        hidden = self._convolve(x.reshape(1, -1, *x.shape[2:]), A.flatten(0, 2), len(x) * groups)
+        hidden = hidden.reshape(len(x), -1, *hidden.shape[2:])
+        return self._up_by_sample(hidden, B.index_select(0, tasks) * scaling)
+
+    def _mix_all(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        hidden = self._down(x, A.flatten(0, 1))
+        weights = weights.to(hidden).repeat_interleave(len(x) // len(weights), dim=0)
+        weights = weights.repeat_interleave(A.shape[1], dim=1)
+        B = B.transpose(0, 1).flatten(1)
+        if hidden.shape[2:].numel() > len(B):  # the smaller of the two factors is weighted
+            return self._up_by_sample(hidden, weights[:, None] * B)
+        return self._up(hidden * weights.repeat(1, self._get_convolution().groups)[:, :, None, None], B)
+
+
+LAYERS: dict[type[nn.Module], type[MolaLayer]] = {nn.Linear: Linear, Conv1D: Linear, nn.Conv2d: Conv2d}
 
 
 def wrap_layer(target: nn.Module, routing: Routing, tower: str) -> MolaLayer:
@@ -256,11 +333,11 @@ def wrap_layer(target: nn.Module, routing: Routing, tower: str) -> MolaLayer:
         TypeError: If MoLA cannot adapt this kind of module.
     """
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base_layer, nn.Linear | Conv1D):
-        return Linear(target, routing, tower)
-    if isinstance(base_layer, nn.Conv2d):
-        return Conv2d(target, routing, tower)
+    for base_class, layer_class in LAYERS.items():
+        if isinstance(base_layer, base_class):
+            return layer_class(target, routing, tower)
     raise TypeError(
-        f"Target module {target} is not supported. MoLA adapts `torch.nn.Linear`, `torch.nn.Conv2d` and "
-        "`transformers.pytorch_utils.Conv1D`; exclude others with `target_modules` or `exclude_modules`."
+        f"Target module {target} is not supported. MoLA adapts `torch.nn.Linear`, `torch.nn.Conv2d`, "
+        "`torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`; exclude others with `target_modules` "
+        "or `exclude_modules`."
     )

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
+from hf_dissect.mola.attention import MultiheadAttention
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
 from hf_dissect.mola.hooks import attach_hooks, hook_input_layers
@@ -149,8 +150,14 @@ class MolaModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        if isinstance(parent, MultiheadAttention):
+            return  # an adapted attention has adapted it as well
         if isinstance(parent, nn.MultiheadAttention):
-            warnings.warn(f"{current_key} is left out: nn.MultiheadAttention does not call it.", stacklevel=2)
+            warnings.warn(
+                f"{current_key} is left out: nn.MultiheadAttention does not call it. Name the attention itself in "
+                f"target_modules ({current_key.rpartition('.')[0]}) to adapt its projections.",
+                stacklevel=2,
+            )
             return
         r, alpha = peft_config.get_rank(current_key), peft_config.get_alpha(current_key)
         if isinstance(target, MolaLayer):

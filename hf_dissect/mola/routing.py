@@ -194,7 +194,9 @@ class Routing(nn.Module, MolaTunerLayer):
 
     # ---- weights for the layers ----
 
-    def expert_weights(self, adapter_name: str, tower: str, batch_size: int, dtype: torch.dtype) -> torch.Tensor | int:
+    def expert_weights(
+        self, adapter_name: str, tower: str, batch_size: int, dtype: torch.dtype, repeat: bool = True
+    ) -> torch.Tensor | int:
         """Return the weights of an adapter's experts in the current pass.
 
         Args:
@@ -202,10 +204,12 @@ class Routing(nn.Module, MolaTunerLayer):
             tower: Tower of the layer that asks.
             batch_size: Number of rows of the layer's input, a multiple of the number of samples.
             dtype: Type of the experts.
+            repeat: True for an entry per row, False for an entry per sample, which serves as many rows in succession
+                as a sample has.
 
         Returns:
-            Weights `(batch_size, E)` or `(1, E)`, in double precision if `dtype` is, otherwise in single precision; or
-            the index of the one expert that serves the whole batch.
+            Weights `(batch_size, E)` or `(1, E)`, in double precision if `dtype` is, otherwise in single precision;
+            the expert of each row, int64 `(batch_size,)`; or the index of the one expert that serves the whole batch.
 
         Raises:
             ValueError: If the weights were made for another batch.
@@ -228,14 +232,15 @@ class Routing(nn.Module, MolaTunerLayer):
                 f"A layer got a batch of {batch_size}, but {'task_ids' if config.variant == 'grad' else 'the router'} "
                 f"had {len(weights)} samples."
             )
-        return weights.repeat_interleave(batch_size // len(weights), dim=0)  # windows or tokens of each sample
+        # Windows or tokens of each sample.
+        return weights.repeat_interleave(batch_size // len(weights), dim=0) if repeat else weights
 
     def _task_weights(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor | int:
         choice, num_experts = self.choice, self.mola_config[adapter_name].num_experts
         if choice.common_task is not None:
             return choice.common_task
         if choice.task_ids is not None:
-            return choice.one_hot[adapter_name].to(dtype)
+            return choice.task_ids
         task = self._get_default_task(adapter_name)
         if task is not None:
             return task
