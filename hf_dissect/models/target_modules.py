@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_dissect.mola.target_modules import TARGET_MODULES
+from hf_dissect.mola.base_model import TARGET_MODULES
 
 
 def set_target_modules(config: Any, model: Any, frozen_tower: str | None = None) -> None:

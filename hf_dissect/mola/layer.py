@@ -43,7 +43,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
     def __init__(self, base_layer: nn.Module, routing: Routing, tower: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        object.__setattr__(self, "routing", routing)  # registered once, as the base model's `mola`
+        object.__setattr__(self, "routing", routing)  # registered once, in the base model
         self.tower = tower
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.mola_A = nn.ParameterDict()

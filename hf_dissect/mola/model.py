@@ -19,23 +19,26 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from hf_dissect.mola.attention import MultiheadAttention
-from hf_dissect.mola.config import MolaConfig
-from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
-from hf_dissect.mola.hooks import attach_hooks, hook_input_layers
-from hf_dissect.mola.layer import MolaLayer, wrap_layer
-from hf_dissect.mola.lora_export import export_task_as_lora
-from hf_dissect.mola.router import Router, build_router, check_router_input
-from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
-from hf_dissect.mola.saved_state import describe_misfit, select_base_state
-from hf_dissect.mola.target_modules import TARGET_MODULES
-from hf_dissect.mola.towers import (
+from hf_dissect.mola.base_model import (
+    TARGET_MODULES,
     choose_router_sources,
     find_device_and_dtype,
     find_input_layer,
     find_towers,
     get_num_channels,
     get_output_dim,
+    has_fixed_pixels,
 )
+from hf_dissect.mola.config import MolaConfig
+from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
+from hf_dissect.mola.hooks import attach_hooks, detach_hooks
+from hf_dissect.mola.layer import MolaLayer, wrap_layer
+from hf_dissect.mola.lora_export import export_task_as_lora
+from hf_dissect.mola.router import Router, build_router, check_router_input
+from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
+from hf_dissect.mola.saved_state import describe_misfit, select_base_state
+
+NAME = "_mola"  # of the routing in the base model; PEFT passes over names with its prefix
 
 
 class MolaModel(BaseTuner):
@@ -95,6 +98,8 @@ class MolaModel(BaseTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             router = self._build_router(config, model)  # before the model is changed, because it may fail
         present = mola_routing(model)
+        if present is None and hasattr(model, NAME):
+            raise ValueError(f"{type(model).__name__} has an attribute {NAME!r}, the name of MoLA's own; rename it.")
         routing = Routing(model) if present is None else present
         if present is None:
             attach_hooks(routing, model)
@@ -103,13 +108,14 @@ class MolaModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
             if present is None:
-                routing.detach()
+                detach_hooks(routing, model)
             raise
         if present is None:
             # Only now, so that PEFT does not take the layers of the router for layers of the model.
-            model.mola = routing
+            setattr(model, NAME, routing)
         routing.add_adapter(adapter_name, config, router, model)
-        hook_input_layers(routing, adapter_name, model)
+        for tower, module in find_towers(model).items():
+            routing.entries[tower].hook_input_layer(module)
         routing._active_adapter = self.active_adapters
         if router is not None:
             # Only this router: adding an adapter must not change which of the others train.
@@ -122,7 +128,7 @@ class MolaModel(BaseTuner):
             return None
         takes_pixels = "pixel_values" in inspect.signature(model.forward).parameters
         if config.router_input is None:
-            config.router_input = "pixels" if takes_pixels else "embeddings"
+            config.router_input = "pixels" if takes_pixels and has_fixed_pixels(model) else "embeddings"
         check_router_input(config.router_input)
         if config.router_input == "pixels" and not takes_pixels:
             raise ValueError(
@@ -301,9 +307,9 @@ class MolaModel(BaseTuner):
         if merge:
             self._check_tasks_to_merge(adapter_names)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        self.routing.detach()
+        detach_hooks(self.routing, model)
         release_statistics(model)
-        del model.mola
+        delattr(model, NAME)
         return model
 
     # ---- saving and loading ----
@@ -330,6 +336,8 @@ class MolaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # Adapters saved by earlier versions have their router under another name.
+        state_dict = {re.sub(r"\bmola\.mola_router\b", f"{NAME}.mola_router", key): v for key, v in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         saved = {key.removeprefix("base_model.model.") for key in remapped if f".{cls.prefix}" in key}
         expected = {

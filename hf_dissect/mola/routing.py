@@ -1,23 +1,21 @@
-"""The routing of a model: the routers of its adapters, and the weights of the experts in the current forward pass."""
+"""The routing of a model: the routers of its adapters, and the weights of the experts for its layers."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_dissect.mola.base_model import choose_router_sources, find_towers
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.decorrelation import decorrelation_loss
-from hf_dissect.mola.forward_pass import ExpertChoice, ForwardPass
+from hf_dissect.mola.passes import Pass, Passes
 from hf_dissect.mola.router import Router
-from hf_dissect.mola.tasks import check_task_ids
-from hf_dissect.mola.towers import choose_router_sources, find_towers
 
 
 class MolaTunerLayer(BaseTunerLayer):
@@ -25,11 +23,11 @@ class MolaTunerLayer(BaseTunerLayer):
 
 
 class Routing(nn.Module, MolaTunerLayer):
-    """The routers of a model, and the weights of the experts in its current forward pass.
+    """The routers of a model, and the experts in force in each of its calls.
 
-    The base model holds it as the module `mola`, so that whatever moves, casts, saves or switches adapters finds it.
-    Hooks on the base model (see `hooks.py`) fill `choice`, whoever calls that model. The choice stays in force
-    after the forward pass, because gradient checkpointing runs the layers again in the backward pass.
+    The base model holds it as the module `_mola`, so that whatever moves, casts, saves or switches adapters
+    finds it, also where a model loads its adapter without a `PeftModel`. Hooks on the base model (see `hooks.py`) fill
+    `passes`, whoever calls that model.
 
     Args:
         model: Base model.
@@ -39,9 +37,10 @@ class Routing(nn.Module, MolaTunerLayer):
         mola_config: `MolaConfig` of each adapter.
         fixed_task: Task fixed by `MolaModel.set_task`, for each adapter that has one.
         towers: Names of the parts of the model with an input of their own, `["image", "text"]` or `["model"]`.
-        choice: Experts in force.
-        forward_pass: State of the hooks.
+        passes: The calls of the model that run.
+        entries: Hooks of each tower.
         handles: Handles of the hooks on the base model.
+        wrapped: Methods of the base model that are wrapped, with what the instance had in their place.
     """
 
     adapter_layer_names = ("mola_router",)
@@ -59,9 +58,11 @@ class Routing(nn.Module, MolaTunerLayer):
         self.towers = list(find_towers(model))
         self._base_device: torch.device | None = None
         self._base_dtype: torch.dtype | None = None
-        self.choice = ExpertChoice()
-        self.forward_pass = ForwardPass()
+        self.passes = Passes()
+        self.entries: dict[str, Any] = {}
         self.handles: list[RemovableHandle] = []
+        self.wrapped: dict[str, Any] = {}
+        self._warned: set[str] = set()
 
     # ---- adapters ----
 
@@ -78,7 +79,8 @@ class Routing(nn.Module, MolaTunerLayer):
         if router is not None:
             # In the model's mode, because batch norms must not learn in evaluation.
             self.mola_router[adapter_name] = router.train(self.training)
-            adapted = self._find_adapted_towers(adapter_name, model)
+            layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, MolaTunerLayer))
+            adapted = {layer.tower for layer in layers if hasattr(layer, "tower") and adapter_name in layer.mola_A}
             for tower in self.towers:
                 if tower in router.branches and tower not in adapted:
                     router.branches.pop(tower)
@@ -92,11 +94,6 @@ class Routing(nn.Module, MolaTunerLayer):
                 for name, buffer in module.named_buffers(recurse=False):
                     if buffer.is_floating_point():
                         setattr(module, name, buffer.to(dtype))
-
-    def detach(self) -> None:
-        """Remove the hooks from the base model."""
-        for handle in self.handles:
-            handle.remove()
 
     def find_tower(self, module_name: str) -> str:
         """Return the tower that the named module of the base model belongs to."""
@@ -119,44 +116,43 @@ class Routing(nn.Module, MolaTunerLayer):
             return []
         return [(name, self.mola_config[name]) for name in self.active_adapters if name in self.mola_config]
 
-    @staticmethod
-    def _find_adapted_towers(adapter_name: str, model: nn.Module) -> set[str]:
-        layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, MolaTunerLayer))
-        return {layer.tower for layer in layers if hasattr(layer, "tower") and adapter_name in layer.mola_A}
+    # ---- tasks ----
 
-    # ---- tasks of a pass ----
-
-    def set_tasks(self, task_ids: torch.Tensor | None, tensors: list[torch.Tensor]) -> None:
-        """Choose the experts of the grad adapters for the pass that begins.
+    def choose_tasks(self, new: Pass, task_ids: torch.Tensor | None) -> None:
+        """Note the tasks of a pass that begins, by which grad adapters choose their experts.
 
         Args:
+            new: Pass, of which `size` and `device` are known.
             task_ids: Tasks of the samples, int64 `(B,)`; None to use the fixed or default task.
-            tensors: Other inputs of the model; the first has `B` rows.
 
         Raises:
             TypeError: If `task_ids` is not an int64 tensor.
             ValueError: If their shape, device or range is wrong, or they are missing in training.
         """
-        grad_adapters = [(name, config) for name, config in self._get_active_configs() if config.variant == "grad"]
-        if not grad_adapters:
-            return
+        num_experts = {name: config.num_experts for name, config in self._get_active_configs() if config.variant == "grad"}
         if task_ids is None:
-            missing = [name for name, _ in grad_adapters if self._get_default_task(name) is None]
-            if missing and self.training:
-                raise ValueError(
-                    f"task_ids are missing: adapter {missing[0]!r} trains an expert per task. Call the model with "
-                    "task_ids=..., int64 (B,). If you did, set the configuration's task_type to None, because PEFT "
-                    "drops them otherwise. In evaluation the mean of the experts is used."
-                )
+            self._check_default_tasks(list(num_experts))
+        else:
+            check_task_ids(task_ids, new.size, new.device)
+            new.task_ids, new.common_task = task_ids, find_common_task(task_ids, num_experts)
+
+    def _check_default_tasks(self, names: list[str]) -> None:
+        missing = next((name for name in names if self.get_default_task(name) is None), None)
+        if missing is None:
             return
-        choice = self.choice
-        choice.common_task = check_task_ids(
-            task_ids, tensors, {name: config.num_experts for name, config in grad_adapters}
+        if self.training:
+            raise ValueError(
+                f"task_ids are missing: adapter {missing!r} trains an expert per task. Call the model with "
+                "task_ids=..., int64 (B,), or fix one task with set_task(task)."
+            )
+        self._warn_once(
+            f"Adapter {missing!r} has an expert per task, but the model was called without task_ids: it takes the "
+            "mean of the experts. Give task_ids, int64 (B,), or fix one task with set_task(task)."
         )
-        choice.task_ids = task_ids
-        if choice.common_task is None:
-            # Once for all layers of the pass.
-            choice.one_hot = {name: F.one_hot(task_ids, config.num_experts) for name, config in grad_adapters}
+
+    def get_default_task(self, adapter_name: str) -> int | None:
+        """Return the task of an adapter in calls without task ids; None for the mean of its experts."""
+        return self.fixed_task.get(adapter_name, self.mola_config[adapter_name].default_task)
 
     def get_task_to_merge(self, adapter_name: str) -> int:
         """Return the task whose expert a merge adds to the base weights.
@@ -169,7 +165,7 @@ class Routing(nn.Module, MolaTunerLayer):
             raise ValueError(
                 f"Adapter {adapter_name!r} has a router: its weights depend on the input and cannot be merged."
             )
-        task = self._get_default_task(adapter_name)
+        task = self.get_default_task(adapter_name)
         if task is None:
             raise ValueError(
                 f"Adapter {adapter_name!r} has an expert per task: choose the one to merge with `set_task(task)`, a "
@@ -183,68 +179,83 @@ class Routing(nn.Module, MolaTunerLayer):
         Args:
             merged: Merged task of each adapter.
         """
-        if self.choice.task_ids is not None and {self.choice.common_task} != set(merged.values()):
+        now = self.passes.current
+        if now is not None and now.task_ids is not None and {now.common_task} != set(merged.values()):
             raise ValueError(
                 f"task_ids were given while the expert of task {sorted(merged.values())[0]} is merged; call "
                 "`unmerge_adapter()` first."
             )
 
-    def _get_default_task(self, adapter_name: str) -> int | None:
-        return self.fixed_task.get(adapter_name, self.mola_config[adapter_name].default_task)
+    def warn_of_missing_labels(self) -> None:
+        """Say once what a router reads in a language model that is called without labels."""
+        self._warn_once(
+            "The router of a model that predicts its own input reads the prompt only: the tokens before the first label "
+            "that is not -100, or what `generate` is given. This call had neither, so the router reads the first token."
+            " Pass labels, or logits_to_keep=1 where only the last token's prediction counts."
+        )
+
+    def _warn_once(self, message: str) -> None:
+        if not torch.compiler.is_compiling() and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
     # ---- weights for the layers ----
 
     def expert_weights(
-        self, adapter_name: str, tower: str, batch_size: int, dtype: torch.dtype, repeat: bool = True
+        self, adapter_name: str, tower: str, rows: int, dtype: torch.dtype, repeat: bool = True
     ) -> torch.Tensor | int:
         """Return the weights of an adapter's experts in the current pass.
 
         Args:
             adapter_name: Name of the adapter.
             tower: Tower of the layer that asks.
-            batch_size: Number of rows of the layer's input, a multiple of the number of samples.
+            rows: Number of rows of the layer's input, a multiple of the number of samples.
             dtype: Type of the experts.
             repeat: True for an entry per row, False for an entry per sample, which serves as many rows in succession
                 as a sample has.
 
         Returns:
-            Weights `(batch_size, E)` or `(1, E)`, in double precision if `dtype` is, otherwise in single precision;
-            the expert of each row, int64 `(batch_size,)`; or the index of the one expert that serves the whole batch.
+            Weights `(rows, E)` or `(1, E)`, in double precision if `dtype` is, otherwise in single precision; experts
+            of the rows, int64 `(rows,)`; or the one expert that serves the whole batch.
 
         Raises:
             ValueError: If the weights were made for another batch.
             RuntimeError: If there are no weights, because a part of the model was called by itself.
         """
-        config = self.mola_config[adapter_name]
-        if config.variant == "grad":
-            weights = self._task_weights(adapter_name, torch.promote_types(dtype, torch.float32))
-        elif (adapter_name, tower) in self.choice.weights:
-            weights = self.choice.weights[adapter_name, tower]
-        else:
-            raise RuntimeError(
-                f"The router of adapter {adapter_name!r} has not seen the input: call the whole model (or a whole "
-                "tower of it), not a part."
-            )
-        if isinstance(weights, int) or len(weights) in (1, batch_size):
+        weights = self._find_weights(adapter_name, tower, torch.promote_types(dtype, torch.float32))
+        if isinstance(weights, int) or len(weights) == rows:
             return weights
-        if batch_size % len(weights):
+        if len(weights) == 1:  # weights of all rows, or the task of the only sample
+            return weights if weights.is_floating_point() or not repeat else weights.expand(rows)
+        if rows % len(weights):
+            by_task = self.mola_config[adapter_name].variant == "grad"
             raise ValueError(
-                f"A layer got a batch of {batch_size}, but {'task_ids' if config.variant == 'grad' else 'the router'} "
-                f"had {len(weights)} samples."
+                f"A layer got a batch of {rows}, but {'task_ids' if by_task else 'the router'} had {len(weights)} "
+                "samples."
             )
         # Windows or tokens of each sample.
-        return weights.repeat_interleave(batch_size // len(weights), dim=0) if repeat else weights
+        return weights.repeat_interleave(rows // len(weights), dim=0) if repeat else weights
 
-    def _task_weights(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor | int:
-        choice, num_experts = self.choice, self.mola_config[adapter_name].num_experts
-        if choice.common_task is not None:
-            return choice.common_task
-        if choice.task_ids is not None:
-            return choice.task_ids
-        task = self._get_default_task(adapter_name)
+    def _find_weights(self, adapter_name: str, tower: str, dtype: torch.dtype) -> torch.Tensor | int:
+        now, config = self.passes.current, self.mola_config[adapter_name]
+        if config.variant == "router":
+            if now is None or (adapter_name, tower) not in now.weights:
+                raise RuntimeError(
+                    f"The router of adapter {adapter_name!r} has not seen the input: call the whole model (or a whole "
+                    "tower of it), not a part."
+                )
+            return now.weights[adapter_name, tower]
+        if now is None:
+            self._check_default_tasks([adapter_name])
+        elif now.common_task is not None:
+            return now.common_task
+        elif now.task_ids is not None:
+            return now.task_ids
+        task = self.get_default_task(adapter_name)
         if task is not None:
             return task
-        return torch.full((1, num_experts), 1 / num_experts, device=choice.device, dtype=dtype)
+        device = None if now is None else now.device
+        return torch.full((1, config.num_experts), 1 / config.num_experts, device=device, dtype=dtype)
 
     # ---- training ----
 
@@ -261,7 +272,8 @@ class Routing(nn.Module, MolaTunerLayer):
 
     def projections(self) -> dict[tuple[str, str], torch.Tensor]:
         """Return the projected scores `(B, decorrelation_dim)` of the last forward pass, by adapter and tower."""
-        return dict(self.forward_pass.projections)
+        last = self.passes.thread.last
+        return {} if last is None else dict(last.projections)
 
     def decorrelation_loss(
         self, task_ids: torch.Tensor, projections: Mapping[tuple[str, str], torch.Tensor] | None = None
@@ -279,7 +291,7 @@ class Routing(nn.Module, MolaTunerLayer):
         Raises:
             RuntimeError: If no forward pass with a router was made.
         """
-        projections = self.forward_pass.projections if projections is None else projections
+        projections = self.projections() if projections is None else projections
         if not projections:
             raise RuntimeError("decorrelation_loss needs a forward pass of a model with a MoLA router before.")
         losses = []
@@ -297,18 +309,11 @@ class Routing(nn.Module, MolaTunerLayer):
             adapter_name: Name of the adapter; None for the first active one.
         """
         names = self.active_adapters if adapter_name is None else [adapter_name]
-        weights = self.choice.weights
+        last = self.passes.thread.last
+        weights = {} if last is None else last.weights
         return {tower: values.detach() for (name, tower), values in weights.items() if name == names[0]}
 
-    # ---- protocol of PEFT and pickle ----
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tensors with a gradient graph, which a forward pass leaves behind, can be neither copied nor pickled.
-        choice = replace(self.choice, weights={}, task_ids=None, one_hot={})
-        return self.__dict__ | {
-            "choice": choice,
-            "forward_pass": replace(self.forward_pass, projections={}, masks={}),
-        }
+    # ---- protocol of PEFT ----
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -340,6 +345,59 @@ class Routing(nn.Module, MolaTunerLayer):
 
     def unmerge(self) -> None:
         """Do nothing: the layers are unmerged one by one."""
+
+
+def check_task_ids(task_ids: torch.Tensor, size: int | None, device: torch.device | None) -> None:
+    """Check the form of the task ids of a batch.
+
+    Args:
+        task_ids: Task of each sample, int64 `(B,)`.
+        size: Number of samples; None if it is not known.
+        device: Device of the other inputs; None without any.
+
+    Raises:
+        TypeError: If `task_ids` is not an int64 tensor.
+        ValueError: If its shape or device is wrong.
+    """
+    if not torch.is_tensor(task_ids) or task_ids.dtype != torch.int64:
+        kind = f"{task_ids.dtype} tensor" if torch.is_tensor(task_ids) else type(task_ids).__name__
+        raise TypeError(f"task_ids is a {kind}; it must be an int64 tensor of shape (B,).")
+    if task_ids.dim() != 1 or (size is not None and len(task_ids) != size) or not len(task_ids):
+        raise ValueError(
+            f"task_ids has shape {tuple(task_ids.shape)}; it must have one task for each of the {size or 'B'} samples."
+        )
+    if device is not None and task_ids.device != device:
+        raise ValueError(
+            f"task_ids are on {task_ids.device}, the other inputs on {device}; move them to one device."
+        )
+
+
+def find_common_task(task_ids: torch.Tensor, num_experts: Mapping[str, int]) -> int | None:
+    """Return the task that all samples share, after a check that each adapter has an expert for every task.
+
+    Args:
+        task_ids: Task of each sample, int64 `(B,)`.
+        num_experts: Number of tasks of each grad adapter, by name.
+
+    Returns:
+        The common task; None if there are several, or in a compiled model, which does not wait for their values.
+
+    Raises:
+        ValueError: If an adapter has no expert for a task.
+    """
+    if not num_experts:
+        return None
+    if torch.compiler.is_compiling():
+        in_range = (task_ids >= 0) & (task_ids < min(num_experts.values()))
+        torch._assert_async(in_range.all(), "task_ids has a task without an expert")  # type: ignore[call-overload]
+        return None
+    lowest, highest = torch.stack(task_ids.aminmax()).tolist()
+    for adapter_name, number in num_experts.items():
+        if lowest < 0 or highest >= number:
+            raise ValueError(
+                f"task_ids from {lowest} to {highest}: adapter {adapter_name!r} has the tasks 0 to {number - 1}."
+            )
+    return lowest if lowest == highest else None
 
 
 def mola_routing(model: nn.Module) -> Routing | None:

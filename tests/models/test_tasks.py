@@ -43,7 +43,7 @@ def forwards_of(trainer: DissectTrainer) -> list[torch.Tensor | None]:
     """Filled with the `task_ids` of each forward pass of the whole model."""
     seen = []
     trainer.model.get_base_model().register_forward_hook(
-        lambda *_: seen.append(mola_routing(trainer.model).choice.task_ids), with_kwargs=False
+        lambda *_: seen.append(mola_routing(trainer.model).passes.thread.last.task_ids), with_kwargs=False
     )
     return seen
 
