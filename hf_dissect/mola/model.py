@@ -176,6 +176,12 @@ class MolaModel(BaseTuner):
             layer.requires_grad_(False)  # an added adapter does not train before it is activated
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, nn.MultiheadAttention):  # unloaded; it has no weight that PEFT could hand over
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _check_new_adapter_config(self, config: MolaConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
         changing = [name for name, other in self.peft_config.items() if other.train_base or other.train_logit_scale]
