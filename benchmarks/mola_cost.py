@@ -45,7 +45,7 @@ from hf_dissect import MolaConfig
 # A CLIP of the size of ViT-B/32, a small Llama, a ResNet-18, and a ResNet for small images; the others are for tests.
 SIZES = {
     "clip": {"hidden": 768, "layers": 12, "text_hidden": 512, "image": 224, "patch": 32, "batch": 8},
-    "llama": {"hidden": 512, "layers": 8, "length": 128, "batch": 8},
+    "llama": {"hidden": 512, "layers": 8, "length": 128, "batch": 4},
     "resnet": {"hidden": 64, "layers": 2, "stages": 4, "image": 224, "batch": 8},
     "small-resnet": {"hidden": 32, "layers": 3, "stages": 3, "image": 64, "batch": 32},
     "tiny-clip": {"hidden": 32, "layers": 1, "text_hidden": 32, "image": 32, "patch": 16, "batch": 4},
@@ -76,10 +76,11 @@ def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     batch, layers = size["batch"], {"num_hidden_layers": size["layers"]}
     if kind_of(name) == "llama":
         dense = {"hidden_size": size["hidden"], "intermediate_size": 4 * size["hidden"]}
-        config = LlamaConfig(**dense, **layers, vocab_size=1000, num_attention_heads=size["hidden"] // 16)
+        config = LlamaConfig(**dense, **layers, vocab_size=1000, num_attention_heads=size["hidden"] // 64 or 2)
         ids = torch.randint(3, 1000, (batch, size["length"]))
         labels = ids.clone()
         labels[:, : size["length"] // 2] = -100  # the prompt
+        config.use_cache = False  # as X-LoRA requires
         return LlamaForCausalLM(config), {"input_ids": ids, "labels": labels}
     pixels = torch.randn(batch, 3, size["image"], size["image"])
     if kind_of(name) == "resnet":
@@ -105,6 +106,7 @@ def adapt(method: str, name: str, num_experts: int, r: int) -> tuple[nn.Module, 
     elif method == "poly":
         config = PolyConfig(r=r, n_tasks=num_experts, n_skills=num_experts, target_modules=targets)
         inputs["task_ids"] = tasks
+        return get_peft_model(model, config).train().base_model, inputs  # a plain PeftModel hands it no task_ids
     elif method == "xlora":
         return adapt_by_xlora(model, num_experts, r, targets), inputs
     else:

@@ -112,7 +112,7 @@ class MultiheadAttention(Linear):
             options = {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
             return self.base_layer(query, key, value, need_weights=need_weights, **masks, **options)
         attention = self._get_attention()
-        dtype, unbatched = query.dtype, query.dim() == 2
+        unbatched = query.dim() == 2
         if unbatched:
             inputs = {id(x): x.unsqueeze(self.batch_dim) for x in (query, key, value)}
             query, key, value = (inputs[id(x)] for x in (query, key, value))
@@ -132,7 +132,7 @@ class MultiheadAttention(Linear):
         else:
             output = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         output = output.transpose(1, 2) if attention.batch_first else output.permute(2, 0, 1, 3)
-        output = attention.out_proj(output.flatten(2)).to(dtype)
+        output = attention.out_proj(output.flatten(2))
         if unbatched:
             return output.squeeze(self.batch_dim), None if weights is None else weights.squeeze(0)
         return output, weights
