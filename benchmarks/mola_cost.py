@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(SIZES), default="clip")
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="numbers of experts")
     parser.add_argument("--r", type=int, default=8, help="rank of an expert")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
