@@ -1,5 +1,13 @@
 """MoLA, a mixture of low-rank adapters, as a PEFT method. Importing this package registers the method with PEFT."""
 
+from peft import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -7,6 +15,7 @@ from peft.mapping import (
 )
 
 from hf_dissect.mola.attention import MultiheadAttention
+from hf_dissect.mola.calls import pass_task_ids_on
 from hf_dissect.mola.config import MOLA_TYPE, MolaConfig
 from hf_dissect.mola.decorrelation import decorrelation_loss
 from hf_dissect.mola.layer import Conv2d, Linear, MolaLayer
@@ -34,3 +43,13 @@ __all__ = [
 PEFT_TYPE_TO_CONFIG_MAPPING[MOLA_TYPE] = MolaConfig
 PEFT_TYPE_TO_TUNER_MAPPING[MOLA_TYPE] = MolaModel
 PEFT_TYPE_TO_PREFIX_MAPPING[MOLA_TYPE] = MolaModel.prefix
+
+for _peft_model in (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+):
+    pass_task_ids_on(_peft_model)

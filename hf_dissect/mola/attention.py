@@ -44,7 +44,6 @@ class MultiheadAttention(Linear):
         super().__init__(base_layer, routing, tower)
         attention = self._get_attention()
         attention.out_proj = cast(Any, Linear(attention.out_proj, routing, tower))
-        self.batch_dim = self._get_out_proj().batch_dim = 0 if attention.batch_first else 1
 
     def __getattr__(self, name: str) -> Any:
         # Modules around it read these of an attention.
@@ -61,6 +60,8 @@ class MultiheadAttention(Linear):
         """
         super().update_layer(adapter_name, r, alpha, config)
         out_proj = self._get_out_proj()
+        for part in (self, out_proj):  # the attention itself knows it, whatever the modules around it say
+            part.batch_dim, part.knows_batch_dim = 0 if self._get_attention().batch_first else 1, True
         out_proj._active_adapter, out_proj._disable_adapters = self._active_adapter, self._disable_adapters
         out_proj.update_layer(adapter_name, r, alpha, config)
 

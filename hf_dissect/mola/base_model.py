@@ -1,11 +1,13 @@
-"""What MoLA must know of a base model: its default targets, its towers, and where its samples and prompts are."""
+"""Facts about a base model: its default targets, its towers, and the dimension of its samples."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +18,8 @@ _ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 _SIGLIP = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "fc1", "fc2"]
 _VIT = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 _BERT = ["query", "key", "value", "dense"]
-TARGET_MODULES = {
+TARGET_MODULES: dict[str, Any] = {
+    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     "clip": _ATTENTION_AND_MLP,
     "clip_text_model": _ATTENTION_AND_MLP,
     "clip_vision_model": _ATTENTION_AND_MLP,
@@ -70,8 +73,8 @@ def find_towers(model: nn.Module) -> dict[str, nn.Module]:
         The towers `"image"` and `"text"` of a dual encoder; for any other model the single tower `"model"`.
     """
     vision_model, text_model = getattr(model, "vision_model", None), getattr(model, "text_model", None)
-    both = isinstance(vision_model, nn.Module) and isinstance(text_model, nn.Module)
-    if both and not is_causal_lm(model):
+    generates = is_causal_lm(model)
+    if isinstance(vision_model, nn.Module) and isinstance(text_model, nn.Module) and not generates:
         return {"image": vision_model, "text": text_model}
     encodes_first = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return {"model": cast(PreTrainedModel, model).get_encoder() if encodes_first else model}
@@ -96,7 +99,8 @@ def is_sequence_first(model: nn.Module, module_name: str) -> bool:
         known = _SEQUENCE_FIRST.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
         if known is not None:
             return known
-        attention = (child for child in module.children() if isinstance(child, nn.MultiheadAttention))
+        children = (child.get_base_layer() if isinstance(child, BaseTunerLayer) else child for child in module.children())
+        attention = (child for child in children if isinstance(child, nn.MultiheadAttention))
         batch_first = getattr(next(attention, module), "batch_first", None)
         if isinstance(batch_first, bool):
             return not batch_first
@@ -115,55 +119,6 @@ def is_causal_lm(model: nn.Module) -> bool:
     return bool(can_generate is not None and can_generate())
 
 
-def find_prompt(
-    tokens: torch.Tensor, labels: torch.Tensor | None, mask: torch.Tensor | None, whole: bool
-) -> torch.Tensor:
-    """Return the tokens that a router may see, so that it learns nothing of those to predict.
-
-    Args:
-        tokens: Token ids `(B, L)` or their embeddings `(B, L, D)`.
-        labels: Labels `(B, L)` as transformers shifts them, -100 where nothing is predicted; None without any.
-        mask: Attention mask `(B, L)`, 0 at padding; None without padding.
-        whole: True if all tokens are the prompt. It does not count where there are labels.
-
-    Returns:
-        Bool `(B, L)`: with labels, the tokens before the first one to predict; otherwise all tokens or the first.
-    """
-    shape = tokens.shape[:2]
-    positions = torch.arange(shape[1], device=tokens.device)
-    real = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
-    if labels is not None and labels.shape == shape:
-        predicted = (labels != -100).to(tokens.device) & (positions > 0)
-        first = torch.where(predicted, positions, shape[1]).amin(1, keepdim=True)
-        return real & (positions < first)
-    if whole:
-        return real
-    return real & (real.long().cumsum(1) == 1)
-
-
-def read_mask(mask: object) -> torch.Tensor | None:
-    """Return the padding of an attention mask in any form that transformers takes.
-
-    Args:
-        mask: Tensor `(B, L)`, 0 at padding; tensor `(B, heads or 1, Q, L)`, bool or to be added; or a dict of such
-            masks by kind of layer.
-
-    Returns:
-        Mask `(B, L)`, 0 at padding; None if there is none or its form is another.
-    """
-    if isinstance(mask, dict):
-        found = (read_mask(value) for value in mask.values())
-        return next((value for value in found if value is not None), None)
-    if not torch.is_tensor(mask):
-        return None
-    if mask.dim() == 2:
-        return mask
-    if mask.dim() != 4:
-        return None
-    last = mask[:, 0, -1]  # a causal mask lets the last token see all that are no padding
-    return last if last.dtype == torch.bool else last == 0
-
-
 def choose_router_sources(router_input: str, towers: list[str]) -> dict[str, str]:
     """Return the router's input for each tower; only the image tower of a dual encoder can be routed by pixels.
 
@@ -175,6 +130,19 @@ def choose_router_sources(router_input: str, towers: list[str]) -> dict[str, str
         `"pixels"` or `"embeddings"` for each tower.
     """
     return {tower: "embeddings" if tower == "text" else router_input for tower in towers}
+
+
+def has_reentrant_checkpoints(parts: Iterable[nn.Module]) -> bool:
+    """Return True if gradient checkpointing of transformers is on, in its reentrant form.
+
+    Args:
+        parts: Modules with an attribute `gradient_checkpointing`.
+    """
+    for part in parts:
+        if part.gradient_checkpointing:
+            function = getattr(part, "_gradient_checkpointing_func", None)
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return False
 
 
 def find_input_layer(module: nn.Module) -> nn.Module:

@@ -57,6 +57,9 @@ class MolaConfig(PeftConfig):
         target_modules (`list[str]` or `str`, *optional*): The modules to adapt: names, a regular expression, or
             `"all-linear"`. By default they depend on the architecture (CLIP, SigLIP, ViT, ResNet, BERT and others).
         exclude_modules (`list[str]` or `str`, *optional*): The modules not to adapt.
+        sequence_first (`list[str]` or `str`, *optional*): The targets whose input is `(L, B, D)`, names or a regular
+            expression; `[]` if there are none. By default they are found for the layers of torch and of transformers,
+            and an input that may be of either form is refused.
         layers_to_transform (`list[int]` or `int`, *optional*): The indices of the layers to adapt.
         layers_pattern (`list[str]` or `str`, *optional*): The name of the `nn.ModuleList` that these indices refer to.
         bias (`str`): The biases to train: `"none"`, `"all"` or `"mola_only"`.
@@ -109,6 +112,10 @@ class MolaConfig(PeftConfig):
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the modules not to adapt, or a regular expression."}
+    )
+    sequence_first: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Targets whose input is (L, B, D), names or a regular expression; None to find them."},
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt; None: all."}

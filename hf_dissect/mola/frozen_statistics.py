@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_dissect.mola.routing import mola_routing
 from hf_dissect.mola.base_model import find_towers
+from hf_dissect.mola.routing import get_own_routing, mola_routing
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -98,7 +98,7 @@ def _list_nearest(around: tuple[nn.Module, ...]) -> list[nn.Parameter]:
 
 def _list_weights_of_tower(around: tuple[nn.Module, ...]) -> list[nn.Parameter]:
     """Return the parameters of the tower of a base model with MoLA that a module is part of."""
-    base = next(module for module in around if hasattr(module, "_mola"))
+    base = next(module for module in around if get_own_routing(module) is not None)
     towers = {id(tower) for tower in find_towers(base).values()}
     return _list_weights(next((module for module in around if id(module) in towers), base))
 

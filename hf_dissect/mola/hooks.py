@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import partial, update_wrapper
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GradientCheckpointingLayer
 
+from hf_dissect.mola.arguments import count_cached, find_prompts, find_samples, hide_what_is_predicted, read_mask
 from hf_dissect.mola.base_model import (
     find_input_layer,
-    find_prompt,
-    find_towers,
+    has_reentrant_checkpoints,
     is_causal_lm,
     is_sequence_first,
     pool_output,
-    read_mask,
 )
 from hf_dissect.mola.passes import Pass
-from hf_dissect.mola.router import Router
+from hf_dissect.mola.router import Carrier, Router
 from hf_dissect.mola.routing import Routing
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -58,7 +55,7 @@ class Entry:
         Args:
             module: Tower.
         """
-        routing, tower = self.routing, cast(str, self.tower)
+        routing = self.routing
         active = [name for name in routing.active_adapters if name in routing.mola_router]
         if self._hooked_for == active:
             return
@@ -103,19 +100,20 @@ class Entry:
                 "for each device (accelerate launch, torchrun), or show one device only (CUDA_VISIBLE_DEVICES)."
             )
         thread = routing.passes.thread
-        tensors = [value for name, value in given.items() if torch.is_tensor(value) and name != "task_ids"]
-        first = tensors[0] if tensors else None
-        size = len(first) if first is not None and first.dim() else None
-        new = Pass(module, size=size, device=None if first is None else first.device, reentrant=self._is_reentrant())
+        samples = find_samples(given)
+        size = len(samples) if samples is not None and samples.dim() else None
+        new = Pass(module, size=size)
+        new.device = None if samples is None else samples.device
+        if torch.is_grad_enabled() and routing.training:
+            new.reentrant = has_reentrant_checkpoints(self.checkpoints)
         if (earlier := self._find_earlier(given)) is not None:
-            new.weights, new.projections, new.held = earlier.weights, earlier.projections, True
-        task_ids = None if self.takes_task_ids and self.tower is None else given.get("task_ids")
+            new.hold(earlier)
+        task_ids = given.get("task_ids")
         if task_ids is None:
             task_ids = thread.task_ids
         if task_ids is None and thread.generation is not None:
             task_ids = thread.generation.task_ids
-            if task_ids is not None and size is not None and size > len(task_ids) and size % len(task_ids) == 0:
-                task_ids = task_ids.repeat_interleave(size // len(task_ids))  # beams of each sample
+            task_ids = None if task_ids is None else new.expand(task_ids)
         routing.choose_tasks(new, task_ids)
         return new
 
@@ -127,10 +125,10 @@ class Entry:
             return None if outputs is None else passes.find(outputs[0])
         if not self.is_causal_lm:
             return None
-        if passes.thread.generation is not None and passes.thread.generation.weights:
-            return passes.thread.generation
         cache = given.get("past_key_values")
-        if cache is None or not _count_cached(cache):
+        if (generation := passes.thread.generation) is not None and generation.weights:
+            return generation
+        if cache is None or not count_cached(cache):
             return None
         earlier = passes.find(cache)
         if earlier is None and any(True for _ in self.routing.get_active_routers()):
@@ -140,26 +138,38 @@ class Entry:
             )
         return earlier
 
-    def _is_reentrant(self) -> bool:
-        if not torch.is_grad_enabled() or not self.routing.training:
-            return False
-        for part in self.checkpoints:
-            if part.gradient_checkpointing:
-                function = getattr(part, "_gradient_checkpointing_func", None)
-                if isinstance(part, GradientCheckpointingLayer) or function is not None:
-                    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
-        return False
-
     # ---- routing ----
+
+    @torch.no_grad()
+    def route_prompt(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+        """Route a language model by the prompt of `generate`, which may call parts of the model first.
+
+        Args:
+            module: Base model.
+            given: Arguments of `generate`, with `input_ids` or `inputs_embeds`.
+        """
+        routing, ids = self.routing, given.get("input_ids")
+        has_routers = any(True for _ in routing.get_active_routers())
+        if not has_routers or (ids is None and given.get("inputs_embeds") is None):
+            return
+        routing.passes.begin(self._make_pass(module, {name: v for name, v in given.items() if name != "task_ids"}))
+        try:
+            self._route_all(given)
+            self.hook_input_layer(module)
+            self._route(given, (), {})
+            if self.input_layer is not None and given.get("inputs_embeds") is None:
+                self.input_layer(cast(torch.Tensor, ids).T if self.sequence_first else ids)
+        finally:
+            routing.passes.end(module, None)
 
     def _route_all(self, given: Mapping[str, Any]) -> None:
         """Let the routers that read all inputs of the model score, those of `register_router`."""
         now = self.routing.passes.current
         for adapter_name, router in self.routing.get_active_routers():
             if "all" in router.branches and not cast(Pass, now).held:
-                inputs = {name: value for name, value in given.items() if name not in ("task_ids", "labels")}
+                inputs = {name: value for name, value in given.items() if name != "task_ids"}
                 if self.is_causal_lm:
-                    inputs = self._hide_what_is_predicted(given, inputs)
+                    inputs = hide_what_is_predicted(inputs, self._find_mask(given))
                 scores, projection = router("all", **inputs)
                 for tower in self.routing.towers:
                     self._set_weights(adapter_name, tower, scores, projection)
@@ -183,31 +193,13 @@ class Entry:
         return args, kwargs
 
     def _find_mask(self, given: Mapping[str, Any]) -> torch.Tensor | None:
-        mask = read_mask(given.get("attention_mask"))
-        return self._find_prompt(given, mask) if self.is_causal_lm else mask
-
-    def _find_prompt(self, given: Mapping[str, Any], mask: torch.Tensor | None) -> torch.Tensor | None:
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        tokens = ids if ids is not None else embeds
-        if tokens is None:
-            return mask
-        labels = given.get("labels")
+        if not self.is_causal_lm:
+            return read_mask(given.get("attention_mask"))
         generates = self.routing.passes.thread.generation is not None or given.get("past_key_values") is not None
         whole = generates or given.get("logits_to_keep") == 1
-        if labels is None and not whole:
+        if given.get("labels") is None and not whole:
             self.routing.warn_of_missing_labels()
-        mask = mask if mask is not None and mask.shape == tokens.shape[:2] else None
-        return find_prompt(tokens, labels, mask, whole)
-
-    def _hide_what_is_predicted(self, given: Mapping[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-        prompt = self._find_prompt(given, read_mask(given.get("attention_mask")))
-        if prompt is None:
-            return inputs
-        for name in ("input_ids", "inputs_embeds"):
-            if (tokens := inputs.get(name)) is not None:
-                hidden = ~prompt if tokens.dim() == 2 else ~prompt[:, :, None]
-                inputs[name] = tokens.masked_fill(hidden, 0)
-        return inputs | {"attention_mask": prompt.long()}
+        return find_prompts(given, whole)
 
     def _route_pixels(
         self, adapter_name: str, given: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -245,8 +237,8 @@ class Entry:
         mask = now.masks.get(tower)
         if self.is_causal_lm and (mask is None or mask.shape != by_sample.shape[:2]):
             raise RuntimeError(
-                f"The input layer returned {tuple(output.shape)}, in which the prompt cannot be told from what is "
-                "predicted; register a router of your own for this model (hf_dissect.mola.register_router)."
+                f"The input layer returned {tuple(output.shape)}, so that the prompt cannot be found in it; "
+                "register a router of your own for this model (hf_dissect.mola.register_router)."
             )
         pooled = pool_output(layer, by_sample, mask)
         for adapter_name, router in routers:
@@ -291,7 +283,7 @@ class Entry:
                     "checkpointing; use gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
             leaf = weights.detach().requires_grad_()
-            carrier, weights = _Carrier.apply(carrier, weights, [leaf]), leaf
+            carrier, weights = Carrier.apply(carrier, weights, [leaf]), leaf
         now.weights[adapter_name, tower] = weights
         return carrier
 
@@ -317,9 +309,9 @@ class Entry:
         passes.end(module, output if decorrelated is None else decorrelated)
         if not torch.compiler.is_compiling() and passes.thread.generation is None and not isinstance(output, tuple):
             if self.reuses_encoder and self.tower is not None and hasattr(output, "last_hidden_state"):
-                passes.remember(output.last_hidden_state)
+                passes.remember(output.last_hidden_state, now)
             elif self.is_causal_lm and getattr(output, "past_key_values", None) is not None:
-                passes.remember(output.past_key_values)
+                passes.remember(output.past_key_values, now)
         return decorrelated
 
     def _add_decorrelation(self, now: Pass, output: Any) -> Any:
@@ -343,6 +335,7 @@ class InputLayerHook:
         self.entry = entry
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        """Route by the output, and return what takes its place; None to keep it."""
         now = self.entry.routing.passes.current
         if now is None or now.held or now.tower != self.entry.tower or output.dim() < 2:
             return None  # for example a decoder that shares the layer, or the embedding of a single token
@@ -350,98 +343,3 @@ class InputLayerHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputLayerHook:
         return InputLayerHook(memo.get(id(self.entry), self.entry))
-
-
-class _Carrier(torch.autograd.Function):
-    """The identity on a tensor whose backward pass hands the routing weights the gradient of their leaf.
-
-    Each reentrant checkpoint runs a backward pass of its own, which would go through the router again. The
-    checkpointed blocks therefore see a leaf that collects their gradients. The carried tensor is the input of the
-    model, so it is reached last on the way back, when the leaf has collected everything. The leaf is passed inside a
-    list: if it were a direct input, autograd would run this function before the gradients of layers outside the
-    checkpoints arrive.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, weights: torch.Tensor, leaf: list[torch.Tensor]) -> torch.Tensor:
-        """Return a view of the tensor, any shape, and remember the leaf of the weights `(B, E)`."""
-        ctx.leaf = leaf[0]
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Return the incoming gradient for the tensor and the gradient of the leaf for the weights."""
-        collected, ctx.leaf.grad = ctx.leaf.grad, None
-        return gradient, collected, None
-
-
-# ---- attaching ----
-
-
-def attach_hooks(routing: Routing, model: nn.Module) -> None:
-    """Register the hooks of a new routing on its base model; `detach_hooks` removes them.
-
-    `forward` accepts `task_ids` from then on, so that transformers' `Trainer` keeps such a column, and `generate` holds
-    the choice of experts for all of its steps.
-
-    Args:
-        routing: Routing to fill.
-        model: Base model.
-    """
-    for tower, module in {None: model, **find_towers(model)}.items():
-        entry = Entry(routing, module, tower, model)
-        routing.handles += [
-            module.register_forward_pre_hook(entry.before, with_kwargs=True, prepend=tower is None),
-            module.register_forward_hook(entry.after, with_kwargs=True, always_call=True),
-        ]
-        if tower is not None:
-            routing.entries[tower] = entry
-    _wrap_calls(routing, model)
-
-
-def _wrap_calls(routing: Routing, model: nn.Module) -> None:
-    forward = partial(_forward, model.forward)
-    signature = inspect.signature(model.forward)
-    parameters = list(signature.parameters.values())
-    if "task_ids" not in signature.parameters:
-        task_ids = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-        last = len(parameters) - any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*parameters[:last], task_ids, *parameters[last:]]
-        )
-        routing.wrapped["forward"] = model.__dict__.get("forward")
-        model.forward = forward
-    if isinstance(generate := getattr(model, "generate", None), Callable):  # type: ignore[arg-type]
-        routing.wrapped["generate"] = model.__dict__.get("generate")
-        cast(Any, model).generate = update_wrapper(partial(_generate, routing, generate), generate)
-
-
-def detach_hooks(routing: Routing, model: nn.Module) -> None:
-    """Take the hooks off a base model, and give it its own methods back.
-
-    Args:
-        routing: Routing of the model.
-        model: Base model.
-    """
-    for handle in routing.handles:
-        handle.remove()
-    for name, before in routing.wrapped.items():
-        del model.__dict__[name]
-        if before is not None:
-            setattr(model, name, before)
-
-
-def _forward(forward: Callable[..., Any], *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)  # the hook has taken the tasks
-
-
-def _generate(
-    routing: Routing, generate: Callable[..., Any], *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any
-) -> Any:
-    with routing.passes.generation(task_ids):
-        return generate(*args, **kwargs)
-
-
-def _count_cached(cache: Any) -> int:
-    count = getattr(cache, "get_seq_length", None)
-    return int(count()) if count is not None else len(cache)

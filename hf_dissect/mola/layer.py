@@ -27,16 +27,11 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         base_layer: Layer to adapt.
         routing: Source of the experts' weights, shared by all layers of a model.
         tower: Name of the tower that the layer belongs to.
-
-    Attributes:
-        batch_dim: Dimension of a dense layer's input that counts the samples; 1 in a model that puts the sequence
-            first.
     """
 
     adapter_layer_names = ("mola_A", "mola_B")
     other_param_names = ("mola_r", "mola_scaling", "mola_dropout")
     routing: Routing
-    batch_dim = 0
     in_features: int | None
     out_features: int | None
 
@@ -167,13 +162,16 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         A, B = self.mola_A[adapter_name], self.mola_B[adapter_name][:, outputs]
         scaling = self.mola_scaling[adapter_name]
         x = self.mola_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        rows = x.shape[self.batch_dim]
-        weights = self.routing.expert_weights(adapter_name, self.tower, rows, A.dtype, repeat=False)
+        weights = self._expert_weights(adapter_name, x, A.dtype)
         if isinstance(weights, int):
             return self._up(self._down(x, A[weights]), B[weights] * scaling)
         if weights.dtype == torch.int64:
             return self._mix_tasks(x, A, B, weights, scaling)
         return self._mix_all(x, A, B, weights * scaling)
+
+    def _expert_weights(self, adapter_name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | int:
+        """Return the experts of the samples; each serves as many rows of `x` in succession as a sample has."""
+        return self.routing.expert_weights(adapter_name, self.tower, len(x), dtype, repeat=False)
 
     def __repr__(self) -> str:
         return "mola." + super().__repr__()
@@ -221,7 +219,25 @@ _FEW_PRODUCTS = 64
 
 
 class Linear(MolaLayer):
-    """MoLA in a dense layer, `torch.nn.Linear` or the `Conv1D` of transformers."""
+    """MoLA in a dense layer, `torch.nn.Linear` or the `Conv1D` of transformers.
+
+    Attributes:
+        batch_dim: Dimension of the samples in its input, 1 for an input `(L, B, D)`.
+        knows_batch_dim: False if that may be wrong, so that doubtful inputs are refused.
+    """
+
+    batch_dim = 0
+    knows_batch_dim = False
+
+    def _expert_weights(self, adapter_name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | int:
+        rows = x.shape[self._find_batch_dim(x)]
+        doubtful: int | bool | None = True if self.batch_dim else None
+        if not self.knows_batch_dim and x.dim() > 2:
+            doubtful = x.shape[1]
+        return self.routing.expert_weights(adapter_name, self.tower, rows, dtype, doubtful, repeat=False)
+
+    def _find_batch_dim(self, x: torch.Tensor) -> int:
+        return self.batch_dim if x.dim() > 2 else 0
 
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
         base_layer: Any = self.get_base_layer()
@@ -243,18 +259,20 @@ class Linear(MolaLayer):
     def _mix_tasks(
         self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, tasks: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        by_sample = x.movedim(self.batch_dim, 0)
+        batch_dim = self._find_batch_dim(x)
+        by_sample = x.movedim(batch_dim, 0)
         *shape, in_features = by_sample.shape
         positions = math.prod(shape) // len(tasks)
         if len(A) * positions <= _FEW_PRODUCTS:
             return self._mix_all(x, A, B, F.one_hot(tasks, len(A)).to(A.dtype) * scaling)
         hidden = by_sample.reshape(len(tasks), positions, in_features) @ A.index_select(0, tasks).mT
         output = hidden * scaling @ B.index_select(0, tasks).mT
-        return output.reshape(*shape, -1).movedim(0, self.batch_dim)
+        return output.reshape(*shape, -1).movedim(0, batch_dim)
 
     def _mix_all(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         hidden = self._down(x, A.flatten(0, 1))
-        before, (rows, *after, _) = hidden.shape[: self.batch_dim], hidden.shape[self.batch_dim :]
+        batch_dim = self._find_batch_dim(x)
+        before, (rows, *after, _) = hidden.shape[:batch_dim], hidden.shape[batch_dim:]
         samples, num_experts = weights.shape
         # The weights of a sample serve all its rows, all further dimensions and all ranks of an expert.
         by_sample = hidden.reshape(*before, samples, rows // samples, *after, num_experts, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -21,24 +20,18 @@ from torch import nn
 from hf_dissect.mola.attention import MultiheadAttention
 from hf_dissect.mola.base_model import (
     TARGET_MODULES,
-    choose_router_sources,
     find_device_and_dtype,
-    find_input_layer,
     find_towers,
-    get_num_channels,
-    get_output_dim,
-    has_fixed_pixels,
+    is_sequence_first,
 )
+from hf_dissect.mola.calls import attach_hooks, detach_hooks
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
-from hf_dissect.mola.hooks import attach_hooks, detach_hooks
-from hf_dissect.mola.layer import MolaLayer, wrap_layer
+from hf_dissect.mola.layer import Linear, MolaLayer, wrap_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
-from hf_dissect.mola.router import Router, build_router, check_router_input
-from hf_dissect.mola.routing import MolaTunerLayer, Routing, mola_routing
+from hf_dissect.mola.router import build_router
+from hf_dissect.mola.routing import MolaTunerLayer, Routing, choose_name, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
-
-NAME = "_mola"  # of the routing in the base model; PEFT passes over names with its prefix
 
 
 class MolaModel(BaseTuner):
@@ -96,12 +89,12 @@ class MolaModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = self._build_router(config, model)  # before the model is changed, because it may fail
+            # Before the model is changed, because it may fail.
+            router = None if config.variant == "grad" else build_router(config, model)
         present = mola_routing(model)
-        if present is None and hasattr(model, NAME):
-            raise ValueError(f"{type(model).__name__} has an attribute {NAME!r}, the name of MoLA's own; rename it.")
         routing = Routing(model) if present is None else present
         if present is None:
+            name = choose_name(model)
             attach_hooks(routing, model)
         object.__setattr__(self, "routing", routing)  # registered once, in the model
         try:
@@ -112,7 +105,7 @@ class MolaModel(BaseTuner):
             raise
         if present is None:
             # Only now, so that PEFT does not take the layers of the router for layers of the model.
-            setattr(model, NAME, routing)
+            setattr(model, name, routing)
         routing.add_adapter(adapter_name, config, router, model)
         for tower, module in find_towers(model).items():
             routing.entries[tower].hook_input_layer(module)
@@ -122,28 +115,6 @@ class MolaModel(BaseTuner):
             router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         routing._move_adapter_to_device_of_base_layer(adapter_name, *find_device_and_dtype(model))
         keep_frozen_statistics(model)
-
-    def _build_router(self, config: MolaConfig, model: nn.Module) -> Router | None:
-        if config.variant == "grad":
-            return None
-        takes_pixels = "pixel_values" in inspect.signature(model.forward).parameters
-        if config.router_input is None:
-            config.router_input = "pixels" if takes_pixels and has_fixed_pixels(model) else "embeddings"
-        check_router_input(config.router_input)
-        if config.router_input == "pixels" and not takes_pixels:
-            raise ValueError(
-                f"router_input='pixels', but {type(model).__name__} takes no pixel_values: use 'embeddings' for "
-                "models without images."
-            )
-        if config.router_input not in ("pixels", "embeddings"):
-            return build_router(config, model, {}, {})
-        towers = find_towers(model)
-        sources = choose_router_sources(config.router_input, list(towers))
-        dims = {
-            tower: get_num_channels(module) if sources[tower] == "pixels" else get_output_dim(find_input_layer(module))
-            for tower, module in towers.items()
-        }
-        return build_router(config, model, sources, dims)
 
     # PEFT passes each method the configuration of its own kind, whatever the base class declares.
     def _create_and_replace(  # type: ignore[override]
@@ -170,6 +141,8 @@ class MolaModel(BaseTuner):
             target.update_layer(adapter_name, r, alpha, peft_config)
             return
         layer = wrap_layer(target, self.routing, self.routing.find_tower(current_key))
+        if isinstance(layer, Linear):
+            layer.batch_dim, layer.knows_batch_dim = self._find_batch_dim(peft_config, current_key)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, r, alpha, peft_config)
         if adapter_name not in self.active_adapters:
@@ -181,6 +154,16 @@ class MolaModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def _find_batch_dim(self, config: MolaConfig, module_name: str) -> tuple[int, bool]:
+        """Return the dimension of the samples in a module's input, and False if it could be another."""
+        if config.sequence_first is not None:
+            given = config.sequence_first
+            if isinstance(given, str):
+                return int(re.fullmatch(given, module_name) is not None), True
+            return int(any(module_name == name or module_name.endswith(f".{name}") for name in given)), True
+        sequence_first = is_sequence_first(self.model, module_name)
+        return int(sequence_first), sequence_first
 
     def _check_new_adapter_config(self, config: MolaConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
@@ -315,7 +298,7 @@ class MolaModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         detach_hooks(self.routing, model)
         release_statistics(model)
-        delattr(model, NAME)
+        delattr(model, next(name for name, module in model.named_children() if module is self.routing))
         return model
 
     # ---- saving and loading ----
@@ -342,8 +325,6 @@ class MolaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # Adapters saved by earlier versions have their router under another name.
-        state_dict = {re.sub(r"\bmola\.mola_router\b", f"{NAME}.mola_router", key): v for key, v in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         saved = {key.removeprefix("base_model.model.") for key in remapped if f".{cls.prefix}" in key}
         expected = {

@@ -45,6 +45,17 @@ class Pass:
     held: bool = False
     reentrant: bool = False
 
+    def hold(self, earlier: Pass) -> None:
+        """Use the weights of an earlier call, which this call continues."""
+        self.weights = {key: self.expand(weights) for key, weights in earlier.weights.items()}
+        self.projections, self.held = earlier.projections, True
+
+    def expand(self, rows: torch.Tensor) -> torch.Tensor:
+        """Repeat the row of each sample for its beams, if there are several of each."""
+        if self.size is None or self.size <= len(rows) or self.size % len(rows):
+            return rows
+        return rows.repeat_interleave(self.size // len(rows), dim=0)
+
 
 class _ThreadState(threading.local):
     current: Pass | None = None  # that runs
@@ -73,6 +84,8 @@ class Passes:
     def current(self) -> Pass | None:
         """The pass that runs, or whose backward pass does; None between calls."""
         running = self.thread.current
+        if running is None and self.thread.generation is not None and self.thread.generation.weights:
+            return self.thread.generation  # `generate` calls parts of a model by themselves, too
         if running is not None or torch.compiler.is_compiling() or not self._in_backward:
             return running
         number = torch._C._current_graph_task_id()
@@ -108,14 +121,14 @@ class Passes:
     def _begin_backward(self, ended: Pass, gradient: torch.Tensor) -> None:
         number = torch._C._current_graph_task_id()
         if number not in self._in_backward:
-            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(self._in_backward.pop, number, None))
         self._in_backward[number] = ended
 
     # ---- calls that continue an earlier one ----
 
     @contextmanager
-    def generation(self, task_ids: torch.Tensor | None) -> Iterator[None]:
+    def generation(self, task_ids: torch.Tensor | None) -> Iterator[Pass]:
         """Share one choice of experts among the calls in the block, that of the first.
 
         Args:
@@ -123,7 +136,7 @@ class Passes:
         """
         before, self.thread.generation = self.thread.generation, Pass(task_ids=task_ids)
         try:
-            yield
+            yield self.thread.generation
         finally:
             self.thread.generation = before
 
@@ -140,11 +153,10 @@ class Passes:
         finally:
             self.thread.task_ids = before
 
-    def remember(self, key: object) -> None:
-        """Keep the choice of the last pass for calls that are given this object, a cache or an encoder's output."""
-        last = self.thread.last
-        if last is not None and last.weights:
-            self._known[key] = Pass(weights=last.weights, projections=last.projections)
+    def remember(self, key: object, made_by: Pass | None) -> None:
+        """Keep the choice of a pass for calls that are given what it made, a cache or an encoder's output."""
+        if made_by is not None and made_by.weights:
+            self._known[key] = Pass(weights=made_by.weights, projections=made_by.projections)
 
     def find(self, key: object) -> Pass | None:
         """Return the pass that a call with this object continues; None for one that is not known."""

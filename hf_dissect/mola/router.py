@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_dissect.mola.base_model import (
+    choose_router_sources,
+    find_input_layer,
+    find_towers,
+    get_num_channels,
+    get_output_dim,
+    has_fixed_pixels,
+)
 from hf_dissect.mola.config import MolaConfig
 
 RouterFactory = Callable[[MolaConfig, nn.Module], nn.Module]
@@ -163,24 +172,59 @@ class Router(nn.Module):
         return scores, None if self.projection is None else self.projection(scores)
 
 
-def build_router(config: MolaConfig, model: nn.Module, inputs: dict[str, str], dims: dict[str, int]) -> Router:
-    """Build the router of an adapter.
+def build_router(config: MolaConfig, model: nn.Module) -> Router:
+    """Build the router of an adapter, and set `router_input` in its configuration if it is None.
 
     Args:
         config: Configuration of the adapter.
         model: Base model.
-        inputs: Input of each tower's branch: `"pixels"`, `"embeddings"` or the name of a registered router.
-        dims: Number of channels or dimensions of that input, for each tower.
 
     Returns:
         The router, in single precision, with fresh weights.
+
+    Raises:
+        ValueError: If the router cannot read what the configuration says.
     """
+    takes_pixels = "pixel_values" in inspect.signature(model.forward).parameters
+    if config.router_input is None:
+        config.router_input = "pixels" if takes_pixels and has_fixed_pixels(model) else "embeddings"
+    check_router_input(config.router_input)
+    if config.router_input == "pixels" and not takes_pixels:
+        raise ValueError(
+            f"router_input='pixels', but {type(model).__name__} takes no pixel_values: use 'embeddings' for models "
+            "without images."
+        )
     if config.router_input in _FACTORIES:
         return Router({"all": _FACTORIES[config.router_input](config, model)}, config)
+    towers = find_towers(model)
     branches: dict[str, nn.Module] = {}
-    for tower, source in inputs.items():
+    for tower, source in choose_router_sources(config.router_input, list(towers)).items():
         if source == "pixels":
-            branches[tower] = PixelRouter(config.num_experts, dims[tower], config.router_image_size)
+            channels = get_num_channels(towers[tower])
+            branches[tower] = PixelRouter(config.num_experts, channels, config.router_image_size)
         else:
-            branches[tower] = EmbeddingRouter(config.num_experts, dims[tower])
+            branches[tower] = EmbeddingRouter(config.num_experts, get_output_dim(find_input_layer(towers[tower])))
     return Router(branches, config)
+
+
+class Carrier(torch.autograd.Function):
+    """The identity on a tensor whose backward pass hands the routing weights the gradient of their leaf.
+
+    Each reentrant checkpoint runs a backward pass of its own, which would go through the router again. The
+    checkpointed blocks therefore see a leaf that collects their gradients. The carried tensor is the input of the
+    model, so it is reached last on the way back, when the leaf has collected everything. The leaf is passed inside a
+    list: if it were a direct input, autograd would run this function before the gradients of layers outside the
+    checkpoints arrive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, weights: torch.Tensor, leaf: list[torch.Tensor]) -> torch.Tensor:
+        """Return a view of the tensor, any shape, and remember the leaf of the weights `(B, E)`."""
+        ctx.leaf = leaf[0]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Return the incoming gradient for the tensor and the gradient of the leaf for the weights."""
+        collected, ctx.leaf.grad = ctx.leaf.grad, None
+        return gradient, collected, None

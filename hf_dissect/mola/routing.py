@@ -16,6 +16,9 @@ from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.decorrelation import decorrelation_loss
 from hf_dissect.mola.passes import Pass, Passes
 from hf_dissect.mola.router import Router
+from hf_dissect.mola.tasks import check_task_ids, find_common_task
+
+NAMES = ("mola", "_mola")  # of the routing in a base model; PEFT passes over names with the prefix of its type
 
 
 class MolaTunerLayer(BaseTunerLayer):
@@ -25,7 +28,7 @@ class MolaTunerLayer(BaseTunerLayer):
 class Routing(nn.Module, MolaTunerLayer):
     """The routers of a model, and the experts in force in each of its calls.
 
-    The base model holds it as the module `_mola`, so that whatever moves, casts, saves or switches adapters
+    The base model holds it as the module `mola`, so that whatever moves, casts, saves or switches adapters
     finds it, also where a model loads its adapter without a `PeftModel`. Hooks on the base model (see `hooks.py`) fill
     `passes`, whoever calls that model.
 
@@ -129,7 +132,9 @@ class Routing(nn.Module, MolaTunerLayer):
             TypeError: If `task_ids` is not an int64 tensor.
             ValueError: If their shape, device or range is wrong, or they are missing in training.
         """
-        num_experts = {name: config.num_experts for name, config in self._get_active_configs() if config.variant == "grad"}
+        num_experts = {
+            name: config.num_experts for name, config in self._get_active_configs() if config.variant == "grad"
+        }
         if task_ids is None:
             self._check_default_tasks(list(num_experts))
         else:
@@ -189,9 +194,9 @@ class Routing(nn.Module, MolaTunerLayer):
     def warn_of_missing_labels(self) -> None:
         """Say once what a router reads in a language model that is called without labels."""
         self._warn_once(
-            "The router of a model that predicts its own input reads the prompt only: the tokens before the first label "
-            "that is not -100, or what `generate` is given. This call had neither, so the router reads the first token."
-            " Pass labels, or logits_to_keep=1 where only the last token's prediction counts."
+            "The router of a model that predicts its own input reads the prompt only: the tokens before the first "
+            "label that is not -100, or what `generate` is given. This call had neither, so the router reads the "
+            "first token. Pass labels, or logits_to_keep=1 where only the last token's prediction counts."
         )
 
     def _warn_once(self, message: str) -> None:
@@ -202,7 +207,13 @@ class Routing(nn.Module, MolaTunerLayer):
     # ---- weights for the layers ----
 
     def expert_weights(
-        self, adapter_name: str, tower: str, rows: int, dtype: torch.dtype, repeat: bool = True
+        self,
+        adapter_name: str,
+        tower: str,
+        rows: int,
+        dtype: torch.dtype,
+        doubtful: int | bool | None = None,
+        repeat: bool = True,
     ) -> torch.Tensor | int:
         """Return the weights of an adapter's experts in the current pass.
 
@@ -211,6 +222,8 @@ class Routing(nn.Module, MolaTunerLayer):
             tower: Tower of the layer that asks.
             rows: Number of rows of the layer's input, a multiple of the number of samples.
             dtype: Type of the experts.
+            doubtful: Size of the other dimension of an input that may be `(L, B, D)`; True if the samples are not in
+                order where there are several rows of each.
             repeat: True for an entry per row, False for an entry per sample, which serves as many rows in succession
                 as a sample has.
 
@@ -219,7 +232,7 @@ class Routing(nn.Module, MolaTunerLayer):
             of the rows, int64 `(rows,)`; or the one expert that serves the whole batch.
 
         Raises:
-            ValueError: If the weights were made for another batch.
+            ValueError: If the weights were made for another batch, or the rows may not be those of samples.
             RuntimeError: If there are no weights, because a part of the model was called by itself.
         """
         weights = self._find_weights(adapter_name, tower, torch.promote_types(dtype, torch.float32))
@@ -232,6 +245,12 @@ class Routing(nn.Module, MolaTunerLayer):
             raise ValueError(
                 f"A layer got a batch of {rows}, but {'task_ids' if by_task else 'the router'} had {len(weights)} "
                 "samples."
+            )
+        if doubtful is True or doubtful == len(weights):
+            raise ValueError(
+                f"A layer got {rows} rows in a batch of {len(weights)} samples, and they may not be in the order of "
+                "the samples: its input may be (L, B, D). Name the modules that compute on (L, B, D) in the "
+                "configuration's sequence_first, or set it to [] if there are none."
             )
         # Windows or tokens of each sample.
         return weights.repeat_interleave(rows // len(weights), dim=0) if repeat else weights
@@ -347,57 +366,24 @@ class Routing(nn.Module, MolaTunerLayer):
         """Do nothing: the layers are unmerged one by one."""
 
 
-def check_task_ids(task_ids: torch.Tensor, size: int | None, device: torch.device | None) -> None:
-    """Check the form of the task ids of a batch.
+def choose_name(model: nn.Module) -> str:
+    """Return the name of the routing in a base model that has none yet.
 
     Args:
-        task_ids: Task of each sample, int64 `(B,)`.
-        size: Number of samples; None if it is not known.
-        device: Device of the other inputs; None without any.
+        model: Base model.
 
     Raises:
-        TypeError: If `task_ids` is not an int64 tensor.
-        ValueError: If its shape or device is wrong.
+        ValueError: If the model has attributes of its own under all names.
     """
-    if not torch.is_tensor(task_ids) or task_ids.dtype != torch.int64:
-        kind = f"{task_ids.dtype} tensor" if torch.is_tensor(task_ids) else type(task_ids).__name__
-        raise TypeError(f"task_ids is a {kind}; it must be an int64 tensor of shape (B,).")
-    if task_ids.dim() != 1 or (size is not None and len(task_ids) != size) or not len(task_ids):
-        raise ValueError(
-            f"task_ids has shape {tuple(task_ids.shape)}; it must have one task for each of the {size or 'B'} samples."
-        )
-    if device is not None and task_ids.device != device:
-        raise ValueError(
-            f"task_ids are on {task_ids.device}, the other inputs on {device}; move them to one device."
-        )
+    for name in NAMES:
+        if not hasattr(model, name):
+            return name
+    raise ValueError(f"{type(model).__name__} has attributes {' and '.join(NAMES)}, MoLA's own names; rename one.")
 
 
-def find_common_task(task_ids: torch.Tensor, num_experts: Mapping[str, int]) -> int | None:
-    """Return the task that all samples share, after a check that each adapter has an expert for every task.
-
-    Args:
-        task_ids: Task of each sample, int64 `(B,)`.
-        num_experts: Number of tasks of each grad adapter, by name.
-
-    Returns:
-        The common task; None if there are several, or in a compiled model, which does not wait for their values.
-
-    Raises:
-        ValueError: If an adapter has no expert for a task.
-    """
-    if not num_experts:
-        return None
-    if torch.compiler.is_compiling():
-        in_range = (task_ids >= 0) & (task_ids < min(num_experts.values()))
-        torch._assert_async(in_range.all(), "task_ids has a task without an expert")  # type: ignore[call-overload]
-        return None
-    lowest, highest = torch.stack(task_ids.aminmax()).tolist()
-    for adapter_name, number in num_experts.items():
-        if lowest < 0 or highest >= number:
-            raise ValueError(
-                f"task_ids from {lowest} to {highest}: adapter {adapter_name!r} has the tasks 0 to {number - 1}."
-            )
-    return lowest if lowest == highest else None
+def get_own_routing(model: nn.Module) -> Routing | None:
+    """Return the routing that a base model holds itself; None if it holds none."""
+    return next((module for module in model.children() if isinstance(module, Routing)), None)
 
 
 def mola_routing(model: nn.Module) -> Routing | None:

@@ -395,6 +395,28 @@ def test_the_pooling_head_of_siglip_is_adapted_by_name():
         assert (expected[0] - found[i]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("targets", [["self_attn"], ["self_attn", "linear1", "linear2"]])
+def test_an_encoder_that_has_the_sequence_first_takes_the_expert_of_each_sample(targets, norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 16, 0.0, norm_first=norm_first)
+    model = adapt(Transposed(layer).double(), target_modules=targets)
+    x = torch.randn(3, 3, EMBED, dtype=torch.float64)  # as many tokens as samples
+    found = model(x, task_ids=TASKS)
+    for i, task in enumerate(TASKS.tolist()):
+        alone = model(x[i : i + 1], task_ids=TASKS[i : i + 1])
+        assert (alone[0] - found[i]).abs().max() < 1e-12, task
+
+
+class Transposed(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
 class Encoder(nn.Module):
     def __init__(self, norm_first: bool = False, **options):
         super().__init__()
