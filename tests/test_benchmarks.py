@@ -465,6 +465,47 @@ def test_mola_pacs():
     assert results["methods"]["hard-sharing"]["ratio"] == 1
 
 
+def write_tasks():
+    """Two tasks of the table in one file, one of another name in a second."""
+    random = np.random.default_rng(0)
+    for path, names in {"two.npz": ("digits", "pacs-sketch"), "more.npz": ("own",)}.items():
+        arrays = {}
+        for place, name in enumerate(names):
+            arrays[f"{name}/image"] = random.integers(0, 255, (30, 32, 32, 3), dtype=np.uint8)
+            arrays[f"{name}/label"] = np.arange(30, dtype=np.int16) % (place + 2)
+            arrays[f"{name}/split"] = np.arange(30, dtype=np.uint8) // 2 % 3
+        np.savez(path, **arrays)
+
+
+def test_mola_tasks(capsys):
+    write_tasks()
+    small = ["--data", ".", "--widths", "4,8", "--ranks", "1,2", "--batch", 4, "--workers", 1]
+    few = ["--methods", "mola-grad-norms,lora-norms", "--tuning-steps", 1]
+    results = run_benchmark("mola_tasks", *small, "--tune", *few)
+    assert "clothing is not in .: left out" in capsys.readouterr().out
+    assert list(results["tuned"]) == ["mola-grad-norms", "lora-norms"]
+    assert len(results["trials"]) == 10, "three rates, and two more alphas of the best"
+    for method, chosen in results["tuned"].items():
+        own = [trial for trial in results["trials"] if trial["method"] == method]
+        assert len(own) == 5 and chosen == max(own, key=lambda trial: trial["mean"])["settings"]
+    assert {trial["split"] for trial in results["trials"]} == {"validation"}
+    results = run_benchmark("mola_tasks", *small, "--seeds", 0, "--steps", 2)
+    found = {made["method"]: made for made in results["runs"]}
+    assert len(found) == len(results["runs"]) == 9 and {made["split"] for made in found.values()} == {"test"}
+    assert all(list(made["accuracy"]) == ["digits", "pacs-sketch", "own"] for made in found.values())
+    assert all(0 <= made["mean"] <= 1 and made["steps"] == 2 for made in found.values())
+    assert found["mola-grad-norms"]["settings"] == results["tuned"]["mola-grad-norms"]
+    assert all(abs(sum(row) - 1) < 1e-3 for row in found["mola-router"]["expert_weights"].values())
+    counts = {method: made["parameters"] for method, made in found.items()}
+    assert counts["lora"] == counts["mola-grad"] > counts["hard"] and counts["lora-norms"] > counts["lora"]
+    again = run_benchmark("mola_tasks", *small, "--seeds", 0, "--steps", 2)
+    assert again["runs"] == results["runs"], "not repeated"
+    capsys.readouterr()
+    run_main("mola_tasks", "--output", "mola_tasks.json", "--table")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 11 and rows[2][0] == "| single" and "gap closed" in rows[0]
+
+
 def test_amid_utd_mhad():
     random = np.random.default_rng(0)
     subject = np.arange(64) % 8 + 1

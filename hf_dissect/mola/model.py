@@ -29,9 +29,11 @@ from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
 from hf_dissect.mola.layer import Linear, MolaLayer, wrap_layer
 from hf_dissect.mola.lora_export import export_task_as_lora
+from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, check_task_norms
 from hf_dissect.mola.router import build_router
 from hf_dissect.mola.routing import MolaTunerLayer, Routing, choose_name, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
+from hf_dissect.mola.task_norms import find_kind
 
 
 class MolaModel(BaseTuner):
@@ -91,6 +93,7 @@ class MolaModel(BaseTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             # Before the model is changed, because it may fail.
             router = None if config.variant == "grad" else build_router(config, model)
+        check_task_norms(model, config)
         present = mola_routing(model)
         routing = Routing(model) if present is None else present
         if present is None:
@@ -103,6 +106,7 @@ class MolaModel(BaseTuner):
             if present is None:
                 detach_hooks(routing, model)
             raise
+        add_task_norms(model, adapter_name, config, routing, self.active_adapters, self._find_batch_dim)
         if present is None:
             # Only now, so that PEFT does not take the layers of the router for layers of the model.
             setattr(model, name, routing)
@@ -136,6 +140,8 @@ class MolaModel(BaseTuner):
                 stacklevel=2,
             )
             return
+        if peft_config.task_norms and find_kind(target) is not None:
+            return  # a saved adapter's keys name the norms, which are added after the other layers
         r, alpha = peft_config.get_rank(current_key), peft_config.get_alpha(current_key)
         if isinstance(target, MolaLayer):
             target.update_layer(adapter_name, r, alpha, peft_config)
@@ -278,13 +284,15 @@ class MolaModel(BaseTuner):
         Raises:
             ValueError: If an adapter has a router, no task is fixed, or a merged weight would not be finite.
         """
-        self._check_tasks_to_merge(adapter_names)
+        self._check_tasks_to_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_tasks_to_merge(self, adapter_names: list[str] | None) -> None:
-        for name in self.active_adapters if adapter_names is None else adapter_names:
+    def _check_tasks_to_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
             if name in self.peft_config:
                 self.routing.get_task_to_merge(name)  # raises before any layer is changed
+        check_norms_to_merge(self.model, names, safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
         self,
@@ -294,7 +302,7 @@ class MolaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_tasks_to_merge(adapter_names)
+            self._check_tasks_to_merge(adapter_names, safe_merge)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         detach_hooks(self.routing, model)
         release_statistics(model)

@@ -83,7 +83,7 @@ class Routing(nn.Module, MolaTunerLayer):
             # In the model's mode, because batch norms must not learn in evaluation.
             self.mola_router[adapter_name] = router.train(self.training)
             layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, MolaTunerLayer))
-            adapted = {layer.tower for layer in layers if hasattr(layer, "tower") and adapter_name in layer.mola_A}
+            adapted = {layer.tower for layer in layers if adapter_name in getattr(layer, "mola_A", ())}
             for tower in self.towers:
                 if tower in router.branches and tower not in adapted:
                     router.branches.pop(tower)
