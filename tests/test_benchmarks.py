@@ -420,15 +420,19 @@ def test_gsc_cost():
     assert results["loss_alone"]["gsc without evidence"]["processor"]["ms_per_step_median"] > 0
 
 
-@pytest.mark.slow
-def test_mola_cost():
-    """Start a process for each measurement of memory, each of which imports torch."""
-    results = run_benchmark("mola_cost", "--model", "tiny-clip", "--rounds", 1, "--batch", 4, "--r", 2)
-    lora, grad = results["lora"], results["mola-grad"]
-    assert (
-        grad["trainable_parameters"] == lora["trainable_parameters"] < results["mola-router"]["trainable_parameters"]
-    )
-    assert lora["processor"]["ratio_to_lora_median"] == 1 and grad["process_mib_ratio"] > 0
+@pytest.mark.parametrize("model", ["tiny-clip", "tiny-llama", "tiny-resnet"])
+def test_mola_cost(model):
+    results = run_benchmark("mola_cost", "--model", model, "--experts", 2, 3, "--rounds", 1, "--r", 2)
+    left_out = {"tiny-clip": {"xlora"}, "tiny-llama": set(), "tiny-resnet": {"poly", "xlora"}}[model]
+    for methods in results["experts"].values():
+        assert (
+            left_out
+            == {*("lora_r", "lora_Er", "poly", "xlora", "router", "grad_mixed", "grad_one_task")} - methods.keys()
+        )
+        parameters = {name: method["trainable_parameters"] for name, method in methods.items()}
+        assert parameters["grad_mixed"] == parameters["grad_one_task"] == parameters["lora_Er"] < parameters["router"]
+        assert methods["lora_r"]["ratio_to_lora_r_median"] == methods["lora_Er"]["ratio_to_lora_Er_median"] == 1
+    assert results["experts"]["3"]["lora_r"]["trainable_parameters"] * 3 == parameters["lora_Er"]
 
 
 @pytest.mark.slow

@@ -49,6 +49,8 @@ class MolaConfig(PeftConfig):
         num_experts (`int`): The number of experts per layer; for `"grad"` the number of tasks.
         r (`int`): The rank of an expert.
         alpha (`float`): The numerator of the factor `alpha / r` of the adapter's contribution.
+        use_rslora (`bool`): True for [rank-stabilised LoRA](https://huggingface.co/papers/2312.03732): the factor is
+            `alpha / math.sqrt(r)`, which keeps the size of the contribution as the rank grows. False for `alpha / r`.
         dropout (`float`): The dropout probability of the adapter's input.
         rank_pattern (`dict`): Ranks that differ from `r`, by module name or regular expression.
         alpha_pattern (`dict`): Alphas that differ from `alpha`, by module name or regular expression.
@@ -91,6 +93,10 @@ class MolaConfig(PeftConfig):
     num_experts: int = field(default=4, metadata={"help": "Experts per layer; for 'grad' the number of tasks."})
     r: int = field(default=8, metadata={"help": "Rank of an expert."})
     alpha: float = field(default=16.0, metadata={"help": "Numerator of the adapter's factor alpha / r."})
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "Rank-stabilised LoRA: the factor is alpha / sqrt(r) instead of alpha / r."},
+    )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
@@ -205,7 +211,7 @@ class MolaConfig(PeftConfig):
             raise ValueError(f"bias={self.bias!r}: must be 'none', 'all' or 'mola_only'.")
         if not any(self.train_base is allowed or self.train_base == allowed != 1 for allowed in TRAIN_BASE):
             raise ValueError(f"train_base={self.train_base!r}: must be False, True, 'targets' or 'all'.")
-        for name in ("init_weights", "task_norms", "train_logit_scale"):
+        for name in ("init_weights", "task_norms", "train_logit_scale", "use_rslora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False.")
         if self.router_input is not None and not isinstance(self.router_input, str):

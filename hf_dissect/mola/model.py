@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
+from hf_dissect.mola.attention import MultiheadAttention
 from hf_dissect.mola.base_model import (
     TARGET_MODULES,
     find_device_and_dtype,
@@ -130,8 +131,14 @@ class MolaModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        if isinstance(parent, MultiheadAttention):
+            return  # an adapted attention has adapted it as well
         if isinstance(parent, nn.MultiheadAttention):
-            warnings.warn(f"{current_key} is left out: nn.MultiheadAttention does not call it.", stacklevel=2)
+            warnings.warn(
+                f"{current_key} is left out: nn.MultiheadAttention does not call it. Name the attention itself in "
+                f"target_modules ({current_key.rpartition('.')[0]}) to adapt its projections.",
+                stacklevel=2,
+            )
             return
         if peft_config.task_norms and find_kind(target) is not None:
             return  # a saved adapter's keys name the norms, which are added after the other layers
@@ -147,6 +154,12 @@ class MolaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an added adapter does not train before it is activated
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, nn.MultiheadAttention):  # unloaded; it has no weight that PEFT could hand over
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _find_batch_dim(self, config: MolaConfig, module_name: str) -> tuple[int, bool]:
         """Return the dimension of the samples in a module's input, and False if it could be another."""
