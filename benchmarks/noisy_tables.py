@@ -182,14 +182,13 @@ def render_results(runs: list[dict]) -> str:
             "recovered",
             "won back",
         ]
-        lines = ["| method | " + " | ".join([*heads, "ms a step"]) + " |", "|---|" + "---:|" * (len(heads) + 1)]
+        lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
         for method in [name for name in METHODS if any(name in rows for rows in found.values())]:
             rows = [found[name].get(method, {}) for name in names]
             cells = [_cell(row.get("last")) for row in rows]
             for figure in ("averaged", "best", "detection", "recovered", "won_back"):
                 cells.append(" / ".join(_number(row.get(figure), DECIMALS[figure]) for row in rows))
-            steps = [1000 * row["seconds_per_step"]["mean"] for row in rows if row]
-            lines.append(f"| `{method}` | " + " | ".join([*cells, f"{fmean(steps):.0f}"]) + " |")
+            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
         parts.append(f"{title[0].upper()}{title[1:]}:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 

@@ -420,15 +420,19 @@ def test_gsc_cost():
     assert results["loss_alone"]["gsc without evidence"]["processor"]["ms_per_step_median"] > 0
 
 
-@pytest.mark.slow
-def test_mola_cost():
-    """Start a process for each measurement of memory, each of which imports torch."""
-    results = run_benchmark("mola_cost", "--model", "tiny-clip", "--rounds", 1, "--batch", 4, "--r", 2)
-    lora, grad = results["lora"], results["mola-grad"]
-    assert (
-        grad["trainable_parameters"] == lora["trainable_parameters"] < results["mola-router"]["trainable_parameters"]
-    )
-    assert lora["processor"]["ratio_to_lora_median"] == 1 and grad["process_mib_ratio"] > 0
+@pytest.mark.parametrize("model", ["tiny-clip", "tiny-llama", "tiny-resnet"])
+def test_mola_cost(model):
+    results = run_benchmark("mola_cost", "--model", model, "--experts", 2, 3, "--rounds", 1, "--r", 2)
+    left_out = {"tiny-clip": {"xlora"}, "tiny-llama": set(), "tiny-resnet": {"poly", "xlora"}}[model]
+    for methods in results["experts"].values():
+        assert (
+            left_out
+            == {*("lora_r", "lora_Er", "poly", "xlora", "router", "grad_mixed", "grad_one_task")} - methods.keys()
+        )
+        parameters = {name: method["trainable_parameters"] for name, method in methods.items()}
+        assert parameters["grad_mixed"] == parameters["grad_one_task"] == parameters["lora_Er"] < parameters["router"]
+        assert methods["lora_r"]["ratio_to_lora_r_median"] == methods["lora_Er"]["ratio_to_lora_Er_median"] == 1
+    assert results["experts"]["3"]["lora_r"]["trainable_parameters"] * 3 == parameters["lora_Er"]
 
 
 @pytest.mark.slow
@@ -459,6 +463,47 @@ def test_mola_pacs():
     assert list(results["methods"]) == methods and len(results["runs"]) == 6
     assert all(0 <= row["accuracy"]["mean"]["mean"] <= 1 for row in results["methods"].values())
     assert results["methods"]["hard-sharing"]["ratio"] == 1
+
+
+def write_tasks():
+    """Two tasks of the table in one file, one of another name in a second."""
+    random = np.random.default_rng(0)
+    for path, names in {"two.npz": ("digits", "pacs-sketch"), "more.npz": ("own",)}.items():
+        arrays = {}
+        for place, name in enumerate(names):
+            arrays[f"{name}/image"] = random.integers(0, 255, (30, 32, 32, 3), dtype=np.uint8)
+            arrays[f"{name}/label"] = np.arange(30, dtype=np.int16) % (place + 2)
+            arrays[f"{name}/split"] = np.arange(30, dtype=np.uint8) // 2 % 3
+        np.savez(path, **arrays)
+
+
+def test_mola_tasks(capsys):
+    write_tasks()
+    small = ["--data", ".", "--widths", "4,8", "--ranks", "1,2", "--batch", 4, "--workers", 1]
+    few = ["--methods", "mola-grad-norms,lora-norms", "--tuning-steps", 1]
+    results = run_benchmark("mola_tasks", *small, "--tune", *few)
+    assert "clothing is not in .: left out" in capsys.readouterr().out
+    assert list(results["tuned"]) == ["mola-grad-norms", "lora-norms"]
+    assert len(results["trials"]) == 10, "three rates, and two more alphas of the best"
+    for method, chosen in results["tuned"].items():
+        own = [trial for trial in results["trials"] if trial["method"] == method]
+        assert len(own) == 5 and chosen == max(own, key=lambda trial: trial["mean"])["settings"]
+    assert {trial["split"] for trial in results["trials"]} == {"validation"}
+    results = run_benchmark("mola_tasks", *small, "--seeds", 0, "--steps", 2)
+    found = {made["method"]: made for made in results["runs"]}
+    assert len(found) == len(results["runs"]) == 9 and {made["split"] for made in found.values()} == {"test"}
+    assert all(list(made["accuracy"]) == ["digits", "pacs-sketch", "own"] for made in found.values())
+    assert all(0 <= made["mean"] <= 1 and made["steps"] == 2 for made in found.values())
+    assert found["mola-grad-norms"]["settings"] == results["tuned"]["mola-grad-norms"]
+    assert all(abs(sum(row) - 1) < 1e-3 for row in found["mola-router"]["expert_weights"].values())
+    counts = {method: made["parameters"] for method, made in found.items()}
+    assert counts["lora"] == counts["mola-grad"] > counts["hard"] and counts["lora-norms"] > counts["lora"]
+    again = run_benchmark("mola_tasks", *small, "--seeds", 0, "--steps", 2)
+    assert again["runs"] == results["runs"], "not repeated"
+    capsys.readouterr()
+    run_main("mola_tasks", "--output", "mola_tasks.json", "--table")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 11 and rows[2][0] == "| single" and "gap closed" in rows[0]
 
 
 def test_amid_utd_mhad():

@@ -131,6 +131,18 @@ def test_comparisons_are_those_that_were_measured(heading, file):
 _FIRST_COLUMNS = ("recall_sum", "image_to_text_R@1")
 
 
+def test_the_costs_of_mola_are_those_that_were_measured():
+    columns = [("lora_Er", "lora_r"), ("router", "lora_Er"), ("grad_mixed", "lora_r"), ("grad_one_task", "lora_r")]
+    columns += [("poly", "lora_r"), ("xlora", "lora_r")]
+    expected = []
+    for model in ("clip", "llama", "resnet"):
+        measured = json.loads((MEASURED / f"mola_cost_{model}.json").read_text())
+        for experts, methods in measured["experts"].items():
+            ratios = [methods[name][f"ratio_to_{to}_median"] if name in methods else None for name, to in columns]
+            expected.append([model, experts, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+    assert table("docs/results.md", "base") == expected
+
+
 def test_benchmarks_named_in_the_text_take_these_options():
     named = [shlex.split(code) for code in inline_code() if code.startswith("python ")]
     assert len(named) > 10

@@ -14,10 +14,12 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from hf_dissect.mola.attention import MultiheadAttention
 from hf_dissect.mola.calls import pass_task_ids_on
 from hf_dissect.mola.config import MOLA_TYPE, MolaConfig
+from hf_dissect.mola.convolution import Conv2d
 from hf_dissect.mola.decorrelation import decorrelation_loss
-from hf_dissect.mola.layer import Conv2d, Linear, MolaLayer
+from hf_dissect.mola.layer import Linear, MolaLayer
 from hf_dissect.mola.model import MolaModel
 from hf_dissect.mola.router import EmbeddingRouter, PixelRouter, Router, register_router
 from hf_dissect.mola.routing import Routing, mola_routing
@@ -29,6 +31,7 @@ __all__ = [
     "MolaConfig",
     "MolaLayer",
     "MolaModel",
+    "MultiheadAttention",
     "PixelRouter",
     "Router",
     "Routing",

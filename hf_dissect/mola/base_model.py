@@ -99,7 +99,10 @@ def is_sequence_first(model: nn.Module, module_name: str) -> bool:
         known = _SEQUENCE_FIRST.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
         if known is not None:
             return known
-        attention = (child for child in module.children() if isinstance(child, nn.MultiheadAttention))
+        children = (
+            child.get_base_layer() if isinstance(child, BaseTunerLayer) else child for child in module.children()
+        )
+        attention = (child for child in children if isinstance(child, nn.MultiheadAttention))
         batch_first = getattr(next(attention, module), "batch_first", None)
         if isinstance(batch_first, bool):
             return not batch_first

@@ -49,6 +49,8 @@ class MolaConfig(PeftConfig):
         num_experts (`int`): The number of experts per layer; for `"grad"` the number of tasks.
         r (`int`): The rank of an expert.
         alpha (`float`): The numerator of the factor `alpha / r` of the adapter's contribution.
+        use_rslora (`bool`): True for [rank-stabilised LoRA](https://huggingface.co/papers/2312.03732): the factor is
+            `alpha / math.sqrt(r)`, which keeps the size of the contribution as the rank grows. False for `alpha / r`.
         dropout (`float`): The dropout probability of the adapter's input.
         rank_pattern (`dict`): Ranks that differ from `r`, by module name or regular expression.
         alpha_pattern (`dict`): Alphas that differ from `alpha`, by module name or regular expression.
@@ -77,6 +79,9 @@ class MolaConfig(PeftConfig):
             error in training and takes the mean of the experts in evaluation.
         train_base (`bool` or `str`): The part of the base that is trained and saved as well: False for none of it,
             `"targets"` (or True) for the targeted layers, `"all"` for everything.
+        task_norms (`bool`): True to give each expert its own affine and, for batch norm, statistics in the
+            normalisation layers of the adapted towers, which `target_modules` need not name and `exclude_modules` may
+            exclude. A sample is normalised by those of its task, or by the mixture that the router weights.
         train_logit_scale (`bool`): True to train and save the model's `logit_scale` (and `logit_bias`).
 
     Raises:
@@ -88,6 +93,10 @@ class MolaConfig(PeftConfig):
     num_experts: int = field(default=4, metadata={"help": "Experts per layer; for 'grad' the number of tasks."})
     r: int = field(default=8, metadata={"help": "Rank of an expert."})
     alpha: float = field(default=16.0, metadata={"help": "Numerator of the adapter's factor alpha / r."})
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "Rank-stabilised LoRA: the factor is alpha / sqrt(r) instead of alpha / r."},
+    )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
@@ -150,6 +159,9 @@ class MolaConfig(PeftConfig):
         default=False,
         metadata={"help": "Base weights to train and save as well: False, 'targets' (or True), 'all'."},
     )
+    task_norms: bool = field(
+        default=False, metadata={"help": "Give each expert its own affine and statistics in normalisation layers."}
+    )
     train_logit_scale: bool = field(default=False, metadata={"help": "Train and save logit_scale (and logit_bias)."})
 
     def __post_init__(self) -> None:
@@ -199,7 +211,7 @@ class MolaConfig(PeftConfig):
             raise ValueError(f"bias={self.bias!r}: must be 'none', 'all' or 'mola_only'.")
         if not any(self.train_base is allowed or self.train_base == allowed != 1 for allowed in TRAIN_BASE):
             raise ValueError(f"train_base={self.train_base!r}: must be False, True, 'targets' or 'all'.")
-        for name in ("init_weights", "train_logit_scale"):
+        for name in ("init_weights", "task_norms", "train_logit_scale", "use_rslora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False.")
         if self.router_input is not None and not isinstance(self.router_input, str):

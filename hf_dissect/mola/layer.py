@@ -69,12 +69,12 @@ class MolaLayer(nn.Module, MergingLayer):
         Args:
             adapter_name: Name of the adapter.
             r: Rank of its experts in this layer.
-            alpha: Numerator of the factor `alpha / r`.
+            alpha: Numerator of the factor `alpha / r`, or `alpha / sqrt(r)` with `use_rslora`.
             config: Configuration of the adapter.
         """
         shape_A, out_features = self._expert_shape()
         self.mola_r[adapter_name] = r
-        self.mola_scaling[adapter_name] = alpha / r
+        self.mola_scaling[adapter_name] = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.mola_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.mola_A[adapter_name] = nn.Parameter(torch.empty(config.num_experts, r, *shape_A))
         self.mola_B[adapter_name] = nn.Parameter(torch.empty(config.num_experts, out_features, r))
@@ -163,23 +163,21 @@ class MolaLayer(nn.Module, MergingLayer):
                 result = result + self._mixture(name, x)
         return result.to(dtype)
 
-    def _mixture(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        A, B = self.mola_A[adapter_name], self.mola_B[adapter_name]
-        scaling, r = self.mola_scaling[adapter_name], self.mola_r[adapter_name]
+    def _mixture(self, adapter_name: str, x: torch.Tensor, outputs: slice = slice(None)) -> torch.Tensor:
+        """Compute the weighted sum of an adapter's experts, or of some of its outputs."""
+        A, B = self.mola_A[adapter_name], self.mola_B[adapter_name][:, outputs]
+        scaling = self.mola_scaling[adapter_name]
         x = self.mola_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
         weights = self._expert_weights(adapter_name, x, A.dtype)
         if isinstance(weights, int):
             return self._up(self._down(x, A[weights]), B[weights] * scaling)
-        if not weights.is_floating_point():
-            weights = F.one_hot(weights, len(A)).to(torch.promote_types(A.dtype, torch.float32))
-        # One adapter of rank E * r with weighted inner dimensions needs no weight matrix per sample.
-        hidden = self._down(x, A.flatten(0, 1))
-        return self._up(
-            self._weigh(hidden, (weights * scaling).repeat_interleave(r, dim=1)), B.transpose(0, 1).flatten(1)
-        )
+        if weights.dtype == torch.int64:
+            return self._mix_tasks(x, A, B, weights, scaling)
+        return self._mix_all(x, A, B, weights * scaling)
 
     def _expert_weights(self, adapter_name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | int:
-        return self.routing.expert_weights(adapter_name, self.tower, len(x), dtype)
+        """Return the experts of the samples; each serves as many rows of `x` in succession as a sample has."""
+        return self.routing.expert_weights(adapter_name, self.tower, len(x), dtype, repeat=False)
 
     def __repr__(self) -> str:
         return "mola." + super().__repr__()
@@ -199,12 +197,33 @@ class MolaLayer(nn.Module, MergingLayer):
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Multiply hidden values by the weights `(B, E * r)` of the samples."""
-        raise NotImplementedError
-
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def _mix_tasks(
+        self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, tasks: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Compute one expert for each sample.
+
+        Args:
+            x: Input.
+            A: Experts `(E, r, ...)`.
+            B: Experts `(E, out, r)`.
+            tasks: Expert of each sample, int64 `(S,)`; a sample has one row of `x` or several in succession.
+            scaling: Factor of the result.
+        """
+        raise NotImplementedError
+
+    def _mix_all(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute the sum of all experts with the weights `(S, E)` of each sample, or `(1, E)` of all samples.
+
+        It is one adapter of rank E * r, so no weight matrix per sample is built.
+        """
+        raise NotImplementedError
+
+
+# A batch of matrix products is slower than one product with all experts where each sample has few positions.
+_FEW_PRODUCTS = 64
 
 
 class Linear(MolaLayer):
@@ -219,11 +238,14 @@ class Linear(MolaLayer):
     knows_batch_dim = False
 
     def _expert_weights(self, adapter_name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | int:
-        dim = self.batch_dim if x.dim() > 2 else 0
+        rows = x.shape[self._find_batch_dim(x)]
         doubtful: int | bool | None = True if self.batch_dim else None
         if not self.knows_batch_dim and x.dim() > 2:
             doubtful = x.shape[1]
-        return self.routing.expert_weights(adapter_name, self.tower, x.shape[dim], dtype, doubtful)
+        return self.routing.expert_weights(adapter_name, self.tower, rows, dtype, doubtful, repeat=False)
+
+    def _find_batch_dim(self, x: torch.Tensor) -> int:
+        return self.batch_dim if x.dim() > 2 else 0
 
     is_dense = True
 
@@ -236,42 +258,35 @@ class Linear(MolaLayer):
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         return F.linear(x, A)
 
-    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if self.batch_dim and hidden.dim() > 2:
-            return hidden * weights.to(hidden)
-        return hidden * weights.to(hidden).reshape(len(weights), *[1] * (hidden.dim() - 2), -1)
-
     def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, B)
 
+    def _mix_tasks(
+        self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, tasks: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        batch_dim = self._find_batch_dim(x)
+        by_sample = x.movedim(batch_dim, 0)
+        *shape, in_features = by_sample.shape
+        positions = math.prod(shape) // len(tasks)
+        if len(A) * positions <= _FEW_PRODUCTS:
+            return self._mix_all(x, A, B, F.one_hot(tasks, len(A)).to(A.dtype) * scaling)
+        hidden = by_sample.reshape(len(tasks), positions, in_features) @ A.index_select(0, tasks).mT
+        output = hidden * scaling @ B.index_select(0, tasks).mT
+        return output.reshape(*shape, -1).movedim(0, batch_dim)
 
-class Conv2d(MolaLayer):
-    """MoLA in a convolution of any kernel, stride, padding, dilation and number of groups.
+    def _mix_all(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        hidden = self._down(x, A.flatten(0, 1))
+        batch_dim = self._find_batch_dim(x)
+        before, (rows, *after, _) = hidden.shape[:batch_dim], hidden.shape[batch_dim:]
+        samples, num_experts = weights.shape
+        # The weights of a sample serve all its rows, all further dimensions and all ranks of an expert.
+        by_sample = hidden.reshape(*before, samples, rows // samples, *after, num_experts, -1)
+        weights = weights.to(hidden).view(samples, *[1] * (len(after) + 1), num_experts, 1)
+        return self._up((by_sample * weights).reshape(hidden.shape), B.transpose(0, 1).flatten(1))
 
-    The weight of a convolution, read as a matrix, is `(out, in / groups * height * width)`. The experts add `B A` to
-    this matrix, so every group is reduced by the same `A`.
-    """
 
-    def _expert_shape(self) -> tuple[tuple[int, ...], int]:
-        weight = self._get_convolution().weight
-        return tuple(weight.shape[1:]), weight.shape[0]
-
-    def _as_weight(self, delta: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        return delta.reshape(len(delta), *A.shape[1:])
-
-    def _get_convolution(self) -> nn.Conv2d:
-        return cast(nn.Conv2d, self.get_base_layer())
-
-    def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        base_layer = self._get_convolution()
-        return base_layer._conv_forward(x, A.repeat(base_layer.groups, 1, 1, 1), None)
-
-    def _weigh(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        weights = weights.to(hidden).repeat(1, self._get_convolution().groups)
-        return hidden * weights[:, :, None, None]
-
-    def _up(self, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(hidden, B[:, :, None, None], groups=self._get_convolution().groups)
+# Adapted form of each class of layers; that of others is added where it is defined.
+LAYERS: dict[type[nn.Module], type[MolaLayer]] = {nn.Linear: Linear, Conv1D: Linear}
 
 
 def wrap_layer(
@@ -289,11 +304,13 @@ def wrap_layer(
         TypeError: If MoLA cannot adapt this kind of module.
     """
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if quantization_backend is not None or isinstance(base_layer, nn.Linear | Conv1D):
+    if quantization_backend is not None:
         return Linear(target, routing, tower, quantization_backend)
-    if isinstance(base_layer, nn.Conv2d):
-        return Conv2d(target, routing, tower)
+    for base_class, layer_class in LAYERS.items():
+        if isinstance(base_layer, base_class):
+            return layer_class(target, routing, tower)
     raise TypeError(
-        f"Target module {target} is not supported. MoLA adapts `torch.nn.Linear`, `torch.nn.Conv2d` and "
-        "`transformers.pytorch_utils.Conv1D`; exclude others with `target_modules` or `exclude_modules`."
+        f"Target module {target} is not supported. MoLA adapts `torch.nn.Linear`, `torch.nn.Conv2d`, "
+        "`torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`; exclude others with `target_modules` "
+        "or `exclude_modules`."
     )

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
+from hf_dissect.mola.attention import MultiheadAttention
 from hf_dissect.mola.base_model import (
     TARGET_MODULES,
     find_device_and_dtype,
@@ -24,8 +25,10 @@ from hf_dissect.mola.base_model import (
     is_sequence_first,
 )
 from hf_dissect.mola.base_weight import (
+    can_convert,
     check_merge,
     check_trainable,
+    check_trained_base,
     check_unmerged,
     resolve_quantization_backend,
 )
@@ -33,9 +36,11 @@ from hf_dissect.mola.calls import attach_hooks, detach_hooks
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
 from hf_dissect.mola.layer import Linear, MolaLayer, wrap_layer
+from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, check_task_norms
 from hf_dissect.mola.router import build_router
 from hf_dissect.mola.routing import NAMES, MolaTunerLayer, Routing, choose_name, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
+from hf_dissect.mola.task_norms import find_kind
 
 
 class MolaModel(BaseTuner):
@@ -95,6 +100,7 @@ class MolaModel(BaseTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             # Before the model is changed, because it may fail.
             router = None if config.variant == "grad" else build_router(config, model)
+        check_task_norms(model, config)
         present = mola_routing(model)
         routing = Routing(model) if present is None else present
         if present is None:
@@ -107,6 +113,7 @@ class MolaModel(BaseTuner):
             if present is None:
                 detach_hooks(routing, model)
             raise
+        add_task_norms(model, adapter_name, config, routing, self.active_adapters, self._find_batch_dim)
         routing.add_adapter(adapter_name, config, router, model)
         # Only now, so that PEFT does not take the layers of the router for layers of the model.
         routing.place_in(model)
@@ -130,9 +137,17 @@ class MolaModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        if isinstance(parent, MultiheadAttention):
+            return  # an adapted attention has adapted it as well
         if isinstance(parent, nn.MultiheadAttention):
-            warnings.warn(f"{current_key} is left out: nn.MultiheadAttention does not call it.", stacklevel=2)
+            warnings.warn(
+                f"{current_key} is left out: nn.MultiheadAttention does not call it. Name the attention itself in "
+                f"target_modules ({current_key.rpartition('.')[0]}) to adapt its projections.",
+                stacklevel=2,
+            )
             return
+        if peft_config.task_norms and find_kind(target) is not None:
+            return  # a saved adapter's keys name the norms, which are added after the other layers
         if peft_config.train_base:
             check_trainable(current_key, target)
         r, alpha = peft_config.get_rank(current_key), peft_config.get_alpha(current_key)
@@ -171,15 +186,7 @@ class MolaModel(BaseTuner):
                 f"Adapter {changing[0]!r} changes the base model (train_base or train_logit_scale), which another "
                 "adapter would share; load such an adapter alone."
             )
-        if config.train_logit_scale and not hasattr(self.model, "logit_scale"):
-            raise ValueError(f"train_logit_scale=True: {type(self.model).__name__} has no logit_scale.")
-        if bare := {"logit_scale", "logit_bias"} & set(config.modules_to_save or ()):
-            raise ValueError(
-                f"modules_to_save names {', '.join(sorted(bare))}, which is a parameter and not a module: use "
-                "train_logit_scale=True."
-            )
-        if config.train_base == "all":
-            check_trainable(type(self.model).__name__, self.model)
+        check_trained_base(self.model, config)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -279,6 +286,7 @@ class MolaModel(BaseTuner):
         for name in self.peft_config.keys() & set(names):
             self.routing.get_task_to_merge(name)
         check_merge(self.model, names, safe_merge)
+        check_norms_to_merge(self.model, names, safe_merge)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True if PEFT can convert an adapter to LoRA, once a task is fixed by `set_task`.
@@ -286,12 +294,7 @@ class MolaModel(BaseTuner):
         Args:
             adapter_name: Name of the adapter.
         """
-        if adapter_name in self.peft_config and self.peft_config[adapter_name].variant != "grad":
-            return False
-        try:
-            return all(layer.supports_lora_conversion(adapter_name) for layer in self._layers())
-        except TypeError:
-            return False
+        return can_convert(self.model, self.peft_config.get(adapter_name), adapter_name)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
         self,

@@ -83,7 +83,7 @@ class Routing(nn.Module, MolaTunerLayer):
             # In the model's mode, because batch norms must not learn in evaluation.
             self.mola_router[adapter_name] = router.train(self.training)
             layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, MolaTunerLayer))
-            adapted = {layer.tower for layer in layers if hasattr(layer, "tower") and adapter_name in layer.mola_A}
+            adapted = {layer.tower for layer in layers if adapter_name in getattr(layer, "mola_A", ())}
             for tower in self.towers:
                 if tower in router.branches and tower not in adapted:
                     router.branches.pop(tower)
@@ -207,7 +207,13 @@ class Routing(nn.Module, MolaTunerLayer):
     # ---- weights for the layers ----
 
     def expert_weights(
-        self, adapter_name: str, tower: str, rows: int, dtype: torch.dtype, doubtful: int | bool | None = None
+        self,
+        adapter_name: str,
+        tower: str,
+        rows: int,
+        dtype: torch.dtype,
+        doubtful: int | bool | None = None,
+        repeat: bool = True,
     ) -> torch.Tensor | int:
         """Return the weights of an adapter's experts in the current pass.
 
@@ -218,6 +224,8 @@ class Routing(nn.Module, MolaTunerLayer):
             dtype: Type of the experts.
             doubtful: Size of the other dimension of an input that may be `(L, B, D)`; True if the samples are not in
                 order where there are several rows of each.
+            repeat: True for an entry per row, False for an entry per sample, which serves as many rows in succession
+                as a sample has.
 
         Returns:
             Weights `(rows, E)` or `(1, E)`, in double precision if `dtype` is, otherwise in single precision; experts
@@ -231,7 +239,7 @@ class Routing(nn.Module, MolaTunerLayer):
         if isinstance(weights, int) or len(weights) == rows:
             return weights
         if len(weights) == 1:  # weights of all rows, or the task of the only sample
-            return weights if weights.is_floating_point() else weights.expand(rows)
+            return weights if weights.is_floating_point() or not repeat else weights.expand(rows)
         if rows % len(weights):
             by_task = self.mola_config[adapter_name].variant == "grad"
             raise ValueError(
@@ -244,7 +252,8 @@ class Routing(nn.Module, MolaTunerLayer):
                 "the samples: its input may be (L, B, D). Name the modules that compute on (L, B, D) in the "
                 "configuration's sequence_first, or set it to [] if there are none."
             )
-        return weights.repeat_interleave(rows // len(weights), dim=0)  # windows or tokens of each sample
+        # Windows or tokens of each sample.
+        return weights.repeat_interleave(rows // len(weights), dim=0) if repeat else weights
 
     def _find_weights(self, adapter_name: str, tower: str, dtype: torch.dtype) -> torch.Tensor | int:
         now, config = self.passes.current, self.mola_config[adapter_name]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from testing.tiny_bases import naive_forward
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_dissect.mola import MolaConfig, MolaLayer, register_router
@@ -219,8 +220,199 @@ def test_tokens_or_windows_that_were_folded_into_the_batch_keep_the_weights_of_t
         model(x, task_ids=MIXED)
 
 
-def test_dropout_acts_on_the_input_of_the_adapter_only():
+# Layers and inputs of a sample for which a batch of small products is computed, and those of so few positions that one
+# product with all experts is.
+MANY = {
+    "linear": (lambda: nn.Linear(5, 7), (40, 5)),
+    "linear without bias, 4-D": (lambda: nn.Linear(5, 7, bias=False), (4, 9, 5)),
+    "Conv1D": (lambda: Conv1D(7, 5), (40, 5)),
+    "few positions, 2-D": (lambda: nn.Linear(5, 7), (5,)),
+    "few positions, 3-D": (lambda: nn.Linear(5, 7), (2, 5)),
+    "convolution": (convolution(4, 6, 3, stride=2, padding=1), (4, 9, 8)),
+    "convolution, groups": (convolution(4, 6, (3, 1), groups=2, dilation=(2, 1)), (4, 9, 8)),
+    "convolution, circular": (convolution(4, 6, 3, padding=2, padding_mode="circular", groups=2), (4, 5, 6)),
+    "convolution, same": (convolution(4, 6, (3, 2), padding="same", dilation=2), (4, 5, 6)),
+    "depthwise": (convolution(4, 8, 3, groups=4), (4, 5, 6)),
+}
+
+
+def loop_over_samples(base, x, A, B, experts, scale):
+    """Compute the base layer plus the expert of each sample, one sample after the other."""
+    rows = []
+    for row, expert in zip(x, experts, strict=True):
+        one = torch.zeros(1, len(A), dtype=x.dtype)
+        one[0, expert] = 1
+        rows.append(naive_forward(base, row[None], [(A, B, one, scale)]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("num_experts", [2, 12])
+@pytest.mark.parametrize("case", MANY)
+def test_mixed_tasks_equal_a_loop_over_the_samples(case, num_experts):
+    new_layer, shape = MANY[case]
+    torch.manual_seed(num_experts)
+    config = MolaConfig(variant="grad", num_experts=num_experts, r=3, init_weights=False, target_modules=["body.0"])
+    model = get_peft_model(Net(new_layer()).double(), config)
+    layer = layer_of(model)
+    A, B = layer.mola_A["default"], layer.mola_B["default"]
+    tasks = torch.randint(num_experts - 1, (7,))
+    tasks[0] = num_experts - 1
+    x = torch.randn(7, *shape, dtype=torch.float64).requires_grad_()
+    found, expected = model(x, task_ids=tasks), loop_over_samples(layer.base_layer, x, A, B, tasks.tolist(), 16 / 3)
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-12
+    upstream = torch.randn_like(found)
+    for own, other in zip(
+        gradients(found, upstream, [A, B, x]), gradients(expected, upstream, [A, B, x]), strict=True
+    ):
+        assert (own - other).abs().max() < 1e-12 * max(1, other.abs().max())
+    unused = [expert for expert in range(num_experts) if expert not in tasks]
+    if unused:
+        assert gradients(model(x, task_ids=tasks), upstream, [A])[0][unused].abs().max() == 0
+
+
+class SequenceFirst(Net):
+    """A model that hands its layers `(L, B, ...)`."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("variant", ["grad", "router"])
+@pytest.mark.parametrize("shape", [(30, 5), (2, 5), (6, 7, 5)], ids=["30 tokens", "2 tokens", "4-D"])
+def test_a_layer_whose_input_has_the_sequence_first_weighs_its_second_dimension(shape, variant):
+    torch.manual_seed(0)
+    config = MolaConfig(
+        variant=variant,
+        num_experts=EXPERTS,
+        r=2,
+        init_weights=False,
+        target_modules=["body.0"],
+        router_input="scores of the mean",
+        decorrelation_weight=0.0,
+    )
+    model = get_peft_model(SequenceFirst(nn.Linear(5, 7)).double(), config)
+    layer = layer_of(model)
+    layer.batch_dim = 1
+    A, B = layer.mola_A["default"], layer.mola_B["default"]
+    x = torch.randn(BATCH, *shape, dtype=torch.float64).requires_grad_()
+    gamma = torch.eye(EXPERTS, dtype=torch.float64)[MIXED]
+    if variant == "router":
+        found, gamma = model(x), model.base_model.routing.mola_router["default"].branches["all"](x).softmax(1)
+    else:
+        found = model(x, task_ids=MIXED)
+    expected = naive_forward(layer.base_layer, x, [(A, B, gamma, 8.0)])
+    assert (found - expected).abs().max() < 1e-12
+    upstream = torch.randn_like(found)
+    for own, other in zip(
+        gradients(found, upstream, [A, B, x]), gradients(expected, upstream, [A, B, x]), strict=True
+    ):
+        assert (own - other).abs().max() < 1e-12 * max(1, other.abs().max())
+
+
+class Windows(Net):
+    """A model that cuts each sample into windows, which follow one another in the batch of its layers."""
+
+    def forward(self, x):
+        return super().forward(x.unflatten(1, (3, -1)).flatten(0, 1)).reshape(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("length", [6, 60])
+def test_windows_of_a_sample_share_its_expert(length):
+    torch.manual_seed(0)
+    config = MolaConfig(variant="grad", num_experts=EXPERTS, r=2, init_weights=False, target_modules=["body.0"])
+    model = get_peft_model(Windows(nn.Linear(5, 7)).double(), config)
+    layer = layer_of(model)
+    A, B = layer.mola_A["default"], layer.mola_B["default"]
+    x = torch.randn(BATCH, length, 5, dtype=torch.float64)
+    expected = loop_over_samples(layer.base_layer, x, A, B, MIXED.tolist(), 8.0)
+    assert (model(x, task_ids=MIXED) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["linear", "few positions, 3-D", "convolution, groups"])
+def test_mixed_tasks_under_autocast(case, dtype):
+    new_layer, shape = MANY[case]
+    torch.manual_seed(0)
+    config = MolaConfig(variant="grad", num_experts=EXPERTS, r=2, init_weights=False, target_modules=["body.0"])
+    model = get_peft_model(Net(new_layer()), config)
+    layer = layer_of(model)
+    x = torch.randn(BATCH, *shape)
+    with torch.autocast("cpu", dtype):
+        found = model(x, task_ids=MIXED)
+    found.float().sum().backward()
+    A, B = layer.mola_A["default"], layer.mola_B["default"]
+    expected = loop_over_samples(layer.base_layer, x, A, B, MIXED.tolist(), 8.0)
+    assert found.dtype == dtype and A.grad.dtype == torch.float32
+    assert (found.float() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def count_operations(model, x, **inputs):
+    with FlopCounterMode(display=False) as counter:
+        model(x, **inputs).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", [(50, 64), (8, 12, 64)])
+def test_mixed_tasks_cost_as_much_as_lora_of_the_rank_of_one_expert(shape):
+    x, tasks = torch.randn(8, *shape), torch.arange(8)
+    found = []
+    for num_experts in (8, 64):
+        config = MolaConfig(variant="grad", num_experts=num_experts, r=4, target_modules=["body.0"])
+        found.append(count_operations(get_peft_model(Net(nn.Linear(64, 96)), config), x, task_ids=tasks))
+    lora = get_peft_model(Net(nn.Linear(64, 96)), LoraConfig(r=4, target_modules=["body.0"]))
+    assert found == [count_operations(lora, x)] * 2
+
+
+def test_mixed_tasks_in_a_convolution_cost_as_much_with_many_experts():
+    x, tasks = torch.randn(8, 16, 9, 9), torch.arange(8)
+    found = []
+    for num_experts in (8, 64):
+        config = MolaConfig(variant="grad", num_experts=num_experts, r=4, target_modules=["body.0"])
+        model = get_peft_model(Net(nn.Conv2d(16, 32, 3)), config)
+        with FlopCounterMode(display=False) as counter:
+            model(x, task_ids=tasks)
+        found.append(counter.get_total_flops())
+    lora = get_peft_model(Net(nn.Conv2d(16, 32, 3)), LoraConfig(r=4, target_modules=["body.0"]))
+    with FlopCounterMode(display=False) as counter:
+        lora(x)
+    assert found == [counter.get_total_flops()] * 2
+
+
+@pytest.mark.parametrize("variant", ["grad", "router"])
+@pytest.mark.parametrize("case", ["linear", "few positions, 2-D", "convolution, groups"])
+def test_a_layer_compiles_to_one_graph(case, variant):
+    new_layer, shape = MANY[case]
+    torch._dynamo.reset()
+    config = MolaConfig(variant=variant, num_experts=EXPERTS, r=2, init_weights=False, target_modules=["body.0"])
+    config.router_input = "scores of the mean" if variant == "router" else None
+    model = get_peft_model(Net(new_layer()).double(), config)
+    x = torch.randn(BATCH, *shape, dtype=torch.float64)
+    inputs = {"task_ids": MIXED} if variant == "grad" else {}
+    found = torch.compile(model, fullgraph=True, backend="eager")(x, **inputs)
+    assert (found - model(x, **inputs)).abs().max() < 1e-12
+
+
+def test_rank_stabilised_adapters_scale_by_the_root_of_each_layers_rank():
+    torch.manual_seed(0)
+    net = Net(nn.Linear(5, 5), nn.Linear(5, 5), nn.Conv2d(5, 5, 1)).double()
+    fields = {"num_experts": EXPERTS, "r": 4, "alpha": 8.0, "init_weights": False, "target_modules": r"body\.\d"}
+    patterns = {"rank_pattern": {"body.1": 9}, "alpha_pattern": {"body.2": 3.0}}
+    model = get_peft_model(net, MolaConfig(variant="grad", use_rslora=True, **fields, **patterns))
+    scales = [layer.mola_scaling["default"] for layer in model.base_model.model.body]
+    assert scales == pytest.approx([8 / 2, 8 / 3, 3 / 2])
+    layer = layer_of(model)
+    x, A, B = torch.randn(4, 5, dtype=torch.float64), layer.mola_A["default"], layer.mola_B["default"]
+    model.base_model.set_task(2)
+    assert (layer.get_delta_weight("default", 2) - 4 * B[2] @ A[2]).abs().max() < 1e-12
+    assert (layer(x) - layer.base_layer(x) - 4 * x @ A[2].T @ B[2].T).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="use_rslora=1: must be True or False"):
+        MolaConfig(use_rslora=1)
+
+
+@pytest.mark.parametrize("length", [4, 40])
+def test_dropout_acts_on_the_input_of_the_adapter_only(length):
     model, x = make("linear, 3-D", "grad", dropout=0.5)
+    x = x.repeat(1, length // 4, 1)
     layer = layer_of(model)
     model.train()
     torch.manual_seed(3)

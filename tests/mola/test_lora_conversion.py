@@ -21,6 +21,7 @@ from testing.tiny_bases import (
     tokens,
 )
 from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs
+from torch import nn
 
 from hf_dissect.mola import MolaConfig, MolaLayer, mola_routing
 
@@ -155,6 +156,7 @@ def folder_is_empty(folder: Path) -> bool:
         ),
         (tiny_bert, {"default_task": 0, "train_base": "targets"}, "was trained with train_base.*merge_and_unload"),
         (tiny_bert, {"default_task": 0, "train_base": "all"}, "was trained with train_base.*merge_and_unload"),
+        (tiny_bert, {"default_task": 0, "task_norms": True}, "was trained with task_norms.*merge_and_unload"),
         (tiny_bert, {"default_task": 0, "bias": "mola_only"}, "The adapter's config sets bias=mola_only"),
         (tiny_bert, {"variant": "router"}, "do not support LoRA conversion"),
     ],
@@ -238,3 +240,11 @@ def test_the_routing_is_switched_off_with_the_last_layer_only():
     assert routing.training
     model.eval()
     assert not routing.training
+
+
+def test_an_attention_is_refused():
+    base = nn.TransformerEncoderLayer(16, 2, 24)
+    model = adapted(base, variant="grad", default_task=0, target_modules=["self_attn", "linear1"])
+    with pytest.raises(TypeError, match="adapts MultiheadAttention.*merge_and_unload"):
+        convert_to_lora(model, rank=2)
+    assert not model.supports_lora_conversion()

@@ -39,8 +39,8 @@ def captured(model):
     routing = mola_routing(model)
     ask = routing.expert_weights
 
-    def expert_weights(adapter_name, tower, *args):
-        found.setdefault(tower, []).append(ask(adapter_name, tower, *args))
+    def expert_weights(adapter_name, tower, *args, **options):
+        found.setdefault(tower, []).append(ask(adapter_name, tower, *args, **options))
         return found[tower][-1]
 
     routing.expert_weights = expert_weights
