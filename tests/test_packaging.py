@@ -139,7 +139,7 @@ def test_the_dependencies_are_what_the_code_imports():
     assert set(_requirements("install_requires")) == imported
 
 
-@pytest.mark.parametrize("group", ["install_requires", "dev", "docs"])
+@pytest.mark.parametrize("group", ["install_requires", "dev", "docs", "quantization"])
 def test_every_dependency_has_a_lower_bound_and_a_pin_within_it(group):
     pins = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():

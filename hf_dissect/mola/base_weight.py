@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.routing import MolaTunerLayer, Routing
 
+_MISSING: Any = dict  # what a model quantised without transformers does not hold; it is never called
+_KINDS = nn.Linear | nn.Conv2d | Conv1D | nn.MultiheadAttention
 _TORCHAO_KEY = "get_apply_tensor_subclass"
 _WAY_OUT = (
     "Quantise the model through transformers in a way that PEFT supports (bitsandbytes, torchao, HQQ, GPTQ, AWQ, "
@@ -38,17 +40,14 @@ def resolve_quantization_backend(target: nn.Module, model: nn.Module) -> Quantiz
     """
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     known = get_quantization_kwargs(model)
-    backend = quantization_utils.resolve_quantization_backend(
-        base_layer, **{_TORCHAO_KEY: _refuse_to_quantize} | known
-    )
+    backend = quantization_utils.resolve_quantization_backend(base_layer, **{_TORCHAO_KEY: _MISSING} | known)
     if backend is not None and isinstance(base_layer, nn.Conv2d | Conv1D):
         raise TypeError(f"{base_layer} is quantised ({backend.backend_name}), which works in dense layers only.")
     if backend is not None:
         if backend.backend_name == "torchao" and _TORCHAO_KEY not in known:
             backend.supports_merge = False
         return backend
-    kinds = nn.Linear | nn.Conv2d | Conv1D | nn.MultiheadAttention
-    if isinstance(base_layer, kinds) and (reason := _describe_quantization(base_layer)):
+    if isinstance(base_layer, _KINDS) and (reason := _describe_quantization(base_layer)):
         kind = f"{type(base_layer).__module__}.{type(base_layer).__qualname__}"
         raise TypeError(f"{base_layer} ({kind}) is quantised in a way that PEFT does not know: {reason}. {_WAY_OUT}")
     return None
@@ -115,11 +114,6 @@ def _describe_weight(weight: torch.Tensor) -> str | None:
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"its weight is stored as {weight.dtype}"
     return None
-
-
-def _refuse_to_quantize() -> Any:
-    """Stand for the configuration of torchao that a model quantised without transformers does not hold."""
-    raise ValueError("The configuration with which torchao quantised this model is not known.")
 
 
 # ---- merging ----

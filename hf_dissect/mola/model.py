@@ -274,26 +274,20 @@ class MolaModel(BaseTuner):
             safe_merge: Check that each merged weight is finite before it replaces the old one.
 
         Raises:
-            ValueError: If an adapter has a router, no task is fixed, a merged weight would not be finite, or the base
-                is quantised in a way that cannot be merged.
+            ValueError: If an adapter has a router, no task is fixed, or a base weight cannot be merged.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise before any layer is changed."""
         names = self.active_adapters if adapter_names is None else adapter_names
         for name in self.peft_config.keys() & set(names):
-            self.routing.get_task_to_merge(name)
+            self.routing.get_task_to_merge(name)  # all checks come before any layer is changed
         check_merge(self.model, names, safe_merge)
         check_norms_to_merge(self.model, names, safe_merge)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True if PEFT can convert an adapter to LoRA, once a task is fixed by `set_task`.
-
-        Args:
-            adapter_name: Name of the adapter.
-        """
+        """Return True if PEFT can convert the named adapter to LoRA, once a task is fixed by `set_task`."""
         return can_convert(self.model, self.peft_config.get(adapter_name), adapter_name)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
