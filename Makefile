@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-slow docs peft-suite lint format clean
+.PHONY: quickstart test test-slow docs peft-suite peft-capabilities lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
@@ -29,23 +29,36 @@ docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # PEFT's own tests, run for MoLA by tests/mola/peft_suite.py; needs the network, for PEFT's source archive and for
-# diffusers, which the tests import. Their settings measure coverage and fail on the warnings of newer transformers:
-# both are set aside. What else they would download is made by peft_suite_models.py.
+# what the tests import. Their settings measure coverage and fail on the warnings of newer transformers: both are set
+# aside. What else they would download is made by peft_suite_models.py. The tests with torch.compile need a compiler.
 PEFT_SUITE := build/peft-suite
 PEFT_TESTS := custom_models config vision_models feature_extraction_models seq_classifier token_classification_qa \
-	encoder_decoder_models decoder_models
+	encoder_decoder_models decoder_models quantization torch_compile
+PEFT_NEEDS := diffusers==0.42.1 bitsandbytes==0.50.2 torchao==0.18.0
 
 peft-suite: $(VENV)/installed
 	rm -rf $(PEFT_SUITE)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt diffusers==0.42.1
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PEFT_NEEDS)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(PEFT_SUITE) \
 		peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')
 	tar -xzf $(PEFT_SUITE)/peft-*.tar.gz -C $(PEFT_SUITE) --strip-components 1
 	touch $(PEFT_SUITE)/tests/__init__.py
-	cd $(PEFT_SUITE) && export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/mola && \
+	cd $(PEFT_SUITE) && export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/mola \
+		PEFT_DEBUG_WITH_TORCH_COMPILE=1 && \
 	$(abspath $(BIN))/python -m peft_suite_models && \
 	$(abspath $(BIN))/python -m pytest -p peft_suite -o addopts= -o filterwarnings= -q -rfsx \
 		$(PEFT_TESTS:%=tests/test_%.py)
+
+# The table of docs/mola.md, by a script of PEFT that its source archive does not hold: fetched from its repository,
+# unless it is given (make peft-capabilities PEFT_SCRIPT=path).
+PEFT_SCRIPT :=
+PEFT_URL := https://raw.githubusercontent.com/huggingface/peft/main/scripts/generate_method_capabilities.py
+
+peft-capabilities: $(VENV)/installed
+	mkdir -p build
+	$(if $(PEFT_SCRIPT),cp $(PEFT_SCRIPT),curl --fail --silent --show-error $(PEFT_URL) --output) \
+		build/generate_method_capabilities.py
+	PYTHONPATH=tests/mola $(BIN)/python tests/mola/peft_capabilities.py build/generate_method_capabilities.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -79,6 +79,7 @@ COMMANDS = {
     ],
     "hf-dissect train mine.yaml objective.division={} selection.strategy=ncr selection.ratio=1": FINETUNE,
     "make peft-suite": None,
+    "make peft-capabilities": None,  # which needs the network
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
     "hf-dissect train amid-clip data.path=/data/birds": [

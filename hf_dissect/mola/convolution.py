@@ -19,8 +19,11 @@ class Conv2d(MolaLayer):
     """
 
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
-        weight = self._get_base_weight()
+        weight = self._get_convolution().weight
         return tuple(weight.shape[1:]), weight.shape[0]
+
+    def _as_weight(self, delta: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        return delta.reshape(len(delta), *A.shape[1:])
 
     def _get_convolution(self) -> nn.Conv2d:
         return cast(nn.Conv2d, self.get_base_layer())

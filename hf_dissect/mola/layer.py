@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import quantization_extra_repr
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_dissect.mola.base_weight import MergingLayer
 from hf_dissect.mola.config import MolaConfig
-from hf_dissect.mola.routing import MolaTunerLayer, Routing
+from hf_dissect.mola.routing import Routing
+from hf_dissect.mola.unused_experts import keep_unused_experts
 
 
-class MolaLayer(nn.Module, MolaTunerLayer):
+class MolaLayer(nn.Module, MergingLayer):
     """Base class of the adapted layers.
 
     For each adapter, a layer holds `mola_A` and `mola_B`. In a dense layer their shapes are `(E, r, in)` and
@@ -27,6 +30,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         base_layer: Layer to adapt.
         routing: Source of the experts' weights, shared by all layers of a model.
         tower: Name of the tower that the layer belongs to.
+        quantization_backend: Access to the weight of a quantised base layer; None for a plain weight.
     """
 
     adapter_layer_names = ("mola_A", "mola_B")
@@ -35,9 +39,16 @@ class MolaLayer(nn.Module, MolaTunerLayer):
     in_features: int | None
     out_features: int | None
 
-    def __init__(self, base_layer: nn.Module, routing: Routing, tower: str) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        routing: Routing,
+        tower: str,
+        quantization_backend: QuantizationBackend | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend
         object.__setattr__(self, "routing", routing)  # registered once, in the base model
         self.tower = tower
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
@@ -50,6 +61,7 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged_task: dict[str, int] = {}
         self.cast_input_dtype_enabled = True
+        keep_unused_experts(self)
 
     def update_layer(self, adapter_name: str, r: int, alpha: float, config: MolaConfig) -> None:
         """Add the experts of one adapter.
@@ -70,6 +82,45 @@ class MolaLayer(nn.Module, MolaTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    # PEFT does not visit a routing without routers, so the layers pass on what it has to know.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, in the routing as well.
+
+        Args:
+            adapter_names: Names of the adapters.
+            inference_mode: Freeze them.
+        """
+        super().set_adapter(adapter_names, inference_mode)
+        self.routing.set_adapter(adapter_names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off, in the routing as well.
+
+        Args:
+            enabled: True to switch them on.
+        """
+        super().enable_adapters(enabled)
+        self.routing.enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, from the routing as well.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        super().delete_adapter(adapter_name)
+        self.routing.delete_adapter(adapter_name)
+
+    def train(self, mode: bool = True) -> MolaLayer:
+        """Set the mode, of the routing as well until a pass begins, which has the mode of the model.
+
+        Args:
+            mode: True to train.
+        """
+        self.routing.training = mode
+        return super().train(mode)
+
     def reset_mola_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Initialise every expert as LoRA does.
 
@@ -84,53 +135,6 @@ class MolaLayer(nn.Module, MolaTunerLayer):
                 nn.init.zeros_(B)
             else:
                 nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-
-    def get_delta_weight(self, adapter_name: str, task: int) -> torch.Tensor:
-        """Compute the contribution of one task's expert to the base weight.
-
-        Args:
-            adapter_name: Name of the adapter.
-            task: Index of the expert.
-
-        Returns:
-            A tensor with the shape and type of the base weight.
-        """
-        A, B = self.mola_A[adapter_name][task], self.mola_B[adapter_name][task]
-        delta = (B @ A.flatten(1)) * self.mola_scaling[adapter_name]
-        weight = self._get_base_weight()
-        return self._as_weight(delta).reshape(weight.shape).to(weight.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the expert of the fixed task to the base weight.
-
-        Args:
-            safe_merge: Check that the result is finite before it replaces the weight.
-            adapter_names: Adapters to merge; None for the active ones.
-
-        Raises:
-            ValueError: If an adapter has a router, no task is fixed, or the merged weight would not be finite.
-        """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.mola_A:
-                continue
-            task = self.routing.get_task_to_merge(name)
-            weight = self._get_base_weight()
-            merged = weight.data + self.get_delta_weight(name, task)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was merged."
-                )
-            weight.data = merged
-            self.merged_adapters.append(name)
-            self._merged_task[name] = task
-
-    def unmerge(self) -> None:
-        """Subtract the merged experts from the base weight."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            self._get_base_weight().data -= self.get_delta_weight(name, self._merged_task.pop(name))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the base layer plus the weighted experts of the active adapters.
@@ -152,6 +156,8 @@ class MolaLayer(nn.Module, MolaTunerLayer):
             self.routing.check_merged_task(self._merged_task)
             return result
         dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
             if name in self.mola_A:
                 result = result + self._mixture(name, x)
@@ -176,15 +182,17 @@ class MolaLayer(nn.Module, MolaTunerLayer):
     def __repr__(self) -> str:
         return "mola." + super().__repr__()
 
-    def _get_base_weight(self) -> torch.Tensor:
-        return cast(torch.Tensor, self.get_base_layer().weight)
+    def extra_repr(self) -> str:
+        """Return what PEFT prints for a layer, with the kind of quantisation."""
+        return quantization_extra_repr(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        keep_unused_experts(self)  # a copied or unpickled layer is not made by __init__
 
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
         """Return the shape of one expert's `A` without its rank, and the number of outputs of `B`."""
         raise NotImplementedError
-
-    def _as_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta
 
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -239,15 +247,12 @@ class Linear(MolaLayer):
     def _find_batch_dim(self, x: torch.Tensor) -> int:
         return self.batch_dim if x.dim() > 2 else 0
 
-    def _expert_shape(self) -> tuple[tuple[int, ...], int]:
-        base_layer: Any = self.get_base_layer()
-        if isinstance(base_layer, Conv1D):
-            in_features, out_features = base_layer.weight.shape
-        else:
-            in_features, out_features = base_layer.in_features, base_layer.out_features
-        return (in_features,), out_features
+    is_dense = True
 
-    def _as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+    def _expert_shape(self) -> tuple[tuple[int, ...], int]:
+        return (cast(int, self.in_features),), cast(int, self.out_features)
+
+    def _as_weight(self, delta: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def _down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -284,18 +289,23 @@ class Linear(MolaLayer):
 LAYERS: dict[type[nn.Module], type[MolaLayer]] = {nn.Linear: Linear, Conv1D: Linear}
 
 
-def wrap_layer(target: nn.Module, routing: Routing, tower: str) -> MolaLayer:
+def wrap_layer(
+    target: nn.Module, routing: Routing, tower: str, quantization_backend: QuantizationBackend | None = None
+) -> MolaLayer:
     """Wrap a module in the adapted layer of its kind.
 
     Args:
         target: Module to adapt, which another PEFT method may have wrapped.
         routing: Source of the experts' weights.
         tower: Name of the tower that the module belongs to.
+        quantization_backend: Access to the weight of a quantised module; None for a plain weight.
 
     Raises:
         TypeError: If MoLA cannot adapt this kind of module.
     """
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if quantization_backend is not None:
+        return Linear(target, routing, tower, quantization_backend)
     for base_class, layer_class in LAYERS.items():
         if isinstance(base_layer, base_class):
             return layer_class(target, routing, tower)

@@ -17,21 +17,26 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
-from hf_dissect.mola.attention import MultiheadAttention
+from hf_dissect.mola.attention import MultiheadAttention, leave_fused_paths, restore_fused_paths
 from hf_dissect.mola.base_model import (
     TARGET_MODULES,
+    find_batch_dim,
     find_device_and_dtype,
     find_towers,
-    is_sequence_first,
+)
+from hf_dissect.mola.base_weight import (
+    check_merge,
+    check_trainable,
+    check_unmerged,
+    resolve_quantization_backend,
 )
 from hf_dissect.mola.calls import attach_hooks, detach_hooks
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.frozen_statistics import keep_frozen_statistics, release_statistics
 from hf_dissect.mola.layer import Linear, MolaLayer, wrap_layer
-from hf_dissect.mola.lora_export import export_task_as_lora
 from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, check_task_norms
 from hf_dissect.mola.router import build_router
-from hf_dissect.mola.routing import MolaTunerLayer, Routing, choose_name, mola_routing
+from hf_dissect.mola.routing import NAMES, MolaTunerLayer, Routing, choose_name, mola_routing
 from hf_dissect.mola.saved_state import describe_misfit, select_base_state
 from hf_dissect.mola.task_norms import find_kind
 
@@ -97,7 +102,7 @@ class MolaModel(BaseTuner):
         present = mola_routing(model)
         routing = Routing(model) if present is None else present
         if present is None:
-            name = choose_name(model)
+            choose_name(model)  # or raise an error before anything is changed
             attach_hooks(routing, model)
         object.__setattr__(self, "routing", routing)  # registered once, in the model
         try:
@@ -106,11 +111,10 @@ class MolaModel(BaseTuner):
             if present is None:
                 detach_hooks(routing, model)
             raise
-        add_task_norms(model, adapter_name, config, routing, self.active_adapters, self._find_batch_dim)
-        if present is None:
-            # Only now, so that PEFT does not take the layers of the router for layers of the model.
-            setattr(model, name, routing)
+        add_task_norms(model, adapter_name, config, routing, self.active_adapters)
         routing.add_adapter(adapter_name, config, router, model)
+        # Only now, so that PEFT does not take the layers of the router for layers of the model.
+        routing.place_in(model)
         for tower, module in find_towers(model).items():
             routing.entries[tower].hook_input_layer(module)
         routing._active_adapter = self.active_adapters
@@ -119,6 +123,7 @@ class MolaModel(BaseTuner):
             router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         routing._move_adapter_to_device_of_base_layer(adapter_name, *find_device_and_dtype(model))
         keep_frozen_statistics(model)
+        leave_fused_paths(model)
 
     # PEFT passes each method the configuration of its own kind, whatever the base class declares.
     def _create_and_replace(  # type: ignore[override]
@@ -142,13 +147,17 @@ class MolaModel(BaseTuner):
             return
         if peft_config.task_norms and find_kind(target) is not None:
             return  # a saved adapter's keys name the norms, which are added after the other layers
+        if peft_config.train_base:
+            check_trainable(current_key, target)
         r, alpha = peft_config.get_rank(current_key), peft_config.get_alpha(current_key)
         if isinstance(target, MolaLayer):
             target.update_layer(adapter_name, r, alpha, peft_config)
             return
-        layer = wrap_layer(target, self.routing, self.routing.find_tower(current_key))
+        backend = resolve_quantization_backend(target, self.model)
+        layer = wrap_layer(target, self.routing, self.routing.find_tower(current_key), backend)
         if isinstance(layer, Linear):
-            layer.batch_dim, layer.knows_batch_dim = self._find_batch_dim(peft_config, current_key)
+            batch_dim = find_batch_dim(self.model, current_key, peft_config.sequence_first)
+            layer.batch_dim, layer.knows_batch_dim = batch_dim
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, r, alpha, peft_config)
         if adapter_name not in self.active_adapters:
@@ -156,20 +165,8 @@ class MolaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, nn.MultiheadAttention):  # unloaded; it has no weight that PEFT could hand over
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
-    def _find_batch_dim(self, config: MolaConfig, module_name: str) -> tuple[int, bool]:
-        """Return the dimension of the samples in a module's input, and False if it could be another."""
-        if config.sequence_first is not None:
-            given = config.sequence_first
-            if isinstance(given, str):
-                return int(re.fullmatch(given, module_name) is not None), True
-            return int(any(module_name == name or module_name.endswith(f".{name}") for name in given)), True
-        sequence_first = is_sequence_first(self.model, module_name)
-        return int(sequence_first), sequence_first
+        # The adapted layer holds the very module that it replaces, so that nothing has to be handed over.
+        setattr(parent, child_name, new_module)
 
     def _check_new_adapter_config(self, config: MolaConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
@@ -181,6 +178,13 @@ class MolaModel(BaseTuner):
             )
         if config.train_logit_scale and not hasattr(self.model, "logit_scale"):
             raise ValueError(f"train_logit_scale=True: {type(self.model).__name__} has no logit_scale.")
+        if bare := {"logit_scale", "logit_bias"} & set(config.modules_to_save or ()):
+            raise ValueError(
+                f"modules_to_save names {', '.join(sorted(bare))}, which is a parameter and not a module: use "
+                "train_logit_scale=True."
+            )
+        if config.train_base == "all":
+            check_trainable(type(self.model).__name__, self.model)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -234,20 +238,6 @@ class MolaModel(BaseTuner):
         """
         return self.routing.last_weights(adapter_name)
 
-    def export_task_as_lora(self, task: int, save_directory: str, adapter_name: str = "default") -> None:
-        """Save the expert of one task as a LoRA adapter, which PEFT loads without this package.
-
-        Args:
-            task: Task from 0 to `num_experts - 1`.
-            save_directory: Folder to write.
-            adapter_name: Name of the adapter.
-
-        Raises:
-            ValueError: If the adapter has a router, the task does not exist, the base was trained as well, or a layer
-                is of a kind that LoRA cannot express.
-        """
-        export_task_as_lora(self.model, self.peft_config[adapter_name], adapter_name, task, save_directory)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -282,17 +272,32 @@ class MolaModel(BaseTuner):
             safe_merge: Check that each merged weight is finite before it replaces the old one.
 
         Raises:
-            ValueError: If an adapter has a router, no task is fixed, or a merged weight would not be finite.
+            ValueError: If an adapter has a router, no task is fixed, a merged weight would not be finite, or the base
+                is quantised in a way that cannot be merged.
         """
-        self._check_tasks_to_merge(adapter_names, safe_merge)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_tasks_to_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise before any layer is changed."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        for name in names:
-            if name in self.peft_config:
-                self.routing.get_task_to_merge(name)  # raises before any layer is changed
+        for name in self.peft_config.keys() & set(names):
+            self.routing.get_task_to_merge(name)
+        check_merge(self.model, names, safe_merge)
         check_norms_to_merge(self.model, names, safe_merge)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return True if PEFT can convert an adapter to LoRA, once a task is fixed by `set_task`.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        if adapter_name in self.peft_config and self.peft_config[adapter_name].variant != "grad":
+            return False
+        try:
+            return all(layer.supports_lora_conversion(adapter_name) for layer in self._layers())
+        except TypeError:
+            return False
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
         self,
@@ -302,11 +307,12 @@ class MolaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_tasks_to_merge(adapter_names, safe_merge)
+            self._check_merge(adapter_names, safe_merge)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         detach_hooks(self.routing, model)
         release_statistics(model)
-        delattr(model, next(name for name, module in model.named_children() if module is self.routing))
+        restore_fused_paths(model)
+        delattr(model, next(name for name in NAMES if getattr(model, name, None) is self.routing))
         return model
 
     # ---- saving and loading ----
@@ -320,6 +326,7 @@ class MolaModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        check_unmerged(model, config, adapter_name)
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return adapter | select_base_state(model, config, adapter_name, state_dict)
 

@@ -4,6 +4,7 @@ They lie in the working directory under the names they have on the Hub, where `f
 first. Run in the folder from which PEFT's tests are started, which should be an empty one or PEFT's own.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 import transformers
 from peft import LoraConfig
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 GPT_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -64,6 +68,16 @@ MODELS = [
         "OPTConfig",
         SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
     ),
+    # For the tests on quantised bases, which count the layers and compare with the base that is not quantised.
+    (
+        "peft-internal-testing/opt-125m",
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            **{"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "ffn_dim": 128},
+            **{"word_embed_proj_dim": 64, "max_position_embeddings": 64, "init_std": 0.1},
+        },
+    ),
     ("peft-internal-testing/tiny-random-GPT2LMHeadModel", "GPT2LMHeadModel", "GPT2Config", GPT_SIZES),
     (
         "peft-internal-testing/tiny-random-GPTJForCausalLM",
@@ -82,6 +96,8 @@ MODELS = [
 ]
 RESNET = "peft-internal-testing/tiny-random-ResNetForImageClassification"
 LORA = "peft-internal-testing/tiny-opt-lora-revision"
+OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
+QUOTES = "ybelkada/english_quotes_copy"
 IMAGE = "huggingface/cats-image/test/cat.png"
 
 
@@ -95,10 +111,26 @@ def make_stand_ins(folder: Path) -> None:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, num_labels=3)
     transformers.ResNetForImageClassification(config).save_pretrained(folder / RESNET)
     transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=1.0).save_pretrained(folder / RESNET)
-    LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=MODELS[9][0]).save_pretrained(folder / LORA)
+    LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=OPT).save_pretrained(folder / LORA)
+    make_quotes(folder)
     (folder / IMAGE).parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / IMAGE)
+
+
+def make_quotes(folder: Path) -> None:
+    """Write a text data set, and a tokenizer for it next to the model that the tests with torch.compile train."""
+    words = [f"word{i}" for i in range(100)]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", *words, "</s>"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=32
+    ).save_pretrained(folder / OPT)
+    quotes = np.random.default_rng(0).choice(words, size=(64, 8))
+    rows = [{"quote": " ".join(quote), "author": "nobody", "tags": []} for quote in quotes]
+    (folder / QUOTES).mkdir(parents=True, exist_ok=True)
+    (folder / QUOTES / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
