@@ -129,7 +129,8 @@ class SelectionSummary:
             routed.append(route_pairs(model, batches, task_names=names, limit=limit, **calls))
         counts = [count_pairs(pairs) for pairs in parts]
         total = None if None in counts else sum(filter(None, counts))
-        known = list_tasks(self._dataset, *parts) if any(map(has_tasks, parts)) else []
+        own_names = find_task_names(self._dataset) == find_task_names(self._dataset, *parts)
+        known = list_tasks(self._dataset) if own_names and any(map(has_tasks, parts)) else []
         self._router = {"split": split, "out_of": total, **average_by_task(routed, known)}
 
     def pop_logs(self, times: TimeSpent) -> dict[str, float]:

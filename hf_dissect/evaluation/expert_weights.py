@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_dissect.data.model_inputs import forward_inputs
 from hf_dissect.mola import mola_routing
+from hf_dissect.mola.routing import Routing
 from hf_dissect.selection.loop_hooks import Batch
 from hf_dissect.selection.scoring import evaluation_mode
 
@@ -85,10 +86,12 @@ def route_pairs(
         task_names: Names of the tasks by number; None where tasks are numbers.
         limit: Number of pairs after which no further batch is read.
     """
+    routing = cast(Routing, mola_routing(model))
     parts: list[dict[str, torch.Tensor]] = []
     count = 0
     with evaluation_mode(model):
         for batch in map(prepare, batches):
+            routing.passes.thread.last = None  # so that no weights of an earlier pass are read
             with autocast():
                 model(**forward_inputs(model, batch))
             columns = {f"tower {tower}": weights.float() for tower, weights in read_expert_weights(model).items()}
@@ -186,13 +189,8 @@ def find_task_names(*data: Any) -> list[str] | None:
     return next((names for pairs in data if (names := getattr(pairs, "task_names", None)) is not None), None)
 
 
-def list_tasks(*data: Any) -> list[Task]:
-    """Return the tasks of the first of some data, in the order of their numbers; none where they are not known.
-
-    Args:
-        *data: Data with the same numbers of tasks, of which the first that has names gives them.
-    """
-    numbers = getattr(data[0], "task_ids", None)
-    if numbers is None:
-        return []
-    return [_name_task(number, find_task_names(*data) or ()) for number in np.unique(numbers).tolist()]
+def list_tasks(pairs: Any) -> list[Task]:
+    """Return the tasks of pairs in the order of their numbers; none where they are not known."""
+    numbers = getattr(pairs, "task_ids", None)
+    names = find_task_names(pairs) or ()
+    return [] if numbers is None else [_name_task(number, names) for number in np.unique(numbers).tolist()]
