@@ -9,7 +9,7 @@ from typing import Any
 from hf_dissect.report.plots import to_finite
 from hf_dissect.report.tables import MISSING, as_mapping
 
-DARKEST = 0.5
+DEEPEST = 0.5
 """Opacity of the largest weight of a map, over which text can be read on light and on dark pages."""
 
 _DATA = {"test": "test pairs", "validation": "evaluation pairs", "train": "training pairs"}
@@ -96,7 +96,7 @@ def _draw_map(tower: str, figures: Mapping[str, Any], tasks: list[Any], counts: 
             "task": _name_task(task, alone=len(tasks) == 1),
             "pairs": count,
             "cells": [
-                {"text": _format_weight(value), "shade": round(DARKEST * (value or 0.0) / (largest or 1.0), 3)}
+                {"text": _format_weight(value), "shade": round(DEEPEST * (value or 0.0) / (largest or 1.0), 3)}
                 for value in row
             ],
         }

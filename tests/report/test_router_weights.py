@@ -86,8 +86,7 @@ def measure_one_by_one(trainer: DissectTrainer, rows: Dataset, column: str | Non
         for tower, weights in mola_routing(model).last_weights().items():
             seen.setdefault(tower, {}).setdefault(row[column] if column else None, []).append(weights[0].tolist())
     return {
-        tower: {task: np.mean(weights, axis=0) for task, weights in by_task.items()}
-        for tower, by_task in seen.items()
+        tower: {task: np.mean(weights, axis=0) for task, weights in by_task.items()} for tower, by_task in seen.items()
     }
 
 
@@ -147,7 +146,10 @@ def numbered(pairs: Dataset) -> Dataset:
     return pairs.remove_columns("style").add_column("style", numbers)
 
 
-@pytest.mark.parametrize("case", ["test", "train", "several", "stream", "train stream", "evaluation has none", "numbers", "numbers and names"])
+@pytest.mark.parametrize(
+    "case",
+    ["test", "train", "several", "stream", "train stream", "evaluation has none", "numbers", "numbers and names"],
+)
 def test_weights_are_those_of_the_data_of_the_final_figures(case, tmp_path):
     rows, others, train, test = styled_pairs(18, seed=1), styled_pairs(12, ("dusk",), seed=2), None, None
     evaluation, expected, split, out_of = rows, rows, "validation", 18
@@ -222,7 +224,9 @@ def test_large_data_are_sampled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", [lambda clip: with_mola(clip, "grad", num_experts=3), with_lora, lambda clip: clip], ids=["grad", "lora", "no"]
+    "model",
+    [lambda clip: with_mola(clip, "grad", num_experts=3), with_lora, lambda clip: clip],
+    ids=["grad", "lora", "no"],
 )
 def test_runs_without_a_router_measure_and_show_nothing(model, tmp_path):
     trainer = make_trainer(tmp_path, evaluation=styled_pairs(12), model=model)
