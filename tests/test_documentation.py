@@ -19,6 +19,7 @@ from testing.document_pages import PAGES, ROOT, blocks, commands, languages
 from testing.feature_pairs import make_feature_pairs
 from testing.loopback_hub import serving
 from testing.tiny_recipe import tiny_settings
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, make_scenes
 from hf_dissect.cli import main
@@ -266,6 +267,35 @@ def check_adapter_is_made_saved_and_loaded(snippet, page, data, capsys):
     assert torch.equal(names["model"](**names["batch"]).logits_per_text, names["outputs"].logits_per_text)
 
 
+def check_experts_of_a_vision_model_train(snippet, page, data, capsys):
+    """The experts of the tasks in the data train, each on its own."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(image_size=32, patch_size=16, **small)).save_pretrained("vit")
+    pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rows = [{"pixel_values": image, "labels": i % 10, "task_ids": i % 2} for i, image in enumerate(pixels.tolist())]
+    snippet = snippet.replace("google/vit-base-patch16-224-in21k", "vit").replace("max_steps=20", "max_steps=4")
+    names = run(
+        snippet,
+        page,
+        dataset=Dataset.from_list([row | {"pixel_values": row["pixel_values"].tolist()} for row in rows]),
+    )
+    assert "test_loss" in capsys.readouterr().out
+    moved = [p.abs().amax((1, 2)) for name, p in names["model"].named_parameters() if "mola_B" in name]
+    assert moved and all(change[:2].min() > 0 and change[2] == 0 for change in moved)
+
+
+def check_a_language_model_is_routed_by_its_prompt(snippet, page, data, capsys):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = tiny_models.tiny_clip()[1].tokenizer
+    tokenizer.save_pretrained("llama")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **small)).save_pretrained("llama")
+    names = run(snippet.replace("meta-llama/Llama-3.2-1B", "llama"), page)
+    model = names["model"]
+    assert model.peft_config["default"].router_input == "embeddings" and capsys.readouterr().out.strip()
+    moved = [p.grad.abs().sum() for name, p in model.named_parameters() if "mola_B" in name]
+    assert moved and min(moved) > 0
+
+
 def check_strategy_trains(snippet, page, data, capsys):
     strategy = run(snippet, page)["MiddleLoss"]()
     model, processor = tiny_models.tiny_clip()
@@ -345,6 +375,8 @@ SNIPPETS = {
     ("docs/python.md", 1): check_weights_of_a_column_train,
     ("docs/data.md", 0): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
+    ("docs/mola.md", 1): check_experts_of_a_vision_model_train,
+    ("docs/mola.md", 2): check_a_language_model_is_routed_by_its_prompt,
     ("docs/own_strategy.md", 0): check_strategy_trains,
     ("docs/own_strategy.md", 1): check_strategy_plans,
 }
