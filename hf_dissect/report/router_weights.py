@@ -38,7 +38,7 @@ def _has_router(metrics: Mapping[str, Any]) -> bool:
 def _show_run(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     entry = as_mapping(metrics.get("router_weights"))
     tasks, counts = (value if isinstance(value, list) else [] for value in map(entry.get, ("tasks", "pairs_by_task")))
-    shown = {"name": name, "problem": "", "measured": "", "maps": []}
+    shown: dict[str, Any] = {"name": name, "problem": "", "measured": "", "maps": []}
     if not entry:
         shown["problem"] = (
             "The weights were not measured: there were no pairs to measure them on, or the run stopped before its end "
