@@ -18,12 +18,7 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from hf_dissect.mola.attention import MultiheadAttention, leave_fused_paths, restore_fused_paths
-from hf_dissect.mola.base_model import (
-    TARGET_MODULES,
-    find_batch_dim,
-    find_device_and_dtype,
-    find_towers,
-)
+from hf_dissect.mola.base_model import TARGET_MODULES, find_batch_dim, find_device_and_dtype, find_towers
 from hf_dissect.mola.base_weight import (
     check_merge,
     check_trainable,
@@ -248,15 +243,7 @@ class MolaModel(BaseTuner):
         yield
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse the call: experts are weighted per sample, not per adapter.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Refuse the call: experts are weighted per sample, not per adapter."""
         raise NotImplementedError("MoLA does not support add_weighted_adapter: experts are weighted per sample.")
 
     def _layers(self) -> Iterator[MolaLayer]:
