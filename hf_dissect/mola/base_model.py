@@ -110,6 +110,23 @@ def is_sequence_first(model: nn.Module, module_name: str) -> bool:
     return False
 
 
+def find_default_targets(model: nn.Module) -> set[str] | None:
+    """Return the default targets of a model that transformers does not know, such as a tower of open_clip.
+
+    Args:
+        model: Base model.
+
+    Returns:
+        Names of the attentions of torch and of the dense layers beside them; None if there are no such attentions.
+    """
+    attentions = {name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention}
+    if not attentions:
+        return None
+    blocks = tuple("".join(name.rpartition(".")[:2]) for name in attentions)
+    dense = {name for name, module in model.named_modules() if type(module) is nn.Linear and name.startswith(blocks)}
+    return attentions | dense
+
+
 def find_batch_dim(
     model: nn.Module, module_name: str, sequence_first: list[str] | str | None = None
 ) -> tuple[int, bool]:

@@ -18,7 +18,13 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from hf_dissect.mola.attention import MultiheadAttention, leave_fused_paths, restore_fused_paths
-from hf_dissect.mola.base_model import TARGET_MODULES, find_batch_dim, find_device_and_dtype, find_towers
+from hf_dissect.mola.base_model import (
+    TARGET_MODULES,
+    find_batch_dim,
+    find_default_targets,
+    find_device_and_dtype,
+    find_towers,
+)
 from hf_dissect.mola.base_weight import (
     check_merge,
     check_trainable,
@@ -162,6 +168,11 @@ class MolaModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The adapted layer holds the very module that it replaces, so that nothing has to be handed over.
         setattr(parent, child_name, new_module)
+
+    def _prepare_adapter_config(self, peft_config: MolaConfig, model_config: dict) -> MolaConfig:  # type: ignore[override]
+        if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
+            peft_config.target_modules = find_default_targets(self.model)
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_new_adapter_config(self, config: MolaConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
