@@ -39,6 +39,8 @@ class MultiheadAttention(Linear):
         ValueError: If keys or values have a size or a bias of their own.
     """
 
+    is_dense = False
+
     def __init__(self, base_layer: nn.Module, routing: Routing, tower: str) -> None:
         _check_attention(base_layer)
         super().__init__(base_layer, routing, tower)
@@ -197,14 +199,6 @@ class MultiheadAttention(Linear):
             weight_data: New weight, `(3 * embed, embed)`.
         """
         self._get_base_weight().data = weight_data
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False: PEFT's conversion reads the weight of a dense layer.
-
-        Args:
-            adapter_name: Ignored.
-        """
-        return False
 
     def _get_base_weight(self) -> torch.Tensor:
         return self._get_attention().in_proj_weight

@@ -47,10 +47,29 @@ def resolve_quantization_backend(target: nn.Module, model: nn.Module) -> Quantiz
         if backend.backend_name == "torchao" and _TORCHAO_KEY not in known:
             backend.supports_merge = False
         return backend
-    if isinstance(base_layer, nn.Linear | nn.Conv2d | Conv1D) and (reason := _describe_quantization(base_layer)):
+    kinds = nn.Linear | nn.Conv2d | Conv1D | nn.MultiheadAttention
+    if isinstance(base_layer, kinds) and (reason := _describe_quantization(base_layer)):
         kind = f"{type(base_layer).__module__}.{type(base_layer).__qualname__}"
         raise TypeError(f"{base_layer} ({kind}) is quantised in a way that PEFT does not know: {reason}. {_WAY_OUT}")
     return None
+
+
+def check_trained_base(model: nn.Module, config: MolaConfig) -> None:
+    """Raise a ValueError if an adapter would train parts of the base that cannot be trained in this way.
+
+    Args:
+        model: Base model.
+        config: Configuration of the adapter.
+    """
+    if config.train_logit_scale and not hasattr(model, "logit_scale"):
+        raise ValueError(f"train_logit_scale=True: {type(model).__name__} has no logit_scale.")
+    if bare := {"logit_scale", "logit_bias"} & set(config.modules_to_save or ()):
+        raise ValueError(
+            f"modules_to_save names {', '.join(sorted(bare))}, which is a parameter and not a module: use "
+            "train_logit_scale=True."
+        )
+    if config.train_base == "all":
+        check_trainable(type(model).__name__, model)
 
 
 def check_trainable(name: str, module: nn.Module) -> None:
@@ -69,6 +88,10 @@ def check_trainable(name: str, module: nn.Module) -> None:
 
 
 def _describe_quantization(base_layer: nn.Module) -> str | None:
+    if isinstance(base_layer, nn.MultiheadAttention):
+        if base_layer.in_proj_weight is None:
+            return None  # three weights, which MoLA does not adapt
+        return _describe_weight(base_layer.in_proj_weight) or _describe_quantization(base_layer.out_proj)
     weight = getattr(base_layer, "weight", None)
     if not torch.is_tensor(weight):
         return "it has no weight"
@@ -223,7 +246,7 @@ class MergingLayer(MolaTunerLayer):
                 stacklevel=2,
             )
             return False
-        trained = [name for name in ("train_base", "train_logit_scale") if getattr(config, name)]
+        trained = [name for name in ("train_base", "train_logit_scale", "task_norms") if getattr(config, name)]
         if trained or not self.is_dense:
             reason = f"was trained with {trained[0]}" if trained else f"adapts {type(self.get_base_layer()).__name__}"
             raise TypeError(
@@ -254,19 +277,21 @@ def check_merge(model: nn.Module, adapter_names: list[str], safe_merge: bool) ->
                     layer.compute_merged_weight(tasks)
 
 
-def check_unmerged(model: nn.Module, config: MolaConfig, adapter_name: str) -> None:
-    """Raise a ValueError if the base is saved with an adapter and has an expert in it.
+def can_convert(model: nn.Module, config: MolaConfig | None, adapter_name: str) -> bool:
+    """Return True if PEFT can convert an adapter to LoRA, once its task is fixed.
 
     Args:
         model: Base model.
-        config: Configuration of the adapter that is saved.
+        config: Configuration of the adapter; None if there is no such adapter.
         adapter_name: Name of the adapter.
     """
-    if config.train_base and any(isinstance(module, MergingLayer) and module.merged for module in model.modules()):
-        raise ValueError(
-            f"Adapter {adapter_name!r} is merged, and train_base={config.train_base!r} saves the base: once loaded, "
-            "it would have the expert twice. Call unmerge_adapter() first, or save what merge_and_unload() returns."
-        )
+    if config is None or config.variant != "grad":
+        return False
+    layers = (module for module in model.modules() if isinstance(module, MergingLayer))
+    try:
+        return all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+    except TypeError:
+        return False
 
 
 def check_mergeable(layer: BaseTunerLayer) -> None:

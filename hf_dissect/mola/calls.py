@@ -70,6 +70,8 @@ def pass_task_ids_on(peft_model: type[PeftModel]) -> None:
     def forward_with_tasks(self: PeftModel, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if (routing := get_own_routing(self.get_base_model())) is None:
             return forward(self, *args, task_ids=task_ids, **kwargs)
+        if task_ids is None:  # nothing to note, which a compiled model could not
+            return forward(self, *args, **kwargs)
         with routing.passes.given(task_ids):
             return forward(self, *args, **kwargs)
 

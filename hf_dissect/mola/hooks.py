@@ -80,7 +80,8 @@ class Entry:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         passes = self.routing.passes
         if self.tower is None or passes.current is None:
-            self.routing.training = module.training  # without routers, it is not a module of the model
+            if not self.routing.mola_router:
+                self.routing.training = module.training  # it is not a module of the model
             passes.begin(self._make_pass(module, given))
             if not self.takes_task_ids:
                 kwargs = {name: value for name, value in kwargs.items() if name != "task_ids"}

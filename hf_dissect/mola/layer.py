@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_dissect.mola.base_weight import MergingLayer
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.routing import Routing
-from hf_dissect.mola.unused_experts import keep_unused_experts
+from hf_dissect.mola.unused_experts import keep_unused_experts, list_layers
 
 
 class MolaLayer(nn.Module, MergingLayer):
@@ -82,35 +82,34 @@ class MolaLayer(nn.Module, MergingLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    # PEFT does not visit a routing without routers, so the layers pass on what it has to know.
-
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters, in the routing as well.
+        """Set the active adapters.
 
         Args:
             adapter_names: Names of the adapters.
             inference_mode: Freeze them.
         """
         super().set_adapter(adapter_names, inference_mode)
-        self.routing.set_adapter(adapter_names, inference_mode)
+        self.routing.follow(self, list_layers(self.routing))
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off, in the routing as well.
+        """Switch all adapters of the layer on or off.
 
         Args:
             enabled: True to switch them on.
         """
         super().enable_adapters(enabled)
-        self.routing.enable_adapters(enabled)
+        self.routing.follow(self, list_layers(self.routing))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, from the routing as well.
+        """Remove an adapter.
 
         Args:
             adapter_name: Name of the adapter.
         """
         super().delete_adapter(adapter_name)
         self.routing.delete_adapter(adapter_name)
+        self.routing.follow(self, list_layers(self.routing))
 
     def train(self, mode: bool = True) -> MolaLayer:
         """Set the mode, of the routing as well until a pass begins, which has the mode of the model.
@@ -118,7 +117,8 @@ class MolaLayer(nn.Module, MergingLayer):
         Args:
             mode: True to train.
         """
-        self.routing.training = mode
+        if not self.routing.mola_router:
+            self.routing.training = mode
         return super().train(mode)
 
     def reset_mola_parameters(self, adapter_name: str, init_weights: bool = True) -> None:

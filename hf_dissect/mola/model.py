@@ -9,11 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-)
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
@@ -26,9 +22,10 @@ from hf_dissect.mola.base_model import (
     find_towers,
 )
 from hf_dissect.mola.base_weight import (
+    can_convert,
     check_merge,
     check_trainable,
-    check_unmerged,
+    check_trained_base,
     resolve_quantization_backend,
 )
 from hf_dissect.mola.calls import attach_hooks, detach_hooks
@@ -38,7 +35,7 @@ from hf_dissect.mola.layer import Linear, MolaLayer, wrap_layer
 from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, check_task_norms
 from hf_dissect.mola.router import build_router
 from hf_dissect.mola.routing import NAMES, MolaTunerLayer, Routing, choose_name, mola_routing
-from hf_dissect.mola.saved_state import describe_misfit, select_base_state
+from hf_dissect.mola.saved_state import check_fit, check_unmerged, select_base_state
 from hf_dissect.mola.task_norms import find_kind
 
 
@@ -169,7 +166,7 @@ class MolaModel(BaseTuner):
         # The adapted layer holds the very module that it replaces, so that nothing has to be handed over.
         setattr(parent, child_name, new_module)
 
-    def _prepare_adapter_config(self, peft_config: MolaConfig, model_config: dict) -> MolaConfig:  # type: ignore[override]
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
             peft_config.target_modules = find_default_targets(self.model)
         return super()._prepare_adapter_config(peft_config, model_config)
@@ -182,15 +179,7 @@ class MolaModel(BaseTuner):
                 f"Adapter {changing[0]!r} changes the base model (train_base or train_logit_scale), which another "
                 "adapter would share; load such an adapter alone."
             )
-        if config.train_logit_scale and not hasattr(self.model, "logit_scale"):
-            raise ValueError(f"train_logit_scale=True: {type(self.model).__name__} has no logit_scale.")
-        if bare := {"logit_scale", "logit_bias"} & set(config.modules_to_save or ()):
-            raise ValueError(
-                f"modules_to_save names {', '.join(sorted(bare))}, which is a parameter and not a module: use "
-                "train_logit_scale=True."
-            )
-        if config.train_base == "all":
-            check_trainable(type(self.model).__name__, self.model)
+        check_trained_base(self.model, config)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -290,12 +279,7 @@ class MolaModel(BaseTuner):
         Args:
             adapter_name: Name of the adapter.
         """
-        if adapter_name in self.peft_config and self.peft_config[adapter_name].variant != "grad":
-            return False
-        try:
-            return all(layer.supports_lora_conversion(adapter_name) for layer in self._layers())
-        except TypeError:
-            return False
+        return can_convert(self.model, self.peft_config.get(adapter_name), adapter_name)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT returns the model, but declares None
         self,
@@ -339,17 +323,5 @@ class MolaModel(BaseTuner):
         cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        saved = {key.removeprefix("base_model.model.") for key in remapped if f".{cls.prefix}" in key}
-        expected = {
-            key.removeprefix("base_model.model.")
-            for key in _filter_state_dict_by_key_prefixes(
-                model.state_dict(), _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-            )
-        }
-        if missing := sorted(expected - saved):
-            raise ValueError(describe_misfit(config, "has no weights for", missing))
-        if unexpected := sorted(saved - expected):
-            raise ValueError(
-                describe_misfit(config, "has weights for layers that this base does not have:", unexpected)
-            )
+        check_fit(model, config, adapter_name, [key for key in remapped if f".{cls.prefix}" in key])
         return remapped

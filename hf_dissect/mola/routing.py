@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -257,6 +257,17 @@ class Routing(nn.Module, TaskChoice, MolaTunerLayer):
             setattr(model, name, self)
         else:
             object.__setattr__(model, name, self)
+
+    def follow(self, layer: MolaTunerLayer, layers: Iterable[MolaTunerLayer]) -> None:
+        """Take over the state of the layers; without routers, PEFT and `train()` do not visit the routing itself.
+
+        Args:
+            layer: Layer whose state has changed.
+            layers: All layers.
+        """
+        if not self.mola_router:
+            self._active_adapter = layer.active_adapter
+            self._disable_adapters = layer.disable_adapters and all(other.disable_adapters for other in layers)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return False, with a warning that says why: a model with routers cannot be converted.

@@ -81,6 +81,11 @@ class _Memory:
             self.free.setdefault((whole.shape, whole.dtype), []).append(whole)
 
 
+def list_layers(routing: Any) -> Iterable[Any]:
+    """Return the layers of a routing that have weights for experts, in the order in which they were made."""
+    return (layer for layer in list(_layers.values()) if layer.routing is routing and hasattr(layer, "mola_A"))
+
+
 @dataclass
 class _Unused:
     """The unused experts in one parameter, as they were before the step; in this process's part if it is sharded."""
@@ -156,7 +161,7 @@ class _Adapter:
 def _set_aside(optimizer: Optimizer) -> list[_Unused]:
     """Copy what the step must not change."""
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in own for layer in _layers.values() for parameter in _list_parameters(layer)):
+    if not any(id(parameter) in own for layer in _layers.values() for _, parameter in _list_parameters(layer)):
         _warn_of_flat_parameters(optimizer)
         return []
     adapters = [adapter for adapter in _list_adapters() if any(id(weight) in own for weight in adapter.parameters)]
@@ -179,26 +184,31 @@ def _set_aside(optimizer: Optimizer) -> list[_Unused]:
     return unused
 
 
-def _list_parameters(layer: Any) -> Iterable[nn.Parameter]:
-    return (weight for name in layer.adapter_layer_names for weight in getattr(layer, name).parameters())
+def _list_parameters(layer: Any) -> Iterable[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a layer's experts with the names of their adapters, the last first."""
+    for attribute in reversed(layer.adapter_layer_names):
+        held = getattr(layer, attribute)
+        yield from held._parameters.items()
+        for name, module in held._modules.items():  # such as an affine and a shift
+            yield from ((name, parameter) for parameter in module.parameters())
 
 
 def _list_adapters() -> list[_Adapter]:
-    """Return the `grad` adapters of the process with their parameters that have a gradient, the last layers first."""
+    """Return the `grad` adapters of the process with their parameters that have a gradient, the last layers first.
+
+    Of a layer, `B` comes first: at the start `A` has no gradient, as `B` is zero.
+    """
     adapters: dict[tuple[int, str], _Adapter] = {}
     for layer in reversed(list(_layers.values())):
-        # `B` comes first: at the start `A` has no gradient, as `B` is zero.
-        for attribute in reversed(layer.adapter_layer_names):
-            for path, parameter in getattr(layer, attribute).named_parameters():
-                name = path.partition(".")[0]  # PEFT allows no dots in the name of an adapter
-                config = layer.routing.mola_config.get(name)
-                if config is None or config.variant != "grad" or parameter.grad is None:
-                    continue
-                adapter = adapters.setdefault((id(layer.routing), name), _Adapter(config.num_experts, []))
-                if len(parameter) == config.num_experts:
-                    adapter.parameters.append(parameter)
-                else:
-                    _warn_of_flat_parameters(None)
+        for name, parameter in _list_parameters(layer):
+            config = layer.routing.mola_config.get(name)
+            if config is None or config.variant != "grad" or parameter.grad is None:
+                continue
+            adapter = adapters.setdefault((id(layer.routing), name), _Adapter(config.num_experts, []))
+            if parameter.shape[0] == config.num_experts:
+                adapter.parameters.append(parameter)
+            else:
+                _warn_of_flat_parameters(None)
     return list(adapters.values())
 
 

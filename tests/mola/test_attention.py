@@ -468,7 +468,7 @@ def test_an_encoder_without_adapted_layers_keeps_its_fused_path():
     assert net["encoder"].layers[0].activation_relu_or_gelu == 1 and net["encoder"].use_nested_tensor
 
 
-class Block(nn.Module):
+class BatchFirstBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
@@ -479,12 +479,12 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-class Tower(nn.Module):
+class BatchFirstTower(nn.Module):
     """The blocks of a tower of open_clip, with a projection behind them."""
 
     def __init__(self):
         super().__init__()
-        self.resblocks = nn.ModuleList([Block(), Block()])
+        self.resblocks = nn.ModuleList([BatchFirstBlock(), BatchFirstBlock()])
         self.proj = nn.Linear(16, 8)
 
     def forward(self, x):
@@ -495,7 +495,9 @@ class Tower(nn.Module):
 
 def test_a_tower_of_blocks_with_torchs_attention_has_default_targets():
     torch.manual_seed(0)
-    model = get_peft_model(Tower(), MolaConfig(variant="grad", num_experts=3, r=2, init_weights=False)).eval()
+    model = get_peft_model(
+        BatchFirstTower(), MolaConfig(variant="grad", num_experts=3, r=2, init_weights=False)
+    ).eval()
     names = {name for name, module in model.get_base_model().named_modules() if isinstance(module, MolaLayer)}
     parts = ("attn", "attn.base_layer.out_proj", "mlp.c_fc", "mlp.c_proj")
     assert names == {f"resblocks.{block}.{part}" for block in range(2) for part in parts}

@@ -21,6 +21,7 @@ from testing.tiny_bases import (
     tokens,
 )
 from testing.tiny_models import CAPTIONS, tiny_clip, tiny_inputs
+from torch import nn
 
 from hf_dissect.mola import MolaConfig, MolaLayer, mola_routing
 
@@ -155,6 +156,7 @@ def folder_is_empty(folder: Path) -> bool:
         ),
         (tiny_bert, {"default_task": 0, "train_base": "targets"}, "was trained with train_base.*merge_and_unload"),
         (tiny_bert, {"default_task": 0, "train_base": "all"}, "was trained with train_base.*merge_and_unload"),
+        (tiny_bert, {"default_task": 0, "task_norms": True}, "was trained with task_norms.*merge_and_unload"),
         (tiny_bert, {"default_task": 0, "bias": "mola_only"}, "The adapter's config sets bias=mola_only"),
         (tiny_bert, {"variant": "router"}, "do not support LoRA conversion"),
     ],
@@ -222,3 +224,27 @@ def test_switching_adapters_without_routers():
     assert mola_routing(model) is routing and any(module is routing for module in model.modules())
     model.unload()
     assert not hasattr(model.base_model.model, "_mola")
+
+
+def test_the_routing_is_switched_off_with_the_last_layer_only():
+    model = adapted(tiny_bert(), variant="grad", default_task=0)
+    routing = mola_routing(model)
+    layers = [module for module in model.modules() if isinstance(module, MolaLayer)]
+    for layer in layers:
+        assert not routing.disable_adapters
+        layer.enable_adapters(False)
+    assert routing.disable_adapters
+    layers[-1].enable_adapters(True)
+    assert not routing.disable_adapters
+    model.train()
+    assert routing.training
+    model.eval()
+    assert not routing.training
+
+
+def test_an_attention_is_refused():
+    base = nn.TransformerEncoderLayer(16, 2, 24)
+    model = adapted(base, variant="grad", default_task=0, target_modules=["self_attn", "linear1"])
+    with pytest.raises(TypeError, match="adapts MultiheadAttention.*merge_and_unload"):
+        convert_to_lora(model, rank=2)
+    assert not model.supports_lora_conversion()
