@@ -1,16 +1,26 @@
 """Summary of a selection run: its share of `metrics.json`, its report, and the content of its card."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from hf_dissect.cards.privacy import hub_id
 from hf_dissect.data.noise_kinds import describe_noise
+from hf_dissect.data.pair_sample import sample_pairs
 from hf_dissect.data.shards.skipped import find_skipped, summarize_all_skipped
 from hf_dissect.distributed import Ranks
+from hf_dissect.evaluation.expert_weights import (
+    MAX_PAIRS,
+    average_by_task,
+    find_task_names,
+    has_router,
+    list_tasks,
+    route_pairs,
+)
 from hf_dissect.evaluation.selection_figures import (
     compute_label_figures,
     compute_noise_figures,
@@ -22,11 +32,13 @@ from hf_dissect.objective import Objective
 from hf_dissect.recipe.objective_schema import list_robust_objectives
 from hf_dissect.report.run_files import write_selection_report
 from hf_dissect.selection import OnlineSelector
+from hf_dissect.selection.loop_hooks import Batch
 from hf_dissect.training.run_folder import list_changed_settings
 from hf_dissect.training.run_state import join_over_ranks
+from hf_dissect.training.task_experts import has_tasks
 from hf_dissect.training.time_spent import TimeSpent
 from hf_dissect.training_args import DissectTrainingArguments
-from hf_dissect.training_data import count_pairs
+from hf_dissect.training_data import count_pairs, wrap_pairs
 
 SHOWN_SETTINGS = ("selection_strategy", "selection_ratio")
 """Settings that are shown even with their defaults."""
@@ -62,6 +74,7 @@ class SelectionSummary:
         self._args = args
         self._label_figures: dict[str, float | None] = {}
         self._num_scored: int | None = None  # known after `evaluate_noise`
+        self._router: dict[str, Any] | None = None  # known after `measure_router`
 
     def choose_evaluated(self, test: Any, validation: Any) -> Any:
         """Return the data of the final figures, those of the test if there are any, and take note of them."""
@@ -80,6 +93,45 @@ class SelectionSummary:
         self._num_scored = len(scored["sample_id"])
         self._label_figures = compute_label_figures(self._selector.ledger, scored["sample_id"], scored["is_clean"])
         return compute_noise_figures(scored)
+
+    def measure_router(
+        self,
+        model: nn.Module,
+        load: Callable[[Any], Iterable[Batch]],
+        prepare: Callable[[Batch], Batch],
+        accelerator: Accelerator,
+    ) -> None:
+        """Measure the weights of a MoLA router's experts by task, and keep them for the metrics.
+
+        They are measured on a sample of the data of the final figures; without any, or without tasks where only the
+        training pairs have tasks, of the training pairs. Nothing is measured without a router.
+
+        Args:
+            model: Model of the run.
+            load: Function from data to their batches.
+            prepare: Function that moves a batch to the device.
+            accelerator: Accelerator of the trainer.
+        """
+        if not has_router(model):
+            return
+        split = "validation" if self._evaluated["test"] is None else "test"
+        parts = _list_parts(wrap_pairs(f"{split}_dataset", self._evaluated[split], self._args))
+        if not any(map(has_tasks, parts)) and self._dataset is not None and (not parts or has_tasks(self._dataset)):
+            split, parts = "train", [self._dataset]
+        if not parts:
+            return
+        limit = -(-MAX_PAIRS // len(parts))
+        calls = {"prepare": prepare, "autocast": accelerator.autocast, "gather": accelerator.gather_for_metrics}
+        routed = []
+        for pairs in parts:
+            batches = load(sample_pairs(pairs, limit))
+            names = find_task_names(self._dataset, pairs)
+            routed.append(route_pairs(model, batches, task_names=names, limit=limit, **calls))
+        counts = [count_pairs(pairs) for pairs in parts]
+        total = None if None in counts else sum(filter(None, counts))
+        own_names = find_task_names(self._dataset) == find_task_names(self._dataset, *parts)
+        known = list_tasks(self._dataset) if own_names and any(map(has_tasks, parts)) else []
+        self._router = {"split": split, "out_of": total, **average_by_task(routed, known)}
 
     def pop_logs(self, times: TimeSpent) -> dict[str, float]:
         """Return the figures of selection and objective since the last call, and the share of scoring in the time."""
@@ -106,6 +158,7 @@ class SelectionSummary:
             },
             **({} if reference is None else {"reference": hub_id(reference.name) or "a local model"}),
             **({} if adapter is None else {"adapter": adapter}),
+            **({} if self._router is None else {"router_weights": self._router}),
             **({"scored_train_pairs": self._num_scored} if self._is_sampled() else {}),
             "settings": list_changed_settings(self._args, always=(*SHOWN_SETTINGS, *bare)),
         }
@@ -140,3 +193,8 @@ class SelectionSummary:
         """Write `report_data.json` and `report.html`."""
         title = metrics["name"] if self._recipe is None else f"{self._recipe.name}: {metrics['name']}"
         write_selection_report(folder, metrics, log_history, self._selector.monitor, self._dataset, title)
+
+
+def _list_parts(data: Any) -> list[Any]:
+    """Return one or several data sets, or none, as a list."""
+    return list(data.values()) if isinstance(data, dict) else [] if data is None else [data]

@@ -336,6 +336,8 @@ class DissectTrainer(BaseTrainer):
                 scored = self.score_pairs(sample_pairs(self.train_dataset, self.args.max_train_pairs))
             yield (noise := self.summary.evaluate_noise(scored))
             unlogged = {**unlogged, **noise}
+        with self.times.measure("evaluation"):
+            self.summary.measure_router(self.model, self.get_eval_dataloader, self._prepare_inputs, self.accelerator)
         if unlogged:
             self.log({f"test_{key}": float(value) for key, value in unlogged.items() if value is not None})
 

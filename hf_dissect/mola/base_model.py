@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -107,6 +108,41 @@ def is_sequence_first(model: nn.Module, module_name: str) -> bool:
         if isinstance(batch_first, bool):
             return not batch_first
     return False
+
+
+def find_default_targets(model: nn.Module) -> set[str] | None:
+    """Return the default targets of a model that transformers does not know, such as a tower of open_clip.
+
+    Args:
+        model: Base model.
+
+    Returns:
+        Names of the attentions of torch and of the dense layers beside them; None if there are no such attentions.
+    """
+    attentions = {name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention}
+    if not attentions:
+        return None
+    blocks = tuple("".join(name.rpartition(".")[:2]) for name in attentions)
+    dense = {name for name, module in model.named_modules() if type(module) is nn.Linear and name.startswith(blocks)}
+    return attentions | dense
+
+
+def find_batch_dim(
+    model: nn.Module, module_name: str, sequence_first: list[str] | str | None = None
+) -> tuple[int, bool]:
+    """Return the dimension of the samples in a module's input, and False if it could be another.
+
+    Args:
+        model: Base model.
+        module_name: Name of the module in it.
+        sequence_first: Modules whose input is `(L, B, D)`, names or a regular expression; None to find them.
+    """
+    if isinstance(sequence_first, str):
+        return int(re.fullmatch(sequence_first, module_name) is not None), True
+    if sequence_first is not None:
+        return int(any(f".{module_name}".endswith(f".{name}") for name in sequence_first)), True
+    first = is_sequence_first(model, module_name)
+    return int(first), first
 
 
 def is_causal_lm(model: nn.Module) -> bool:

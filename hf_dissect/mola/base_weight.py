@@ -288,21 +288,6 @@ def can_convert(model: nn.Module, config: MolaConfig | None, adapter_name: str) 
         return False
 
 
-def check_unmerged(model: nn.Module, config: MolaConfig, adapter_name: str) -> None:
-    """Raise a ValueError if the base is saved with an adapter and has an expert in it.
-
-    Args:
-        model: Base model.
-        config: Configuration of the adapter that is saved.
-        adapter_name: Name of the adapter.
-    """
-    if config.train_base and any(isinstance(module, MergingLayer) and module.merged for module in model.modules()):
-        raise ValueError(
-            f"Adapter {adapter_name!r} is merged, and train_base={config.train_base!r} saves the base: once loaded, "
-            "it would have the expert twice. Call unmerge_adapter() first, or save what merge_and_unload() returns."
-        )
-
-
 def check_mergeable(layer: BaseTunerLayer) -> None:
     """Raise a ValueError if the base weight of a layer cannot be read, or cannot be written again.
 

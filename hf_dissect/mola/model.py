@@ -9,27 +9,23 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-)
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
-from hf_dissect.mola.attention import MultiheadAttention
+from hf_dissect.mola.attention import MultiheadAttention, leave_fused_paths, restore_fused_paths
 from hf_dissect.mola.base_model import (
     TARGET_MODULES,
+    find_batch_dim,
+    find_default_targets,
     find_device_and_dtype,
     find_towers,
-    is_sequence_first,
 )
 from hf_dissect.mola.base_weight import (
     can_convert,
     check_merge,
     check_trainable,
     check_trained_base,
-    check_unmerged,
     resolve_quantization_backend,
 )
 from hf_dissect.mola.calls import attach_hooks, detach_hooks
@@ -39,7 +35,7 @@ from hf_dissect.mola.layer import Linear, MolaLayer, wrap_layer
 from hf_dissect.mola.norm_layer import add_task_norms, check_norms_to_merge, check_task_norms
 from hf_dissect.mola.router import build_router
 from hf_dissect.mola.routing import NAMES, MolaTunerLayer, Routing, choose_name, mola_routing
-from hf_dissect.mola.saved_state import describe_misfit, select_base_state
+from hf_dissect.mola.saved_state import check_fit, check_unmerged, select_base_state
 from hf_dissect.mola.task_norms import find_kind
 
 
@@ -113,7 +109,7 @@ class MolaModel(BaseTuner):
             if present is None:
                 detach_hooks(routing, model)
             raise
-        add_task_norms(model, adapter_name, config, routing, self.active_adapters, self._find_batch_dim)
+        add_task_norms(model, adapter_name, config, routing, self.active_adapters)
         routing.add_adapter(adapter_name, config, router, model)
         # Only now, so that PEFT does not take the layers of the router for layers of the model.
         routing.place_in(model)
@@ -125,6 +121,7 @@ class MolaModel(BaseTuner):
             router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         routing._move_adapter_to_device_of_base_layer(adapter_name, *find_device_and_dtype(model))
         keep_frozen_statistics(model)
+        leave_fused_paths(model)
 
     # PEFT passes each method the configuration of its own kind, whatever the base class declares.
     def _create_and_replace(  # type: ignore[override]
@@ -157,7 +154,8 @@ class MolaModel(BaseTuner):
         backend = resolve_quantization_backend(target, self.model)
         layer = wrap_layer(target, self.routing, self.routing.find_tower(current_key), backend)
         if isinstance(layer, Linear):
-            layer.batch_dim, layer.knows_batch_dim = self._find_batch_dim(peft_config, current_key)
+            batch_dim = find_batch_dim(self.model, current_key, peft_config.sequence_first)
+            layer.batch_dim, layer.knows_batch_dim = batch_dim
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, r, alpha, peft_config)
         if adapter_name not in self.active_adapters:
@@ -168,15 +166,10 @@ class MolaModel(BaseTuner):
         # The adapted layer holds the very module that it replaces, so that nothing has to be handed over.
         setattr(parent, child_name, new_module)
 
-    def _find_batch_dim(self, config: MolaConfig, module_name: str) -> tuple[int, bool]:
-        """Return the dimension of the samples in a module's input, and False if it could be another."""
-        if config.sequence_first is not None:
-            given = config.sequence_first
-            if isinstance(given, str):
-                return int(re.fullmatch(given, module_name) is not None), True
-            return int(any(module_name == name or module_name.endswith(f".{name}") for name in given)), True
-        sequence_first = is_sequence_first(self.model, module_name)
-        return int(sequence_first), sequence_first
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
+            peft_config.target_modules = find_default_targets(self.model)
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_new_adapter_config(self, config: MolaConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
@@ -250,15 +243,7 @@ class MolaModel(BaseTuner):
         yield
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse the call: experts are weighted per sample, not per adapter.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Refuse the call: experts are weighted per sample, not per adapter."""
         raise NotImplementedError("MoLA does not support add_weighted_adapter: experts are weighted per sample.")
 
     def _layers(self) -> Iterator[MolaLayer]:
@@ -302,6 +287,7 @@ class MolaModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         detach_hooks(self.routing, model)
         release_statistics(model)
+        restore_fused_paths(model)
         delattr(model, next(name for name in NAMES if getattr(model, name, None) is self.routing))
         return model
 
@@ -331,17 +317,5 @@ class MolaModel(BaseTuner):
         cls, model: nn.Module, config: MolaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        saved = {key.removeprefix("base_model.model.") for key in remapped if f".{cls.prefix}" in key}
-        expected = {
-            key.removeprefix("base_model.model.")
-            for key in _filter_state_dict_by_key_prefixes(
-                model.state_dict(), _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-            )
-        }
-        if missing := sorted(expected - saved):
-            raise ValueError(describe_misfit(config, "has no weights for", missing))
-        if unexpected := sorted(saved - expected):
-            raise ValueError(
-                describe_misfit(config, "has weights for layers that this base does not have:", unexpected)
-            )
+        check_fit(model, config, adapter_name, [key for key in remapped if f".{cls.prefix}" in key])
         return remapped

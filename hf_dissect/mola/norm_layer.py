@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
+from hf_dissect.mola.base_model import find_batch_dim
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.routing import MolaTunerLayer, Routing
 from hf_dissect.mola.task_norms import BATCH_NORMS, STATISTICS, TaskBatchNorm, TaskNorm, find_kind
@@ -214,7 +215,6 @@ def add_task_norms(
     config: MolaConfig,
     routing: Routing,
     active_adapters: list[str],
-    find_batch_dim: Callable[[MolaConfig, str], tuple[int, bool]],
 ) -> None:
     """Give the normalisation layers of the towers with adapted layers an affine and statistics for each expert.
 
@@ -224,8 +224,6 @@ def add_task_norms(
         config: Configuration of the adapter.
         routing: Source of the experts' weights.
         active_adapters: Adapters that are active; an adapter that is not does not train.
-        find_batch_dim: Function of the configuration and the name of a module. It returns the dimension of the
-            samples in the module's input, and False if it could be another.
     """
     if not config.task_norms:
         return
@@ -241,7 +239,7 @@ def add_task_norms(
             layer = getattr(parent, child_name)
             if not isinstance(layer, MolaNorm):
                 layer = MolaNorm(layer, routing, tower)
-                layer.batch_dim, layer.knows_batch_dim = find_batch_dim(config, name)
+                layer.batch_dim, layer.knows_batch_dim = find_batch_dim(model, name, config.sequence_first)
                 setattr(parent, child_name, layer)
             layer.update_layer(adapter_name, config.num_experts)
             layer.set_adapter(active_adapters, inference_mode=config.inference_mode)

@@ -57,11 +57,18 @@ class Pass:
         return rows.repeat_interleave(self.size // len(rows), dim=0)
 
 
-class _ThreadState(threading.local):
-    current: Pass | None = None  # that runs
-    last: Pass | None = None  # that ended, for whoever asks for its scores
-    generation: Pass | None = None  # what all steps of `generate` share
-    task_ids: torch.Tensor | None = None  # given to a PEFT model that does not pass them on
+class _ThreadState:
+    def __init__(self) -> None:
+        self.current: Pass | None = None  # that runs
+        self.last: Pass | None = None  # that ended, for whoever asks for its scores
+        self.generation: Pass | None = None  # what all steps of `generate` share
+        self.task_ids: torch.Tensor | None = None  # given to a PEFT model that does not pass them on
+
+
+class _Threads(threading.local):
+    # The state is an object of its own, because a compiled model does not set attributes of a `threading.local`.
+    def __init__(self) -> None:
+        self.state = _ThreadState()
 
 
 class Passes:
@@ -73,12 +80,17 @@ class Passes:
     """
 
     def __init__(self) -> None:
-        self.thread = _ThreadState()
+        self._threads = _Threads()
         self._in_backward: dict[int, Pass] = {}  # by the number that autograd gives a backward pass
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what a later call continues -> its pass
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()
+
+    @property
+    def thread(self) -> _ThreadState:
+        """The state of this thread."""
+        return self._threads.state
 
     @property
     def current(self) -> Pass | None:

@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from hf_dissect.mola.base_model import choose_router_sources, find_towers
 from hf_dissect.mola.config import MolaConfig
 from hf_dissect.mola.decorrelation import decorrelation_loss
-from hf_dissect.mola.passes import Pass, Passes
+from hf_dissect.mola.passes import Passes
 from hf_dissect.mola.router import Router
-from hf_dissect.mola.tasks import check_task_ids, find_common_task
+from hf_dissect.mola.tasks import TaskChoice
 
 NAMES = ("mola", "_mola")  # of the routing in a base model; PEFT passes over names with the prefix of its type
 
@@ -25,7 +25,7 @@ class MolaTunerLayer(BaseTunerLayer):
     """Base class of every module that MoLA puts into a model."""
 
 
-class Routing(nn.Module, MolaTunerLayer):
+class Routing(nn.Module, TaskChoice, MolaTunerLayer):
     """The routers of a model, and the experts in force in each of its calls.
 
     The base model holds it as the module `mola`, so that whatever moves, casts, saves or switches adapters
@@ -113,96 +113,6 @@ class Routing(nn.Module, MolaTunerLayer):
         """Return the input of an adapter's router for a tower: `"pixels"`, `"embeddings"` or a registered name."""
         # A MolaModel has resolved router_input=None before the adapter arrives here.
         return choose_router_sources(cast(str, self.mola_config[adapter_name].router_input), self.towers)[tower]
-
-    def _get_active_configs(self) -> list[tuple[str, MolaConfig]]:
-        if self.disable_adapters:
-            return []
-        return [(name, self.mola_config[name]) for name in self.active_adapters if name in self.mola_config]
-
-    # ---- tasks ----
-
-    def choose_tasks(self, new: Pass, task_ids: torch.Tensor | None) -> None:
-        """Note the tasks of a pass that begins, by which grad adapters choose their experts.
-
-        Args:
-            new: Pass, of which `size` and `device` are known.
-            task_ids: Tasks of the samples, int64 `(B,)`; None to use the fixed or default task.
-
-        Raises:
-            TypeError: If `task_ids` is not an int64 tensor.
-            ValueError: If their shape, device or range is wrong, or they are missing in training.
-        """
-        num_experts = {
-            name: config.num_experts for name, config in self._get_active_configs() if config.variant == "grad"
-        }
-        if task_ids is None:
-            self._check_default_tasks(list(num_experts))
-        else:
-            check_task_ids(task_ids, new.size, new.device)
-            new.task_ids, new.common_task = task_ids, find_common_task(task_ids, num_experts)
-
-    def _check_default_tasks(self, names: list[str]) -> None:
-        missing = next((name for name in names if self.get_default_task(name) is None), None)
-        if missing is None:
-            return
-        if self.training:
-            raise ValueError(
-                f"task_ids are missing: adapter {missing!r} trains an expert per task. Call the model with "
-                "task_ids=..., int64 (B,), or fix one task with set_task(task)."
-            )
-        self._warn_once(
-            f"Adapter {missing!r} has an expert per task, but the model was called without task_ids: it takes the "
-            "mean of the experts. Give task_ids, int64 (B,), or fix one task with set_task(task)."
-        )
-
-    def get_default_task(self, adapter_name: str) -> int | None:
-        """Return the task of an adapter in calls without task ids; None for the mean of its experts."""
-        return self.fixed_task.get(adapter_name, self.mola_config[adapter_name].default_task)
-
-    def get_task_to_merge(self, adapter_name: str) -> int:
-        """Return the task whose expert a merge adds to the base weights.
-
-        Raises:
-            ValueError: If the adapter has a router, or no task is fixed.
-        """
-        config = self.mola_config[adapter_name]
-        if config.variant == "router":
-            raise ValueError(
-                f"Adapter {adapter_name!r} has a router: its weights depend on the input and cannot be merged."
-            )
-        task = self.get_default_task(adapter_name)
-        if task is None:
-            raise ValueError(
-                f"Adapter {adapter_name!r} has an expert per task: choose the one to merge with `set_task(task)`, a "
-                f"task from 0 to {config.num_experts - 1}."
-            )
-        return task
-
-    def check_merged_task(self, merged: Mapping[str, int]) -> None:
-        """Raise a ValueError if the pass has task ids other than the merged task.
-
-        Args:
-            merged: Merged task of each adapter.
-        """
-        now = self.passes.current
-        if now is not None and now.task_ids is not None and {now.common_task} != set(merged.values()):
-            raise ValueError(
-                f"task_ids were given while the expert of task {sorted(merged.values())[0]} is merged; call "
-                "`unmerge_adapter()` first."
-            )
-
-    def warn_of_missing_labels(self) -> None:
-        """Say once what a router reads in a language model that is called without labels."""
-        self._warn_once(
-            "The router of a model that predicts its own input reads the prompt only: the tokens before the first "
-            "label that is not -100, or what `generate` is given. This call had neither, so the router reads the "
-            "first token. Pass labels, or logits_to_keep=1 where only the last token's prediction counts."
-        )
-
-    def _warn_once(self, message: str) -> None:
-        if not torch.compiler.is_compiling() and message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
 
     # ---- weights for the layers ----
 

@@ -49,7 +49,40 @@ def select_base_state(
     return {name: value for name, value in state.items() if name in names}
 
 
-def describe_misfit(config: MolaConfig, problem: str, keys: list[str]) -> str:
+def check_unmerged(model: nn.Module, config: MolaConfig, adapter_name: str) -> None:
+    """Raise a ValueError if the base is saved with an adapter and has an expert in it.
+
+    Args:
+        model: Base model.
+        config: Configuration of the adapter that is saved.
+        adapter_name: Name of the adapter.
+    """
+    if config.train_base and any(isinstance(module, MolaLayer) and module.merged for module in model.modules()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is merged, and train_base={config.train_base!r} saves the base: once loaded, "
+            "it would have the expert twice. Call unmerge_adapter() first, or save what merge_and_unload() returns."
+        )
+
+
+def check_fit(model: nn.Module, config: MolaConfig, adapter_name: str, saved: list[str]) -> None:
+    """Raise a ValueError unless an adapter file has exactly the weights that an adapted model expects.
+
+    Args:
+        model: Model with the layers of the adapter.
+        config: Configuration of the adapter.
+        adapter_name: Name of the adapter.
+        saved: Names of the adapter's weights in the file, as the model names them.
+    """
+    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+    expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+    found, wanted = ({key.removeprefix("base_model.model.") for key in keys} for keys in (saved, expected))
+    if missing := sorted(wanted - found):
+        raise ValueError(_describe_misfit(config, "has no weights for", missing))
+    if unexpected := sorted(found - wanted):
+        raise ValueError(_describe_misfit(config, "has weights for layers that this base does not have:", unexpected))
+
+
+def _describe_misfit(config: MolaConfig, problem: str, keys: list[str]) -> str:
     """Compose the error message for an adapter file that does not fit a model.
 
     Args:

@@ -55,8 +55,9 @@ def keep_unused_experts(layer: nn.Module) -> None:
     """
     number = next(_numbers)
     if not number:
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
+        # Not traced by a compiled step: which experts are used is known from the values of the gradients only.
+        register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+        register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
     _layers[number] = layer
 
 

@@ -27,6 +27,7 @@ from hf_dissect.report.plots import (
     series,
     to_finite,
 )
+from hf_dissect.report.router_weights import show_router_weights
 from hf_dissect.report.tables import (
     Table,
     as_mapping,
@@ -91,6 +92,7 @@ def write_report(
         has_final=any(as_mapping(run.metrics.get("final")) for run in runs),
         sheets=[_draw_sheet(run, uids) for run in runs],
         open_sheet=next((i for i, run in enumerate(runs) if run.worst_dropped), 0),
+        routers=show_router_weights([(run.name, run.metrics) for run in runs]),
         bad_rows=[_list_bad_rows(run) for run in runs],
     )
 

@@ -31,7 +31,7 @@ def check_tasks(model: torch.nn.Module, train: Any, evaluation: Any) -> None:
     has_default = all(
         name in routing.fixed_task or routing.mola_config[name].default_task is not None for name in grad
     )
-    if train is not None and not has_default and not _has_tasks(train):
+    if train is not None and not has_default and not has_tasks(train):
         raise ValueError(
             "train_dataset has no tasks, but the MoLA adapter of variant 'grad' trains the expert of each pair's "
             "task; name the column with task_column (data.task_column in a recipe), or use the variant 'router'."
@@ -51,7 +51,8 @@ def check_tasks(model: torch.nn.Module, train: Any, evaluation: Any) -> None:
             )
 
 
-def _has_tasks(pairs: Any) -> bool:
+def has_tasks(pairs: Any) -> bool:
+    """Return True if pairs have tasks, or may have some that are not known before they are read."""
     if isinstance(pairs, PairDataset | PairStream):
         return pairs.columns.task is not None
     if isinstance(pairs, torch.utils.data.IterableDataset):

@@ -1,6 +1,7 @@
 """MoLA in torch's attention, against torch's own with the weights of each sample, and where torch would pass it by."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from hf_dissect.mola import MolaConfig, MultiheadAttention
+from hf_dissect.mola import MolaConfig, MolaLayer, MultiheadAttention
 from hf_dissect.mola.attention import leave_fused_paths, restore_fused_paths
 
 EMBED, HEADS, EXPERTS, SCALE = 8, 2, 3, 8.0
@@ -465,3 +466,49 @@ def test_an_encoder_without_adapted_layers_keeps_its_fused_path():
     model = adapt(net)
     leave_fused_paths(model)
     assert net["encoder"].layers[0].activation_relu_or_gelu == 1 and net["encoder"].use_nested_tensor
+
+
+class BatchFirstBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(16, 32), gelu=nn.GELU(), c_proj=nn.Linear(32, 16)))
+
+    def forward(self, x):
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class BatchFirstTower(nn.Module):
+    """The blocks of a tower of open_clip, with a projection behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.resblocks = nn.ModuleList([BatchFirstBlock(), BatchFirstBlock()])
+        self.proj = nn.Linear(16, 8)
+
+    def forward(self, x):
+        for block in self.resblocks:
+            x = block(x)
+        return self.proj(x[:, 0])
+
+
+def test_a_tower_of_blocks_with_torchs_attention_has_default_targets():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        BatchFirstTower(), MolaConfig(variant="grad", num_experts=3, r=2, init_weights=False)
+    ).eval()
+    names = {name for name, module in model.get_base_model().named_modules() if isinstance(module, MolaLayer)}
+    parts = ("attn", "attn.base_layer.out_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"resblocks.{block}.{part}" for block in range(2) for part in parts}
+    x, tasks = torch.randn(4, 5, 16), torch.tensor([2, 0, 1, 0])
+    with torch.no_grad():
+        together = model(x, task_ids=tasks)
+        for row, task in enumerate(tasks):
+            assert torch.allclose(model(x[row : row + 1], task_ids=task[None])[0], together[row], atol=1e-5)
+        assert not torch.allclose(model(x, task_ids=(tasks + 1) % 3), together, atol=1e-3)
+
+
+def test_a_model_without_attention_of_torch_still_has_no_default_targets():
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), MolaConfig(variant="grad"))

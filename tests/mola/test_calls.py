@@ -313,4 +313,20 @@ def test_a_compiled_model_is_one_graph(make, inputs, fields):
         assert torch.allclose(compiled(**batch).last_hidden_state, expected, atol=1e-5)
         if fields:
             batch["task_ids"] = (TASKS + 1) % 3
+        else:
+            batch = {name: value[:3] for name, value in batch.items()}
         assert torch.allclose(compiled(**batch).last_hidden_state, model(**batch).last_hidden_state, atol=1e-5)
+        assert mola_routing(model).passes.current is None
+
+
+def test_the_weights_of_a_compiled_pass_are_the_last_ones():
+    model = adapted(tiny_bert(), router_input="embeddings")
+    model(**tokens(5))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for size in (3, 4):
+        compiled(**tokens(size))
+        found, projections = model.routing_weights()["model"], mola_routing(model).projections()
+        assert projections["default", "model"].shape == (size, 32)
+        model(**tokens(size))
+        assert torch.allclose(found, model.routing_weights()["model"], atol=1e-6)

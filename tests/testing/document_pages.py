@@ -16,7 +16,7 @@ PAGES = (
         "docs/ledger_first.md",
         "docs/costs.md",
     ),
-    *("docs/soft_labels.md", "docs/mola.md", "docs/distillation.md"),
+    *("docs/soft_labels.md", "docs/mola.md", "docs/peft_proposal.md", "docs/distillation.md"),
     *("docs/run_folder.md", "docs/hub.md", "docs/audit.md", "docs/many_gpus.md", "docs/own_strategy.md"),
     *("docs/results.md", "docs/paper_index.md", "docs/limits.md"),
 )
