@@ -111,13 +111,13 @@ def is_sequence_first(model: nn.Module, module_name: str) -> bool:
 
 
 def find_default_targets(model: nn.Module) -> set[str] | None:
-    """Return the default targets of a model that transformers does not know, such as a tower of open_clip.
+    """Return the default targets of a model that transformers does not know, for example a tower of open_clip.
 
     Args:
         model: Base model.
 
     Returns:
-        Names of the attentions of torch and of the dense layers beside them; None if there are no such attentions.
+        Names of the attentions of torch and of the dense layers of their blocks; None if there are no such attentions.
     """
     attentions = {name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention}
     if not attentions:

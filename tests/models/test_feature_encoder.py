@@ -96,6 +96,7 @@ def test_the_tower_has_nothing_to_freeze():
 
 
 def test_importing_twice_registers_once():
+    before = dict(vars(hf_dissect.models.feature_encoder))
     reloaded = importlib.reload(hf_dissect.models.feature_encoder)
     try:
         tower = AutoModel.from_config(reloaded.PrecomputedFeaturesConfig(hidden_size=5))
@@ -105,3 +106,4 @@ def test_importing_twice_registers_once():
             "precomputed_features", PrecomputedFeaturesConfig, exist_ok=True
         )
         AutoModel.register(PrecomputedFeaturesConfig, PrecomputedFeaturesModel, exist_ok=True)
+        vars(hf_dissect.models.feature_encoder).update(before)  # for the tests after this one
