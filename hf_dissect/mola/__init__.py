@@ -1,18 +1,11 @@
 """MoLA, a mixture of low-rank adapters, as a PEFT method. Importing this package registers the method with PEFT."""
 
-from peft import (
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 from hf_dissect.mola.attention import MultiheadAttention
 from hf_dissect.mola.calls import pass_task_ids_on
@@ -45,12 +38,5 @@ PEFT_TYPE_TO_CONFIG_MAPPING[MOLA_TYPE] = MolaConfig
 PEFT_TYPE_TO_TUNER_MAPPING[MOLA_TYPE] = MolaModel
 PEFT_TYPE_TO_PREFIX_MAPPING[MOLA_TYPE] = MolaModel.prefix
 
-for _peft_model in (
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-):
+for _peft_model in set(MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
     pass_task_ids_on(_peft_model)
