@@ -122,14 +122,13 @@ class Entry:
     def _find_earlier(self, given: Mapping[str, Any]) -> Pass | None:
         """Return the pass that this call continues: that of the encoder, or of the prompt in the cache."""
         passes = self.routing.passes
+        outputs, cache = given.get("encoder_outputs"), given.get("past_key_values")
         if self.reuses_encoder and self.tower is None:
-            outputs = given.get("encoder_outputs")
-            return None if outputs is None else passes.find(outputs[0])
+            return None if outputs is None else passes.generated or passes.find(outputs[0])
         if not self.is_causal_lm:
             return None
-        cache = given.get("past_key_values")
-        if (generation := passes.thread.generation) is not None and generation.weights:
-            return generation
+        if passes.generated is not None:
+            return passes.generated
         if cache is None or not count_cached(cache):
             return None
         earlier = passes.find(cache)
@@ -159,16 +158,18 @@ class Entry:
             self._route_all(given)
             self.hook_input_layer(module)
             self._route(given, (), {})
-            if self.input_layer is not None and given.get("inputs_embeds") is None:
+            now = cast(Pass, routing.passes.current)
+            if self.input_layer is not None and given.get("inputs_embeds") is None and not now.held:
                 self.input_layer(cast(torch.Tensor, ids).T if self.sequence_first else ids)
         finally:
             routing.passes.end(module, None)
 
     def _route_all(self, given: Mapping[str, Any]) -> None:
         """Let the routers that read all inputs of the model score, those of `register_router`."""
-        now = self.routing.passes.current
+        if cast(Pass, self.routing.passes.current).held:
+            return
         for adapter_name, router in self.routing.get_active_routers():
-            if "all" in router.branches and not cast(Pass, now).held:
+            if "all" in router.branches:
                 inputs = {name: value for name, value in given.items() if name != "task_ids"}
                 if self.is_causal_lm:
                     inputs = hide_what_is_predicted(inputs, self._find_mask(given))
@@ -198,7 +199,8 @@ class Entry:
         if not self.is_causal_lm:
             return read_mask(given.get("attention_mask"))
         generates = self.routing.passes.thread.generation is not None or given.get("past_key_values") is not None
-        whole = generates or given.get("logits_to_keep") == 1
+        kept = given.get("logits_to_keep")
+        whole = generates or (isinstance(kept, int) and kept == 1)
         if given.get("labels") is None and not whole:
             self.routing.warn_of_missing_labels()
         return find_prompts(given, whole)

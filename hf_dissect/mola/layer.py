@@ -234,6 +234,7 @@ class Linear(MolaLayer):
         knows_batch_dim: False if that may be wrong, so that doubtful inputs are refused.
     """
 
+    is_dense = True
     batch_dim = 0
     knows_batch_dim = False
 
@@ -246,8 +247,6 @@ class Linear(MolaLayer):
 
     def _find_batch_dim(self, x: torch.Tensor) -> int:
         return self.batch_dim if x.dim() > 2 else 0
-
-    is_dense = True
 
     def _expert_shape(self) -> tuple[tuple[int, ...], int]:
         return (cast(int, self.in_features),), cast(int, self.out_features)

@@ -96,8 +96,8 @@ class Passes:
     def current(self) -> Pass | None:
         """The pass that runs, or whose backward pass does; None between calls."""
         running = self.thread.current
-        if running is None and self.thread.generation is not None and self.thread.generation.weights:
-            return self.thread.generation  # `generate` calls parts of a model by themselves, too
+        if running is None and (generated := self.generated) is not None:
+            return generated  # `generate` calls parts of a model by themselves, too
         if running is not None or torch.compiler.is_compiling() or not self._in_backward:
             return running
         number = torch._C._current_graph_task_id()
@@ -106,6 +106,12 @@ class Passes:
         passes = list(self._in_backward.values())
         # A reentrant checkpoint inside another one runs in a backward pass of its own.
         return self._in_backward.get(number, passes[0] if len(passes) == 1 else None)
+
+    @property
+    def generated(self) -> Pass | None:
+        """The choice that the steps of a generation share; None outside of one, and before its prompt is routed."""
+        generation = self.thread.generation
+        return generation if generation is not None and generation.weights else None
 
     def begin(self, new: Pass) -> None:
         """Start a pass in this thread."""
@@ -172,6 +178,4 @@ class Passes:
 
     def find(self, key: object) -> Pass | None:
         """Return the pass that a call with this object continues; None for one that is not known."""
-        if (generation := self.thread.generation) is not None and generation.weights:
-            return generation
         return self._known.get(key)

@@ -331,7 +331,7 @@ def choose_name(model: nn.Module) -> str:
 
 def get_own_routing(model: nn.Module) -> Routing | None:
     """Return the routing that a base model holds itself; None if it holds none."""
-    held = (*model.children(), *(vars(model).get(name) for name in NAMES))
+    held = (model._modules.get(name) or vars(model).get(name) for name in NAMES)  # see `Routing.place_in`
     return next((module for module in held if isinstance(module, Routing)), None)
 
 

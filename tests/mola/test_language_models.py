@@ -135,6 +135,17 @@ def test_without_labels_it_reads_the_first_token_and_says_so_once():
     assert torch.equal(model.routing_weights()["model"], expected)
 
 
+def test_predictions_of_some_positions_do_not_make_all_of_it_a_prompt():
+    model, tokens = routed(), prompts()
+    model(input_ids=tokens)
+    expected = model.routing_weights()["model"]
+    for kept in (torch.tensor([1, 5]), 2, 0):
+        model(input_ids=tokens, logits_to_keep=kept)
+        assert torch.equal(model.routing_weights()["model"], expected)
+    model(input_ids=tokens, logits_to_keep=1)
+    assert not torch.allclose(model.routing_weights()["model"], expected)
+
+
 def test_a_router_of_ones_own_sees_no_more_than_the_prompt():
     seen = {}
 
