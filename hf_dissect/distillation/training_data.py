@@ -64,6 +64,11 @@ class ModalityRows(TorchDataset):
         self.labels = _find_classes(names_of_values) if labels is None else list(labels)
         self._label = _number_classes(names_of_values, self.labels, label_column)
 
+    @property
+    def label_numbers(self) -> list[int]:
+        """Number of the class of each row, -1 where the label is missing."""
+        return self._label
+
     def __len__(self) -> int:
         return len(self._label)
 
