@@ -82,6 +82,7 @@ COMMANDS = {
     "make peft-capabilities": None,  # which needs the network
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
+    "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=auto": UTD,
     "hf-dissect train amid-clip data.path=/data/birds": [
         *("student.name_or_path=clip", "auxiliaries.caption.name_or_path=clip", "training.save_strategy=no"),
         *("training.per_device_train_batch_size=8", "training.max_steps=2", "training.use_cpu=true"),

@@ -113,14 +113,14 @@ class Criterion:
         """Prediction in words."""
         if self.unlabelled_share == 0:
             return (
-                "all training rows with auxiliaries have labels, which tell the student what the teacher knows: nothing "
-                "to gain here: train the student alone"
+                "all training rows with auxiliaries have labels, which tell the student what the teacher knows: "
+                "nothing to gain here: train the student alone"
             )
         if self.gain is None:
             return (
                 f"not known whether distillation can gain ({self.labelled_rows} labelled rows and "
-                f"{self.labelled_held_out_rows} held out; at least {FEWEST_ROWS} of each are needed): train the student "
-                "alone, or compare the methods"
+                f"{self.labelled_held_out_rows} held out; at least {FEWEST_ROWS} of each are needed): train the "
+                "student alone, or compare the methods"
             )
         knows = f"the teacher knows {self.gain:.2g} nats that the labels do not tell the student"
         if self.method == "student":

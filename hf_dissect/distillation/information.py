@@ -1,8 +1,8 @@
 """Estimates of the information between features and between features and labels, in nats, on held-out rows.
 
-Each estimate fits something on training rows and is evaluated on rows that had no part in the fit. Nothing is clipped:
-an estimate may be negative, which means that the fit knows less than nothing about the held-out rows. With too few rows
-an estimate is None, which stands for "not known".
+Each estimate fits something on training rows and is evaluated on rows that had no part in the fit. Nothing is
+clipped: an estimate may be negative, which means that the fit misleads about the held-out rows. With too few rows an
+estimate is None, which stands for "not known".
 """
 
 import copy
@@ -153,8 +153,8 @@ def estimate_cross_entropy(
         held_out_labels: Their classes, int64 `(N,)`.
 
     Returns:
-        The cross-entropy in nats, an upper bound of the conditional entropy H(Y|X) in expectation; None with fewer than
-        `FEWEST_ROWS` rows of either kind or a single class.
+        The cross-entropy in nats, an upper bound of the conditional entropy H(Y|X) in expectation; None with fewer
+        than `FEWEST_ROWS` rows of either kind or a single class.
     """
     classes, numbers = np.unique(labels.numpy(), return_inverse=True)
     if min(len(labels), len(held_out_labels)) < FEWEST_ROWS or len(classes) < 2:

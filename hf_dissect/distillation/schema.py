@@ -10,7 +10,7 @@ from hf_dissect.settings import declared, describe_problem, setting
 
 KINDS = ("array", "image", "text")
 AUTO = "auto"
-"""Method that a pilot replaces by student, hinton or amid before training, see `hf_dissect.distillation.choose_method`."""
+"""Method that a pilot replaces by student, hinton or amid, see `hf_dissect.distillation.choose_method`."""
 
 
 @dataclass
@@ -64,7 +64,8 @@ class DistillationSettings:
 
     method: str = setting(
         "amid",
-        "Terms of the objective to begin with; student: its task alone; auto: a pilot chooses student, hinton or amid.",
+        "Terms of the objective to begin with; student: its task alone; auto: a pilot chooses student, hinton or "
+        "amid.",
         choices=(*METHODS, AUTO),
     )
     term_weights: dict[str, Any] | str | None = setting(  # HfArgumentParser takes JSON for this type alone

@@ -85,6 +85,22 @@ def list_columns(columns: Columns) -> list[str]:
     return list(columns.column_names if isinstance(columns, Dataset) else columns)
 
 
+def check_column(column: str, columns: Columns, key: str = "the recipe") -> None:
+    """Check that the data have a column.
+
+    Args:
+        column: Name of the column.
+        columns: Data.
+        key: Setting that names it, for the error message.
+
+    Raises:
+        ValueError: They have not.
+    """
+    names = list_columns(columns)
+    if column not in names:
+        raise ValueError(f"{key}: there is no column {column!r}; there are {', '.join(map(repr, names))}.")
+
+
 def check_lengths(columns: Mapping[str, Sequence], subject: str = "The columns") -> None:
     """Check that columns have equally many rows.
 
