@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -151,33 +152,36 @@ class RowPart:
     places: Sequence[int]
 
 
-def hold_out(count: int, groups: Sequence[Any] | None) -> tuple[list[int], list[int]]:
-    """Divide training rows into four fifths to fit by and a fifth to test by, the same for all runs.
+def hold_out(label_numbers: Sequence[int], groups: Sequence[Any] | None) -> tuple[list[int], list[int]]:
+    """Divide training rows into those to fit by and a fifth to test by, the same for all runs.
+
+    More than a fifth, up to half, is held out where a fifth has fewer labels than an estimate needs.
 
     Args:
-        count: Number of rows.
+        label_numbers: Class of each row, -1 where the label is missing.
         groups: Group of each row, which stays whole, such as its subject; None for rows at random. With one group
             alone, its rows are divided at random.
 
     Returns:
         Places of both parts, in ascending order.
     """
-    random = np.random.default_rng(0)
-    kinds = [None] * count if groups is None else np.asarray(groups, dtype=object).tolist()
-    names = sorted(set(kinds), key=str)
-    if len(names) < 2:
-        kinds, names = list(range(count)), list(range(count))
-    held_out: set[Any] = set()
-    taken, sizes = 0, {name: kinds.count(name) for name in names} if len(names) < count else dict.fromkeys(names, 1)
-    for place in random.permutation(len(names))[:-1]:
-        if taken >= count / 5:
-            break
-        held_out.add(names[place])
-        taken += sizes[names[place]]
-    parts: tuple[list[int], list[int]] = ([], [])
+    count = len(label_numbers)
+    kinds = range(count) if groups is None else np.asarray(groups, dtype=object).tolist()
+    members: dict[Any, list[int]] = {}
     for place, kind in enumerate(kinds):
-        parts[kind in held_out].append(place)
-    return parts
+        members.setdefault(kind, []).append(place)
+    if len(members) < 2:
+        members = {place: [place] for place in range(count)}
+    order = np.random.default_rng(0).permutation(len(members))
+    parts = [members[name] for name in sorted(members, key=str)]
+    held_out: set[int] = set()
+    labelled = 0
+    for part in (parts[place] for place in order[:-1]):
+        if len(held_out) >= count / 5 and (labelled >= FEWEST_ROWS or len(held_out) + len(part) > count / 2):
+            break
+        held_out.update(part)
+        labelled += sum(label_numbers[place] >= 0 for place in part)
+    return [place for place in range(count) if place not in held_out], sorted(held_out)
 
 
 def measure_criterion(
@@ -200,8 +204,10 @@ def measure_criterion(
         batch_size: Number of rows in a forward pass.
 
     Raises:
-        ValueError: The networks have no teacher.
+        ValueError: The networks have no teacher, or there are no rows.
     """
+    if not train.places or not held_out.places:
+        raise ValueError("There are no rows to measure the criterion on; at least two training rows are needed.")
     if networks.teacher is None:
         raise ValueError("The networks have no teacher, of which the criterion could be measured; use another method.")
     start = time.perf_counter()
@@ -213,7 +219,7 @@ def measure_criterion(
     entropies = {}
     for name in ("student", "teacher", "auxiliaries"):
         parts = (getattr(own, name)[own.has_label], labels, getattr(other, name)[tested], other.label[tested])
-        entropies[f"cross_entropy_{name}"] = estimate_cross_entropy(*parts)
+        entropies[f"cross_entropy_{name}"] = _keep_finite(estimate_cross_entropy(*parts))
     features = (own.teacher, own.student, other.teacher, other.student)
     bound = bound_information(*features)
     return Criterion(
@@ -224,9 +230,9 @@ def measure_criterion(
         labelled_held_out_rows=int(tested.sum()),
         unlabelled_share=_find_unlabelled_share(train.rows, own),
         label_entropy=compute_entropy(torch.cat([labels, other.label[tested]])),
-        information_bound=None if bound is None else bound.nats,
+        information_bound=None if bound is None else _keep_finite(bound.nats),
         information_cap=None if bound is None else bound.cap,
-        information_uncapped=estimate_information(*features),
+        information_uncapped=_keep_finite(estimate_information(*features)),
         seconds=time.perf_counter() - start,
         **entropies,
     )
@@ -298,6 +304,11 @@ def _find_unlabelled_share(rows: ModalityRows, read: _Features) -> float:
         return 0.0
     unlabelled = sum(number < 0 for number in rows.label_numbers) / len(rows)
     return unlabelled * float((~read.has_label).sum()) / read.unlabelled_read
+
+
+def _keep_finite(estimate: float | None) -> float | None:
+    """Return an estimate; None, which means "not known", if its fit diverged."""
+    return estimate if estimate is not None and math.isfinite(estimate) else None
 
 
 def _subtract(first: float | None, second: float | None) -> float | None:

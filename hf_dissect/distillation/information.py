@@ -9,7 +9,6 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ FEWEST_ROWS = 10
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse strengths of the L2 penalty
 _SCALES = np.geomspace(0.05, 2.0, 12)  # factors of the logits
 _PRIOR_SHARES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+_WIDEST = 128  # features beyond which a head sees principal components
 _DIMENSIONS = (4, 8, 16, 32, 64)
 _POWERS = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.0)  # of a density ratio
 _LARGEST_CORRELATION = 0.9999
@@ -68,23 +68,23 @@ def bound_information(
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(x), generator=generator)
     stops, fits = order[: max(2, len(x) // 5)], order[max(2, len(x) // 5) :]
-    critic = _make_critic(x.shape[1], y.shape[1])
+    critic = _Critic(x.shape[1], y.shape[1])
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=1e-2)
     best, kept = math.inf, critic
     with torch.enable_grad():
         for step in range(steps):
             rows = fits[torch.randperm(len(fits), generator=generator)[:256]]
             optimizer.zero_grad()
-            _contrast(critic, x[rows], y[rows]).mean().backward()
+            critic(x[rows], y[rows]).mean().backward()
             optimizer.step()
             if step % 10 == 9:
                 with torch.no_grad():
-                    loss = min(float(_contrast(critic, x[stops], y[stops], power).mean()) for power in _POWERS)
+                    loss = min(float(critic(x[stops], y[stops], power).mean()) for power in _POWERS)
                 if loss < best:
                     best, kept = loss, copy.deepcopy(critic)
     cap = math.log(len(held_out_x))
     with torch.no_grad():
-        losses = [_contrast(kept, held_out_x, held_out_y, power) for power in _POWERS]
+        losses = [kept(held_out_x, held_out_y, power) for power in _POWERS]
     parts = [
         min(losses, key=lambda loss: float(loss[fits].mean()))[tested] for fits, tested in _halve(len(held_out_x))
     ]
@@ -122,18 +122,20 @@ def estimate_information(
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     fits, measures = order[: 2 * len(x) // 3], order[2 * len(x) // 3 :]
     best, chosen = -math.inf, _DIMENSIONS[0]
+    components = _find_components(x[fits]), _find_components(y[fits])
     for size in _DIMENSIONS:
-        ratio = _GaussianRatio(x[fits], y[fits], size).measure(x[measures], y[measures])
+        directions = _find_directions(x[fits], y[fits], components, size)
+        ratio = _GaussianRatio(directions, x[measures], y[measures])
         score = max(ratio.compute_information(x[measures], y[measures]))
         if score > best:
             best, chosen = score, size
         if size > len(fits) // 4:
             break
-    ratio, estimates = _GaussianRatio(x, y, chosen), []
+    directions, estimates = _find_directions(x, y, (_find_components(x), _find_components(y)), chosen), []
     for fits, tested in _halve(len(held_out_x)):
-        measured = ratio.measure(held_out_x[fits], held_out_y[fits])
-        scores = measured.compute_information(held_out_x[fits], held_out_y[fits])
-        estimates.append(measured.compute_information(held_out_x[tested], held_out_y[tested])[np.argmax(scores)])
+        ratio = _GaussianRatio(directions, held_out_x[fits], held_out_y[fits])
+        scores = ratio.compute_information(held_out_x[fits], held_out_y[fits])
+        estimates.append(ratio.compute_information(held_out_x[tested], held_out_y[tested])[np.argmax(scores)])
     return sum(estimates) / 2
 
 
@@ -142,7 +144,8 @@ def estimate_cross_entropy(
 ) -> float | None:
     """Estimate the cross-entropy of the labels given features, by a multinomial logistic regression.
 
-    Its L2 penalty is chosen on a fifth of the training rows. A network has often learnt the training rows by heart,
+    Features of more than 128 dimensions are cut to their first principal components. The L2 penalty is chosen on a
+    fifth of the training rows. A network has often learnt the training rows by heart,
     which makes a head too sure of itself; hence a factor of the logits and a share of the class frequencies are fitted
     on one half of the held-out rows for the other half, and the other way round.
 
@@ -159,7 +162,7 @@ def estimate_cross_entropy(
     classes, numbers = np.unique(labels.numpy(), return_inverse=True)
     if min(len(labels), len(held_out_labels)) < FEWEST_ROWS or len(classes) < 2:
         return None
-    own, held_out = (part.double().numpy() for part in _standardise(features, held_out_features))
+    own, held_out = (part.double().numpy() for part in _reduce(*_standardise(features, held_out_features)))
     true = np.searchsorted(classes, held_out_labels.numpy())
     logits = _fit_head(own, numbers, _choose_strength(own, numbers)).predict_log_proba(held_out)
     prior = np.log((np.bincount(numbers) + 1) / (len(numbers) + len(classes)))
@@ -192,55 +195,69 @@ def _halve(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(order[::2], order[1::2]), (order[1::2], order[::2])]
 
 
-def _make_critic(x_size: int, y_size: int, size: int = 64) -> nn.ModuleDict:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed the accelerators as well
-        critic = nn.ModuleDict(
-            {
-                name: nn.Sequential(nn.Linear(width, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
-                for name, width in (("x", x_size), ("y", y_size))
-            }
-        )
-    critic["scale"] = nn.ParameterList([nn.Parameter(torch.tensor(math.log(10.0)))])
-    return critic
+class _Critic(nn.Module):
+    """Two projections to vectors of unit length, whose cosines are multiplied by a learnt scale.
+
+    Args:
+        x_size: Size of the x.
+        y_size: Size of the y.
+        size: Size of the vectors.
+    """
+
+    def __init__(self, x_size: int, y_size: int, size: int = 64) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed the accelerators as well
+            self.x, self.y = (
+                nn.Sequential(nn.Linear(width, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
+                for width in (x_size, y_size)
+            )
+        self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+        """Compute `L_NCE` of each of `n` rows, with all rows as candidates, the mean over both directions."""
+        u, v = F.normalize(self.x(x), dim=-1), F.normalize(self.y(y), dim=-1)
+        logits, true = u @ v.T * self.scale.exp() * power, torch.arange(len(x))
+        losses = [F.cross_entropy(part, true, reduction="none") for part in (logits, logits.T)]
+        return (losses[0] + losses[1]) / 2
 
 
-def _contrast(critic: nn.ModuleDict, x: torch.Tensor, y: torch.Tensor, power: float = 1.0) -> torch.Tensor:
-    """Compute `L_NCE` of each row `(n,)`, with all rows as candidates, the mean over both directions."""
-    x, y = (F.normalize(critic[name](part), dim=-1) for name, part in (("x", x), ("y", y)))
-    logits = x @ y.T * critic["scale"][0].exp() * power
-    true = torch.arange(len(x))
-    losses = [F.cross_entropy(part, true, reduction="none") for part in (logits, logits.T)]
-    return (losses[0] + losses[1]) / 2
+def _find_directions(
+    x: torch.Tensor, y: torch.Tensor, components: tuple[torch.Tensor, torch.Tensor], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the directions of the canonical variates of x `(n, D_x)` and y `(n, D_y)`, the most correlated first.
+
+    Args:
+        x: Standardised features.
+        y: Standardised features.
+        components: Principal components of x and of y, see `_find_components`.
+        size: Largest number of principal components of each side.
+    """
+    x_directions, y_directions = (part[:, :size] for part in components)
+    u, v = x.double() @ x_directions, y.double() @ y_directions
+    left, _, right = torch.linalg.svd(u.T @ v / len(x), full_matrices=False)
+    return x_directions @ left, y_directions @ right.T
 
 
 class _GaussianRatio:
     """Density ratio of a Gaussian with a few canonical correlations.
 
     Args:
-        x: Standardised features that choose the directions, `(n, D_x)`.
-        y: Standardised features that choose the directions, `(n, D_y)`.
-        size: Largest number of principal components of each side.
+        directions: Directions of the canonical variates of x and of y.
+        x: Standardised features by which the correlations are measured, `(n, D_x)`.
+        y: Standardised features by which the correlations are measured, `(n, D_y)`.
     """
 
-    def __init__(self, x: torch.Tensor, y: torch.Tensor, size: int) -> None:
-        x_directions, y_directions = _whiten(x, size), _whiten(y, size)
-        u, v = x.double() @ x_directions, y.double() @ y_directions
-        left, _, right = torch.linalg.svd(u.T @ v / len(x), full_matrices=False)
-        self._directions = (x_directions @ left, y_directions @ right.T)
-
-    def measure(self, x: torch.Tensor, y: torch.Tensor) -> Self:
-        """Return this ratio with the correlations of other rows along its directions."""
-        measured = copy.copy(self)
-        u, v = x.double() @ self._directions[0], y.double() @ self._directions[1]
-        measured._means = (u.mean(0), v.mean(0))
-        measured._deviations = tuple(part.std(0, correction=0).clamp_min(1e-12) for part in (u, v))
-        u, v = measured._project(x, y)
+    def __init__(self, directions: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> None:
+        self._directions = directions
+        variates = [part.double() @ turned for part, turned in zip((x, y), directions, strict=True)]
+        self._means = [part.mean(0) for part in variates]
+        self._deviations = [part.std(0, correction=0).clamp_min(1e-12) for part in variates]
+        u, v = self._project(x, y)
         correlation = (u * v).mean(0)
         # What chance alone makes of unrelated variates counts as 0.
         correlation = torch.where(correlation > 2 / math.sqrt(len(x)), correlation, 0)
-        measured._correlation = correlation.clamp_max(_LARGEST_CORRELATION)
-        return measured
+        self._correlation = correlation.clamp_max(_LARGEST_CORRELATION)
 
     def compute_information(self, x: torch.Tensor, y: torch.Tensor) -> list[float]:
         """Compute the bound of `estimate_information` from rows `(N, D_x)` and `(N, D_y)`, for each of `_POWERS`."""
@@ -268,13 +285,21 @@ class _GaussianRatio:
         ]
 
 
-def _whiten(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the directions `(D, k)` along which the principal components have unit deviation."""
+def _find_components(values: torch.Tensor) -> torch.Tensor:
+    """Return the directions `(D, k)` along which the first principal components have unit deviation."""
     values = values.double()
     _, deviations, directions = torch.linalg.svd(values - values.mean(0), full_matrices=False)
     deviations = deviations / math.sqrt(len(values))
-    kept = min(size, max(1, int((deviations > 1e-4 * deviations[0]).sum())))
+    kept = min(_DIMENSIONS[-1], max(1, int((deviations > 1e-4 * deviations[0]).sum())))
     return directions[:kept].T / deviations[:kept].clamp_min(1e-12)
+
+
+def _reduce(own: torch.Tensor, held_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn wide features into their first principal components, with the deviations that they have."""
+    if own.shape[1] <= _WIDEST:
+        return own, held_out
+    directions = torch.linalg.svd(own.double() - own.double().mean(0), full_matrices=False)[2][:_WIDEST].T.float()
+    return own @ directions, held_out @ directions
 
 
 def _fit_head(features: np.ndarray, numbers: np.ndarray, strength: float) -> LogisticRegression:

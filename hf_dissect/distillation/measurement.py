@@ -17,8 +17,10 @@ from hf_dissect.training.time_spent import TimeSpent
 
 logger = logging.getLogger(__name__)
 
-_LOGGED = ("student_label", "teacher_label", "auxiliaries_label", "gain")
-_LOGGED += ("information_bound", "information_cap", "information_uncapped")
+_LOGGED = (
+    *("student_label", "teacher_label", "auxiliaries_label", "gain"),
+    *("information_bound", "information_cap", "information_uncapped"),
+)
 
 
 class Measurement(TrainerCallback):
@@ -103,12 +105,12 @@ class Measurement(TrainerCallback):
     def _compute(self) -> Criterion:
         evaluation = self._evaluation
         if evaluation is not None and evaluation.modalities == self._train.modalities:
-            own, held_out = range(len(self._train)), range(len(evaluation))
-            criterion = self._compare(own, RowPart(evaluation, held_out), f"{len(held_out)} validation rows")
-            labelled = any(number >= 0 for number in evaluation.label_numbers)
-            if labelled and criterion.held_out_rows >= FEWEST_ROWS:
+            every = RowPart(evaluation, range(len(evaluation)))
+            criterion = self._compare(range(len(self._train)), every, f"{len(evaluation)} validation rows")
+            labelled = sum(number >= 0 for number in evaluation.label_numbers)
+            if min(labelled, criterion.held_out_rows) >= FEWEST_ROWS:
                 return criterion
-        own, held_out = hold_out(len(self._train), self._groups)
+        own, held_out = hold_out(self._train.label_numbers, self._groups)
         described = f"{len(held_out)} training rows, on which the networks train as well"
         return self._compare(own, RowPart(self._train, held_out), described)
 

@@ -72,7 +72,7 @@ def choose_method(recipe: DistillationRecipe, splits: Mapping[str, Columns]) -> 
         trainer = build_trainer(_make_pilot(recipe, folder), {"train": train})
         trainer.remove_callback(PrinterCallback)
         rows: Any = trainer.train_dataset
-        own, held_out = hold_out(len(rows), read_groups(recipe, train))
+        own, held_out = hold_out(rows.label_numbers, read_groups(recipe, train))
         trainer.train_dataset = Subset(rows, own)
         if len(own) < trainer.args.train_batch_size * trainer.ranks.count:
             trainer.args.dataloader_drop_last = False  # otherwise there would be no batch

@@ -75,12 +75,21 @@ def test_estimates_may_be_negative():
     ],
 )
 def test_rows_are_held_out_by_group(groups, held_out):
-    own, other = hold_out(100, groups)
+    own, other = hold_out([0] * 100, groups)
     assert sorted(own + other) == list(range(100)) and own and other and own == sorted(own)
     assert held_out is None or len(other) == held_out
     if groups is not None and len(set(groups)) > 1:
         assert not {groups[place] for place in own} & {groups[place] for place in other}
-    assert hold_out(100, groups) == (own, other)
+    assert hold_out([0] * 100, groups) == (own, other)
+
+
+@pytest.mark.parametrize("every, held_out", [(1, 20), (5, 50), (8, 50), (1000, 50)])
+def test_more_rows_are_held_out_where_few_have_labels(every, held_out):
+    numbers = [0 if place % every == 0 else -1 for place in range(100)]
+    parts = [hold_out(numbers, groups) for groups in (None, [place % 10 for place in range(100)])]
+    for _, other in parts:
+        labels = sum(numbers[place] == 0 for place in other)
+        assert 20 <= len(other) <= held_out and (labels >= 10 or len(other) == 50)
 
 
 def measure(trainer, own, held_out) -> Criterion:
