@@ -3,17 +3,17 @@
     python benchmarks/mola_router.py --tasks tasks32 --pacs PACS --output FILE.json
 
 The folder of `--tasks` holds npz files with the arrays NAME/image (uint8, n x 32 x 32 x 3) and NAME/split (0 train, 1
-validation), that of `--pacs` train.parquet and validation.parquet (columns `image`, `domain`). All pictures are reduced
-to 32 pixels. Each network has as many scores as there are tasks, and learns them on batches of pictures, once from
-each of two losses:
+validation), that of `--pacs` train.parquet and validation.parquet (columns `image`, `domain`). All pictures have 32
+pixels. Each network has as many scores as there are tasks, and learns them on batches of pictures, once from each of
+two losses:
 
     labels           cross-entropy of the scores: what the network can learn
     decorrelation    the task-wise decorrelation loss of MoLA on the projected scores: what it learns as a router
 
-Accuracy is that of the nearest task on validation pictures: by the largest score, or by the mean routing weights of the
-training pictures of each task. `decorrelation` is the loss on validation pictures. Costs are processor times, forward
-and backward, in turns: `ms` of the network alone on 32 pictures, `step` of a small ResNet for 64 pixels with a MoLA
-router as a multiple of that with LoRA of as many parameters (`mola_cost.py --model small-resnet`).
+Accuracy is that of the nearest task on validation pictures: by the largest score, or by the mean routing weights of
+the training pictures of each task. `decorrelation` is the loss on validation pictures. Costs are processor times,
+forward and backward, in turns: `ms` of the network alone on 32 pictures, `step` of a small ResNet for 64 pixels with a
+MoLA router as a multiple of that with LoRA of as many parameters (`mola_cost.py --model small-resnet`).
 """
 
 import argparse
@@ -111,9 +111,13 @@ def train(name: str, loss_name: str, pictures: Pictures, seed: int, options: arg
     for _ in range(options.steps):
         drawn = torch.randint(len(rows_of), (options.batch,), generator=generator)
         places = torch.rand(options.batch, generator=generator)
-        rows = torch.stack([rows_of[task][int(at * len(rows_of[task]))] for task, at in zip(drawn, places)])  # noqa: B905
+        rows = torch.stack(
+            [rows_of[task][int(at * len(rows_of[task]))] for task, at in zip(drawn, places, strict=True)]
+        )
         scores = network((images[rows] - mean) / deviation)
-        made = decorrelation_loss(projection(scores), drawn) if loss_name != "labels" else F.cross_entropy(scores, drawn)
+        made = (
+            decorrelation_loss(projection(scores), drawn) if loss_name != "labels" else F.cross_entropy(scores, drawn)
+        )
         optimizer.zero_grad()
         made.backward()
         optimizer.step()
@@ -165,7 +169,11 @@ def measure_costs(options: argparse.Namespace) -> dict[str, dict]:
     """Processor time of each network by itself, and of a step of a small ResNet with it."""
     alone = {name: NETWORKS[name](options.experts).train() for name in options.networks}
     pictures = torch.randn(32, 3, SIDE, SIDE)
-    steps = {name: functools.partial(lambda net: net(pictures).square().mean().backward(), net) for name, net in alone.items()}
+
+    def score_and_return(network: nn.Module) -> None:
+        network(pictures).square().mean().backward()
+
+    steps = {name: functools.partial(score_and_return, network) for name, network in alone.items()}
     lora = mola_cost.adapt("lora_Er", options.base, options.experts, 8)
     steps["lora"] = functools.partial(mola_cost.step, *lora)
     for name in options.networks:
@@ -199,7 +207,10 @@ def summarise(runs: list[dict]) -> dict[str, dict]:
                 cell.setdefault(figure, []).append(run[figure])
     return {
         place: {
-            figure: {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
+            figure: {
+                "mean": statistics.mean(values),
+                "deviation": statistics.stdev(values) if len(values) > 1 else None,
+            }
             for figure, values in cell.items()
         }
         for place, cell in table.items()

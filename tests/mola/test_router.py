@@ -7,6 +7,7 @@ from peft import get_peft_model
 from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_bert_classifier, tiny_resnet, tiny_vit, tokens
 from testing.tiny_models import CAPTIONS, tiny_clip, tiny_dual_encoder, tiny_inputs, tiny_siglip
 from torch import nn
+from transformers import ResNetConfig, ResNetModel
 
 from hf_dissect.mola import (
     EmbeddingRouter,
@@ -184,6 +185,25 @@ def test_more_captions_than_images():
         "image": (4, 3),
         "text": (7, 3),
     }
+
+
+class WithoutInputEmbeddings(ResNetModel):
+    """A model that declares no input layer, as the wrapper of transformers around timm's models."""
+
+    def get_input_embeddings(self):
+        return None
+
+
+@pytest.mark.parametrize("router_input", [None, "embeddings"])
+def test_a_model_that_declares_no_input_layer_is_routed_by_its_first(router_input):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic")
+    model = adapted(WithoutInputEmbeddings(config), router_input=router_input)
+    network = routers(model)[0].branches["model"]
+    assert isinstance(network, EmbeddingRouter if router_input else PixelRouter)
+    model(**pictures())
+    weights = model.routing_weights()["model"]
+    assert torch.allclose(weights.sum(1), torch.ones(4)) and (weights[0] - weights[1]).abs().max() > 1e-5
 
 
 # ---- a router of one's own ----
