@@ -543,7 +543,7 @@ def test_mola_clip_domains(capsys):
     results = run_benchmark("mola_clip_domains", *places, *small)
     assert list(results["methods"]) == ["none", "lora", "grad", "router", "router+twd"]
     assert len(results["runs"]) == 1 + 4 * 3, "two rates of the first seed, the better one of the second"
-    for method, rate in results["rates"].items():
+    for method, rate in list(results["rates"].items())[1:]:
         own = [made for made in results["runs"] if made["method"] == method]
         tried = [made for made in own if made["seed"] == 0]
         assert rate == max(tried, key=lambda made: made["validation"]["mean"])["lr"] == own[-1]["lr"]

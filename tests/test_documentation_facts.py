@@ -168,6 +168,21 @@ def test_the_networks_that_route_are_those_that_were_measured():
 NETWORKS = ("resnet8", "resnet20")
 
 
+def test_the_accuracies_of_fine_tuning_on_domains_are_those_that_were_measured():
+    measured = json.loads((MEASURED / "mola_clip_domains.json").read_text())
+    expected = []
+    for method, domains in measured["methods"].items():
+        own = [made for made in measured["runs"] if (made["method"], made["lr"]) == (method, measured["rates"][method])]
+        for domain, cell in domains.items():
+            assert cell["mean"] == pytest.approx(mean(made["test"][domain] for made in own))
+        cells = [
+            f"{100 * cell['mean']:.1f}" if cell["deviation"] is None else show_share(cell) for cell in domains.values()
+        ]
+        expected.append([method, *cells, f"{own[0]['parameters']:,}"])
+    shown = table("docs/results.md", "fine-tuning")
+    assert [[re.findall("`([^`]+)`", row[0])[0], *row[1:]] for row in shown] == expected
+
+
 def test_benchmarks_named_in_the_text_take_these_options():
     named = [shlex.split(code) for code in inline_code() if code.startswith("python ")]
     assert len(named) > 10

@@ -73,8 +73,8 @@ class MolaConfig(PeftConfig):
             is always routed by its own text, so that a caption can be encoded without its image.
         router_image_size (`int`, *optional*): The side in pixels to which images are reduced for the router; None to
             keep their size.
-        router_architecture (`str`, *optional*): The network of a router on pixels: `"resnet8"` (0.08 M parameters) or
-            the `"resnet20"` of the paper (0.27 M), which costs eleven times as much. None for `"resnet8"`; for an
+        router_architecture (`str`, *optional*): The network of a router on pixels: `"resnet8"` (0.07 M parameters) or
+            the `"resnet20"` of the paper (0.27 M), which costs ten times as much. None for `"resnet8"`; for an
             adapter whose file does not name it, since all such have a `"resnet20"`.
         decorrelation_weight (`float`): The factor of the task-wise decorrelation loss; 0 switches it off.
         decorrelation_dim (`int`): The number of dimensions to which that loss projects the router's scores.

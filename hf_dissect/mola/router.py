@@ -60,7 +60,7 @@ class PixelRouter(nn.Module):
         num_channels: Number of channels of the images.
         image_size: Side in pixels to which larger images are reduced first; None to keep their size.
         architecture: `"resnet20"` for the network of the paper, with three blocks for each number of channels, 0.27 M
-            parameters; `"resnet8"` for one block each, behind a first convolution that halves the image, 0.08 M.
+            parameters; `"resnet8"` for one block each, behind a first convolution that halves the image, 0.07 M.
     """
 
     def __init__(
