@@ -65,7 +65,7 @@ def embed_texts(folder: Path, texts: list[str]) -> torch.Tensor:
     embeds = torch.empty(len(texts), model.config.hidden_size)
     for start in tqdm(range(0, len(order), 128), desc="texts", leave=False, disable=None):
         part = order[start : start + 128]
-        inputs = tokenizer([texts[number] for number in part], padding=True, return_tensors="pt")
+        inputs = tokenizer([texts[number] for number in part], padding=True, truncation=True, return_tensors="pt")
         mask = inputs["attention_mask"][..., None]
         embeds[part] = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
     return F.normalize(embeds, dim=-1)
@@ -84,7 +84,7 @@ def with_article(noun: str) -> str:
 
 @torch.no_grad()
 def embed_photographs(tower: nn.Module, folder: Path, side: int) -> tuple[torch.Tensor, list[list[str]]]:
-    rows = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    rows = datasets.Dataset.from_parquet(str(folder / "train.parquet")).cast_column("image", datasets.Image())
     features = []
     for part in tqdm(rows.iter(64), "photographs", -(-len(rows) // 64), leave=False, disable=None):
         images = [np.asarray(image.convert("RGB").resize((side, side))) for image in part["image"]]
