@@ -172,7 +172,9 @@ def test_the_accuracies_of_fine_tuning_on_domains_are_those_that_were_measured()
     measured = json.loads((MEASURED / "mola_clip_domains.json").read_text())
     expected = []
     for method, domains in measured["methods"].items():
-        own = [made for made in measured["runs"] if (made["method"], made["lr"]) == (method, measured["rates"][method])]
+        own = [
+            made for made in measured["runs"] if (made["method"], made["lr"]) == (method, measured["rates"][method])
+        ]
         for domain, cell in domains.items():
             assert cell["mean"] == pytest.approx(mean(made["test"][domain] for made in own))
         cells = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,7 @@ def build_router(config: MolaConfig, model: nn.Module) -> Router:
                 config.num_experts,
                 get_num_channels(towers[tower]),
                 config.router_image_size,
-                config.router_architecture,
+                cast(PixelArchitecture, config.router_architecture),
             )
         else:
             branches[tower] = EmbeddingRouter(config.num_experts, get_output_dim(find_input_layer(towers[tower])))
