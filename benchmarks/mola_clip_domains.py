@@ -288,7 +288,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only print the table of the output")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates to choose from")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates to choose from"
+    )
     parser.add_argument("--side", type=int, default=64, help="pixels of an image")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
