@@ -93,7 +93,7 @@ def build(method: str, seed: int, options: argparse.Namespace) -> torch.nn.Modul
         if method != "mola-grad":
             weight = options.decorrelation if method.endswith("twd") else 0
             settings = {"variant": "router", "router_input": "pixels", "decorrelation_weight": weight}
-            settings["router_image_size"] = options.router_side
+            settings |= {"router_image_size": options.router_side, "router_architecture": "resnet20"}
         config = MolaConfig(
             num_experts=options.experts,
             target_modules=options.layers,

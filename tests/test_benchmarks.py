@@ -15,6 +15,7 @@ import torch
 import transformers
 from datasets import ClassLabel, concatenate_datasets
 from testing import tiny_models
+from testing.trained_towers import save_text_tower, save_vision_tower
 
 from hf_dissect import make_scenes
 from hf_dissect.cli import main
@@ -502,6 +503,62 @@ def test_mola_tasks(capsys):
     run_main("mola_tasks", "--output", "mola_tasks.json", "--table")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 11 and rows[2][0] == "| single" and "gap closed" in rows[0]
+
+
+def write_pacs(*splits):
+    """Two domains of two classes, as pictures of 32 pixels."""
+    for split in splits:
+        parts = []
+        for domain in range(2):
+            rows = make_scenes(16, seed=domain, split=split, image_size=32).select_columns("image")
+            parts.append(rows.add_column("label", [0, 1] * 8).add_column("domain", [domain] * 16))
+        rows = concatenate_datasets(parts).cast_column("domain", ClassLabel(names=["art_painting", "sketch"]))
+        rows.cast_column("label", ClassLabel(names=["dog", "elephant"])).to_parquet(f"{split}.parquet")
+
+
+def test_mola_router():
+    write_tasks()
+    write_pacs("train", "validation")
+    small = ["--steps", 2, "--batch", 8, "--rounds", 1, "--base", "tiny-resnet", "--seeds", 0, 1]
+    small += ["--networks", "resnet8,convolutions", "--experts", 2]
+    results = run_benchmark("mola_router", "--tasks", ".", "--pacs", ".", *small)
+    assert list(results["networks"]) == ["resnet8", "convolutions"] and len(results["runs"]) == 16
+    for network in results["networks"].values():
+        assert network["ms"] > 0 and network["step"] > 0
+        cells = {place: network[place] for place in ("tasks, labels", "tasks, decorrelation", "pacs, labels")}
+        assert all(0 <= cell["accuracy"]["mean"] <= 1 for cell in cells.values())
+        assert cells["tasks, decorrelation"]["decorrelation"]["mean"] > 0
+
+
+def test_mola_clip_domains(capsys):
+    """Other towers stand for the pretrained ones, in their folders."""
+    Path("pairs").mkdir()
+    make_scenes(8, captions_per_image=2, image_size=32).to_parquet("pairs/train.parquet")
+    write_pacs("train", "validation", "test")
+    save_vision_tower(Path("towers/efficientnet_lite0"), "resnet")
+    save_text_tower(Path("towers/minilm"))
+    places = ["--pairs", "pairs", "--data", ".", "--cache", "cache", "--towers", "towers"]
+    small = ["--side", 32, "--steps", 2, "--batch", 8, "--r", 1, "--layers", ".*convolution", "--rates", 1e-3, 1e-2]
+    small += ["--alignment-steps", 2, "--seeds", 0, 1]
+    results = run_benchmark("mola_clip_domains", *places, *small)
+    assert list(results["methods"]) == ["none", "lora", "grad", "router", "router+twd"]
+    assert len(results["runs"]) == 1 + 4 * 3, "two rates of the first seed, the better one of the second"
+    for method, rate in list(results["rates"].items())[1:]:
+        own = [made for made in results["runs"] if made["method"] == method]
+        tried = [made for made in own if made["seed"] == 0]
+        assert rate == max(tried, key=lambda made: made["validation"]["mean"])["lr"] == own[-1]["lr"]
+    for made in results["runs"]:
+        assert list(made["test"]) == ["art_painting", "sketch", "mean"]
+        assert made["test"]["mean"] == pytest.approx((made["test"]["art_painting"] + made["test"]["sketch"]) / 2)
+    counts = {made["method"]: made["parameters"] for made in results["runs"]}
+    assert counts["none"] == 0 < counts["lora"] == counts["grad"] < counts["router"] < counts["router+twd"]
+    again = run_benchmark("mola_clip_domains", *places, *small)
+    assert again["runs"] == results["runs"], "not repeated"
+    capsys.readouterr()
+    run_main("mola_clip_domains", "--output", "mola_clip_domains.json", "--table")
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    with pytest.raises(SystemExit, match="has other settings"):
+        run_main("mola_clip_domains", *places, *small, "--r", 2, "--output", "mola_clip_domains.json")
 
 
 def test_amid_utd_mhad():

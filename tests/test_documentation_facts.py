@@ -14,6 +14,7 @@ from testing.document_pages import PAGES, ROOT, TEXTS, anchors, first_column, in
 from hf_dissect import Recipe
 from hf_dissect.data.loading import SOURCES
 from hf_dissect.distillation import METHODS
+from hf_dissect.mola import PixelRouter
 from hf_dissect.recipe.file import shipped_recipes
 from hf_dissect.selection import STRATEGIES
 
@@ -141,6 +142,47 @@ def test_the_costs_of_mola_are_those_that_were_measured():
             ratios = [methods[name][f"ratio_to_{to}_median"] if name in methods else None for name, to in columns]
             expected.append([model, experts, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     assert table("docs/results.md", "base") == expected
+
+
+def show_share(cell: dict[str, float]) -> str:
+    return f"{100 * cell['mean']:.1f} ± {100 * cell['deviation']:.1f}"
+
+
+def test_the_networks_that_route_are_those_that_were_measured():
+    networks = json.loads((MEASURED / "mola_router.json").read_text())["networks"]
+    places = [f"{data}, {loss}" for data in ("tasks", "pacs") for loss in ("labels", "decorrelation")]
+    expected = [
+        [
+            f"{made['parameters']:,}",
+            f"{made['ms']:.0f}",
+            f"{made['step']:.2f}",
+            *(show_share(made[place]["accuracy"]) for place in places),
+        ]
+        for made in networks.values()
+    ]
+    assert [row[1:] for row in table("docs/results.md", "network")] == expected
+    counts = {name: sum(part.numel() for part in PixelRouter(4, architecture=name).parameters()) for name in NETWORKS}
+    assert counts == {name: networks[name]["parameters"] for name in NETWORKS}
+
+
+NETWORKS = ("resnet8", "resnet20")
+
+
+def test_the_accuracies_of_fine_tuning_on_domains_are_those_that_were_measured():
+    measured = json.loads((MEASURED / "mola_clip_domains.json").read_text())
+    expected = []
+    for method, domains in measured["methods"].items():
+        own = [
+            made for made in measured["runs"] if (made["method"], made["lr"]) == (method, measured["rates"][method])
+        ]
+        for domain, cell in domains.items():
+            assert cell["mean"] == pytest.approx(mean(made["test"][domain] for made in own))
+        cells = [
+            f"{100 * cell['mean']:.1f}" if cell["deviation"] is None else show_share(cell) for cell in domains.values()
+        ]
+        expected.append([method, *cells, f"{own[0]['parameters']:,}"])
+    shown = table("docs/results.md", "fine-tuning")
+    assert [[re.findall("`([^`]+)`", row[0])[0], *row[1:]] for row in shown] == expected
 
 
 def test_benchmarks_named_in_the_text_take_these_options():

@@ -197,8 +197,8 @@ def find_input_layer(module: nn.Module) -> nn.Module:
     try:
         start = cast(PreTrainedModel, module).get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        start = module
-    for layer in start.modules():
+        start = None
+    for layer in (module if start is None else start).modules():  # a wrapper of timm has none
         if isinstance(layer, BaseTunerLayer):
             return layer.get_base_layer()  # the router must see the output before the layer's own adapter adds to it
         if isinstance(layer, (AuxiliaryTrainingWrapper, *_INPUT_LAYERS)):

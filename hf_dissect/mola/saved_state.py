@@ -91,6 +91,12 @@ def _describe_misfit(config: MolaConfig, problem: str, keys: list[str]) -> str:
         keys: Names of the parameters concerned; the first three are printed.
     """
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    if all("mola_router" in key and ".blocks." in key for key in keys):
+        return (
+            f"The adapter does not fit its configuration: its file {problem} {', '.join(keys[:3])}{more}. Its router "
+            f"is not the network that router_architecture={config.router_architecture!r} names; set this to the one "
+            "that the adapter was trained with, or load the adapter with the configuration that was saved with it."
+        )
     return (
         f"The adapter does not fit this base model: its file {problem} {', '.join(keys[:3])}{more}. It was made for "
         f"{config.base_model_name_or_path or 'an unnamed model'}; load it on that base, or check that the file "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from peft import PeftConfig
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_dissect.data import PairDataset, as_pairs, load_splits
@@ -76,7 +77,7 @@ def run_recipe(
     section = recipe.evaluation.zero_shot
     images = None if section is None else load_labelled_images(section, recipe)
     splits = load_data(recipe) if splits is None else splits
-    trainer = build_trainer(recipe, splits)
+    trainer = build_trainer(recipe, splits, checkpoint)
     processor = trainer.processing_class
     wrap_pairs("test_dataset", splits.get("test"), trainer.args, trainer.data_collator)
     check_disk_space(trainer.model, trainer.args)
@@ -105,12 +106,15 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
     return load_splits(**dataclasses.asdict(recipe.data))
 
 
-def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> DissectTrainer:
+def build_trainer(
+    recipe: Recipe, splits: Mapping[str, Any] | None = None, checkpoint: Path | None = None
+) -> DissectTrainer:
     """Build the trainer of a recipe, ready to train.
 
     Args:
         recipe: Recipe of the run.
         splits: Splits by name, as from `load_data`; None to load them.
+        checkpoint: Checkpoint that the run will resume from; None to start.
 
     Raises:
         ValueError: Settings and data do not fit, see `DissectTrainer`, `load_splits` and `load_model_and_processor`.
@@ -128,7 +132,7 @@ def build_trainer(recipe: Recipe, splits: Mapping[str, Any] | None = None) -> Di
     pairs = {split: as_pairs(rows, **columns[split]) for split, rows in splits.items()}
     # The weights of a model from scratch depend on the seed alone, not on what ran before in this process.
     transformers.set_seed(arguments.seed)
-    model, processor = _load_model_and_processor(recipe, pairs["train"])
+    model, processor = _load_model_and_processor(recipe, pairs["train"], checkpoint)
     check_optimizer(arguments, model)
     try:
         with name_training_keys(recipe.training):
@@ -156,15 +160,29 @@ def _list_named_splits(data: DataSection) -> dict[str, str | None]:
     return {split: name for split, name in named.items() if name != split}
 
 
-def _load_model_and_processor(recipe: Recipe, pairs: Any) -> tuple[Any, Any]:
+def _load_model_and_processor(recipe: Recipe, pairs: Any, checkpoint: Path | None) -> tuple[Any, Any]:
     # With an adapter, `add_adapter` freezes the tower: it puts no adapter there, and lets none of its weights train.
     section = recipe.model if recipe.adapter is None else dataclasses.replace(recipe.model, freeze=None)
     model, processor = _load_section(section, pairs)
     if recipe.adapter is not None:
-        return add_adapter(model, recipe.adapter, recipe.model.freeze), processor
+        return add_adapter(model, _add_saved_router(recipe.adapter, checkpoint), recipe.model.freeze), processor
     if recipe.objective.gsc is not None and recipe.objective.gsc.dual:
         return _make_twins(model, recipe.model, pairs), processor
     return model, processor
+
+
+def _add_saved_router(adapter: Mapping[str, Any], checkpoint: Path | None) -> Mapping[str, Any]:
+    """Return settings of an adapter that name the network of its router, where only the checkpoint says which it is.
+
+    The default of this setting has changed; a run keeps the network that it started with.
+    """
+    if adapter["type"] != "mola" or checkpoint is None:
+        return adapter
+    try:
+        saved = PeftConfig.from_pretrained(str(checkpoint))
+    except (OSError, ValueError, TypeError, KeyError):
+        return adapter  # what is wrong with the checkpoint is reported when it is loaded
+    return {"router_architecture": getattr(saved, "router_architecture", None), **adapter}
 
 
 def _load_section(section: ModelSection, pairs: Any) -> tuple[Any, Any]:

@@ -35,6 +35,8 @@ BAD = [
     ({"train_base": None}, "train_base=None: must be False, True"),
     ({"router_input": 3}, "router_input is a int; it must be 'pixels', 'embeddings' or the name"),
     ({"router_image_size": 0}, "router_image_size=0: must be an integer of 1 or more"),
+    ({"router_architecture": "resnet18"}, "router_architecture='resnet18': must be 'resnet8' or 'resnet20'"),
+    ({"router_architecture": ["resnet8"]}, r"router_architecture=\['resnet8'\]: must be 'resnet8' or 'resnet20'"),
     ({"decorrelation_weight": -1}, "decorrelation_weight=-1: must be 0 or more"),
     ({"decorrelation_weight": "0.1"}, "decorrelation_weight='0.1': must be 0 or more"),
     ({"decorrelation_weight": float("nan")}, "decorrelation_weight=nan: must be 0 or more"),

@@ -7,6 +7,7 @@ from peft import get_peft_model
 from testing.tiny_bases import adapted, pictures, tiny_bert, tiny_bert_classifier, tiny_resnet, tiny_vit, tokens
 from testing.tiny_models import CAPTIONS, tiny_clip, tiny_dual_encoder, tiny_inputs, tiny_siglip
 from torch import nn
+from transformers import ResNetConfig, ResNetModel
 
 from hf_dissect.mola import (
     EmbeddingRouter,
@@ -76,20 +77,6 @@ def test_the_weights_are_the_softmax_of_the_resnet_on_the_reduced_image():
     scores = router.scores(router.blocks(router.stem(reduced)).mean((2, 3)))
     expected = scores.exp() / scores.exp().sum(1, keepdim=True)
     assert (model.routing_weights()["model"] - expected).abs().max() < 1e-10
-
-
-def test_the_pixel_router_is_a_resnet_20():
-    router = PixelRouter(4)
-    layers = [module for module in router.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    assert len(layers) == 20
-    assert sorted({layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)}) == [16, 32, 64]
-    assert 0.26e6 < sum(parameter.numel() for parameter in router.parameters()) < 0.28e6
-    assert router(torch.randn(2, 3, 32, 32)).shape == (2, 4)
-    shapes = []
-    router.blocks.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape[1:])))
-    router(torch.randn(2, 3, 70, 45))
-    assert shapes == [(64, 8, 8)], "larger images are reduced to 32 x 32"
-    PixelRouter(4, image_size=None)(torch.randn(2, 3, 70, 44))
 
 
 def test_the_embedding_router_sees_the_mean_of_the_real_tokens():
@@ -198,6 +185,25 @@ def test_more_captions_than_images():
         "image": (4, 3),
         "text": (7, 3),
     }
+
+
+class WithoutInputEmbeddings(ResNetModel):
+    """A model that declares no input layer, as the wrapper of transformers around timm's models."""
+
+    def get_input_embeddings(self):
+        return None
+
+
+@pytest.mark.parametrize("router_input", [None, "embeddings"])
+def test_a_model_that_declares_no_input_layer_is_routed_by_its_first(router_input):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic")
+    model = adapted(WithoutInputEmbeddings(config), router_input=router_input)
+    network = routers(model)[0].branches["model"]
+    assert isinstance(network, EmbeddingRouter if router_input else PixelRouter)
+    model(**pictures())
+    weights = model.routing_weights()["model"]
+    assert torch.allclose(weights.sum(1), torch.ones(4)) and (weights[0] - weights[1]).abs().max() > 1e-5
 
 
 # ---- a router of one's own ----
