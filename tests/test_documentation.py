@@ -82,6 +82,7 @@ COMMANDS = {
     "make peft-capabilities": None,  # which needs the network
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad": UTD,
     "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=hinton": UTD,
+    "hf-dissect train amid-utd-mhad data.path=/data/utd_mhad distillation.method=auto": UTD,
     "hf-dissect train amid-clip data.path=/data/birds": [
         *("student.name_or_path=clip", "auxiliaries.caption.name_or_path=clip", "training.save_strategy=no"),
         *("training.per_device_train_batch_size=8", "training.max_steps=2", "training.use_cpu=true"),
@@ -195,7 +196,8 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
         *("mine", *(f"mine-{number}" for number in range(2, 14)), "flickr8k-local", "cc3m", "cc3m-2"),
-        *("four", "amid-utd-mhad", "amid-utd-mhad-2", "amid-utd-mhad-3", "amid-clip", "pairs", "pairs-2"),
+        *("amid-utd-mhad", *(f"amid-utd-mhad-{number}" for number in range(2, 5))),
+        *("four", "amid-clip", "pairs", "pairs-2"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
     assert steps == [2, 4]

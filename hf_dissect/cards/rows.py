@@ -114,8 +114,12 @@ def list_distillation(metrics: Mapping[str, Any], dataset: str | None) -> list[t
     """Return the data, the weights of the terms and the rows of a distillation, for `tabulate_training`."""
     rows = as_mapping(metrics.get("rows"))
     weights = as_mapping(metrics.get("term_weights"))
+    measured = {when: as_mapping(part) for when, part in as_mapping(metrics.get("information")).items()}
     return [
         ("Data", dataset),
+        ("Method chosen by a pilot", measured.get("choice", {}).get("sentence")),
+        ("What the teacher knew before training", measured.get("before", {}).get("sentence")),
+        ("What it knows after training", measured.get("after", {}).get("sentence")),
         *((f"Weight of {name.replace('_', ' ')}", weight) for name, weight in weights.items() if weight),
         ("Complete training rows", rows.get("complete")),
         ("Rows without a label", rows.get("unlabelled") or None),

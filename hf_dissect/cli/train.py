@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_dissect.cli.options import add_command, add_overwrite, add_recipe_arguments, load_recipe
-from hf_dissect.cli.output import is_first_process, quiet_libraries
+from hf_dissect.cli.output import announce, is_first_process, quiet_libraries
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.recipe.file import load_settings
 from hf_dissect.recipe.recipe import Recipe
@@ -62,9 +62,12 @@ def _distil(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options, options.overrides, DistillationRecipe)
     recipe = recipe if options.resume or options.overwrite else choose_free_output_dir(recipe)
-    metrics = run_distillation(recipe, resume=options.resume, overwrite=options.overwrite)
+    metrics = run_distillation(recipe, resume=options.resume, overwrite=options.overwrite, announce=announce)
     if is_first_process():
         print(f"\n{format_distillation(metrics['final'], metrics['method'])}\n")
+        for when, criterion in metrics.get("information", {}).items():
+            if when != "choice":
+                print(f"{when} training: {criterion['sentence']}")
         print(f"student {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
 
 

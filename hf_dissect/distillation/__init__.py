@@ -20,12 +20,14 @@ from hf_dissect.distillation.student import StudentConfig, StudentForClassificat
 # Imported on first use: a saved student needs no Trainer.
 _HOMES = {
     "AuxiliaryDistillationArguments": "hf_dissect.distillation.training_args",
+    "Criterion": "hf_dissect.distillation.criterion",
     "AuxiliaryDistillationTrainer": "hf_dissect.distillation.trainer",
     "DistillationTrainer": "hf_dissect.distillation.trainer",
     "DistillationRecipe": "hf_dissect.distillation.recipe",
     "DistillationTrainingArguments": "hf_dissect.distillation.training_args",
     "METHODS": "hf_dissect.distillation.terms",
     "TermWeights": "hf_dissect.distillation.terms",
+    "choose_method": "hf_dissect.runs.pilot",
     "recall_at_1": "hf_dissect.distillation.evaluation",
 }
 

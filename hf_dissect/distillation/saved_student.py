@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_dissect.distillation.student import StudentConfig
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.reachability import HubNeed, check_reachable, is_on_hub
+from hf_dissect.training.run_state import STATE_FILE
 
 STUDENT_FOLDER = "student"
 """Folder, in a checkpoint of all networks, of the student alone."""
@@ -46,3 +49,29 @@ def _read_model_type(place: str | Path, revision: str | None = None) -> str | No
         return PreTrainedConfig.get_config_dict(str(place), revision=revision)[0].get("model_type")
     except (OSError, ValueError):
         return None
+
+
+def check_networks(folder: str, model: nn.Module) -> None:
+    """Check that a checkpoint holds the networks of a run.
+
+    Args:
+        folder: Folder of the checkpoint.
+        model: Networks of the run.
+
+    Raises:
+        ValueError: Files are missing, or the checkpoint holds other networks.
+    """
+    path = Path(folder, "model.safetensors")
+    if missing := [name for name in (path.name, STATE_FILE) if not Path(folder, name).is_file()]:
+        raise ValueError(
+            f"{folder} is not a whole checkpoint of a distillation: it has no {' and no '.join(missing)}; resume "
+            "from another checkpoint."
+        )
+    with safe_open(path, "pt") as saved:
+        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if differing := sorted(name for name in {*shapes, *own} if shapes.get(name) != own.get(name)):
+        raise ValueError(
+            f"{folder} is a checkpoint of other networks ({', '.join(differing[:3])} differ); resume with the "
+            "settings of that run, or start again in another output_dir."
+        )

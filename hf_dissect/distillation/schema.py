@@ -9,6 +9,8 @@ from hf_dissect.recipe.schema import DataSection, SelectionSection
 from hf_dissect.settings import declared, describe_problem, setting
 
 KINDS = ("array", "image", "text")
+AUTO = "auto"
+"""Method that a pilot replaces by student, hinton or amid, see `hf_dissect.distillation.choose_method`."""
 
 
 @dataclass
@@ -62,8 +64,9 @@ class DistillationSettings:
 
     method: str = setting(
         "amid",
-        "Terms of the objective to begin with; student: its task alone.",
-        choices=tuple(METHODS),
+        "Terms of the objective to begin with; student: its task alone; auto: a pilot chooses student, hinton or "
+        "amid.",
+        choices=(*METHODS, AUTO),
     )
     term_weights: dict[str, Any] | str | None = setting(  # HfArgumentParser takes JSON for this type alone
         {},
@@ -123,9 +126,28 @@ class DistillationSettings:
         "one of more than a billion weights is not checked.",
     )
 
+    measure_information: bool = setting(
+        True,
+        "Before and after training, measure on held-out rows what the teacher knows that the labels do not tell the "
+        "student.",
+    )
+    pilot_epochs: float = setting(
+        0.25, "Length of the pilot of method auto, as a share of the run's epochs.", within="(0, 1]"
+    )
+
     @property
     def weights(self) -> TermWeights:
-        """Weights of the terms: those of the method, changed by `term_weights`."""
+        """Weights of the terms: those of the method, changed by `term_weights`.
+
+        Raises:
+            ValueError: The method is "auto", which has no terms before a pilot has chosen one.
+        """
+        if self.method == AUTO:
+            raise ValueError(
+                "method='auto' has no terms of its own: a pilot chooses the method before training. Call "
+                "hf_dissect.distillation.choose_method(recipe, splits) and train the method of its result, name a "
+                "method, or train by the recipe (hf-dissect train, hf_dissect.runs.distil.run_distillation)."
+            )
         return TermWeights(**{**vars(METHODS[self.method]), **self._term_weights()})
 
     def _term_weights(self) -> dict[str, Any]:
@@ -136,6 +158,8 @@ class DistillationSettings:
         if not isinstance(self.term_weights, dict):
             problem = f"{self.term_weights!r} is not allowed; allowed: a mapping of {', '.join(TERMS)} to weights"
             yield "term_weights", problem
+        if self.method == AUTO and self._term_weights():
+            yield "term_weights", f"{self.term_weights!r} needs a method by name; auto takes the weights of its choice"
         for term, weight in self._term_weights().items():
             if unknown := describe_problem(term, str, TERMS):
                 yield "term_weights", unknown

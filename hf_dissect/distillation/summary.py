@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from hf_dissect.distillation.diagnostics import RowCounts, Watch
+from hf_dissect.distillation.measurement import Measurement
 from hf_dissect.distillation.networks import DistillationNetworks
 from hf_dissect.distillation.training_args import OWN_FIELDS, DistillationTrainingArguments
 from hf_dissect.distributed import Ranks
@@ -25,7 +26,7 @@ SHOWN_SETTINGS = (
     "bf16",
     "fp16",
     "seed",
-    *(name for name in OWN_FIELDS if name != "check_reload"),
+    *(name for name in OWN_FIELDS if name not in ("check_reload", "measure_information", "pilot_epochs")),
 )
 """Arguments that `metrics.json` holds, including those with their default."""
 
@@ -41,6 +42,7 @@ class DistillationSummary:
         rows: Rows that lack something.
         processor: Image processor or tokenizer of the student's modality; None for arrays.
         shape: Shape of the array that the student reads; empty for pictures and text.
+        measurement: Measurements of what the teacher knows.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class DistillationSummary:
         rows: RowCounts,
         processor: Any,
         shape: Sequence[int],
+        measurement: Measurement,
     ) -> None:
         self._args = args
         self._auxiliaries = list(auxiliaries)
@@ -61,10 +64,11 @@ class DistillationSummary:
         self._rows = rows
         self._processor = processor
         self._shape = shape
+        self._measurement = measurement
 
     def collect_metrics(self, model: nn.Module, log_history: list[dict]) -> dict[str, Any]:
         """Return method, modalities, diagnostics, rows and settings."""
-        args = self._args
+        args, information = self._args, self._measurement.describe()
         return {
             "name": args.method if self._recipe is None else self._recipe.name,
             "method": args.method,
@@ -75,6 +79,7 @@ class DistillationSummary:
             "warnings": self._watch.warned,
             "rows": self._rows.summary(),
             "settings": {name: getattr(args, name) for name in SHOWN_SETTINGS},
+            **({"information": information} if information else {}),
         }
 
     def gather_metrics(self, ranks: Ranks) -> dict[str, Any]:

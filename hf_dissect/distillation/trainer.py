@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
@@ -14,11 +13,12 @@ from hf_dissect.distillation.data_collator import DistillationCollator, compute_
 from hf_dissect.distillation.diagnostics import Meter, RowCounts, Watch
 from hf_dissect.distillation.evaluation import compute_prediction_metrics
 from hf_dissect.distillation.losses.conditional_entropy import Adversary, Discriminator, discriminator_loss
+from hf_dissect.distillation.measurement import Measurement, read_groups
 from hf_dissect.distillation.model_card import StudentCard
 from hf_dissect.distillation.networks import DistillationNetworks, build_networks, standardise_rows
 from hf_dissect.distillation.objective import DistillationObjective
 from hf_dissect.distillation.reload_check import make_reload_check
-from hf_dissect.distillation.saved_student import STUDENT_FOLDER
+from hf_dissect.distillation.saved_student import STUDENT_FOLDER, check_networks
 from hf_dissect.distillation.student import StudentForClassification, find_feature_size
 from hf_dissect.distillation.summary import DistillationSummary
 from hf_dissect.distillation.training_args import DistillationTrainingArguments
@@ -33,7 +33,7 @@ from hf_dissect.distillation.training_data import (
 from hf_dissect.hub.published_files import ENCODER_FOLDER
 from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.run_folder import drop_speed
-from hf_dissect.training.run_state import STATE_FILE, Part
+from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
 
 
@@ -68,6 +68,7 @@ class DistillationTrainer(BaseTrainer):
         labels: Names of the classes.
         adversary: Discriminator and its optimiser; None if the conditional entropy has no weight.
         rows: `RowCounts` of the rows that lack something.
+        measurement: `Measurement` of what the teacher knows.
 
     Raises:
         TypeError: `args` are not `DistillationTrainingArguments`.
@@ -119,8 +120,11 @@ class DistillationTrainer(BaseTrainer):
         self.meter = Meter()
         self.watch = Watch(args.teacher_drop, args.discriminator_ceiling)
         self.rows = RowCounts(args.max_bad_fraction, len(train_rows))
+        rows = (train_rows, evaluation_rows, read_groups(recipe, train_dataset))
+        self.measurement = Measurement(args, self.model, self.data_collator, rows, self.ranks, self.times, self.log)
         self.summary = DistillationSummary(
             args,
+            measurement=self.measurement,
             auxiliaries=self.modalities[1:],
             recipe=recipe,
             watch=self.watch,
@@ -128,13 +132,14 @@ class DistillationTrainer(BaseTrainer):
             processor=self.processors.get(args.student_column),
             shape=self.data_collator.shapes.get(args.student_column, ()),
         )
-        self.parts["watch"] = Part(self.watch)
-        self.parts["banks"] = Part(self.objective)
+        self.parts |= {"watch": Part(self.watch), "banks": Part(self.objective)}
+        self.parts["measurement"] = Part(self.measurement)
         self.parts["rows"] = Part(self.rows, each_rank=True, join=RowCounts.join_states)
         self.parts["meter"] = Part(self.meter, each_rank=True)
         if self.adversary is not None:
             self.parts["adversary"] = Part(self.adversary)
         self.add_callback(make_reload_check(self.data_collator, train_rows, args.student_column))
+        self.add_callback(self.measurement)
 
     @property
     def student(self) -> StudentForClassification:
@@ -287,6 +292,7 @@ class DistillationTrainer(BaseTrainer):
 
     def compute_figures(self, test_dataset: Any, **options: Any) -> Iterator[dict[str, float]]:
         """Evaluate the trained networks on `test_dataset`, by default the `eval_dataset`."""
+        self.measurement.measure("after")
         dataset = self.eval_dataset if test_dataset is None else test_dataset
         if dataset is not None:
             yield drop_speed(self.evaluate(dataset, metric_key_prefix="final"), "final")
@@ -327,20 +333,7 @@ class DistillationTrainer(BaseTrainer):
         Raises:
             ValueError: Files are missing, or the checkpoint holds other networks.
         """
-        path = Path(folder, "model.safetensors")
-        if missing := [name for name in (path.name, STATE_FILE) if not Path(folder, name).is_file()]:
-            raise ValueError(
-                f"{folder} is not a whole checkpoint of a distillation: it has no {' and no '.join(missing)}; resume "
-                "from another checkpoint."
-            )
-        with safe_open(path, "pt") as saved:
-            shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}
-        own = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        if differing := sorted(name for name in {*shapes, *own} if shapes.get(name) != own.get(name)):
-            raise ValueError(
-                f"{folder} is a checkpoint of other networks ({', '.join(differing[:3])} differ); resume with the "
-                "settings of that run, or start again in another output_dir."
-            )
+        check_networks(folder, self.model)
 
 
 AuxiliaryDistillationTrainer = DistillationTrainer

@@ -64,6 +64,11 @@ class ModalityRows(TorchDataset):
         self.labels = _find_classes(names_of_values) if labels is None else list(labels)
         self._label = _number_classes(names_of_values, self.labels, label_column)
 
+    @property
+    def label_numbers(self) -> list[int]:
+        """Number of the class of each row, -1 where the label is missing."""
+        return self._label
+
     def __len__(self) -> int:
         return len(self._label)
 
@@ -78,6 +83,22 @@ class ModalityRows(TorchDataset):
 def list_columns(columns: Columns) -> list[str]:
     """Return the names of the columns, in their order."""
     return list(columns.column_names if isinstance(columns, Dataset) else columns)
+
+
+def check_column(column: str, columns: Columns, key: str = "the recipe") -> None:
+    """Check that the data have a column.
+
+    Args:
+        column: Name of the column.
+        columns: Data.
+        key: Setting that names it, for the error message.
+
+    Raises:
+        ValueError: They have not.
+    """
+    names = list_columns(columns)
+    if column not in names:
+        raise ValueError(f"{key}: there is no column {column!r}; there are {', '.join(map(repr, names))}.")
 
 
 def check_lengths(columns: Mapping[str, Sequence], subject: str = "The columns") -> None:

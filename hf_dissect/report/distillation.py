@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_dissect.report.page import make_legend_entry, write_page
-from hf_dissect.report.plots import DASHES, Curve, describe_curves, draw_curves, series
+from hf_dissect.report.plots import DASHES, Curve, describe_curves, draw_curves, series, to_finite
 from hf_dissect.report.tables import (
+    MISSING,
+    Cell,
+    Table,
+    as_mapping,
     compare_settings,
     describe_averaging,
     describe_problems,
@@ -52,6 +56,22 @@ _WARNINGS = {
     "teacher": "The teacher weakened in the course of the run: its accuracy fell well below its best.",
     "discriminator": "The discriminator saturated: the student learnt little from it.",
 }
+_MEASURED = {
+    "choice": "in the pilot, which chose the method",
+    "before": "before training",
+    "after": "after training",
+}
+_ESTIMATES = {
+    "information_bound": "I(T;S), bound",
+    "information_cap": "cap of the bound",
+    "information_uncapped": "I(T;S), no cap",
+    "label_entropy": "H(Y)",
+    "student_label": "I(S;Y)",
+    "teacher_label": "I(T;Y)",
+    "auxiliaries_label": "I(A;Y|S)",
+    "unlabelled_share": "share without label",
+    "gain": "to gain",
+}
 _TIME_PARTS = ("data", "training", "evaluation")
 
 
@@ -83,10 +103,27 @@ def write_distillation_report(
         warnings=[_WARNINGS[key] for key in metrics["warnings"]],
         results=results_table([(name, select_final_figures(metrics))], corner="run"),
         panels=_draw_panels(log_history),
+        information=_tabulate_information(metrics),
         rows=metrics["rows"],
         problems=[f"row {problem}" for problem in describe_problems(metrics["rows"])],
         terms=compare_settings([name], [metrics["term_weights"]], corner="weight of the term")[0],
     )
+
+
+def _tabulate_information(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of the estimates, and the prediction and the rows of each measurement, as sentences."""
+    measured = as_mapping(metrics.get("information"))
+    known = [(name, as_mapping(measured[when])) for when, name in _MEASURED.items() if when in measured]
+    cells = [[Cell(_format_estimate(part.get(key))) for key in _ESTIMATES] for _, part in known]
+    sentences = [f"{name[0].upper()}{name[1:]}: {part.get('sentence', MISSING)}." for name, part in known]
+    held_out = list(dict.fromkeys(str(part.get("held_out", MISSING)) for _, part in known))
+    table = Table([*_ESTIMATES.values()], [name for name, _ in known], cells, "measured")
+    return {"table": table, "sentences": sentences, "held_out": held_out}
+
+
+def _format_estimate(value: Any) -> str:
+    number = to_finite(value)
+    return "not known" if number is None else f"{number:.2f}"
 
 
 def _draw_panels(log_history: Sequence[Mapping]) -> list[dict[str, Any]]:

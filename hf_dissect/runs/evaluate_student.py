@@ -25,7 +25,8 @@ from hf_dissect.recipe.fields import Faults, RecipeError, read_section
 from hf_dissect.recipe.file import read_settings
 from hf_dissect.report.tables import as_mapping
 from hf_dissect.runs.data_settings import change_data, refuse_for_arrays
-from hf_dissect.runs.distil import load_columns, load_processor, read_arrays, select_groups, take_first_rows
+from hf_dissect.runs.distil import load_columns, read_arrays, select_groups, take_first_rows
+from hf_dissect.runs.distillation_trainer import load_processor
 from hf_dissect.runs.saved_model import (
     adapt_section,
     choose_data,

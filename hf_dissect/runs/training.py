@@ -8,11 +8,17 @@ from transformers.trainer_callback import ProgressCallback
 from hf_dissect.training.progress import RunProgress
 
 
-def show_progress(trainer: Trainer) -> None:
-    """Replace the Trainer's progress bars by one for the whole run; without bars, do nothing."""
+def show_progress(trainer: Trainer, name: str | None = None) -> None:
+    """Replace the Trainer's progress bars by one for the whole run; without bars, do nothing.
+
+    Args:
+        trainer: Trainer of the run.
+        name: Words in front of the bar; None for none.
+    """
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RunProgress())
+        trainer.remove_callback(RunProgress)
+        trainer.add_callback(RunProgress(name))
 
 
 def train_to_end(trainer: Trainer, checkpoint: Path | None) -> None:

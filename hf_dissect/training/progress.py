@@ -22,7 +22,15 @@ _SHARES = {key for key in _POSTFIX if key != "loss"}
 
 
 class RunProgress(ProgressCallback):
-    """Progress bar of the Trainer, with loss and selection behind it and a line for each evaluation."""
+    """Progress bar of the Trainer, with loss and selection behind it and a line for each evaluation.
+
+    Args:
+        name: Words in front of the bar; None for none.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__()
+        self._name = name
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -33,7 +41,11 @@ class RunProgress(ProgressCallback):
             # In a log file each refresh is a new line, so it is refreshed twice a minute only.
             interval = 0.1 if sys.stderr.isatty() else 30
             self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, mininterval=interval
+                desc=self._name,
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                mininterval=interval,
             )
 
     def on_prediction_step(

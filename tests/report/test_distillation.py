@@ -58,3 +58,15 @@ def test_nothing_of_the_user_becomes_markup(tmp_path):
     hostile |= {"settings": {SCRIPT: SCRIPT}, "rows": METRICS["rows"] | {"reasons": {SCRIPT: 1}}}
     page = report(tmp_path, METRICS | hostile)
     assert page.count("script") == 0 and page.problems == [] and page.text.count("alert(1)") >= 6
+
+
+def test_what_the_teacher_knows_is_stated_and_not_known_is_not_zero(tmp_path):
+    known = {"information_bound": -0.25, "gain": 0.9, "sentence": "the teacher knows 0.9 nats", "held_out": "9 rows"}
+    unknown = dict.fromkeys(known) | {"sentence": SCRIPT, "held_out": "8 rows"}
+    page = report(tmp_path, METRICS | {"information": {"before": known, "choice": unknown}})
+    for words in ("Before training: the teacher knows 0.9 nats.", "-0.25", "not known", "Held out: 8 rows; 9 rows."):
+        assert words in page.text
+    assert page.count("script") == 0 and page.problems == []
+    for missing in ({}, {"information": None}, {"information": {"before": None}}):
+        assert report(tmp_path, METRICS | missing).problems == []
+    assert "Nothing was measured" in report(tmp_path).text

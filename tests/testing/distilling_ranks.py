@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hf_dissect.distillation import DistillationRecipe
+from hf_dissect.distributed import Ranks
+from hf_dissect.runs.distil import run_distillation
 from testing.tiny_modalities import tiny_columns, tiny_trainer, weights_of
 
 SETTINGS = {
@@ -16,6 +19,7 @@ SETTINGS = {
     "learning_rate": 0.05,
     "max_steps": 6,
     "logging_steps": 3,
+    "measure_information": True,
 }
 
 
@@ -44,4 +48,21 @@ def train_and_resume(folder: Path) -> dict:
     again = tiny_trainer(folder, columns(), per_device_train_batch_size=4, **SETTINGS)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     assert torch.equal(weights, weights_of(again)), "the resumed run differs"
-    return {"weights": weights, "logs": logged(trainer)}
+    assert again.measurement.measured == trainer.measurement.measured, "the resumed run measured again"
+    return {"weights": weights, "logs": logged(trainer), "before": trainer.measurement.measured["before"]}
+
+
+def choose_and_train(folder: Path, rows: Path) -> dict:
+    """Check that the processes choose the same method, and return the metrics of a run of it."""
+    encoders = ["{model_type: frame_sequence_encoder, channels: [4], hidden_size: 8, grid: [4, 1]}"]
+    encoders += [f"{{model_type: sequence_encoder, num_channels: {count}, hidden_size: 8}}" for count in (6, 2)]
+    names = ("student", "auxiliaries.skeleton", "auxiliaries.inertial")
+    settings = [f"{name}.config={encoder}" for name, encoder in zip(names, encoders, strict=True)]
+    training = ["use_cpu=true", "report_to=none", "disable_tqdm=true", "max_steps=2", "eval_strategy=no"]
+    training += [f"output_dir={folder}", "per_device_train_batch_size=4"]
+    settings += [f"data.path={rows}", "distillation.method=auto", *(f"training.{setting}" for setting in training)]
+    recipe = DistillationRecipe.load("amid-utd-mhad", settings)
+    metrics = run_distillation(recipe)
+    methods = Ranks().gather_objects(metrics["method"])
+    assert len(set(methods)) == 1, "the processes chose differently"
+    return metrics

@@ -55,6 +55,7 @@ def tiny_arguments(folder, **settings) -> DistillationTrainingArguments:
         "logging_steps": 2,
         "save_strategy": "no",
         "save_run_folder": False,
+        "measure_information": False,
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
