@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_dissect.distillation.comparisons import Comparison, Generator
 from hf_dissect.distillation.student import (
     StudentForClassification,
     TaskHeads,
@@ -51,7 +52,9 @@ class Teacher(nn.Module):
         )
         self.heads = TaskHeads(hidden_size, num_labels, embedding_size)
 
-    def forward(self, inputs: Mapping[str, torch.Tensor], auxiliary_features: list[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, inputs: Mapping[str, torch.Tensor], auxiliary_features: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Fuse the features of `B` rows.
 
         Args:
@@ -59,58 +62,14 @@ class Teacher(nn.Module):
             auxiliary_features: Features of each auxiliary encoder, `(B, size)`.
 
         Returns:
-            Fused features `(B, hidden_size)`.
+            Features `(B, size)` of the student's modality, and fused features `(B, hidden_size)`.
         """
-        return self.fusion(torch.cat([extract_features(self.encoder, dict(inputs)), *auxiliary_features], dim=-1))
+        own = extract_features(self.encoder, dict(inputs))
+        return own, self.fuse(own, auxiliary_features)
 
-
-class Comparison(nn.Module):
-    """Two projections to vectors of unit length, whose cosines are high for an x and a y of the same row.
-
-    Each projection has a hidden layer, so that the features may keep what the task needs even though the vectors have
-    to separate all rows (SimCLR, arXiv 2002.05709, section 4.2).
-
-    Args:
-        x_size: Size of the x.
-        y_size: Size of the y.
-        size: Size of the vectors.
-    """
-
-    def __init__(self, x_size: int, y_size: int, size: int) -> None:
-        super().__init__()
-        self.x, self.y = (
-            nn.Sequential(nn.Linear(width, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
-            for width in (x_size, y_size)
-        )
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project x `(B, x_size)` and y `(B, y_size)` to vectors `(B, size)` each, in single precision."""
-        normalize = nn.functional.normalize
-        return normalize(self.x(x).float(), dim=-1), normalize(self.y(y).float(), dim=-1)
-
-
-class Generator(nn.Module):
-    """Network that predicts the teacher's features, at zero mean and unit deviation, from the student's.
-
-    It normalises nothing: normalisation would divide by the small deviations at the start, and the gradient that
-    reaches the student would drown that of its task.
-
-    Args:
-        student_size: Size of the student's features.
-        teacher_size: Size of the teacher's features.
-    """
-
-    def __init__(self, student_size: int, teacher_size: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(student_size, 2 * teacher_size),
-            nn.GELU(),
-            nn.Linear(2 * teacher_size, teacher_size),
-        )
-
-    def forward(self, student: torch.Tensor) -> torch.Tensor:
-        """Predict features `(B, teacher_size)` from the student's `(B, student_size)`, in single precision."""
-        return self.layers(student).float()
+    def fuse(self, own: torch.Tensor, auxiliary_features: list[torch.Tensor]) -> torch.Tensor:
+        """Fuse features of the student's modality `(B, size)` with those of the auxiliaries."""
+        return self.fusion(torch.cat([own, *auxiliary_features], dim=-1))
 
 
 class DistillationNetworks(nn.Module):
@@ -127,6 +86,8 @@ class DistillationNetworks(nn.Module):
         teacher_size: Size of the teacher's features.
         comparison_size: Size of the vectors that the information terms compare.
         teacher_learns: True if the information terms train the teacher as well.
+        compares_auxiliaries: True if the student is compared with what the teacher makes of the auxiliaries alone.
+        standardises: True if features are standardised over the rows before they are compared.
         classifies: True if the task losses include classification.
         retrieves: True if the task losses include retrieval.
     """
@@ -141,6 +102,8 @@ class DistillationNetworks(nn.Module):
         teacher_size: int = 128,
         comparison_size: int = 64,
         teacher_learns: bool = True,
+        compares_auxiliaries: bool = False,
+        standardises: bool = True,
         classifies: bool = True,
         retrieves: bool = False,
     ) -> None:
@@ -149,6 +112,7 @@ class DistillationNetworks(nn.Module):
         self.student_modality = student_modality
         self.weights = weights
         self.teacher_learns = teacher_learns
+        self.compares_auxiliaries = compares_auxiliaries
         self.teacher = None
         self._tasks = {"logits": classifies, "embeds": retrieves}
         if not weights.needs_teacher:
@@ -164,10 +128,15 @@ class DistillationNetworks(nn.Module):
                 {name: TaskHeads(size, num_labels, embedding_size) for name, size in sizes.items()}
             )
         if weights.information_student or weights.contrastive:
-            self.student_comparison = Comparison(teacher_size, student_size, comparison_size)
+            self.student_comparison = Comparison(
+                teacher_size, student_size, comparison_size, standardises=standardises
+            )
         if weights.information_auxiliary:
             self.auxiliary_comparisons = nn.ModuleDict(
-                {name: Comparison(teacher_size, size, comparison_size) for name, size in sizes.items()}
+                {
+                    name: Comparison(teacher_size, size, comparison_size, standardises=standardises)
+                    for name, size in sizes.items()
+                }
             )
         if weights.needs_generator:
             self.generator = Generator(student_size, teacher_size)
@@ -196,11 +165,12 @@ class DistillationNetworks(nn.Module):
         for encoder in able:
             encoder.activation_checkpointing_enable(**options)
 
-    def forward(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+    def forward(self, inputs: Inputs, counted: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Compute everything that the objective and the evaluation read, in one pass over `B` rows.
 
         Args:
             inputs: Arguments of each encoder, by modality. Without an auxiliary modality, the student runs alone.
+            counted: Mask of the rows that are compared, bool `(B,)`; None for all.
 
         Returns:
             `NAME_logits` `(B, C)`, `NAME_embeds` `(B, E)` and `NAME_features` `(B, D)`, where NAME is `student` and,
@@ -212,7 +182,10 @@ class DistillationNetworks(nn.Module):
         if self.teacher is None or any(name not in inputs for name in self.auxiliaries):
             return self._detach_untrained(outputs)
         features = {name: extract_features(encoder, dict(inputs[name])) for name, encoder in self.auxiliaries.items()}
-        teacher = self.teacher(inputs[self.student_modality], list(features.values()))
+        own, teacher = self.teacher(inputs[self.student_modality], list(features.values()))
+        taught = teacher
+        if self.compares_auxiliaries:  # the own modality would be a short cut; times 0, DDP finds all weights used
+            taught = self.teacher.fuse(0 * own, list(features.values()))
         logits, embeds = self.teacher.heads(teacher)
         outputs |= {"teacher_logits": logits, "teacher_embeds": embeds, "teacher_features": teacher}
         for name, values in features.items():
@@ -220,7 +193,7 @@ class DistillationNetworks(nn.Module):
             if self.weights.auxiliary_task:
                 logits, embeds = self.auxiliary_heads[name](values)
                 outputs |= {f"auxiliary.{name}_logits": logits, f"auxiliary.{name}_embeds": embeds}
-        return self._detach_untrained(outputs) | self._compare(student.features, teacher, features)
+        return self._detach_untrained(outputs) | self._compare(student.features, taught, teacher, features, counted)
 
     def _detach_untrained(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Detach the outputs that no term trains: DDP waits for a gradient of every weight behind an output."""
@@ -234,21 +207,27 @@ class DistillationNetworks(nn.Module):
         return kept
 
     def _compare(
-        self, student: torch.Tensor, teacher: torch.Tensor, auxiliaries: dict[str, torch.Tensor]
+        self,
+        student: torch.Tensor,
+        taught: torch.Tensor,
+        teacher: torch.Tensor,
+        auxiliaries: dict[str, torch.Tensor],
+        counted: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """Compute the inputs of the terms that compare features `(B, D)`."""
+        """Compute the inputs of the terms that compare features `(B, D)`; the student learns from those `taught`."""
         outputs = {}
         if self.weights.information_student or self.weights.contrastive:
             learns = self.weights.information_student and self.teacher_learns
-            seen = teacher if learns else teacher.detach()
-            outputs["compared_student"] = torch.stack(self.student_comparison(seen, student))
+            seen = taught if learns else taught.detach()
+            outputs["compared_student"] = torch.stack(self.student_comparison(seen, student, counted))
         if self.weights.information_auxiliary:
             seen = teacher if self.teacher_learns else teacher.detach()
             for name, values in auxiliaries.items():
-                outputs[f"compared_auxiliary.{name}"] = torch.stack(self.auxiliary_comparisons[name](seen, values))
+                vectors = self.auxiliary_comparisons[name](seen, values, counted)
+                outputs[f"compared_auxiliary.{name}"] = torch.stack(vectors)
         if self.weights.needs_generator:
             outputs["generated"] = self.generator(student)
-            outputs["real"] = standardise_rows(teacher.detach())
+            outputs["real"] = standardise_rows(taught.detach())
         return outputs
 
 
@@ -285,6 +264,8 @@ def build_networks(
         teacher_size=args.teacher_size,
         comparison_size=args.comparison_size,
         teacher_learns=args.teacher_learns,
+        compares_auxiliaries=args.compares_auxiliaries,
+        standardises=args.standardise_compared,
         classifies=args.classification_weight > 0,
         retrieves=args.retrieval_weight > 0,
     )

@@ -1,9 +1,10 @@
 """The typed, checked settings of a distillation: a recipe with a section `distillation`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
+from hf_dissect.distillation.earlier_versions import restore_earlier_settings
 from hf_dissect.distillation.schema import DistillationDataSection, DistillationSettings, ModalitySection
 from hf_dissect.distillation.terms import METHODS
 from hf_dissect.recipe.fields import Faults, read_section
@@ -35,6 +36,10 @@ class DistillationRecipe(RecipeFile):
     data: DistillationDataSection = dataclasses.field(default_factory=DistillationDataSection)
     distillation: DistillationSettings = dataclasses.field(default_factory=DistillationSettings)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def _build(cls, settings: dict[str, Any], source: str, overrides: Sequence[str]) -> Self:
+        return super()._build(restore_earlier_settings(settings), source, overrides)
 
     @classmethod
     def argument_sources(cls) -> dict[str, str]:

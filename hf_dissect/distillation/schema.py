@@ -96,6 +96,17 @@ class DistillationSettings:
         "Train the teacher by the information terms, too. Without that there is no short cut, and no teacher that "
         "adapts.",
     )
+    compared_teacher: str | None = setting(
+        None,
+        "What the teacher reads whose features the student learns: all modalities, or the auxiliaries alone, so that "
+        "the student's own modality is no short cut; null: the auxiliaries for amid, all for the other methods.",
+        choices=("all", "auxiliaries"),
+    )
+    standardise_compared: bool = setting(
+        True,
+        "Standardise features over the rows of a batch before the information terms compare them; without that, the "
+        "nearly equal features at the start move together.",
+    )
     classification_weight: float = setting(1.0, "Weight of the cross-entropy in each task loss.", within="[0, inf)")
     retrieval_weight: float = setting(
         0.0, "Weight of the supervised contrastive loss in each task loss.", within="[0, inf)"
@@ -149,6 +160,11 @@ class DistillationSettings:
                 "method, or train by the recipe (hf-dissect train, hf_dissect.runs.distil.run_distillation)."
             )
         return TermWeights(**{**vars(METHODS[self.method]), **self._term_weights()})
+
+    @property
+    def compares_auxiliaries(self) -> bool:
+        """True if the student learns from what the teacher makes of the auxiliaries alone."""
+        return (self.compared_teacher or ("auxiliaries" if self.method == "amid" else "all")) == "auxiliaries"
 
     def _term_weights(self) -> dict[str, Any]:
         return self.term_weights if isinstance(self.term_weights, dict) else {}

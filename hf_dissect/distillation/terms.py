@@ -18,7 +18,8 @@ class TermWeights:
         information_student: Weight of -I(T;S), estimated by the InfoNCE bound.
         information_auxiliary: Weight of -I(T;A), estimated by the InfoNCE bound, the mean over the auxiliaries.
         conditional_entropy: Weight of H(T|S), estimated by a generator against a discriminator.
-        hinton: Weight of the Kullback-Leibler divergence of the softened predictions of S from those of T.
+        hinton: Weight of the Kullback-Leibler divergence of the softened predictions of S from those of T. It bounds
+            what S tells of the answers of T (Barber and Agakov, 2003), as `information_student` does for its features.
         contrastive: Weight of the InfoNCE loss of S against T, without gradient to T (in the style of CRD).
     """
 
@@ -50,6 +51,6 @@ METHODS = {
     "hinton": replace(_TEACHER, hinton=0.3),
     "crd": replace(_TEACHER, contrastive=0.3),
     "mi_student_only": replace(_TEACHER, information_student=0.3),
-    "amid": replace(_TEACHER, information_student=0.3, information_auxiliary=0.3, conditional_entropy=0.2),
+    "amid": replace(_TEACHER, information_student=0.3, information_auxiliary=0.1, conditional_entropy=0.1, hinton=0.3),
 }
-"""Weights of the terms of each method, as in the results of `benchmarks/amid_utd_mhad.py`."""
+"""Weights of the terms of each method, as in the results of `benchmarks/distillation.py`."""

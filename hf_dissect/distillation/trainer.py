@@ -175,8 +175,8 @@ class DistillationTrainer(BaseTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Compute the weighted terms of a batch, see `DistillationObjective`."""
-        outputs = model(inputs["inputs"])
         has_label, has_auxiliaries = compute_row_masks(inputs["row_state"])
+        outputs = model(inputs["inputs"], has_auxiliaries)
         # The student's features condition the discriminator, which needs them at a scale that does not drift.
         outputs["student_features"] = standardise_rows(outputs["student_features"])
         progress = self.state.global_step / max(self.state.max_steps, 1)
