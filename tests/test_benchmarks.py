@@ -1,6 +1,7 @@
 """The benchmarks that the documentation rests on run, on sizes too small to measure anything."""
 
 import importlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from datasets import ClassLabel, concatenate_datasets
+from datasets import ClassLabel, Dataset, concatenate_datasets
 from testing import tiny_models
 from testing.trained_towers import save_text_tower, save_vision_tower
 
@@ -34,6 +35,13 @@ def run_main(name: str, *arguments: object) -> None:
         if hasattr(module, "get_context"):  # workers that have imported already what they need, too
             patch.setattr(module, "get_context", lambda method: multiprocessing.get_context("fork"))
         module.main()
+
+
+def import_benchmark(name: str):
+    """Import a module of the folder of benchmarks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return importlib.import_module(name)
 
 
 def run_script(name: str, *arguments: object) -> None:
@@ -561,36 +569,80 @@ def test_mola_clip_domains(capsys):
         run_main("mola_clip_domains", *places, *small, "--r", 2, "--output", "mola_clip_domains.json")
 
 
-def test_amid_utd_mhad():
+def write_actions():
+    """Recordings of four actions by eight subjects, in three modalities."""
     random = np.random.default_rng(0)
-    subject = np.arange(64) % 8 + 1
     np.savez(
         "utd.npz",
-        depth=random.integers(0, 255, (64, 2, 12, 16), dtype=np.uint8),
-        skeleton=random.normal(size=(64, 8, 20, 3)).astype(np.float32),
-        inertial=random.normal(size=(64, 8, 6)).astype(np.float32),
-        action=np.arange(64) // 8 % 4,
-        subject=subject,
-        trial=np.arange(64) // 32 + 1,
+        depth=random.integers(0, 255, (128, 2, 24, 32), dtype=np.uint8),
+        skeleton=random.normal(size=(128, 8, 20, 3)).astype(np.float32),
+        inertial=random.normal(size=(128, 8, 6)).astype(np.float32),
+        action=np.arange(128) // 8 % 4 + 1,
+        subject=np.arange(128) % 8 + 1,
+        trial=np.arange(128) // 32 + 1,
     )
-    small = ["training.num_train_epochs=1", "training.per_device_train_batch_size=8", "training.logging_steps=1"]
-    small += ["training.logging_strategy=steps", "student.config.shift=1", "student.config.grid=[1, 1]"]
-    methods = ["student", "mi_student_only", "amid", "amid without conditional_entropy"]
-    arguments = ["--data", ".", "--seeds", "0", *(part for pair in small for part in ("--set", pair))]
-    results = run_benchmark("amid_utd_mhad", *arguments, "--methods", ",".join(methods))
-    assert list(results["methods"]) == methods
-    assert "teacher" not in results["methods"]["student"] and "teacher" in results["methods"]["amid"]
-    assert all(0 <= run["R@1"] <= 1 and 0 <= run["student"] <= 1 for run in results["runs"])
-    diagnostics = [set(run["diagnostics"]) for run in results["runs"]]
-    assert diagnostics[0] == set() and "discriminator_accuracy" in diagnostics[2] - diagnostics[3]
-    assert "information_student_test_rows" in diagnostics[1] & diagnostics[2] & diagnostics[3]
-    assert "generator_error_train_rows" in diagnostics[2] - diagnostics[3]
-    assert results["recipe"]["data"]["train_groups"] == [1, 3, 5]
-    again = run_benchmark("amid_utd_mhad", *arguments, "--methods", "student,hinton")
-    assert again["runs"][:-1] == results["runs"] and again["runs"][-1]["method"] == "hinton"
-    Path("amid_utd_mhad.json").unlink()
-    few = run_benchmark("amid_utd_mhad", *arguments, "--methods", "mi_student_only", "--labelled-trials", 1)
-    assert few["labelled_trials"] == 1 and few["runs"][0]["student"] <= 1
+
+
+def write_described_features(count: int = 40):
+    """Features of photographs, and of five captions of each, in the files of Flickr8k."""
+    random = np.random.default_rng(0)
+    words = ["dog", "beach", "snow", "children", "street", "football", "water", "mountain", "bicycle", "crowd"]
+    for split in ("train", "validation", "test"):
+        captions = [[f"the {words[row % 10]} and a {words[row % 3]}"] * 5 for row in range(count)]
+        Dataset.from_dict({"captions": captions}).to_parquet(f"{split}.parquet")
+    for name, per_row, size in (("mobilenet_v1_features", 1, 1024), ("captions", 5, 384)):
+        features = {split: random.normal(size=(count * per_row, size)) for split in ("train", "validation", "test")}
+        np.savez(f"{name}.npz", **{split: values.astype(np.float16) for split, values in features.items()})
+
+
+def test_distillation(capsys, monkeypatch):
+    write_actions()
+    write_described_features()
+    monkeypatch.setattr(import_benchmark("distillation_settings"), "SCENES", 3)
+    small = ["training.max_steps=2", "training.per_device_train_batch_size=8", "training.logging_steps=1"]
+    small += ["training.logging_strategy=steps"]
+    places = [
+        "--utd",
+        "utd.npz",
+        "--flickr",
+        ".",
+        "--seeds",
+        "0",
+        *(part for pair in small for part in ("--set", pair)),
+    ]
+    methods = ["student", "hinton", "amid", "amid without information_auxiliary", "auto"]
+    settings = ["utd-quarter", "utd-unknown", "scenes-300"]
+    chosen = ["--methods", ",".join(methods), "--settings", ",".join(settings)]
+    results = run_benchmark("distillation", *places, *chosen)
+    assert [(made["setting"], made["method"]) for made in results["runs"]] == list(
+        itertools.product(settings, methods)
+    )
+    by_name = {(made["setting"], made["method"]): made for made in results["runs"]}
+    assert "teacher" not in by_name["utd-quarter", "student"]["figures"]
+    assert all(0 <= figure <= 1 for made in results["runs"] for figure in made.get("figures", {}).values())
+    assert {"mAP", "R@1", "teacher"} <= set(by_name["scenes-300", "amid"]["figures"])
+    logs = [set(by_name["utd-quarter", method]["log"]) for method in methods[1:4]]
+    assert logs[1] - logs[2] == {"information_auxiliary"} and "generator_error" in logs[1] - logs[0]
+    assert by_name["utd-quarter", "auto"]["criterion"]["unlabelled_share"] == pytest.approx(0.75)
+    assert by_name["utd-unknown", "auto"]["criterion"]["unlabelled_share"] == pytest.approx(0.5)
+    again = run_benchmark("distillation", *places, *chosen)
+    assert again["runs"] == results["runs"], "not repeated"
+    capsys.readouterr()
+    run_main("distillation", "--output", "distillation.json", "--table")
+    printed = capsys.readouterr().out
+    assert printed.count("Predicted: gain") == 3 and "| `amid without information_auxiliary` |" in printed
+
+
+def test_the_labels_that_a_setting_keeps():
+    settings = import_benchmark("distillation_settings")
+    columns = {"subject": np.repeat([1, 3, 5, 7], 108), "action": np.tile(np.repeat(np.arange(27) + 1, 4), 4)}
+    columns["trial"] = np.tile(np.arange(4) + 1, 108)
+    for share in (1, 1 / 2, 1 / 4, 1 / 8):
+        kept = settings.keep_share(share)(columns)
+        assert kept.sum() == 432 * share
+        assert set(columns["action"][kept]) == set(range(1, 28)), "each action keeps a label"
+    unknown = columns["action"][~settings.keep_known_actions(columns)]
+    assert set(unknown) == set(range(2, 28, 2))
 
 
 @pytest.mark.slow

@@ -185,6 +185,13 @@ def test_the_accuracies_of_fine_tuning_on_domains_are_those_that_were_measured()
     assert [[re.findall("`([^`]+)`", row[0])[0], *row[1:]] for row in shown] == expected
 
 
+def test_the_tables_of_distillation_are_those_that_were_measured(noisy_tables):
+    benchmark = importlib.import_module("distillation")
+    runs = json.loads((MEASURED / "distillation.json").read_text())["runs"]
+    shown = noisy_tables.read_between(TEXTS["docs/results.md"], benchmark.MARKER)
+    assert shown == benchmark.markdown(runs).strip()
+
+
 def test_benchmarks_named_in_the_text_take_these_options():
     named = [shlex.split(code) for code in inline_code() if code.startswith("python ")]
     assert len(named) > 10
