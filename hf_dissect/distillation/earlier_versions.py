@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from hf_dissect.distillation.terms import TASK_TERMS, TERMS
+
+_NONE = {name: 0.0 for name in TERMS if name not in TASK_TERMS}
 TERM_WEIGHTS = {
-    "hinton": {"hinton": 0.3},
-    "crd": {"contrastive": 0.3},
-    "mi_student_only": {"information_student": 0.3},
-    "amid": {"information_student": 0.3, "information_auxiliary": 0.3, "conditional_entropy": 0.2},
+    "hinton": _NONE | {"hinton": 0.3},
+    "crd": _NONE | {"contrastive": 0.3},
+    "mi_student_only": _NONE | {"information_student": 0.3},
+    "amid": _NONE | {"information_student": 0.3, "information_auxiliary": 0.3, "conditional_entropy": 0.2},
 }
 """Weights of the terms in version 0.1.0, by method, besides those of the tasks."""
 YOUNGER = {"compared_teacher": "all", "standardise_compared": False}
