@@ -17,7 +17,9 @@ Runs in FILE.json are not repeated. Settings:
 `--split validation`, where settings were chosen, leaves out one of UTD's odd subjects, each seed another one;
 `--split test` trains on all odd subjects and evaluates the even ones. For one seed all methods start from the same
 student and see the same batches. Figures are those after the last step. The teacher of `hinton` and `crd` gets its
-task losses alone: that of `mi_student_only` has to be compared with it. `amid without TERM` is the ablation.
+task losses alone: that of `mi_student_only` has to be compared with it. `amid without TERM` is the ablation,
+and `inputs` what the student reads, without training. `auto` is the pilot of `distillation.method=auto`, which reads
+the training rows alone; its row has the figures of the method that it picks.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from hf_dissect.runs.distil import build_trainer
 ABLATED = ("information_student", "information_auxiliary", "conditional_entropy", "hinton", "teacher_task")
 ABLATIONS = {f"amid without {term}": term for term in ABLATED}
 MARKER = "distillation"
-ALL_METHODS = (*METHODS, *ABLATIONS, "auto")
+ALL_METHODS = ("inputs", *METHODS, *ABLATIONS, "auto")
 
 
 def make_recipe(name: str, method: str, seed: int, options: argparse.Namespace, folder: str) -> DistillationRecipe:
@@ -75,6 +77,9 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict:
     """Train and evaluate once."""
     setting = SETTINGS[name]
     splits = setting.read(options.utd if name.startswith("utd") else options.flickr, options.split, seed)
+    if method == "inputs":
+        figures = setting.score_inputs(splits)
+        return {"setting": name, "method": method, "seed": seed, "training_s": 0.0, "figures": figures}
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(name, method, seed, options, folder)
         label = recipe.data.label_column
@@ -190,7 +195,9 @@ def main() -> None:
         for setting in options.settings
         for seed in options.seeds
         for method in options.methods
-        if not options.table and (setting, method, seed) not in done
+        if not options.table
+        and (setting, method, seed) not in done
+        and (method != "inputs" or SETTINGS[setting].score_inputs)
     ]
     for job in tqdm(jobs, "runs", disable=not jobs):
         runs.append(run(*job, options))

@@ -35,6 +35,7 @@ class Setting:
         keeps_label: Function of the training columns; it returns the rows that keep their label, bool `(n,)`.
         score: Function of trainer and splits; it returns the figures.
         decides: Name of the figure that decides.
+        score_inputs: Function of the splits; it returns the figures of what the student reads, without training.
     """
 
     recipe: str | dict[str, Any]
@@ -43,6 +44,7 @@ class Setting:
     keeps_label: Callable[[Mapping[str, Any]], np.ndarray]
     score: Callable[[DistillationTrainer, Splits], dict[str, float]]
     decides: str
+    score_inputs: Callable[[Splits], dict[str, float]] | None = None
 
 
 # ---- UTD-MHAD ----
@@ -159,6 +161,12 @@ def score_scenes(trainer: DistillationTrainer, splits: Splits) -> dict[str, floa
     return evaluate(trainer, rows) | rank_alike(embed_rows(trainer, rows, "scene"), rows["alike"])
 
 
+def score_photographs(splits: Splits) -> dict[str, float]:
+    """Figures of the features of the photographs themselves, less their mean."""
+    features = torch.from_numpy(splits["evaluated"]["image"][:, 0] - splits["train"]["image"][:, 0].mean(0))
+    return rank_alike(torch.nn.functional.normalize(features, dim=-1), splits["evaluated"]["alike"])
+
+
 def rank_alike(embeds: torch.Tensor, alike: np.ndarray) -> dict[str, float]:
     """Rank all other rows by cosine for each row that any other is like; embeddings `(n, D)` of unit length."""
     alike = alike & ~np.eye(len(alike), dtype=bool)
@@ -203,6 +211,6 @@ SETTINGS = {
     "utd-quarter": Setting("amid-utd-mhad", _UTD, read_utd, keep_share(1 / 4), score_actions, "accuracy"),
     "utd-eighth": Setting("amid-utd-mhad", _UTD, read_utd, keep_share(1 / 8), score_actions, "accuracy"),
     "utd-unknown": Setting("amid-utd-mhad", _UTD, read_utd, keep_known_actions, score_unknown_actions, "R@1"),
-    "scenes-300": Setting(_SCENES, (), read_scenes, keep_rows(300), score_scenes, "mAP"),
-    "scenes-1500": Setting(_SCENES, (), read_scenes, keep_rows(1500), score_scenes, "mAP"),
+    "scenes-300": Setting(_SCENES, (), read_scenes, keep_rows(300), score_scenes, "mAP", score_photographs),
+    "scenes-1500": Setting(_SCENES, (), read_scenes, keep_rows(1500), score_scenes, "mAP", score_photographs),
 }
