@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from testing.tiny_recipe import write_tiny_recipe
+from testing.tiny_recipe import tiny_settings
 
+from hf_dissect.recipe import Recipe
+from hf_dissect.runs.job_script import write_job_script
 from hf_dissect.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -128,17 +130,12 @@ def test_the_installed_command_answers_without_the_checkout(environment, tmp_pat
 
 
 def test_a_job_runs_in_an_environment_that_has_only_the_package(environment, tmp_path):
-    write_tiny_recipe(tmp_path / "tiny.yaml", training={"max_steps": 2})
-    script = _run([environment / "bin" / "hf-dissect", "job", "tiny.yaml"], cwd=tmp_path)
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "job.py").write_text(script, encoding="utf-8")
-    (tmp_path / "tiny.yaml").unlink()
-    python = environment / "bin" / "python"
-    printed = _run([python, "job.py", "training.seed=1"], cwd=tmp_path / "elsewhere")
+    script = write_job_script(Recipe.from_dict(tiny_settings(training={"max_steps": 2})))
+    (tmp_path / "job.py").write_text(script.text, encoding="utf-8")
+    printed = _run([environment / "bin" / "python", "job.py", "training.seed=1"], cwd=tmp_path)
     assert "runs/tiny/report.html" in printed
-    metrics = json.loads((tmp_path / "elsewhere" / "runs" / "tiny" / "metrics.json").read_text())
-    assert metrics["steps"] == 2 and metrics["final"]["recall_sum"] > 0
-    assert "finished" in _run([python, "job.py", "training.seed=1"], cwd=tmp_path / "elsewhere")
+    metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
+    assert metrics["steps"] == 2 and metrics["final"]["recall_sum"] > 0 and metrics["seed"] == 1
 
 
 def test_the_installed_skill_is_whole(environment, tmp_path):
@@ -151,7 +148,7 @@ def test_the_installed_skill_is_whole(environment, tmp_path):
     assert [(copy / name).read_bytes() for name in names] == [(source / name).read_bytes() for name in names]
 
 
-GITHUB = """
+GITHUB = r"""
 import sys
 from pathlib import Path
 

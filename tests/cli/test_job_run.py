@@ -110,3 +110,24 @@ def test_without_the_package_the_script_says_how_to_run_it(job, monkeypatch):
     monkeypatch.setitem(sys.modules, "hf_dissect.cli.job_run", None)
     message = job()
     assert "run it as `uv run job.py`" in message and "\n" not in message
+
+
+def test_the_client_of_the_hub_would_start_it(tmp_path):
+    """`hf jobs uv run --dry-run` with the options that the documentation shows."""
+    import os
+    import subprocess
+
+    from huggingface_hub import JobHardware
+
+    training = {"push_to_hub": True, "hub_model_id": "ada/tiny"}
+    script = write_job_script(Recipe.from_dict(tiny_settings(training=training)), timeout="2h")
+    (tmp_path / "job.py").write_text(script.text)
+    assert "l4x1" in {hardware.value for hardware in JobHardware}
+    command = [sys.executable, "-m", "huggingface_hub.cli.hf", "jobs", "uv", "run", "--dry-run", "--flavor", "l4x1"]
+    command += ["-e", "HF_DISSECT_DATA_PATH=/data", "-v", "hf://datasets/ada/pairs:/data", "job.py"]
+    command += ["training.max_steps=2", "--output-dir", "/runs/mine"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("l4x1", "2h", "HF_TOKEN", "training.max_steps=2 --output-dir /runs/mine", "hf://datasets/ada/pairs:/data"):
+        assert part in done.stdout + done.stderr
