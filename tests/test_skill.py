@@ -1,11 +1,14 @@
 """The skill for coding agents: its form, that all it names exists, and how it is installed."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from testing.document_pages import ROOT, SKILL, SKILL_PAGES, TEXTS, first_column, links
+from testing.tiny_recipe import tiny_recipe
 
 from hf_dissect.cli import main
 from hf_dissect.cli.skill import NAME, find_skill, install_skill
@@ -13,6 +16,7 @@ from hf_dissect.distillation import DistillationRecipe
 from hf_dissect.recipe import Recipe
 from hf_dissect.recipe.fields import training_fields
 from hf_dissect.recipe.file import shipped_recipes
+from hf_dissect.runs.run import run_recipe
 from hf_dissect.selection import STRATEGIES
 from hf_dissect.settings import list_members, list_settings
 
@@ -86,7 +90,11 @@ def _in_context(override: str) -> list[str]:
         "selection.strategy=learnability": ["selection.reference=ada/y"],
         "selection.strategy=coreset": ["selection.reference=ada/y"],
     }
-    return [override, "objective.noisy_channel=null" * ("selection.strategy" in override) or "name=x", *more.get(override, [])]
+    return [
+        override,
+        "objective.noisy_channel=null" * ("selection.strategy" in override) or "name=x",
+        *more.get(override, []),
+    ]
 
 
 def test_every_recipe_and_strategy_is_named_and_exists():
@@ -116,12 +124,6 @@ def test_every_message_is_one_of_the_package():
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory) -> set[str]:
     """The names of all figures in metrics.json of a run."""
-    import json
-
-    from testing.tiny_recipe import tiny_recipe
-
-    from hf_dissect.runs.run import run_recipe
-
     folder = tmp_path_factory.mktemp("run")
     training = {"max_steps": 4, "average_weights": 0.5}
     run_recipe(tiny_recipe(folder, objective={"noisy_channel": {}}, selection={"strategy": "none"}, training=training))
@@ -169,7 +171,9 @@ def test_a_copy_that_differs_is_replaced_by_force_only(tmp_path, capsys):
     before = files_of(copy)
     assert main(["skill", "--install", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "differs from this version (SKILL.md, references/faults.md, references/more.md); --force replaces it" in error
+    assert (
+        "differs from this version (SKILL.md, references/faults.md, references/more.md); --force replaces it" in error
+    )
     assert files_of(copy) == before
     assert main(["skill", "--install", str(tmp_path), "--force"]) == 0
     assert files_of(copy) == files_of(find_skill())
@@ -197,7 +201,6 @@ def test_what_is_not_a_skill_is_left_alone(tmp_path):
 
 def test_a_copy_that_fails_leaves_nothing_and_what_was_there(tmp_path, monkeypatch):
     """A full disk in the middle of the copy."""
-    import shutil
 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")

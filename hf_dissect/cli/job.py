@@ -19,9 +19,9 @@ EPILOG = """examples:
   uv run job.py training.max_steps=100               on any machine with uv
   hf jobs uv run job.py                              on a GPU of the Hub
 
-The script names its packages (PEP 723), in the versions that are installed here. hf_dissect has no release on PyPI yet:
-until there is one, name a place to install it from with --package. A path of this machine is not written into the
-script, but read from an environment variable where it runs; this command says which."""
+The script names its packages (PEP 723), in the versions that are installed here. hf_dissect has no release on PyPI
+yet: until there is one, name a place to install it from with --package. A path of this machine is not written into
+the script, but read from an environment variable where it runs; this command says which."""
 
 
 def add_parser(commands: "Commands") -> None:

@@ -103,7 +103,11 @@ def _read_environment(options: argparse.Namespace) -> list[str]:
         RecipeError: Neither gives one.
     """
     given = {override.partition("=")[0].strip() for override in options.overrides}
-    wanted = {key: name for key, name in options.from_environment.items() if key not in given}
+    wanted = {
+        key: name
+        for key, name in options.from_environment.items()
+        if not any(f"{key}.".startswith(f"{other}.") for other in given)  # the setting, or a section that it is in
+    }
     if missing := [key for key, name in wanted.items() if not os.environ.get(name)]:
         raise RecipeError(
             options.source,
@@ -146,9 +150,7 @@ def _list_changes(old: Any, new: Any, key: str = "") -> list[str]:
     """Return the dotted keys of the settings that differ; the run folder is not one of them."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = [name for name in {**new, **old} if f"{key}{name}" != "training.output_dir"]
-        return [
-            change for name in names for change in _list_changes(old.get(name), new.get(name), f"{key}{name}.")
-        ]
+        return [change for name in names for change in _list_changes(old.get(name), new.get(name), f"{key}{name}.")]
     return [] if old == new else [key.rstrip(".")]
 
 

@@ -100,7 +100,7 @@ def find_private_places(settings: dict[str, Any]) -> dict[str, Any]:
     places = {
         f"{section}.{name}": part[name]
         for section, part, name in _list_private_places(settings)
-        if name not in _NEXT_TO_THE_DATA or is_local_path(str(part[name])) or Path(str(part[name])).exists()
+        if name not in _NEXT_TO_THE_DATA or not _is_relative_name(str(part[name]))
     }
     inner = {key: _section(settings, key) for key in ("model.config", "adapter", "selection.options", "training")}
     inner |= {f"{key}.config": _section(part, "config") for key, part in _modalities(settings).items()}
@@ -142,6 +142,11 @@ def _list_private_places(settings: dict[str, Any]) -> list[tuple[str, dict[str, 
         for section, part, name in places
         if part.get(name) is not None and not _is_public(part[name], at_hub=_may_be_at_hub(part, name))
     ]
+
+
+def _is_relative_name(text: str) -> bool:
+    """Return True for a file that can only be meant relative to the data, as there is none of this machine."""
+    return not is_local_path(text) and "://" not in text and not Path(text).exists()
 
 
 def _walk(part: dict[str, Any] | list[Any], key: str) -> Iterator[tuple[str, Any]]:

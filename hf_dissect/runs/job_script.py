@@ -49,7 +49,7 @@ if __name__ == "__main__":
     try:
         from hf_dissect.cli.job_run import run_job
     except ModuleNotFoundError as error:
-        sys.exit(f"{{sys.argv[0]}}: {{error}}; run it as `uv run {{sys.argv[0]}}`, or install what its first lines list")
+        sys.exit(f"{{error}}; run it as `uv run {{sys.argv[0]}}`, or install the packages that its first lines list")
     sys.exit(run_job(RECIPE, FROM_ENVIRONMENT))
 '''
 
@@ -107,7 +107,9 @@ def write_job_script(
     launch = {"name": recipe.name, "flavor": flavor, "timeout": timeout}
     for option in ("flavor", "timeout"):
         if launch[option] is not None and not re.fullmatch(r"[\w.-]+", str(launch[option]), re.ASCII):
-            raise ValueError(f"--{option} {launch[option]!r} is not allowed; allowed: such as l4x1, or 4h for --timeout")
+            raise ValueError(
+                f"--{option} {launch[option]!r} is not allowed; allowed: such as l4x1, or 4h for --timeout"
+            )
     secrets = ["HF_TOKEN"] if settings["training"].get("push_to_hub") else []
     secrets += [_SECRETS[tracker] for tracker in trackers if tracker in _SECRETS]
     text = _SCRIPT.format(

@@ -1,11 +1,14 @@
 """A script of `hf-dissect job` where it runs: settings, environment, a run that is broken off and started again."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import JobHardware
 from testing.tiny_recipe import STEPS, tiny_settings
 
 from hf_dissect.cli.job_run import run_job
@@ -13,6 +16,7 @@ from hf_dissect.recipe import Recipe
 from hf_dissect.recipe.yaml import format_yaml
 from hf_dissect.runs.job_script import write_job_script
 
+ROOT = Path(__file__).parents[2]
 SAVES = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 2}
 
 
@@ -67,7 +71,9 @@ def test_settings_of_another_machine_come_from_the_environment(job, tmp_path, mo
     given = tiny_settings(training={"max_steps": 2}) | {"data": data}
     Path("job.py").write_text(write_job_script(Recipe.from_dict(given)).text)
     assert job() == 2
-    expected = "hf-dissect: job.py: data.path: was of another machine; set HF_DISSECT_DATA_PATH, or give data.path=VALUE"
+    expected = (
+        "hf-dissect: job.py: data.path: was of another machine; set HF_DISSECT_DATA_PATH, or give data.path=VALUE"
+    )
     assert capsys.readouterr().err.strip() == expected
     assert not Path("runs").exists()
     monkeypatch.setenv("HF_DISSECT_DATA_PATH", str(place))
@@ -76,6 +82,27 @@ def test_settings_of_another_machine_come_from_the_environment(job, tmp_path, mo
     monkeypatch.delenv("HF_DISSECT_DATA_PATH")
     assert job(f"data.path={json.dumps(str(place), ensure_ascii=False)}", "--output-dir", "runs/b") == 0
     assert steps("runs/b") == 2
+
+
+def test_a_section_that_is_replaced_needs_no_variable(job, capsys):
+    labelled = {"source": "folder", "path": "/nowhere", "classes": ["a"]}
+    given = tiny_settings(evaluation={"zero_shot": labelled}, training={"max_steps": 2})
+    Path("job.py").write_text(write_job_script(Recipe.from_dict(given)).text)
+    assert job() == 2 and "evaluation.zero_shot.path: was of another machine" in capsys.readouterr().err
+    assert job("evaluation.zero_shot=null") == 0
+
+
+@pytest.mark.slow
+def test_two_processes(job, tmp_path):
+    """What `--processes 2` starts: one run, in one folder, that continues like any other."""
+    Path("job.py").write_text(write_job_script(Recipe.from_dict(tiny_settings(training={"max_steps": 2}))).text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "job.py", "--processes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert steps() == 2 and done.stdout.count("report  runs/tiny/report.html") == 1
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
+    assert json.loads(Path("runs/tiny/metrics.json").read_text())["num_pairs"] == 64
 
 
 @pytest.mark.parametrize(
@@ -114,11 +141,6 @@ def test_without_the_package_the_script_says_how_to_run_it(job, monkeypatch):
 
 def test_the_client_of_the_hub_would_start_it(tmp_path):
     """`hf jobs uv run --dry-run` with the options that the documentation shows."""
-    import os
-    import subprocess
-
-    from huggingface_hub import JobHardware
-
     training = {"push_to_hub": True, "hub_model_id": "ada/tiny"}
     script = write_job_script(Recipe.from_dict(tiny_settings(training=training)), timeout="2h")
     (tmp_path / "job.py").write_text(script.text)
@@ -129,5 +151,11 @@ def test_the_client_of_the_hub_would_start_it(tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for part in ("l4x1", "2h", "HF_TOKEN", "training.max_steps=2 --output-dir /runs/mine", "hf://datasets/ada/pairs:/data"):
+    for part in (
+        "l4x1",
+        "2h",
+        "HF_TOKEN",
+        "training.max_steps=2 --output-dir /runs/mine",
+        "hf://datasets/ada/pairs:/data",
+    ):
         assert part in done.stdout + done.stderr

@@ -80,7 +80,7 @@ def test_the_client_of_the_hub_reads_how_to_launch_it():
     [
         '"""; import os',
         r"a \ b \n \u0041 \\",
-        "ends with a quote\"",
+        'ends with a quote"',
         "größer, 猫, 🐈 and {braces} %s",
         "# /// script",
         "'single' \"double\" # comment: [x]",
@@ -164,9 +164,7 @@ def test_names_of_the_hub_and_files_next_to_the_data_stay(tmp_path, monkeypatch)
 def test_a_run_folder_outside_is_left_out(folder):
     script = write(settings(training={"output_dir": folder}))
     assert "secret" not in script.text and script.from_environment == {}
-    assert script.notes == [
-        "training.output_dir was of this machine: the job writes to runs/tiny (or --output-dir)"
-    ]
+    assert script.notes == ["training.output_dir was of this machine: the job writes to runs/tiny (or --output-dir)"]
 
 
 def test_a_path_that_no_setting_can_replace_is_refused(tmp_path, monkeypatch, capsys):
@@ -202,7 +200,10 @@ def test_a_distillation(tmp_path):
         ("hf-dissect>=0.1,<1", "hf-dissect>=0.1,<1"),
         ("hf_dissect @ git+https://host/ada/hf-dissect@main", "hf_dissect @ git+https://host/ada/hf-dissect@main"),
         ("git+ssh://git@host/ada/x.git", "hf_dissect @ git+ssh://git@host/ada/x.git"),
-        ("https://host/hf_dissect-0.1.0-py3-none-any.whl", "hf_dissect @ https://host/hf_dissect-0.1.0-py3-none-any.whl"),
+        (
+            "https://host/hf_dissect-0.1.0-py3-none-any.whl",
+            "hf_dissect @ https://host/hf_dissect-0.1.0-py3-none-any.whl",
+        ),
     ],
 )
 def test_package(package, line):
@@ -223,7 +224,7 @@ def test_package(package, line):
         ("hf_dissect @ https://hf_token@host/x.whl", "holds a password or token"),
         ("numpy==2", "is not hf_dissect"),
         ("", "is not a requirement"),
-        ('hf_dissect\n# ///\nimport os', "is not a requirement"),
+        ("hf_dissect\n# ///\nimport os", "is not a requirement"),
         ('hf_dissect"]', "is not a requirement"),
     ],
 )
