@@ -154,7 +154,8 @@ def make_access(
         if records_each_pair_alone(strategy):
             return ShardAccess(ShardedLedger(ranks, columns), ranks)
         logger.info(
-            "Each process holds the whole ledger, since the strategy %r does not say that it records each pair alone.",
+            "Each process holds the whole ledger, since the strategy %r looks at all pairs, or does not say that it "
+            "records each pair alone (records_pairs_alone).",
             strategy.name,
         )
     return LedgerAccess(SampleLedger(num_samples, columns), ranks)

@@ -220,12 +220,12 @@ def content_of(trainer: DissectTrainer) -> dict[str, object]:
     ranks.wait()  # for the record
     record = Path(trainer.args.output_dir, "selection.parquet")
     logs = [{key: value for key, value in entry.items() if "time" not in key} for entry in trainer.state.log_history]
-    drop = ("train_samples_per_second", "train_steps_per_second")
+    drop = ("train_samples_per_second", "train_steps_per_second", "train_loss")  # the last since the run was resumed
     return {
         "weights": torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]),
         "ids": ledger.ids[order],
         **{f"column {name}": ledger.column(name)[order] for name in ledger.columns},
-        "logs": [{key: value for key, value in entry.items() if key not in drop} for entry in logs],
+        "logs": [{key: value for key, value in sorted(entry.items()) if key not in drop} for entry in logs],
         "choices": pq.read_table(record).to_pylist() if trainer.args.record_selection else [],
         "figures": {**trainer.monitor.run.figures(), **trainer.strategy.compute_figures()},
         "histogram": trainer.monitor.score_histogram(),
@@ -239,7 +239,7 @@ def assert_same_content(one: dict[str, object], other: dict[str, object], name: 
         if isinstance(value, torch.Tensor):
             assert torch.equal(value.nan_to_num(-1), other[key].nan_to_num(-1)), f"{name}: {key} differs"
         else:
-            assert repr(value) == repr(other[key]), f"{name}: {key} differs"
+            assert repr(value) == repr(other[key]), f"{name}: {key} differs: {value} and {other[key]}"
 
 
 def check_runs(folder: Path, names: list[str]) -> None:
