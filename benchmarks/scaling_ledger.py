@@ -81,7 +81,9 @@ def measure(count: int, options: argparse.Namespace, shards: bool) -> dict[str, 
     fork = multiprocessing.get_context("fork")  # of what is imported already
     results = fork.Queue()
     with tempfile.TemporaryDirectory() as place:
-        processes = [fork.Process(target=work, args=(rank, count, options, shards, place, results)) for rank in range(count)]
+        processes = [
+            fork.Process(target=work, args=(rank, count, options, shards, place, results)) for rank in range(count)
+        ]
         for process in processes:
             process.start()
         found = [results.get(timeout=900) for _ in processes]

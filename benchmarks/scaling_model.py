@@ -174,7 +174,12 @@ def ledger_costs(a: Assumptions, gpus: int) -> dict[str, dict[str, float]]:
     exchange = on_the_wire / a.nic + 5 * len(peers) * a.net_hop_us * 1e-6 + messages * a.message_us * 1e-6
     own = a.candidates * a.ledger_ns * 1e-9 + packets["packing_seconds"]
     return {
-        "ledger: packets": {"bytes": on_the_wire, "seconds": exchange, "places": packets["split"], "peers": sum(peers)},
+        "ledger: packets": {
+            "bytes": on_the_wire,
+            "seconds": exchange,
+            "places": packets["split"],
+            "peers": sum(peers),
+        },
         "ledger: own pairs (processor)": {"bytes": 0, "seconds": own},
     }
 

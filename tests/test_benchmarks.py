@@ -411,7 +411,11 @@ def test_scaling():
     ledger = ("--ledger-processes", 1, 2, "--ledger-pairs", 500, "--ledger-batch", 16, "--ledger-steps", 2)
     sizes = ("--steps", 3, "--batch", 8, "--pairs", 32, *ledger)
     results = run_benchmark("scaling", "--processes", 1, *sizes, "--quiet", run=run_script)
-    assert [(row["processes"], row["ledger"]) for row in results["ledger"]] == [(1, "whole"), (2, "split"), (2, "whole")]
+    assert [(row["processes"], row["ledger"]) for row in results["ledger"]] == [
+        (1, "whole"),
+        (2, "split"),
+        (2, "whole"),
+    ]
     assert [row["own_pairs"] for row in results["ledger"]] == [500, 250, 500]
     assert {run["scope"] for run in results["measured"]} == {"local", "global"}
     assert all(run["processor_ms"] > 0 and run["feature exchange"] == 0 for run in results["measured"])

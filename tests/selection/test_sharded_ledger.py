@@ -16,10 +16,18 @@ from hf_dissect.selection.strategies import STRATEGIES
 from hf_dissect.selection.strategy import records_each_pair_alone
 
 
-def test_processes_hold_a_part_each_and_compute_the_same(tmp_path):
-    (tmp_path / "files").mkdir()
-    own = on_ranks([2, 3, 4], tmp_path, partial(ledger_ranks.check_all, tmp_path))
-    assert all(220 / size < pairs < 360 / size for size, pairs in own.items()), own
+def test_processes_hold_a_part_each_and_read_the_same(tmp_path):
+    shares = on_ranks([2, 3, 4], tmp_path, partial(ledger_ranks.check_ledger, tmp_path))
+    assert all(0.7 / size < share < 1.4 / size for size, share in shares.items()), shares
+
+
+def test_runs_with_a_part_in_each_process_are_the_same(tmp_path):
+    on_ranks([2], tmp_path, partial(ledger_ranks.check_runs, tmp_path, ["channel", "info-batch"]))
+
+
+@pytest.mark.slow
+def test_all_kinds_of_runs_are_the_same_and_resume(tmp_path):
+    on_ranks([2, 3, 4], tmp_path, partial(ledger_ranks.check_all_runs, tmp_path))
     # One process continues what two have begun, from their shards.
     settings = {**ledger_ranks.RUNS["dissect"], "stream": True, "max_steps": 12}
     alone = ledger_ranks.make_trainer(tmp_path / "alone", **settings)
@@ -133,4 +141,3 @@ def test_shards_are_one_ledger_or_refused(tmp_path):
 def test_one_process_and_row_numbers_have_a_whole_ledger(tmp_path):
     trainer = ledger_ranks.make_trainer(tmp_path)
     assert type(trainer.ledger) is SampleLedger and trainer.ledger.num_samples is None
-

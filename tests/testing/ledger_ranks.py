@@ -1,5 +1,6 @@
 """Called by test_sharded_ledger.py in several processes: a ledger split over them is, value for value, a whole one."""
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,10 +21,9 @@ POOL = torch.randint(2**63 - 1, (300,), generator=torch.Generator().manual_seed(
 POOL[:5] = torch.tensor([0, 1, 2**31, 2**31 + 1, 2**63 - 1])
 
 
-def check_ledger(folder: Path) -> int:
-    """Steps with repeated ids, and with ranks that have none, leave the same values in both; return the own pairs."""
+def check_ledger(folder: Path) -> float:
+    """Steps with repeated ids, and with ranks that have none, leave the same values in both; return the own share."""
     ranks = Ranks(Accelerator(cpu=True))
-    own_pairs = 0
     for fewest_of_grid in (16, 2):  # packets go straight, and in two stages where there is a grid
         whole = SampleLedger(None, COLUMNS)
         split = ShardedLedger(ranks, COLUMNS, fewest_of_grid)
@@ -69,10 +69,10 @@ def check_ledger(folder: Path) -> int:
             ledger.write("history", some, torch.arange(float(len(some))))
             ledger.replace("learnt", ledger.column("history") * 2)
         assert_same(split.column("learnt"), whole.column("learnt")[whole.ids.argsort()])
-        own_pairs = len(split.own)
+        own_share = len(split.own) / len(split)
         check_refusals(split, ranks)
     check_files(split, whole, folder, ranks)
-    return own_pairs
+    return own_share
 
 
 def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -271,13 +271,19 @@ def check_resume(folder: Path) -> None:
     finished = make_trainer(folder / "finished", **{**settings, "save_run_folder": True, "max_steps": 4})
     finished.train()
     assert [path.name for path in (folder / "finished").glob("ledger*")] == [LEDGER_FILE]
+    figures = []
+    for shards in (True, False):
+        trainer = make_trainer(
+            folder / f"figures-{shards}", **RUNS["gsc"], save_run_folder=True, shard_ledger=shards, num_train_epochs=2
+        )
+        trainer.train()
+        figures.append(json.loads((folder / f"figures-{shards}" / "metrics.json").read_text())["selection"])
+    assert figures[0] == figures[1] and figures[0]["label_auroc"] is not None
 
 
-def check_all(folder: Path) -> int:
-    own = check_ledger(folder / "files")
-    if own and Ranks(Accelerator(cpu=True)).count == 2:
+def check_all_runs(folder: Path) -> None:
+    if Ranks(Accelerator(cpu=True)).count == 2:
         check_runs(folder / "two", list(RUNS))
         check_resume(folder / "resumed")
-    elif Ranks(Accelerator(cpu=True)).count == 3:
-        check_runs(folder / "three", ["dissect", "channel-global"])
-    return own
+    else:
+        check_runs(folder / "more", ["dissect", "channel-global", "gsc"])
