@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from scaling_ledger import add_ledger_options, fit_message_us, measure_ledgers
+from scaling_ledger import add_ledger_options, fit_exchange, measure_ledgers
 from scaling_model import Assumptions, costs
 from transformers import TrainerCallback
 
@@ -168,11 +168,11 @@ def ledger_section(results: dict) -> str:
     ]
     sizes = results["ledger_sizes"]
     text = prose(
-        f"""Hashed ids of {sizes["pairs"]:,} pairs, {sizes["batch"]} candidates a process and step, which read and record
-        the history of dissect: processor time of each process with its exchanges by gloo, mean over
-        {sizes["steps"]} steps and the processes. A message to another process and back takes
-        {results["message_us"] or 0:.0f} us of it by least squares; from 16 processes on, packets go in two stages, so that
-        16 processes send each to 6 others and 1,024 to 62."""
+        f"""Hashed ids of {sizes["pairs"]:,} pairs, {sizes["batch"]} candidates a process and step, whose history is
+        read and recorded as by dissect: processor time of each process with its exchanges by gloo, mean over
+        {sizes["steps"]} steps and the processes. Least squares give {results["message_us"] or 0:.0f} us for a message
+        to another process and one from it, and {results["stage_us"] or 0:.0f} us for a stage of an exchange. From 16
+        processes on, packets go in stages: of 16 processes, each sends to 2 times 3 others, of 1,024 to 5 times 3."""
     )
     table = markdown_table(["processes", "ledger", "pairs in each", "MiB in each", "processor, ms a step"], rows)
     return f"## The ledger of hashed ids, measured\n\n{text}\n\n{table}\n"
@@ -207,8 +207,9 @@ def paper_section(results: dict) -> str:
         f"""Gradients are there without selection, too, and overlap with the backward pass. The softmax loss gathers
         both embeddings and sends back both gradients; the ring of the sigmoid loss sends one of each from GPU to GPU.
         Rebalancing waits for the rank that gives away most. The ledger of hashed ids is split over the processes. Its
-        exchanges, three of packets and two of a number, run in a thread next to the training; here they count as if
-        nothing overlapped: {a.message_us:.0f} us of one core for a message, and {a.ledger_ns:.0f} ns for an id, one
+        exchanges, three of packets, run in a thread next to the training; here they count as if
+        nothing overlapped: {a.message_us:.0f} us of one core for a message, {a.stage_us:.0f} us for a stage,
+        and {a.ledger_ns:.0f} ns for an id, one
         look-up and two writes among a hundred million (`results/ledger_100m.json`). Row numbers address the ledger
         directly, and every process records the candidates of all, {a.row_ns:.0f} ns for each."""
     )
@@ -272,7 +273,7 @@ def main() -> None:
     ]
     results["ledger"] = measure_ledgers(options)
     results["ledger_sizes"] = {name: getattr(options, f"ledger_{name}") for name in ("pairs", "batch", "steps")}
-    results["message_us"] = fit_message_us(results["ledger"])
+    results["stage_us"], results["message_us"] = fit_exchange(results["ledger"])
     sections = [measured_section(results), ledger_section(results), paper_section(results)]
     report = "\n".join(["# How selection scales\n", *filter(None, sections)])
     print(report)

@@ -1,9 +1,9 @@
 """Processor time and memory that a ledger takes in each of several processes, split over them or whole; measured.
 
-Part of `scaling.py`. A step is that of dissect's momentum variant with the same number of candidates a process: the history of the own
-candidates is read, and their scores are recorded in history and correlation. Ids are hashed, and known before. Times
-are processor time of a process with all its threads, which those that share the cores do not lengthen. Memory is what
-the ledger adds to a process (Linux).
+Part of `scaling.py`. A step is that of dissect's momentum variant with the same number of candidates a process: the
+history of the own candidates is read, and their scores are recorded in history and correlation. Ids are hashed, and
+known before. Times are processor time of a process with all its threads, which those that share the cores do not
+lengthen. Memory is what the ledger adds to a process (Linux).
 """
 
 import argparse
@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from ledger import hashed_ids
-from scaling_model import list_peers
+from scaling_model import EXCHANGES
 
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection import make_strategy
 from hf_dissect.selection.ledger_access import make_access
+from hf_dissect.selection.shard_group import plan_stages
 
 COLUMNS = ("correlation", "history")
 WARMUP_STEPS = 5
@@ -66,9 +67,14 @@ def work(rank: int, count: int, options: argparse.Namespace, shards: bool, place
         if step == WARMUP_STEPS:
             ranks.wait()
             begin = time.process_time()
-        access.fetch(ids)
+        # What the loop exchanges before each step anyway brings the size of the packets along.
+        route = access.plan(ids)
+        split = int(ranks.gather_numbers(len(ids), 0 if route is None else route.fullest)[:, 1].max())
+        access.fetch(ids, route, split)
         values = access.ledger.read("history", ids).nan_to_num(0) + 1
-        access.record({"sample_id": ids, "correlation": values}, [options.ledger_batch] * count, record)
+        access.record(
+            {"sample_id": ids, "correlation": values}, [options.ledger_batch] * count, record, is_fetched=True
+        )
         access.wait()
     figures["processor_ms"] = (time.process_time() - begin) / options.ledger_steps * 1000
     results.put(figures)
@@ -81,9 +87,8 @@ def measure(count: int, options: argparse.Namespace, shards: bool) -> dict[str, 
     fork = multiprocessing.get_context("fork")  # of what is imported already
     results = fork.Queue()
     with tempfile.TemporaryDirectory() as place:
-        processes = [
-            fork.Process(target=work, args=(rank, count, options, shards, place, results)) for rank in range(count)
-        ]
+        arguments = [(rank, count, options, shards, place, results) for rank in range(count)]
+        processes = [fork.Process(target=work, args=own) for own in arguments]
         for process in processes:
             process.start()
         found = [results.get(timeout=900) for _ in processes]
@@ -93,14 +98,16 @@ def measure(count: int, options: argparse.Namespace, shards: bool) -> dict[str, 
     return {"processes": count, "ledger": "split" if shards and count > 1 else "whole", **means}
 
 
-def fit_message_us(rows: list[dict[str, Any]]) -> float | None:
-    """Least squares of the processor time of a split ledger over the messages of a step; its slope, in us."""
-    points = [(5 * sum(list_peers(row["processes"])), row["processor_ms"]) for row in rows if row["ledger"] == "split"]
-    if len(points) < 2:
-        return None
-    messages, spent = torch.tensor(points, dtype=torch.float64).T
-    centred = messages - messages.mean()
-    return float((centred * (spent - spent.mean())).sum() / centred.square().sum() * 1000)
+def fit_exchange(rows: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Least squares of the processor time of a split ledger: us for a stage of an exchange, and for a message."""
+    points = [(plan_stages(row["processes"]), row["processor_ms"]) for row in rows if row["ledger"] == "split"]
+    if len(points) < 3:
+        return None, None
+    known = [[1, EXCHANGES * len(stages), EXCHANGES * sum(size - 1 for size in stages)] for stages, _ in points]
+    solved = torch.linalg.lstsq(
+        torch.tensor(known, dtype=torch.float64), torch.tensor([[spent] for _, spent in points], dtype=torch.float64)
+    ).solution.flatten()
+    return float(solved[1] * 1000), float(solved[2] * 1000)
 
 
 def add_ledger_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hf_dissect.selection.scope import plan_moves
-from hf_dissect.selection.shard_group import FEWEST_OF_GRID, Route, as_bytes
+from hf_dissect.selection.shard_group import Route, as_bytes, plan_stages
 
 # What the ranks tell each other of a candidate whose id is a row number: id and correlation.
 ROW_BYTES = 8 + 4
@@ -18,6 +18,7 @@ RECORD_BYTES = 8 + 4 + 1
 CHOICE_BYTES = 8 + 4 + 8 + 2 * 4
 # A place of a packet of a `ShardedLedger` of two columns: the id asked for, the values in return, id and correlation.
 PACKET_BYTES = (8, 2 * 4, 8 + 4)
+EXCHANGES = len(PACKET_BYTES)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Assumptions:
         ledger_ns: of the processor for one id of a step: one look-up and two writes, measured (`ledger.py`).
         row_ns: the same for row numbers, measured (`ledger.py`).
         message_us: of the processor to send to another process and to receive from it, measured (`scaling_ledger.py`).
+        stage_us: of the processor for a stage of an exchange, measured there, too.
     """
 
     candidates: int = 1280
@@ -58,6 +60,7 @@ class Assumptions:
     ledger_ns: float = 660.0
     row_ns: float = 129.0
     message_us: float = 40.0
+    stage_us: float = 0.0
 
     @property
     def kept(self) -> int:
@@ -135,14 +138,6 @@ def simulate_moves(a: Assumptions, gpus: int, repeats: int = 200) -> dict[str, f
     return {"mean": surplus.mean(), "largest": surplus.max(1).mean(), "planning_ms": seconds * 1000}
 
 
-def list_peers(gpus: int) -> list[int]:
-    """Numbers of others that a rank sends to in each stage of an exchange of packets, see `ShardGroup`."""
-    if gpus < FEWEST_OF_GRID:
-        return [gpus - 1]
-    columns = next(divisor for divisor in range(math.isqrt(gpus - 1) + 1, gpus + 1) if gpus % divisor == 0)
-    return [columns - 1, gpus // columns - 1]
-
-
 def packet_costs(a: Assumptions, gpus: int, repeats: int = 20) -> dict[str, float]:
     """Bytes and processor time of the packets of a step; their size is that of the fullest of all ranks, drawn."""
     generator = torch.Generator().manual_seed(0)
@@ -166,20 +161,15 @@ def packet_costs(a: Assumptions, gpus: int, repeats: int = 20) -> dict[str, floa
 
 
 def ledger_costs(a: Assumptions, gpus: int) -> dict[str, dict[str, float]]:
-    """Costs of a `ShardedLedger`: of the exchanges, which run in a thread next to the training, and of the own pairs."""
-    packets, peers = packet_costs(a, gpus), list_peers(gpus)
-    # Three exchanges of packets, and two of the largest number, which go through all stages.
-    messages = 5 * sum(peers)
-    on_the_wire = len(peers) * packets["bytes"]
-    exchange = on_the_wire / a.nic + 5 * len(peers) * a.net_hop_us * 1e-6 + messages * a.message_us * 1e-6
+    """Costs of a `ShardedLedger`: of the exchanges, in a thread next to the training, and of the own pairs."""
+    packets, stages = packet_costs(a, gpus), plan_stages(gpus)
+    peers = sum(size - 1 for size in stages)
+    on_the_wire = len(stages) * packets["bytes"]
+    spent_us = EXCHANGES * (peers * a.message_us + len(stages) * (a.stage_us + a.net_hop_us))
     own = a.candidates * a.ledger_ns * 1e-9 + packets["packing_seconds"]
+    exchange = {"bytes": on_the_wire, "seconds": on_the_wire / a.nic + spent_us * 1e-6}
     return {
-        "ledger: packets": {
-            "bytes": on_the_wire,
-            "seconds": exchange,
-            "places": packets["split"],
-            "peers": sum(peers),
-        },
+        "ledger: packets": {**exchange, "places": packets["split"], "peers": peers},
         "ledger: own pairs (processor)": {"bytes": 0, "seconds": own},
     }
 

@@ -128,7 +128,7 @@ class Ranks:
         }
 
     def add_up(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return the sums `(m,)` over all ranks, added in the order of the ranks, so that they are the same on each."""
+        """Return the sums `(m,)` over all ranks, added in their order, so that they are the same on each."""
         return sums if self.alone else self.gather(sums[None]).sum(0)
 
     def send_rows(self, values: torch.Tensor, to_ranks: Sequence[int], from_ranks: Sequence[int]) -> torch.Tensor:

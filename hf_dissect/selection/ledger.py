@@ -90,7 +90,7 @@ class SampleLedger:
         return torch.where(slots == UNKNOWN, torch.nan, column[slots.clamp_min(0)])
 
     def read_columns(self, names: Sequence[str], sample_id: torch.Tensor) -> torch.Tensor:
-        """Return the values of some pairs in several columns, float32 `(B, len(names))`, by one look-up; see `read`."""
+        """Return the values of some pairs in several columns, float32 `(B, columns)`, by one look-up; see `read`."""
         slots = self._slots(sample_id)
         is_known, slots = slots != UNKNOWN, slots.clamp_min(0)
         if not len(self):
@@ -139,8 +139,8 @@ class SampleLedger:
     def replace_computed(self, name: str, compute: Callable[["SampleLedger"], torch.Tensor]) -> None:
         """Replace a whole column by what is computed from the ledger; every rank calls this method.
 
-        Arithmetic on many values at once may round the last ones of them differently. So they are in the order of their
-        ids, whatever the number of ranks.
+        Arithmetic on many values at once may round the last of them differently. So they are in the order of the ids,
+        whatever the number of ranks.
 
         Args:
             name: Name of the column.

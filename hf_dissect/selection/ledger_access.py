@@ -12,6 +12,7 @@ import torch.distributed as dist
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.saved_ledger import LEDGER_FILE, read_ledger, write_ledger
+from hf_dissect.selection.shard_group import Route
 from hf_dissect.selection.sharded_ledger import Record, ShardedLedger
 from hf_dissect.selection.strategy import SelectionStrategy, records_each_pair_alone
 
@@ -43,8 +44,18 @@ class LedgerAccess:
         self.ledger = ledger
         self.ranks = ranks
 
-    def fetch(self, sample_id: torch.Tensor) -> None:
-        """Begin to read the values of pairs of this rank, int64 `(B,)`, for the next calls of `ledger.read`."""
+    def plan(self, sample_id: torch.Tensor) -> Route | None:
+        """Return the way of pairs of this rank to those that hold them, if they have to travel."""
+        return None
+
+    def fetch(self, sample_id: torch.Tensor, route: Route | None = None, split: int | None = None) -> None:
+        """Begin to read the values of pairs of this rank for the next calls of `ledger.read`.
+
+        Args:
+            sample_id: Ids of the pairs, int64 `(B,)`.
+            route: Their way, see `plan`; None if it was not planned.
+            split: Largest `Route.fullest` of all ranks; None if it is unknown.
+        """
 
     def share_fetched(self, sizes: Sequence[int]) -> None:
         """Let each rank read the fetched values of all, of which the ranks have `sizes`."""
@@ -56,6 +67,7 @@ class LedgerAccess:
         record: Record,
         sums: torch.Tensor | None = None,
         observe: Callable[[torch.Tensor], None] | None = None,
+        is_fetched: bool = False,
     ) -> None:
         """Record what was measured of pairs, on every rank that holds them.
 
@@ -65,6 +77,7 @@ class LedgerAccess:
             record: Function that writes pairs to a ledger.
             sums: Sums over the pairs of this rank, float64 `(m,)`; None on every rank for no exchange.
             observe: Function that receives the sums over the pairs of all ranks, added in the order of the ranks.
+            is_fetched: True on every rank if these are the pairs of the last `fetch`, in its order.
         """
         gathered = self.ranks.gather_columns(columns, sizes)
         record(gathered.pop("sample_id"), gathered, self.ledger)
@@ -94,9 +107,13 @@ class ShardAccess(LedgerAccess):
 
     ledger: ShardedLedger
 
-    def fetch(self, sample_id: torch.Tensor) -> None:
+    def plan(self, sample_id: torch.Tensor) -> Route | None:
+        """Return the way of pairs to their homes; see `LedgerAccess.plan`."""
+        return self.ledger.plan(sample_id)
+
+    def fetch(self, sample_id: torch.Tensor, route: Route | None = None, split: int | None = None) -> None:
         """Ask the homes of pairs for their values while the model computes; see `LedgerAccess.fetch`."""
-        self.ledger.fetch(sample_id)
+        self.ledger.fetch(self.ledger.plan(sample_id) if route is None else route, split)
 
     def share_fetched(self, sizes: Sequence[int]) -> None:
         """Exchange the fetched values; see `LedgerAccess.share_fetched`."""
@@ -109,9 +126,10 @@ class ShardAccess(LedgerAccess):
         record: Record,
         sums: torch.Tensor | None = None,
         observe: Callable[[torch.Tensor], None] | None = None,
+        is_fetched: bool = False,
     ) -> None:
-        """Send pairs to their homes while the training goes on; see `LedgerAccess.record`."""
-        self.ledger.record(columns, record, sums, observe)
+        """Send pairs to their homes next to the training; see `LedgerAccess.record`."""
+        self.ledger.record(columns, record, sums, observe, is_fetched)
 
     def wait(self) -> None:
         """Wait for the exchanges; see `LedgerAccess.wait`."""

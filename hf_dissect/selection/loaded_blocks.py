@@ -198,9 +198,7 @@ class LoadedBlocks:
         trained = torch.tensor([block.num_trained, 0])  # as many on every rank
         self._record(block, candidates, rescore is not None, (numbers + trained).T.tolist())
 
-    def _record(
-        self, block: LoadedBlock, candidates: LoadedScores, scores: bool, sizes: tuple[list[int], list[int]]
-    ) -> None:
+    def _record(self, block: LoadedBlock, candidates: LoadedScores, scores: bool, sizes: list[list[int]]) -> None:
         """Write the new values to the ledger, and the block to the trace.
 
         Args:

@@ -64,7 +64,7 @@ class OnlineSelector:
         options: Keyword arguments of the strategy, if it is given by name.
 
     Attributes:
-        ledger: `SampleLedger`, or `ShardedLedger` of several processes, with the last correlation of each pair and the columns of the strategy.
+        ledger: `SampleLedger`, or `ShardedLedger`, with the last correlation of each pair and the strategy's columns.
         strategy: `SelectionStrategy` of the run.
         bad_rows: `BadRows`, the unreadable rows so far.
         plan: `LedgerPlan` that decides which candidates are loaded; None if all are.
@@ -182,8 +182,7 @@ class OnlineSelector:
             counts = self.hooks.exchange_size(int((block.inclusion[good] > 0).sum()), self.ranks)
             block.epoch, block.step = self.epoch, step
             return self._blocks.keep(self.hooks.move(model, batch), block, good, counts)
-        sizes = self.hooks.exchange_size(len(good), self.ranks)
-        self._access.fetch(sample_id[good])
+        sizes = self._recorder.begin(sample_id[good], self.hooks)
         self._blocks.pass_over(sizes)
         batch = self.hooks.move(model, batch)
         candidates = self.score(model, batch, sample_id, good).subset(good)

@@ -1,12 +1,13 @@
 """Exchange between the processes that hold the shards of a ledger: packets of one size, over few connections."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 _PADDING = -1  # no id is negative
+UNUSABLE = 2**30
+"""Stands for the fullest packet of a rank with negative ids, of which an error will speak."""
 FEWEST_OF_GRID = 16
 """Smallest number of processes that exchange in two stages."""
 
@@ -41,7 +42,8 @@ class Route:
         self._homes = homes[self._order]
         numbers = torch.bincount(homes, minlength=count)
         self._within = torch.arange(len(homes)) - (numbers.cumsum(0) - numbers)[self._homes]
-        self.fullest = int(numbers.max())
+        is_usable = not len(sample_id) or int(sample_id.min()) >= 0
+        self.fullest = int(numbers.max()) if is_usable else UNUSABLE
 
     def pack(self, rows: torch.Tensor, split: int, count: int) -> torch.Tensor:
         """Return the packets `(count, split, W)` of rows uint8 `(B, W)` that begin with their ids."""
@@ -64,43 +66,44 @@ class Route:
 class ShardGroup:
     """Group of all processes for exchanges on the CPU, apart from those of the training.
 
-    From `FEWEST_OF_GRID` processes on, packets travel in two stages, as on a grid: first to the column of their
-    receiver, then along it. Of 1,024 processes, each then sends to 31 + 31 others instead of 1,023, and twice as many
-    bytes. What arrives is the same. Every rank makes its group and calls its methods in the same order.
+    From `FEWEST_OF_GRID` processes on, packets travel in stages, as along the axes of a grid: of 1,024 processes, each
+    sends to 5 times 3 others instead of 1,023, and 5 times as many bytes, which are few. What arrives is the same.
+    Every rank makes its group and calls its methods in the same order.
 
     Args:
         count: Number of ranks.
         own: Rank of this process.
-        fewest_of_grid: Smallest number of processes that exchange in two stages.
+        fewest_of_grid: Smallest number of processes that exchange in stages.
     """
 
     def __init__(self, count: int, own: int, fewest_of_grid: int = FEWEST_OF_GRID) -> None:
         self.count, self.own = count, own
-        self.columns = _find_divisor(count) if count >= fewest_of_grid else count
-        self.rows = count // self.columns
-        grid = torch.arange(count).view(self.rows, self.columns)
-        self._along_row = _join_group(grid.tolist())
-        self._along_column = _join_group(grid.T.tolist()) if self.rows > 1 else None
+        self.shape = plan_stages(count, fewest_of_grid)
+        grid = torch.arange(count).view(self.shape)
+        self._axes = []
+        for axis, size in enumerate(self.shape):
+            lines = grid.movedim(axis, -1).reshape(-1, size)
+            (line,) = lines[(lines == own).any(1)].tolist()
+            self._axes.append(dist.new_group(line, backend="gloo", use_local_synchronization=True))
 
     def exchange(self, packets: torch.Tensor) -> torch.Tensor:
         """Send a packet to each rank, and return the packets from each, both `(count, ...)` of the same shape."""
-        if self._along_column is None:
-            return _all_to_all(packets, self._along_row)
-        by_column = packets.view(self.rows, self.columns, *packets.shape[1:]).transpose(0, 1)
-        arrived = _all_to_all(by_column, self._along_row).transpose(0, 1)
-        return _all_to_all(arrived, self._along_column).view(packets.shape)
+        on_grid = packets.view(*self.shape, *packets.shape[1:])
+        for axis, group in enumerate(self._axes):
+            on_grid = _all_to_all(on_grid.movedim(axis, 0), group).movedim(0, axis)
+        return on_grid.reshape(packets.shape)
 
     def find_largest(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the largest of the numbers `(n,)` of all ranks, one by one."""
         largest = numbers.clone()
-        for group in filter(None, (self._along_row, self._along_column)):
+        for group in self._axes:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         return largest
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Return the values `(n, ...)` of all ranks, `(count, n, ...)`, of the same shape on each."""
         gathered = values.contiguous()[None]
-        for group in filter(None, (self._along_row, self._along_column)):
+        for group in reversed(self._axes):
             parts = [torch.empty_like(gathered) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, gathered, group=group)
             gathered = torch.cat(parts)
@@ -179,14 +182,24 @@ def as_bytes(columns: Sequence[torch.Tensor]) -> torch.Tensor:
     )
 
 
-def _find_divisor(count: int) -> int:
-    """Return the smallest divisor that is at least the square root."""
-    return next(divisor for divisor in range(math.isqrt(count - 1) + 1, count + 1) if count % divisor == 0)
+def plan_stages(count: int, fewest_of_grid: int = FEWEST_OF_GRID) -> list[int]:
+    """Return the numbers of processes that exchange with each other in each stage, whose product is `count`.
 
+    A stage costs a processor more the more others there are, and something for itself; stages of 4 cost least in all.
 
-def _join_group(groups: list[list[int]]) -> dist.ProcessGroup:
-    own, _ = dist.new_subgroups_by_enumeration(groups, backend="gloo")
-    return own
+    Args:
+        count: Number of ranks.
+        fewest_of_grid: Smallest number of ranks that exchange in stages.
+    """
+    if count < fewest_of_grid:
+        return [count]
+    stages, left, factor = [], count, 4
+    while left > 1:
+        while left % factor:
+            factor = factor // 2 if factor == 4 else factor + 1
+        stages.append(factor)
+        left //= factor
+    return stages
 
 
 def _all_to_all(packets: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hf_dissect.selection.saved_ledger import (
     read_ledger_file,
     write_ledger,
 )
-from hf_dissect.selection.shard_group import Route, ShardGroup, as_bytes, find_homes
+from hf_dissect.selection.shard_group import UNUSABLE, Route, ShardGroup, as_bytes, find_homes
 
 Record = Callable[[torch.Tensor, Mapping[str, torch.Tensor], SampleLedger], None]
 """Function that writes pairs to a ledger: their ids int64 `(n,)`, their columns `(n,)`, and the ledger."""
@@ -56,23 +57,27 @@ class ShardedLedger(SampleLedger):
         self._thread = OrderedThread()
         self._fetched: Future | None = None
         self._table: dict[str, torch.Tensor] = {}
+        self._way: tuple[Route, int | None] | None = None  # of the last fetch
 
     # ---- in a step ----
 
-    def fetch(self, sample_id: torch.Tensor, names: Sequence[str] | None = None) -> None:
+    def plan(self, sample_id: torch.Tensor) -> Route:
+        """Return the way of pairs of this rank to their homes, from their ids int64 `(B,)`."""
+        return Route(sample_id.detach().to("cpu", torch.int64).clone(), self.ranks.count)
+
+    def fetch(self, route: Route, split: int | None = None) -> None:
         """Begin to read the values of pairs from their homes, which replace those of the last fetch.
 
         Args:
-            sample_id: Ids of pairs of this rank, int64 `(B,)`.
-            names: Names of the columns; None for all.
+            route: Way of `B` pairs, see `plan`.
+            split: Largest `Route.fullest` of all ranks; None to let the ranks talk about it first.
         """
-        sample_id = sample_id.detach().to("cpu", torch.int64).clone()
-        wanted = list(self.columns if names is None else names)
-        self._fetched = self._thread.submit(lambda: self._ask(sample_id, wanted))
+        self._way = route, split if split is not None and split < UNUSABLE else None
+        self._fetched = self._thread.submit(partial(self._ask, *self._way))
 
-    def _ask(self, sample_id: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
-        route = Route(sample_id, self.ranks.count)
-        split = self._group.agree_on_split(route)
+    def _ask(self, route: Route, split: int | None) -> dict[str, torch.Tensor]:
+        split = self._group.agree_on_split(route) if split is None else split
+        names, sample_id = list(self.columns), route.sample_id
         values = torch.zeros(0, len(names))
         if split:
             values = self._group.ask(route, split, lambda ids: self._shard.read_columns(names, ids))
@@ -89,6 +94,7 @@ class ShardedLedger(SampleLedger):
         record: Record,
         sums: torch.Tensor | None = None,
         observe: Callable[[torch.Tensor], None] | None = None,
+        is_fetched: bool = False,
     ) -> None:
         """Begin to send what was measured of pairs to their homes, which record it.
 
@@ -97,21 +103,24 @@ class ShardedLedger(SampleLedger):
             record: Function that writes pairs to the own shard: their ids, their columns and the shard.
             sums: Sums over the pairs of this rank, float64 `(m,)`; None for no exchange of sums.
             observe: Function that receives the sums over the pairs of all ranks.
+            is_fetched: True on every rank if these are the pairs of the last `fetch`, in its order.
         """
         given = {name: column.detach().cpu().clone() for name, column in columns.items()}
         sample_id = given.pop("sample_id").to(torch.int64)
-        self._thread.submit(lambda: self._send(sample_id, given, record, sums, observe))
+        way = self._way if is_fetched and self._way is not None else (self.plan(sample_id), None)
+        self._thread.submit(partial(self._send, *way, given, record, sums, observe))
 
     def _send(
         self,
-        sample_id: torch.Tensor,
+        route: Route,
+        split: int | None,
         columns: dict[str, torch.Tensor],
         record: Record,
         sums: torch.Tensor | None,
         observe: Callable[[torch.Tensor], None] | None,
     ) -> None:
-        route = Route(sample_id, self.ranks.count)
-        if split := self._group.agree_on_split(route):
+        split = self._group.agree_on_split(route) if split is None else split
+        if split:
             arrived = self._group.send(route, split, columns)
             record(arrived.pop("sample_id"), arrived, self._shard)
         if sums is not None and observe is not None:

@@ -7,7 +7,7 @@ import torch
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.ledger_access import LedgerAccess, TrainingRecorder
 from hf_dissect.selection.loaded_blocks import LoadedBlocks
-from hf_dissect.selection.loop_hooks import Batch
+from hf_dissect.selection.loop_hooks import LoopHooks
 from hf_dissect.selection.scope import Kept, describe_selection
 from hf_dissect.selection.scoring import CandidateScores, compute_correlation
 from hf_dissect.selection.strategy import SelectionStrategy
@@ -31,6 +31,24 @@ class StepRecorder:
         self._access = access
         self._blocks = blocks
         self._trace = trace
+
+    def begin(self, sample_id: torch.Tensor, hooks: LoopHooks) -> list[int]:
+        """Exchange the numbers of candidates of the ranks, and begin to read what the ledger holds of the own ones.
+
+        Args:
+            sample_id: Ids of the readable candidates of this rank, int64 `(n,)`.
+            hooks: Functions of the loop.
+
+        Returns:
+            Number `n` of each rank.
+        """
+        route, split = self._access.plan(sample_id), None
+        if route is None:
+            sizes = hooks.exchange_size(len(sample_id), self._access.ranks)
+        else:
+            sizes, split = hooks.exchange_route(len(sample_id), route.fullest, self._access.ranks)
+        self._access.fetch(sample_id, route, split)
+        return sizes
 
     def note(
         self,
@@ -56,12 +74,14 @@ class StepRecorder:
         if "correlation" in columns:
             scored = {name: columns[name] for name in ("sample_id", "correlation")}
             sums = self._strategy.summarize(kept.measured)
-            self._access.record({**scored, **kept.measured}, sizes, self._blocks.write, sums, self._strategy.observe)
+            columns = {**scored, **kept.measured}
+            observe = self._strategy.observe
+            self._access.record(columns, sizes, self._blocks.write, sums, observe, is_fetched=True)
 
     def record_training(
         self,
         sample_id: torch.Tensor,
-        outputs: Batch,
+        outputs: Mapping[str, torch.Tensor],
         evidence: Mapping[str, torch.Tensor],
         objective: TrainingRecorder | None,
         is_scored: bool,

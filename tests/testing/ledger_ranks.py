@@ -24,7 +24,7 @@ POOL[:5] = torch.tensor([0, 1, 2**31, 2**31 + 1, 2**63 - 1])
 def check_ledger(folder: Path) -> float:
     """Steps with repeated ids, and with ranks that have none, leave the same values in both; return the own share."""
     ranks = Ranks(Accelerator(cpu=True))
-    for fewest_of_grid in (16, 2):  # packets go straight, and in two stages where there is a grid
+    for fewest_of_grid in (16, 2):  # packets go straight, and in stages where there is a grid
         whole = SampleLedger(None, COLUMNS)
         split = ShardedLedger(ranks, COLUMNS, fewest_of_grid)
         ways = LedgerAccess(whole, ranks), ShardAccess(split, ranks)
@@ -40,7 +40,9 @@ def check_ledger(folder: Path) -> float:
             strategies = make_strategy("dissect", variant="momentum"), make_strategy("forgetting")
             seen = []
             for way in ways:
-                way.fetch(ids)
+                route = way.plan(ids) if step % 2 else None
+                split = None if route is None else int(ranks.gather_numbers(route.fullest).max())
+                way.fetch(ids, route, split)
 
                 def record(sample_id, columns, ledger, strategies=strategies):
                     ledger.write("correlation", sample_id, columns["correlation"])
@@ -51,7 +53,10 @@ def check_ledger(folder: Path) -> float:
                 read.append(way.ledger.read("history", ids.flip(0)[::2]))
                 columns = {"sample_id": ids, "correlation": value, "learnt": (value > 0.5).float()}
                 sums = torch.tensor([value.double().sum(), 0.1 * ranks.own])
-                way.record(columns, sizes.tolist(), record, sums, lambda total, read=read: read.append(total))
+                is_fetched = step % 3 == 0
+                way.record(
+                    columns, sizes.tolist(), record, sums, lambda total, read=read: read.append(total), is_fetched
+                )
                 way.wait()
                 seen.append(read)
             for one, other in zip(*seen, strict=True):
@@ -62,7 +67,8 @@ def check_ledger(folder: Path) -> float:
         for name in COLUMNS:
             assert_same(split.column(name), whole.column(name)[order])
             assert_same(split.read_anywhere(name, some), whole.read(name, some))
-        for one, other in zip(split.find_known("history", "learnt"), whole.find_known("history", "learnt")):
+        both = (ledger.find_known("history", "learnt") for ledger in (split, whole))
+        for one, other in zip(*both, strict=True):
             assert_same(one, other)
         assert split.compute_mean("history") == whole.compute_mean("history")
         for ledger in (split, whole):
@@ -81,7 +87,7 @@ def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def check_refusals(split: ShardedLedger, ranks: Ranks) -> None:
-    split.fetch(POOL[:3])
+    split.fetch(split.plan(POOL[:3]))
     assert len(split.read("history", POOL[1:2])) == 1
     for ids, name in ((POOL[:4], "history"), (POOL[3:4], "correlation")):
         assert "not of the current step" in error_of(lambda ids=ids, name=name: split.read(name, ids))
@@ -92,9 +98,9 @@ def check_refusals(split: ShardedLedger, ranks: Ranks) -> None:
     assert "ask for different pairs" in error_of(lambda: split.read_anywhere("history", POOL[: 1 + ranks.own]))
     # One rank alone has a negative id, and all of them end with its error instead of waiting.
     other = ShardedLedger(ranks, COLUMNS)
-    other.fetch(torch.tensor([5, -9 if ranks.own == 1 else 6]))
+    other.fetch(other.plan(torch.tensor([5, -9 if ranks.own == 1 else 6])))
     assert "sample_id -9 is negative" in error_of(lambda: other.read("history", torch.tensor([5])))
-    other.fetch(torch.tensor([5]))
+    other.fetch(other.plan(torch.tensor([5])))
     assert "sample_id -9 is negative" in error_of(other.wait), "nothing comes after a failed exchange"
 
 
