@@ -5,12 +5,15 @@ import multiprocessing
 import os
 import random
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from transformers import TrainerCallback
 
@@ -103,6 +106,7 @@ class Setup:
 
     stream: bool
     workers: int
+    ranks: int = 1
     splits: dict = field(default_factory=dict)
     reference: dict = field(default_factory=dict)
     step_seconds: float = 0.0
@@ -132,7 +136,7 @@ class Setup:
 
 
 class Run:
-    """A training in a forked process, and its journal."""
+    """A training in a forked process, or in one for each rank, and the journal of the first."""
 
     def __init__(self, setup: Setup, folder: Path, poison: tuple[int, int] | None = None):
         self.folder = folder
@@ -141,8 +145,13 @@ class Run:
         self._pipe, end = os.pipe()
         os.set_blocking(self._pipe, False)
         fork = multiprocessing.get_context("fork")
-        self.process = fork.Process(target=_train, args=(setup, folder, end, poison))
-        self.process.start()
+        place = tempfile.mkdtemp(prefix="ranks-", dir=folder.parent)  # where the ranks meet
+        self.processes = [
+            fork.Process(target=_train, args=(setup, folder, end, poison, rank, place)) for rank in range(setup.ranks)
+        ]
+        self.process = self.processes[0]
+        for process in self.processes:
+            process.start()
         os.close(end)
 
     def read(self) -> None:
@@ -170,22 +179,28 @@ class Run:
 
     def end(self) -> int:
         """Wait for the end and return the exit status, negative for a signal."""
-        self.process.join(120)
-        if self.process.is_alive():
-            self.process.kill()
-            raise SystemExit(f"A run in {self.folder} did not end.")
+        for process in self.processes:
+            process.join(120)
+            if process.is_alive():
+                process.kill()
+                raise SystemExit(f"A run in {self.folder} did not end.")
         self.read()
         os.close(self._pipe)
         return self.process.exitcode
 
 
-def _train(setup: Setup, folder: Path, pipe: int, poison: tuple[int, int] | None) -> None:
+def _train(
+    setup: Setup, folder: Path, pipe: int, poison: tuple[int, int] | None, rank: int = 0, place: str = ""
+) -> None:
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     journal = Journal(pipe)
+    if setup.ranks > 1:
+        _join_ranks(setup.ranks, rank, place)
     try:
         trainer = setup.trainer(folder)
-        trainer.add_callback(journal)
+        if rank == 0:
+            trainer.add_callback(journal)
         if poison is not None:
             step, seed = poison
             trainer.add_callback(Poison(trainer, step, random.Random(seed)))
@@ -195,6 +210,14 @@ def _train(setup: Setup, folder: Path, pipe: int, poison: tuple[int, int] | None
     except Exception as error:
         journal.note("error", f"{type(error).__name__}: {error}")
         sys.exit(2 if isinstance(error, EXPECTED_ERRORS) else 1)
+
+
+def _join_ranks(count: int, rank: int, place: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the ranks meet in a file
+    store = f"file://{place}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=timedelta(minutes=1))
 
 
 def left_behind(folder: Path) -> dict[str, object]:
@@ -208,7 +231,7 @@ def left_behind(folder: Path) -> dict[str, object]:
         "files": sorted({path.name for path in folder.iterdir()} - {f"checkpoint-{n}" for n in range(STEPS)}),
         "weights": _content(last / "model.safetensors"),
         "optimiser": [[value.numpy().tobytes() for value in part.values()] for part in optimizer.values()],
-        "ledger": _content(last / "ledger.safetensors"),
+        "ledger": {path.name: _content(path) for path in sorted(last.glob("ledger*.safetensors"))},
         "choices": pq.read_table(folder / "selection.parquet").to_pylist(),
         "logs": [{key: value for key, value in entry.items() if "time" not in key} for entry in log],
         "state": {**state, "parts": {name: part for name, part in state["parts"].items() if name != "times"}},

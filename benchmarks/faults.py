@@ -37,7 +37,7 @@ from fault_runs import STEPS, Run, Setup, left_behind
 from hf_dissect.training.checkpoints import UNFINISHED_FOLDER
 
 DISK_BYTES = 32 * 2**20
-FAULTS = ("kill", "kill-stream", "sigterm", "worker", "worker-stream", "disk", "nan")
+FAULTS = ("kill", "kill-stream", "kill-ranks", "sigterm", "worker", "worker-stream", "disk", "nan")
 PAGE = """# Faults
 
 Made by `python benchmarks/faults.py --output-dir benchmarks` ({trials} trials of each fault).
@@ -46,7 +46,7 @@ A small CLIP trains eight steps with dissect (momentum variant), dropout and a c
 two are kept. The fault strikes at a random moment of the run. Then the run is resumed from its last complete
 checkpoint, and what it leaves behind is compared, bit for bit, with what an uninterrupted run leaves: weights,
 optimiser, ledger, the choice of each step, the logs without times, and the state of selection and data; nothing
-unfinished may be left.
+unfinished may be left. With two ranks, either is killed, and the other a moment later.
 
 {table}
 
@@ -56,6 +56,15 @@ A step made again is one whose checkpoint was not complete when the fault struck
 
 def kill(run: Run, generator: random.Random) -> None:
     run.process.kill()
+
+
+def kill_rank(run: Run, generator: random.Random) -> None:
+    """Kill one of the ranks, and a moment later the others, as torchrun does."""
+    first, *others = generator.sample(run.processes, len(run.processes))
+    first.kill()
+    time.sleep(generator.uniform(0, 0.05))
+    for process in others:
+        process.kill()
 
 
 def tell_to_end(run: Run, generator: random.Random) -> None:
@@ -142,7 +151,8 @@ def try_fault(fault: Fault, generator: random.Random) -> dict[str, object] | Non
         time.sleep(pause)
         fault.strike(run, generator)
         if -signal.SIGKILL in fault.statuses:
-            run.process.join()
+            for process in run.processes:
+                process.join()
         if in_writing is None:
             in_writing = (folder / UNFINISHED_FOLDER).exists()
     status = run.end()
@@ -201,6 +211,8 @@ def faults(setups: dict[str, Setup], disk: FullDisk, folder: Path) -> dict[str, 
     return {
         "kill": fault("kill -9", "map", kill, -signal.SIGKILL),
         "kill-stream": fault("kill -9, stream, 2 workers", "stream", kill, -signal.SIGKILL),
+        # A rank that notices the end of another before its own ends with an error.
+        "kill-ranks": fault("kill -9, stream, 2 ranks with a sharded ledger", "ranks", kill_rank, -signal.SIGKILL, 1),
         # The second one when it comes after the last step: what is left to do may be ended at once.
         "sigterm": fault("SIGTERM", "map", tell_to_end, 128 + signal.SIGTERM, -signal.SIGTERM),
         "worker": fault("kill -9 of one of 2 data workers", "map, 2 workers", kill_worker, 2),
@@ -215,6 +227,7 @@ def measure(options: argparse.Namespace, work: Path) -> list[dict]:
         "map": Setup(stream=False, workers=0),
         "map, 2 workers": Setup(stream=False, workers=2),
         "stream": Setup(stream=True, workers=2),
+        "ranks": Setup(stream=True, workers=1, ranks=2),
     }
     rows = []
     with small_disk(work / "disk") as mount:

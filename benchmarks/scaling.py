@@ -4,7 +4,8 @@
 
 Measured: the model and scenes of the quickstart recipe with 1, 2 and 4 gloo processes, each with the same number of
 candidates (weak scaling), with local and with global choice. Wall-clock needs a core for each process to mean
-anything; processor time per step does not. On paper: see `scaling_model.py`.
+anything; processor time per step does not. The ledger of hashed ids: see `scaling_ledger.py`. On paper: see
+`scaling_model.py`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from scaling_ledger import add_ledger_options, fit_exchange, measure_ledgers
 from scaling_model import Assumptions, costs
 from transformers import TrainerCallback
 
@@ -156,6 +158,26 @@ def measured_section(results: dict) -> str:
     return f"## Measured\n\n{text}\n\n{markdown_table(heading, rows)}\n"
 
 
+def ledger_section(results: dict) -> str:
+    if not results["ledger"]:
+        return ""
+    rows = [
+        [str(row["processes"]), row["ledger"], f"{row['own_pairs']:,.0f}", f"{row['memory_mib']:.0f}"]
+        + [f"{row['processor_ms']:.2f}"]
+        for row in results["ledger"]
+    ]
+    sizes = results["ledger_sizes"]
+    text = prose(
+        f"""Hashed ids of {sizes["pairs"]:,} pairs, {sizes["batch"]} candidates a process and step, whose history is
+        read and recorded as by dissect: processor time of each process with its exchanges by gloo, mean over
+        {sizes["steps"]} steps and the processes. Least squares give {results["message_us"] or 0:.0f} us for a message
+        to another process and one from it, and {results["stage_us"] or 0:.0f} us for a stage of an exchange. From 16
+        processes on, packets go in stages: of 16 processes, each sends to 2 times 3 others, of 1,024 to 5 times 3."""
+    )
+    table = markdown_table(["processes", "ledger", "pairs in each", "MiB in each", "processor, ms a step"], rows)
+    return f"## The ledger of hashed ids, measured\n\n{text}\n\n{table}\n"
+
+
 def paper_section(results: dict) -> str:
     a, paper = Assumptions(**results["assumptions"]), results["paper"]
     rows = []
@@ -184,9 +206,12 @@ def paper_section(results: dict) -> str:
     explained = prose(
         f"""Gradients are there without selection, too, and overlap with the backward pass. The softmax loss gathers
         both embeddings and sends back both gradients; the ring of the sigmoid loss sends one of each from GPU to GPU.
-        Rebalancing waits for the rank that gives away most. Every process writes the scores of all candidates into its
-        ledger, one look-up and two writes, which take {a.ledger_ns:.0f} ns of one core for an id
-        (`results/ledger_100m.json`, hashed ids)."""
+        Rebalancing waits for the rank that gives away most. The ledger of hashed ids is split over the processes. Its
+        exchanges, three of packets, run in a thread next to the training; here they count as if
+        nothing overlapped: {a.message_us:.0f} us of one core for a message, {a.stage_us:.0f} us for a stage,
+        and {a.ledger_ns:.0f} ns for an id, one
+        look-up and two writes among a hundred million (`results/ledger_100m.json`). Row numbers address the ledger
+        directly, and every process records the candidates of all, {a.row_ns:.0f} ns for each."""
     )
     moving = prose(
         f"""Where scores do not depend on the rank, the number of pairs that a rank keeps is hypergeometric: B draws
@@ -226,6 +251,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2048)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--report", type=Path)
+    add_ledger_options(parser)
     parser.add_argument("--quiet", action="store_true", help="without what the processes say")
     parser.add_argument("--worker", choices=("local", "global"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -245,7 +271,11 @@ def main() -> None:
     results["measured"] = [
         measure(options, number, scope) for number in options.processes for scope in ("local", "global")
     ]
-    report = "\n".join(["# How selection scales\n", measured_section(results), paper_section(results)])
+    results["ledger"] = measure_ledgers(options)
+    results["ledger_sizes"] = {name: getattr(options, f"ledger_{name}") for name in ("pairs", "batch", "steps")}
+    results["stage_us"], results["message_us"] = fit_exchange(results["ledger"])
+    sections = [measured_section(results), ledger_section(results), paper_section(results)]
+    report = "\n".join(["# How selection scales\n", *filter(None, sections)])
     print(report)
     if options.report:
         options.report.write_text(report + "\nWritten by `benchmarks/scaling.py`.\n")

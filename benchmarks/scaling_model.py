@@ -5,13 +5,20 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from hf_dissect.selection.scope import plan_moves
+from hf_dissect.selection.shard_group import Route, as_bytes, plan_stages
 
-# What a candidate tells the other ranks (`DissectTrainer._take_note`): id, kept, priority, correlation.
-RECORD_BYTES = 8 + 1 + 4 + 4
-# And before a global choice (`GatheredScores`): id and correlation.
-CHOICE_BYTES = 8 + 4
+# What the ranks tell each other of a candidate whose id is a row number: id and correlation.
+ROW_BYTES = 8 + 4
+# With a record of every choice: id, correlation, kept.
+RECORD_BYTES = 8 + 4 + 1
+# Before a global choice (`GatheredScores`, `share_fetched`): id and correlation, id and two columns of the ledger.
+CHOICE_BYTES = 8 + 4 + 8 + 2 * 4
+# A place of a packet of a `ShardedLedger` of two columns: the id asked for, the values in return, id and correlation.
+PACKET_BYTES = (8, 2 * 4, 8 + 4)
+EXCHANGES = len(PACKET_BYTES)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,9 @@ class Assumptions:
         peak_tflops: of bfloat16 without sparsity (H100, H200).
         utilisation: share of the peak that the model reaches.
         ledger_ns: of the processor for one id of a step: one look-up and two writes, measured (`ledger.py`).
+        row_ns: the same for row numbers, measured (`ledger.py`).
+        message_us: of the processor to send to another process and to receive from it, measured (`scaling_ledger.py`).
+        stage_us: of the processor for a stage of an exchange, measured there, too.
     """
 
     candidates: int = 1280
@@ -48,6 +58,9 @@ class Assumptions:
     peak_tflops: float = 989.0
     utilisation: float = 0.4
     ledger_ns: float = 660.0
+    row_ns: float = 129.0
+    message_us: float = 40.0
+    stage_us: float = 0.0
 
     @property
     def kept(self) -> int:
@@ -125,6 +138,46 @@ def simulate_moves(a: Assumptions, gpus: int, repeats: int = 200) -> dict[str, f
     return {"mean": surplus.mean(), "largest": surplus.max(1).mean(), "planning_ms": seconds * 1000}
 
 
+def packet_costs(a: Assumptions, gpus: int, repeats: int = 20) -> dict[str, float]:
+    """Bytes and processor time of the packets of a step; their size is that of the fullest of all ranks, drawn."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2**62, (a.candidates,), generator=generator) for _ in range(repeats)]
+    routes = [Route(part, gpus) for part in ids]
+    # The fullest packet of all ranks is fuller than that of a few: the largest of gpus ** 2 binomial numbers.
+    drawn = np.random.default_rng(0).binomial(a.candidates, 1 / gpus, size=(5, gpus**2)).max(1)
+    split = max(int(np.median(drawn)), *(route.fullest for route in routes))
+    values = torch.rand(a.candidates)
+    start = time.process_time()
+    for part in ids:
+        route = Route(part, gpus)
+        asked = route.pack(as_bytes([part]), split, gpus).view(torch.int64).flatten()
+        places = (asked >= 0).nonzero().flatten()
+        replies = torch.zeros(gpus, split, 2)
+        replies.view(-1, 2)[places] = 1.0
+        route.unpack(replies, split)
+        Route(part, gpus).pack(as_bytes([part, values]), split, gpus)
+    seconds = (time.process_time() - start) / repeats
+    return {"split": split, "packing_seconds": seconds, "bytes": gpus * split * sum(PACKET_BYTES)}
+
+
+def ledger_costs(a: Assumptions, gpus: int) -> dict[str, dict[str, float]]:
+    """Costs of a `ShardedLedger`: of the exchanges, in a thread next to the training, and of the own pairs."""
+    packets, stages = packet_costs(a, gpus), plan_stages(gpus)
+    peers = sum(size - 1 for size in stages)
+    on_the_wire = len(stages) * packets["bytes"]
+    spent_us = EXCHANGES * (peers * a.message_us + len(stages) * (a.stage_us + a.net_hop_us))
+    own = a.candidates * a.ledger_ns * 1e-9 + packets["packing_seconds"]
+    exchange = {"bytes": on_the_wire, "seconds": on_the_wire / a.nic + spent_us * 1e-6}
+    return {
+        "ledger: packets": {**exchange, "places": packets["split"], "peers": peers},
+        "ledger: own pairs (processor)": {"bytes": 0, "seconds": own},
+    }
+
+
+def add_up(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(part[key] for part in parts) for key in ("bytes", "seconds")}
+
+
 def costs(a: Assumptions, gpus: int) -> dict[str, dict[str, float]]:
     """Bytes that a GPU receives, and seconds, of each part of a step."""
     others, features = gpus - 1, a.kept * a.dim * 4
@@ -134,23 +187,34 @@ def costs(a: Assumptions, gpus: int) -> dict[str, dict[str, float]]:
         return {"bytes": times * others * own_bytes, "seconds": times * gather_seconds(a, gpus, own_bytes)}
 
     gradient_bytes = a.parameters * 4 / gpus
+    sizes = gathered(3 * 8)
+    ledger = ledger_costs(a, gpus)
+    scores = gathered(CHOICE_BYTES * a.candidates)
+    rebalancing = {
+        "bytes": moved * a.pair_bytes,
+        "seconds": drawn["largest"] * a.pair_bytes / a.nic + latency(a, gpus) + drawn["planning_ms"] / 1000,
+        "pairs_mean": moved,
+        "pairs_mean_simulated": drawn["mean"],
+        "pairs_of_the_fullest_rank": drawn["largest"],
+        "planning_ms": drawn["planning_ms"],
+    }
+    embeddings = gathered(2 * a.candidates * a.dim * 4)
+    local, everywhere = [sizes, *ledger.values()], [scores, rebalancing]
+    rows = [gathered(ROW_BYTES * a.candidates), {"bytes": 0, "seconds": gpus * a.candidates * a.row_ns * 1e-9}]
     return {
-        "scores for the record": gathered(RECORD_BYTES * a.candidates),
         "features, softmax loss": gathered(2 * features, times=2),
         "features, sigmoid ring": {
             "bytes": (2 * others + 1) * features,
             "seconds": ring_seconds(a, gpus, 2 * features),
         },
         "gradients (DDP)": gathered(gradient_bytes, times=2),
-        "global: scores": gathered(CHOICE_BYTES * a.candidates),
-        "global: embeddings, for small_loss and big_loss": gathered(2 * a.candidates * a.dim * 4),
-        "global: rebalancing": {
-            "bytes": moved * a.pair_bytes,
-            "seconds": drawn["largest"] * a.pair_bytes / a.nic + latency(a, gpus) + drawn["planning_ms"] / 1000,
-            "pairs_mean": moved,
-            "pairs_mean_simulated": drawn["mean"],
-            "pairs_of_the_fullest_rank": drawn["largest"],
-            "planning_ms": drawn["planning_ms"],
-        },
-        "ledger with hashed ids (processor)": {"bytes": 0, "seconds": gpus * a.candidates * a.ledger_ns * 1e-9},
+        "numbers of candidates": sizes,
+        **ledger,
+        "**local choice, all of it**": add_up(local),
+        "global: scores": scores,
+        "global: rebalancing": rebalancing,
+        "**global choice, all of it**": add_up(local + everywhere),
+        "global: embeddings, for rules by the loss": embeddings,
+        "with a record of every choice": gathered(RECORD_BYTES * a.candidates),
+        "ids are row numbers: instead of the packets": add_up(rows),
     }

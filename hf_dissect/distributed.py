@@ -127,6 +127,10 @@ class Ranks:
             for (name, column), part in zip(columns.items(), split, strict=True)
         }
 
+    def add_up(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the sums `(m,)` over all ranks, added in their order, so that they are the same on each."""
+        return sums if self.alone else self.gather(sums[None]).sum(0)
+
     def send_rows(self, values: torch.Tensor, to_ranks: Sequence[int], from_ranks: Sequence[int]) -> torch.Tensor:
         """Send rows to other ranks, and return the rows that they sent.
 

@@ -145,10 +145,10 @@ class Objective:
         """Return the evidence about the own `b` pairs of a training step, `(b,)` each; empty without any."""
         return {} if self.robust is None else self.robust.compute_evidence(outputs, sample_id, ledger)
 
-    def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
-        """Pass the evidence about the pairs of all ranks on, `(n,)` each."""
-        if self.robust is not None:
-            self.robust.record(sample_id, evidence, ledger)
+    @property
+    def reads_ledger(self) -> bool:
+        """True if the loss of a step needs values of its pairs from the ledger."""
+        return self.repair is not None or self.robust is not None and self.robust.reads_ledger
 
     def update(self, ledger: SampleLedger) -> None:
         """Update values once an epoch, as `SelectionStrategy.update` does for a strategy."""

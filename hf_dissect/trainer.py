@@ -27,7 +27,6 @@ from hf_dissect.models.adapters import save_base
 from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias, restore_weights
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
-from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.reference.loading import load_reference
 from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
@@ -89,7 +88,7 @@ class DissectTrainer(BaseTrainer):
         reference_model: nn.Module | None = None,
         **trainer_arguments: Any,
     ) -> None:
-        args = DissectTrainingArguments("runs/dissect") if args is None else args
+        args = args or DissectTrainingArguments("runs/dissect")
         training_data.check_arguments(args, data_collator, processing_class, eval_dataset, trainer_arguments, model)
         train_dataset, eval_dataset = training_data.prepare_data(model, train_dataset, eval_dataset, args)
         trainer_arguments.setdefault("compute_metrics", compute_retrieval)
@@ -123,7 +122,7 @@ class DissectTrainer(BaseTrainer):
 
     def _make_selector(self, strategy: SelectionStrategy, reference: nn.Module | None) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
-        parts = (self.model, args, pairs, self.data_collator, training_data.make_collator)
+        parts = self.model, args, pairs, self.data_collator, training_data.make_collator
         return OnlineSelector(
             strategy,
             reference=load_reference(strategy, reference, *parts),
@@ -187,9 +186,7 @@ class DissectTrainer(BaseTrainer):
         loss = self.objective.compute_loss(model, inputs, outputs, scale, bias, self.ledger, projections)
         if model.training:
             evidence = self.objective.compute_evidence(outputs, inputs["sample_id"], self.ledger)
-            recorded = self.selector.record_training(inputs["sample_id"], outputs, evidence)
-            if recorded:
-                self.objective.record(recorded["sample_id"], recorded, self.ledger)
+            self.selector.record_training(inputs["sample_id"], outputs, evidence, self.objective.robust)
         return loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -197,6 +194,7 @@ class DissectTrainer(BaseTrainer):
         if len(inputs["sample_id"]) == 0:
             return torch.zeros((), device=self.args.device)
         chunk_size = self.args.grad_cache_chunk_size
+        self.selector.fetch(inputs["sample_id"] if self.objective.reads_ledger else None)
         if chunk_size is None or len(inputs["sample_id"]) <= chunk_size:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
@@ -219,8 +217,6 @@ class DissectTrainer(BaseTrainer):
         if "loss" in logs:
             logs.update(self.summary.pop_logs(self.times))
         super().log(logs, start_time)
-
-    # ---- evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the loader of data to evaluate or to predict, with all rows."""
@@ -256,8 +252,8 @@ class DissectTrainer(BaseTrainer):
 
     def score_batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, CandidateScores]]:
         """Yield each batch on the device of the model, with its scores under the current weights."""
-        steps = {"prepare": self._prepare_inputs, "autocast": self.accelerator.autocast}
-        return score_batches(self.model, batches, kind=self.kind, shown=not self.args.disable_tqdm, **steps)
+        steps: Any = {"prepare": self._prepare_inputs, "autocast": self.accelerator.autocast, "kind": self.kind}
+        return score_batches(self.model, batches, shown=not self.args.disable_tqdm, **steps)
 
     # ---- the run ----
 
@@ -274,7 +270,7 @@ class DissectTrainer(BaseTrainer):
         finally:
             self.stream = self._stream_batches = None  # ends its workers
             self.parts.pop("stream", None)
-        self.selector.trace.close()
+        self.selector.trace.close(self.ranks)
         return output
 
     def begin_epoch(self, epoch: float) -> None:
@@ -293,12 +289,15 @@ class DissectTrainer(BaseTrainer):
         self.selector.reset(step)
 
     def save_extra(self, folder: Path) -> None:
-        """Write the ledger, the recipe, the base of an adapter and the names of the tasks."""
-        self.ledger.save(folder / LEDGER_FILE, {"epoch": self.selector.epoch, "strategy": self.strategy.name})
+        """Write the recipe, the base of an adapter and the names of the tasks."""
         super().save_extra(folder)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # each process holds a part only
             save_base(self.model, folder)
         save_task_names(self.train_dataset, folder)
+
+    def _save_weights(self, folder: Path, *arguments: Any) -> None:
+        self.selector.save_ledger(folder, is_first=self.args.should_save)  # of each process, unlike `save_extra`
+        super()._save_weights(folder, *arguments)
 
     def restore_extra(self, folder: str, has_state: bool) -> None:
         """Load the ledger and continue the epoch."""
@@ -326,6 +325,7 @@ class DissectTrainer(BaseTrainer):
             retrieval: True to compute the retrieval figures.
             noise_detection: True to score the training pairs, at most `max_train_pairs`, if their truth is known.
         """
+        self.selector.join_saved_ledger(self.args.output_dir)
         dataset, unlogged = self.summary.choose_evaluated(test_dataset, self.eval_dataset), {}
         if retrieval and dataset is not None:
             yield drop_speed(self.evaluate(dataset, metric_key_prefix="test"), "test")

@@ -65,6 +65,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     initial_ledger: str | None = declared(SelectionSection, "ledger")
     scoring_batch_size: int | None = declared(SelectionSection, "scoring_batch_size")
     selection_rescore_every: int = declared(SelectionSection, "rescore_every")
+    shard_ledger: bool = declared(SelectionSection, "shard_ledger")
     scoring_dtype: str | None = declared(SelectionSection, "scoring_dtype")
     record_selection: bool = declared(SelectionSection, "record")
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
@@ -186,6 +187,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
             "scoring_batch_size": self.scoring_batch_size,
             "scores_all": self.record_selection,
             "rescore_every": self.selection_rescore_every,
+            "shard_ledger": self.shard_ledger,
             "scoring_dtype": None if self.scoring_dtype is None else getattr(torch, self.scoring_dtype),
         }
 

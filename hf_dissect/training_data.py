@@ -18,8 +18,8 @@ from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
 from hf_dissect.selection import OnlineSelector, SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
-from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.planned_loading import check_loading, collate_blocks, load_by_plan
+from hf_dissect.selection.saved_ledger import LEDGER_FILE, has_ledger
 from hf_dissect.training.reference_pass import plan_loading
 from hf_dissect.training.task_experts import check_tasks
 from hf_dissect.training.trainer_arguments import (
@@ -297,9 +297,8 @@ def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> 
 
 def load_ledger(ledger: SampleLedger, folder: str, has_state: bool) -> None:
     """Load the ledger of a checkpoint, and warn if the checkpoint has no ledger, or no state of the selection."""
-    file = Path(folder, LEDGER_FILE)
-    if file.is_file():
-        ledger.load(file)
+    if has_ledger(folder):
+        ledger.load(Path(folder, LEDGER_FILE))
     else:
         logger.warning("%s has no %s: the history of the pairs begins again.", folder, LEDGER_FILE)
     if not has_state:

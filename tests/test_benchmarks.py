@@ -408,10 +408,18 @@ def test_grad_cache():
 @pytest.mark.slow
 def test_scaling():
     """Start torchrun twice."""
-    results = run_benchmark("scaling", "--processes", 1, "--steps", 3, "--batch", 8, "--pairs", 32, "--quiet")
+    ledger = ("--ledger-processes", 1, 2, "--ledger-pairs", 500, "--ledger-batch", 16, "--ledger-steps", 2)
+    sizes = ("--steps", 3, "--batch", 8, "--pairs", 32, *ledger)
+    results = run_benchmark("scaling", "--processes", 1, *sizes, "--quiet", run=run_script)
+    assert [(row["processes"], row["ledger"]) for row in results["ledger"]] == [
+        (1, "whole"),
+        (2, "split"),
+        (2, "whole"),
+    ]
+    assert [row["own_pairs"] for row in results["ledger"]] == [500, 250, 500]
     assert {run["scope"] for run in results["measured"]} == {"local", "global"}
     assert all(run["processor_ms"] > 0 and run["feature exchange"] == 0 for run in results["measured"])
-    assert [len(parts) for parts in results["paper"].values()] == [8] * 4
+    assert [len(parts) for parts in results["paper"].values()] == [14] * 4
 
 
 def test_repair_cost():
@@ -648,8 +656,9 @@ def test_the_labels_that_a_setting_keeps():
 @pytest.mark.slow
 def test_faults():
     """Train a dozen times, and start from a process without threads."""
-    run_script("faults", "--trials", 1, "--faults", "kill,nan", "--output-dir", ".")
+    run_script("faults", "--trials", 1, "--faults", "kill,kill-ranks,nan", "--output-dir", ".")
     rows = json.loads(Path("results/faults.json").read_text())["faults"]
-    assert [row["fault"] for row in rows] == ["kill -9", "NaN in a weight or in the loss"]
+    ranks = "kill -9, stream, 2 ranks with a sharded ledger"
+    assert [row["fault"] for row in rows] == ["kill -9", ranks, "NaN in a weight or in the loss"]
     assert all(row["tried"] == 1 and row["differ"] == 0 and row["resumed_from_older"] == 0 for row in rows)
     assert "| kill -9 | 1 |" in Path("faults.md").read_text()

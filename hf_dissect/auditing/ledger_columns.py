@@ -14,7 +14,7 @@ import torch
 
 from hf_dissect.losses.noisy_channel import estimate_matches
 from hf_dissect.selection import SampleLedger
-from hf_dissect.selection.ledger import LEDGER_FILE, read_ledger
+from hf_dissect.selection.saved_ledger import has_ledger, read_ledger
 from hf_dissect.selection.soft_labels import SoftLabels
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ def open_ledger(path: str | os.PathLike) -> SampleLedger:
         ValueError: The file is damaged or something else.
     """
     path = Path(path)
-    path = path / LEDGER_FILE if path.is_dir() else path
-    if not path.is_file():
+    if not (has_ledger(path) if path.is_dir() else path.is_file()):
         raise FileNotFoundError(f"No ledger at {path}; name the folder of a finished run.")
     saved = read_ledger(path)
     ledger = SampleLedger(saved.num_samples, columns=tuple(saved.columns))

@@ -60,7 +60,9 @@ def compute_label_figures(
         figures["label_auroc"] = noise_detection_metrics(labels, is_clean)["auroc"]
     for name in ("p_clean", "evidence"):
         if name in ledger.columns:
-            figures[f"{name}_auroc"] = noise_detection_metrics(ledger.read(name, sample_id), is_clean)["auroc"]
+            figures[f"{name}_auroc"] = noise_detection_metrics(ledger.read_anywhere(name, sample_id), is_clean)[
+                "auroc"
+            ]
     return figures
 
 
@@ -76,4 +78,6 @@ def read_soft_labels(ledger: SampleLedger, sample_id: torch.Tensor) -> torch.Ten
     """
     if not (networks := find_label_columns(ledger)):
         return None
-    return torch.stack([torch.minimum(*(ledger.read(name, sample_id) for name in pair)) for pair in networks]).mean(0)
+    return torch.stack(
+        [torch.minimum(*(ledger.read_anywhere(name, sample_id) for name in pair)) for pair in networks]
+    ).mean(0)

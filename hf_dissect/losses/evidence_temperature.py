@@ -54,14 +54,27 @@ class EvidenceTemperature:
 
     def observe(self, columns: Mapping[str, torch.Tensor]) -> None:
         """Take in what was measured of the pairs of all ranks, `(n,)` by the names of COLUMNS, NaN for the others."""
+        self.observe_sums(self.summarize(columns))
+
+    def summarize(self, columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return sums over measured pairs, float64 `(m,)`, which can be added to those of other ranks.
+
+        Args:
+            columns: Columns `(n,)` by the names of COLUMNS, NaN for pairs outside the sample; without them, nothing
+                was measured.
+        """
         if COLUMNS[0] not in columns:
-            return
+            return torch.zeros_like(self._sums)
         measured = torch.stack([columns[name].double().cpu() for name in COLUMNS], dim=1)
         measured = measured[~measured[:, 0].isnan()]
         log_odds = torch.logit(self._shares) + measured[:, :-1]
         likelihoods = F.softplus(log_odds) + torch.log1p(-self._shares)
         sums = torch.cat([likelihoods.sum(0), torch.sigmoid(log_odds).sum(0), measured[:, -1].sum()[None]])
-        self._sums += torch.cat([sums, torch.tensor([len(measured)], dtype=torch.float64)])
+        return torch.cat([sums, torch.tensor([len(measured)], dtype=torch.float64)])
+
+    def observe_sums(self, sums: torch.Tensor) -> None:
+        """Take in what `summarize` returned, or the sum of that over all ranks, on every rank."""
+        self._sums += sums
 
     def begin_step(self) -> None:
         """Move the averages and `tau` by what was observed since the last optimiser step began."""

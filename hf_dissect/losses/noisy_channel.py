@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -93,8 +94,25 @@ class NoisyChannel:
 
     def observe(self, posterior: torch.Tensor) -> None:
         """Take in posterior probabilities `(n,)` of pairs of the current step, those of all ranks on every rank."""
-        self._sum += posterior.double().sum().item()
-        self._count += len(posterior)
+        self.observe_sums(self.summarize(posterior))
+
+    def summarize(
+        self, posterior: torch.Tensor, columns: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> torch.Tensor:
+        """Return sums over pairs, float64 `(m,)`, which can be added to those over the pairs of other ranks.
+
+        Args:
+            posterior: Posterior probabilities of the pairs, `(n,)`.
+            columns: What was measured of them for `EvidenceTemperature.summarize`.
+        """
+        own = torch.tensor([posterior.detach().cpu().double().sum().item(), len(posterior)], dtype=torch.float64)
+        return torch.cat([own, self.temperature.summarize(columns)])
+
+    def observe_sums(self, sums: torch.Tensor) -> None:
+        """Take in what `summarize` returned, or the sum of that over all ranks, on every rank."""
+        self._sum += sums[0].item()
+        self._count += round(sums[1].item())
+        self.temperature.observe_sums(sums[2:])
 
     def begin_step(self) -> None:
         """Move `pi` and the temperature by what was observed since the last optimiser step began."""

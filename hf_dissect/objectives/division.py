@@ -29,6 +29,7 @@ class DivisionObjective(RobustObjective):
     name: ClassVar[str] = "division"
     kinds: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
     takes_mask: ClassVar[bool] = True
+    reads_ledger: ClassVar[bool] = True
     after_warmup: ClassVar[str] = "the weights of the division"
 
     def __init__(self, warmup_epochs: int = 1) -> None:

@@ -64,6 +64,7 @@ class GscObjective(RobustObjective):
     evidence: str = GscSection.evidence
 
     name: ClassVar[str] = "gsc"
+    reads_ledger: ClassVar[bool] = True
     warmup: ClassVar[str] = "train by the contrastive loss, without soft labels"
     after_warmup: ClassVar[str] = "soft labels"
 
@@ -153,11 +154,20 @@ class GscObjective(RobustObjective):
             yield _Network(own, partial(_find_posteriors, channel), (image, text), labels, weights)
 
     def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
-        """Write the evidence for the pairs of all ranks to the ledger, `(n,)` each, and observe their posteriors."""
+        """Write the evidence for pairs to the ledger, `(n,)` each."""
         for labels in self._labels:
             labels.record(ledger, sample_id, *(evidence[column] for column in labels.evidence_columns))
-        for channel, labels in zip(self.channels, self._labels, strict=False):
-            channel.observe(evidence[labels.evidence_columns[0]])
+
+    def summarize(self, evidence: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Sum the posteriors for the channel of each network; None without posteriors."""
+        both = zip(self.channels, self._labels, strict=False)
+        sums = [channel.summarize(evidence[labels.evidence_columns[0]]) for channel, labels in both]
+        return torch.cat(sums) if sums else None
+
+    def observe(self, sums: torch.Tensor) -> None:
+        """Pass the sums over all ranks on to the channels."""
+        for channel, own in zip(self.channels, sums.chunk(len(self.channels)), strict=True):
+            channel.observe_sums(own)
 
     def update(self, ledger: SampleLedger) -> None:
         """Renew the labels from the evidence, once an epoch."""

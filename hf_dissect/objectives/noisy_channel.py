@@ -104,9 +104,17 @@ class NoisyChannelObjective(RobustObjective):
         return evidence
 
     def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
-        """Write the evidence to the ledger, and observe the posteriors of all ranks."""
+        """Write the evidence to the ledger."""
         if "posterior" in evidence:
-            record_evidence(self.channel, ledger, sample_id, evidence)
+            record_evidence(ledger, sample_id, evidence)
+
+    def summarize(self, evidence: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Sum the posteriors, and what was measured of a sample, for the channel."""
+        return self.channel.summarize(evidence["posterior"], evidence) if "posterior" in evidence else None
+
+    def observe(self, sums: torch.Tensor) -> None:
+        """Pass the sums over all ranks on to the channel."""
+        self.channel.observe_sums(sums)
 
     def pop_logs(self) -> dict[str, float]:
         """Return the estimated share of mismatched pairs, and a temperature below 1, for the logs."""

@@ -26,6 +26,7 @@ class RobustObjective:
         num_networks: Number of networks that it trains, 2 for a `TwinDualEncoder`.
         opinion: Opinion about the own pairs whose loss was computed last; None of an objective without any, and during
             its warm-up.
+        reads_ledger: True if the loss needs values of the pairs from the ledger.
         takes_mask: True if pairs that share an image or a caption can be left out of each other's negatives.
     """
 
@@ -38,6 +39,7 @@ class RobustObjective:
     num_networks: int = 1
     opinion: Opinion | None = None
     takes_mask: ClassVar[bool] = False
+    reads_ledger: ClassVar[bool] = False
 
     def compute_loss(
         self,
@@ -82,7 +84,14 @@ class RobustObjective:
         return {}
 
     def record(self, sample_id: torch.Tensor, evidence: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
-        """Receive the evidence about the pairs of all ranks, `(n,)` each, in the same way on every rank."""
+        """Write the evidence about pairs that this rank holds, `(n,)` each, to the ledger; each pair stands alone."""
+
+    def summarize(self, evidence: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return sums over the own pairs, float64 `(m,)`, as many on every rank; None for none."""
+        return None
+
+    def observe(self, sums: torch.Tensor) -> None:
+        """Receive the sums `(m,)` over the pairs of all ranks, the same on every rank, before the next step."""
 
     def update(self, ledger: SampleLedger) -> None:
         """Update values for a whole epoch from the second epoch on, such as labels."""

@@ -238,6 +238,12 @@ class SelectionSection:
         within="[1, inf)",
         argument="selection_rescore_every",
     )
+    shard_ledger: bool = setting(
+        True,
+        "With several processes and ids that are not row numbers, each process holds a part of the ledger; false: all "
+        "of it. The results are the same.",
+        argument="shard_ledger",
+    )
     scoring_dtype: str | None = setting(
         None,
         "Type of the numbers in the forward pass that scores, by autocast; null: that of the training.",

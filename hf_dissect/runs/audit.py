@@ -32,7 +32,7 @@ from hf_dissect.runs.evaluate import make_evaluating_trainer
 from hf_dissect.runs.saved_model import adapt_section, choose_data, fetch_model, load_recipe, load_split
 from hf_dissect.runs.trained_pairs import TrainedPairs, find_trained_pairs
 from hf_dissect.selection import compute_correlation
-from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.selection.saved_ledger import has_ledger
 
 NOT_STREAMED = {"streaming": "an audit reads the rows more than once"}
 
@@ -233,7 +233,7 @@ def _read_ledger_columns(ledger: Any, embeddings: PairEmbeddings, pairs: PairDat
 def _read_own_ledger_columns(
     checkpoint: str, embeddings: PairEmbeddings, pairs: PairDataset
 ) -> dict[str, torch.Tensor]:
-    if not (Path(checkpoint) / LEDGER_FILE).is_file():
+    if not has_ledger(checkpoint):
         return {}
     try:
         return _read_ledger_columns(open_ledger(checkpoint), embeddings, pairs)

@@ -16,8 +16,8 @@ from hf_dissect.hub.push import Push
 from hf_dissect.hub.repository import HubError, Repository
 from hf_dissect.hub.shared_recipe import select_shareable
 from hf_dissect.recipe.file import read_settings
-from hf_dissect.selection.ledger import LEDGER_FILE, SavedLedger, read_ledger
 from hf_dissect.selection.ledger_files import ID_COLUMN, find_scored, write_tables
+from hf_dissect.selection.saved_ledger import LEDGER_FILE, SavedLedger, has_ledger, read_ledger
 
 _TEMPLATE = "ledger.md.jinja"
 _DATA_FOLDER = "data"
@@ -67,9 +67,9 @@ def push_ledger(
             f"{folder} is the run of a distillation, which chooses no pairs and keeps no scores of them; publish its "
             f"student with: hf-dissect push {folder} {repo_id}"
         )
-    if not (folder / LEDGER_FILE).is_file():
+    if not has_ledger(folder):
         raise HubError(f"{folder} has no {LEDGER_FILE}; name the folder of a run, such as runs/quickstart.")
-    ledger = read_ledger(folder / LEDGER_FILE)
+    ledger = read_ledger(folder)
     if not find_scored(ledger).any():
         raise HubError(f"{folder}: its ledger holds no score; the run has scored no pair yet.")
     recipe_file = folder / "recipe.yaml"

@@ -16,7 +16,7 @@ from hf_dissect.data.pairs import PairDataset, key_hash
 from hf_dissect.recipe.recipe import Recipe
 from hf_dissect.runs.saved_model import find_recipe_file, load_split
 from hf_dissect.selection import SampleLedger, compute_correlation
-from hf_dissect.selection.ledger import LEDGER_FILE
+from hf_dissect.selection.saved_ledger import has_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def _find_run_folder(checkpoint: str) -> Path | None:
 
 
 def _open(folder: Path | None) -> SampleLedger | None:
-    if folder is None or not (folder / LEDGER_FILE).is_file():
+    if folder is None or not has_ledger(folder):
         return None
     try:
         return open_ledger(folder)

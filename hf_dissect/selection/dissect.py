@@ -40,6 +40,7 @@ class Dissect(SelectionStrategy):
 
     name = "dissect"
     columns = ("history",)
+    records_pairs_alone = True
     stand_ins: ClassVar[Mapping[str, str]] = {"history": "correlation"}
 
     def __init__(

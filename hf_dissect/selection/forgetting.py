@@ -37,6 +37,7 @@ class Forgetting(SelectionStrategy):
 
     name = "forgetting"
     columns = ("learnt", "forgotten")
+    records_pairs_alone = True
 
     def __init__(self, never_learnt: str = ForgettingOptions.never_learnt) -> None:
         super().__init__()

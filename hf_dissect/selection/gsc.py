@@ -29,6 +29,7 @@ class Gsc(SelectionStrategy):
 
     name = "gsc"
     columns = SoftLabels.columns
+    records_pairs_alone = True
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class Gsc(SelectionStrategy):
 
     def plan(self, ledger: SampleLedger) -> torch.Tensor:
         """Plan by the labels; see `SelectionStrategy.plan`."""
-        return torch.where(ledger.column("correlation").isnan(), torch.nan, self.soft_labels.of(ledger, ledger.ids))
+        return torch.where(ledger.column("correlation").isnan(), torch.nan, self.soft_labels.of_all(ledger))
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure the evidence of each candidate; see `SelectionStrategy.measure`."""

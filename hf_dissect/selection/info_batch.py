@@ -38,6 +38,7 @@ class InfoBatch(SelectionStrategy):
 
     name = "info_batch"
     columns = ("loss",)
+    records_pairs_alone = True
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class InfoBatch(SelectionStrategy):
 
     def update(self, ledger: SampleLedger) -> None:
         """Take the mean of the losses; see `SelectionStrategy.update`."""
-        self._mean_loss = float(ledger.column("loss").double().nanmean())
+        self._mean_loss = ledger.compute_mean("loss")
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Draw `k` candidates, with weights; see `SelectionStrategy.select`."""

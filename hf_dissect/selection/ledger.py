@@ -1,23 +1,25 @@
 """The ledger: values of each pair that are remembered between visits, so that a pair is compared with its own past."""
 
-import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from hf_dissect.selection.growing_tensor import GrowingTensor
 from hf_dissect.selection.id_index import UNKNOWN, IdIndex
+from hf_dissect.selection.saved_ledger import (
+    LEDGER_FILE,
+    SavedLedger,
+    check_same_ids,
+    fill_missing,
+    read_ledger,
+    write_ledger,
+)
 
-LEDGER_FILE = "ledger.safetensors"
-"""Name of the ledger in a run folder and in its checkpoints."""
-
-_FORMAT = "hf_dissect.ledger/1"
+__all__ = ["LEDGER_FILE", "SampleLedger", "SavedLedger", "read_ledger"]
 
 
 class SampleLedger:
@@ -87,6 +89,74 @@ class SampleLedger:
             return torch.full(slots.shape, torch.nan)
         return torch.where(slots == UNKNOWN, torch.nan, column[slots.clamp_min(0)])
 
+    def read_columns(self, names: Sequence[str], sample_id: torch.Tensor) -> torch.Tensor:
+        """Return the values of some pairs in several columns, float32 `(B, columns)`, by one look-up; see `read`."""
+        slots = self._slots(sample_id)
+        is_known, slots = slots != UNKNOWN, slots.clamp_min(0)
+        if not len(self):
+            return torch.full((len(slots), len(names)), torch.nan)
+        values = torch.stack([self._column(name)[slots] for name in names], dim=1)
+        return torch.where(is_known[:, None], values, torch.nan)
+
+    @property
+    def own(self) -> "SampleLedger":
+        """Ledger of the pairs that this process holds: this one, which holds all."""
+        return self
+
+    def is_own(self, sample_id: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the pairs that this process holds, bool `(B,)`: all of them."""
+        return torch.ones(len(sample_id), dtype=torch.bool)
+
+    def read_anywhere(self, name: str, sample_id: torch.Tensor) -> torch.Tensor:
+        """Return the values of pairs that are the same on every rank, `(B,)`; every rank calls this method."""
+        return self.read(name, sample_id)
+
+    def find_known(self, name: str, by: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pairs with a value in a column, in the order of their ids, which no number of processes changes.
+
+        Statistics of a whole epoch are computed from these values. Every rank calls this method.
+
+        Args:
+            name: Name of the column whose values are returned.
+            by: Name of the column that a pair must have a value in; None for `name`.
+
+        Returns:
+            Ids int64 `(n,)`, and values float32 `(n,)`.
+        """
+        (places,) = (~self.column(by or name).isnan()).nonzero(as_tuple=True)
+        ids = self.ids[places]
+        if self._index is not None:
+            order = ids.argsort()
+            ids, places = ids[order], places[order]
+        return ids, self.column(name)[places]
+
+    def compute_mean(self, name: str) -> float:
+        """Return the mean of the known values of a column, NaN without any; every rank calls this method."""
+        if self.num_samples is not None:
+            return float(self.column(name).double().nanmean())
+        return float(self.find_known(name)[1].double().mean())
+
+    def replace_computed(self, name: str, compute: Callable[["SampleLedger"], torch.Tensor]) -> None:
+        """Replace a whole column by what is computed from the ledger; every rank calls this method.
+
+        Arithmetic on many values at once may round the last of them differently. So they are in the order of the ids,
+        whatever the number of ranks.
+
+        Args:
+            name: Name of the column.
+            compute: Function from the ledger to values `(len(self),)`, in the order of `ids`.
+        """
+        if self._index is None:
+            self.replace(name, compute(self))
+            return
+        view = _LedgerById(self)
+        values = torch.empty(len(self))
+        values[view.order] = compute(view)
+        self.replace(name, values)
+
+    def wait(self) -> None:
+        """Wait until what was begun is written: nothing here, as nothing is exchanged."""
+
     def write(self, name: str, sample_id: torch.Tensor, values: torch.Tensor) -> None:
         """Set the values of some pairs in a column.
 
@@ -134,21 +204,18 @@ class SampleLedger:
             path: File to write.
             metadata: Data for JSON to save with the ledger.
         """
-        path = Path(path)
-        tensors = {f"column.{name}": self.column(name).contiguous() for name in self._columns}
-        if self._index is not None:
-            tensors["ids"] = self._index.ids()
-        header = {"format": _FORMAT, "metadata": json.dumps(metadata or {})}
-        header["num_samples"] = json.dumps(self.num_samples)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
+        write_ledger(Path(path), self.as_saved(metadata))
+
+    def as_saved(self, metadata: dict[str, object] | None = None) -> SavedLedger:
+        """Return the content as it is saved."""
+        columns = {name: self.column(name) for name in self._columns}
+        return SavedLedger(self.num_samples, self.ids, columns, metadata or {})
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, object]:
         """Replace the content by that of a saved ledger.
 
         Args:
-            path: File that `save` wrote.
+            path: File that `save` wrote, or in whose place several processes wrote shards.
 
         Returns:
             The metadata that was saved with it.
@@ -158,19 +225,15 @@ class SampleLedger:
             ValueError: If the file is not a ledger, is damaged, or belongs to another number of pairs or kind of ids.
         """
         saved = read_ledger(path)
-        if saved.num_samples != self.num_samples:
-            raise ValueError(
-                f"{path} holds {_describe_ids(saved.num_samples)}, this run has {_describe_ids(self.num_samples)}: it "
-                "belongs to another data set. Resume with the data of the first run, or start without a checkpoint."
-            )
-        self._restore(saved)
+        check_same_ids(Path(path), saved, self.num_samples)
+        self.restore(saved)
         return saved.metadata
 
-    def _restore(self, saved: "SavedLedger") -> None:
+    def restore(self, saved: SavedLedger) -> None:
+        """Replace the content by a saved one, of the same kind of ids."""
         if self._index is not None:
             self._index = IdIndex.from_ids(saved.ids)
-        for name in self._columns:
-            values = saved.columns.get(name, torch.full((len(self),), torch.nan))
+        for name, values in fill_missing(saved.columns, self.columns, len(self)).items():
             if self._index is None:
                 self._columns[name].copy_(values)
             else:
@@ -207,49 +270,27 @@ class SampleLedger:
         return sample_id
 
 
-@dataclass(frozen=True)
-class SavedLedger:
-    """The content of a ledger file.
+class _LedgerById(SampleLedger):
+    """The pairs of a ledger of arbitrary ids, in the order of their ids, for reading."""
 
-    Attributes:
-        num_samples: Number of pairs if ids are row numbers, None for arbitrary ids.
-        ids: Ids of the pairs, int64 `(n,)`.
-        columns: Values float32 `(n,)` of each column, NaN for a pair that was never written.
-        metadata: Metadata that was saved with the ledger.
-    """
+    def __init__(self, ledger: SampleLedger) -> None:
+        self._ledger = ledger
+        self.num_samples = None
+        self.order = ledger.ids.argsort()
 
-    num_samples: int | None
-    ids: torch.Tensor
-    columns: dict[str, torch.Tensor]
-    metadata: dict[str, object]
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self._ledger.columns
 
+    def __len__(self) -> int:
+        return len(self.order)
 
-def read_ledger(path: str | os.PathLike[str]) -> SavedLedger:
-    """Read a file that `SampleLedger.save` wrote.
+    @property
+    def ids(self) -> torch.Tensor:
+        return self._ledger.ids[self.order]
 
-    Args:
-        path: File to read.
+    def column(self, name: str) -> torch.Tensor:
+        return self._ledger.column(name)[self.order]
 
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not a ledger, or is damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No ledger at {path}.")
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a sample ledger (format {header.get('format')!r}, expected {_FORMAT!r}).")
-    num_samples = json.loads(header["num_samples"])
-    ids = tensors.pop("ids") if num_samples is None else torch.arange(num_samples)
-    columns = {name.removeprefix("column."): values for name, values in tensors.items()}
-    return SavedLedger(num_samples, ids, columns, json.loads(header["metadata"]))
-
-
-def _describe_ids(num_samples: int | None) -> str:
-    return "arbitrary ids" if num_samples is None else f"{num_samples} pairs"
+    def read(self, name: str, sample_id: torch.Tensor) -> torch.Tensor:
+        return self._ledger.read(name, sample_id)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from hf_dissect.selection.ledger import LEDGER_FILE, SavedLedger, read_ledger
+from hf_dissect.selection.saved_ledger import LEDGER_FILE, SavedLedger, has_ledger, read_ledger
 
 ID_COLUMN = "sample_id"
 PAIRS_PER_FILE = 5_000_000
@@ -66,8 +66,8 @@ def read_scores(path: str | os.PathLike, name: str | None = None) -> SavedLedger
         ValueError: The files are damaged or hold something else, or ids are repeated.
     """
     name, path = str(path) if name is None else name, Path(path).expanduser()
-    if (path / LEDGER_FILE).is_file() or path.suffix == ".safetensors":
-        return read_ledger(path if path.suffix == ".safetensors" else path / LEDGER_FILE)
+    if path.suffix == ".safetensors" or has_ledger(path):
+        return read_ledger(path)
     files = [path] if path.suffix == ".parquet" else sorted(_parquet_files(path))
     if not files or not files[0].is_file():
         raise FileNotFoundError(

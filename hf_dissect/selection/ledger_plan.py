@@ -84,8 +84,8 @@ class LedgerPlan:
         if last is not None and position < last + lag:
             return  # an epoch shorter than what workers read ahead, to whom the last plan does not hold yet
         if PLAN_BEFORE in ledger.columns:
-            ledger.replace(PLAN_BEFORE, ledger.column(PLAN_COLUMN))
-        ledger.replace(PLAN_COLUMN, self.strategy.plan(ledger))
+            ledger.own.replace(PLAN_BEFORE, ledger.own.column(PLAN_COLUMN))
+        ledger.replace_computed(PLAN_COLUMN, self.strategy.plan)
         self._begun = (last, position)
 
     def reset(self) -> None:

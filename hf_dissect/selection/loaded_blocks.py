@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,13 @@ from torch import nn
 
 from hf_dissect.data.pair_keys import GIVEN_WEIGHT
 from hf_dissect.data.pair_weights import multiply_weights
-from hf_dissect.distributed import Ranks, scale_to_mean_one
+from hf_dissect.distributed import scale_to_mean_one
 from hf_dissect.losses.contrastive import Weigh
-from hf_dissect.losses.noisy_channel import find_evidence
-from hf_dissect.losses.pair_evidence import recover_losses
 from hf_dissect.models.loading import logit_scale_and_bias
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.ledger_access import LedgerAccess
 from hf_dissect.selection.ledger_plan import LedgerPlan
+from hf_dissect.selection.loaded_scores import LoadedScores
 from hf_dissect.selection.loop_hooks import Batch
 from hf_dissect.selection.scope import Kept
 from hf_dissect.selection.scoring import CandidateScores
@@ -69,8 +69,7 @@ class LoadedBlocks:
     Args:
         plan: Plan of the run; None if all candidates are loaded, and there are no such blocks.
         strategy: Strategy of the run.
-        ledger: Ledger of the run.
-        ranks: Processes of the run.
+        access: Access of the steps to the ledger of the run.
         trace: Trace of the selections.
     """
 
@@ -78,14 +77,12 @@ class LoadedBlocks:
         self,
         plan: LedgerPlan | None,
         strategy: SelectionStrategy,
-        ledger: SampleLedger,
-        ranks: Ranks,
+        access: LedgerAccess,
         trace: SelectionTrace,
     ) -> None:
         self.plan = plan
         self.strategy = strategy
-        self.ledger = ledger
-        self.ranks = ranks
+        self.access, self.ledger, self.ranks = access, access.ledger, access.ranks
         self.trace = trace
         self._waiting: deque[LoadedBlock | None] = deque()
 
@@ -119,10 +116,9 @@ class LoadedBlocks:
             return kept
         return replace(kept, measured={"evidence": candidates.evidence, **kept.measured})
 
-    def note_whole(self, columns: dict[str, torch.Tensor], measured: Mapping[str, torch.Tensor]) -> None:
-        """Record the evidence of candidates that were all loaded, `(n,)` of all ranks, and mark them as such."""
+    def note_whole(self, columns: dict[str, torch.Tensor]) -> None:
+        """Mark candidates that were all loaded as such."""
         if self.plan is not None:
-            self._write_evidence(columns["sample_id"], measured)
             loaded = torch.ones_like(columns["kept"])
             columns |= {"loaded": loaded, "scored": loaded & ("correlation" in columns)}
 
@@ -194,27 +190,30 @@ class LoadedBlocks:
             return
         if block.embeds is None:
             raise ValueError("finish_step came before record_training; call both for each batch, in this order.")
+        self.access.fetch(block.sample_id)
         numbers = self.ranks.gather_numbers(len(block.held["sample_id"]), len(block.unloaded["unloaded_id"]))
         most = int(numbers[:, 0].max())
         held = _score_held(block, rescore, most, chunk_size) if rescore is not None and most else None
         candidates = LoadedScores(block.sample_id, block.embeds, held, logit_scale_and_bias(model), kind)
-        sizes = (numbers.sum(1) + block.num_trained).tolist()
-        self._record(block, candidates, rescore is not None, sizes)
+        trained = torch.tensor([block.num_trained, 0])  # as many on every rank
+        self._record(block, candidates, rescore is not None, (numbers + trained).T.tolist())
 
-    def _record(self, block: LoadedBlock, candidates: "LoadedScores", scores: bool, sizes: list[int]) -> None:
-        """Write the new values to the ledger and the block to the trace, both on every rank."""
+    def _record(self, block: LoadedBlock, candidates: LoadedScores, scores: bool, sizes: list[list[int]]) -> None:
+        """Write the new values to the ledger, and the block to the trace.
+
+        Args:
+            block: Block of this rank.
+            candidates: Scores of its loaded pairs.
+            scores: True if pairs are scored in this epoch.
+            sizes: Number of loaded pairs of each rank, and of those that were not loaded.
+        """
         unloaded, loaded = len(block.unloaded["unloaded_id"]), len(block.sample_id)
-
-        def fill(values: torch.Tensor) -> torch.Tensor:
-            return torch.cat([values.float(), torch.full((loaded + unloaded - len(values),), torch.nan)])
-
         trained = torch.arange(loaded + unloaded) < block.num_trained
         columns = {
             "sample_id": torch.cat([block.sample_id, block.unloaded["unloaded_id"]]),
             "kept": trained,
             "loaded": torch.arange(loaded + unloaded) < loaded,
             "priority": torch.cat([block.planned[block.rows], block.unloaded["unloaded_planned"]]),
-            "correlation": fill(candidates.correlation),
         }
         if block.is_clean is not None and (not unloaded or "unloaded_clean" in block.unloaded):
             left = block.unloaded.get("unloaded_clean", torch.zeros(0, dtype=torch.bool))
@@ -222,84 +221,37 @@ class LoadedBlocks:
         measured = self.strategy.measure(candidates, self.ledger) if scores else {}
         if "evidence" in self.ledger.columns and scores:
             measured = {"evidence": candidates.evidence, **measured}
-        both = columns | {f"measured.{name}": fill(values) for name, values in measured.items()}
-        everywhere = self.ranks.gather_columns(both, sizes)
-        is_new = ~everywhere["correlation"].isnan()
-        sample_id, correlation = everywhere["sample_id"][is_new], everywhere["correlation"][is_new]
-        self.ledger.write("correlation", sample_id, correlation)
-        new = {name: everywhere[f"measured.{name}"][is_new] for name in measured}
-        self._write_evidence(sample_id, new)
-        self.strategy.record(sample_id, correlation, self.ledger, new)
-        self.strategy.record_block(everywhere["sample_id"], self.ledger)
-        shown = {name: everywhere[name] for name in columns}
-        shown["correlation"] = self.ledger.read("correlation", everywhere["sample_id"])
-        shown["scored"] = is_new & ~everywhere["kept"]
-        self.trace.observe(block.epoch, block.step, shown)
+        new = {"sample_id": block.sample_id, "correlation": candidates.correlation, **measured}
+        new = {name: _fill_up(values, loaded) for name, values in new.items()}
+        self.access.record(new, sizes[0], self.write)
+        self.access.fetch(columns["sample_id"])
+        sums = self.strategy.summarize_block(columns["sample_id"], self.ledger)
+        if sums is not None:
+            self.strategy.observe(self.ranks.add_up(sums))
+        columns["correlation"] = self.ledger.read("correlation", columns["sample_id"])
+        is_new = torch.arange(loaded + unloaded) < candidates.num_candidates
+        columns["scored"] = is_new & ~trained
+        everyone = [own + others for own, others in zip(*sizes, strict=True)]
+        self.trace.observe(block.epoch, block.step, columns, everyone, self.ranks)
 
-    def _write_evidence(self, sample_id: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
-        if "evidence" in measured and "evidence" in self.ledger.columns:
+    def write(self, sample_id: torch.Tensor, columns: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
+        """Write scores of pairs to a ledger that holds them, and let the strategy record them.
+
+        Args:
+            sample_id: Ids of the pairs, int64 `(n,)`.
+            columns: `correlation`, NaN for pairs that were not scored, and what the strategy measured, `(n,)` each.
+            ledger: Ledger of these pairs.
+        """
+        is_new = ~columns["correlation"].isnan()
+        if not is_new.all():
+            sample_id = sample_id[is_new]
+            columns = {name: values[is_new] for name, values in columns.items()}
+        measured = {name: values for name, values in columns.items() if name != "correlation"}
+        ledger.write("correlation", sample_id, columns["correlation"])
+        if self.plan is not None and "evidence" in measured and "evidence" in ledger.columns:
             known = ~measured["evidence"].isnan()
-            self.ledger.write("evidence", sample_id[known], measured["evidence"][known])
-
-
-class LoadedScores(CandidateScores):
-    """Scores of the pairs of a block that were loaded: `k` that trained, and `h` that were scored after it.
-
-    The pairs that trained are the context of all: each of the others is compared with these and itself.
-
-    Args:
-        sample_id: Ids of the pairs that trained, then of the others, int64 `(k + h,)`.
-        trained: Embeddings of the images and captions that trained, `(k, D)` each of unit length.
-        held: Scores of the others; None if none was scored.
-        scale_and_bias: Factor and summand of the logits.
-        kind: Loss that the model trains with.
-    """
-
-    is_part = True
-
-    def __init__(
-        self,
-        sample_id: torch.Tensor,
-        trained: tuple[torch.Tensor, torch.Tensor],
-        held: CandidateScores | None,
-        scale_and_bias: tuple[torch.Tensor, torch.Tensor],
-        kind: str,
-    ) -> None:
-        self._num_trained = len(trained[0])
-        parts = [trained] if held is None else [trained, held.get_embeds()]
-        images, texts = (torch.cat(both) for both in zip(*parts, strict=True))
-        scale, bias = (value.detach().mean() for value in scale_and_bias)
-        super().__init__(sample_id[: len(images)], images, texts, scale, bias, kind)
-
-    @cached_property
-    def evidence(self) -> torch.Tensor:
-        """Evidence of each pair against those that trained, float32 `(k + h,)` on the CPU."""
-        return self._find_evidence(self.logit_scale)
-
-    def _find_evidence(self, scale: torch.Tensor | float) -> torch.Tensor:
-        images, texts = self.get_embeds()
-        k = self._num_trained
-        own = (images * texts).sum(-1) * scale
-        losses = torch.zeros_like(own)
-        for rows, columns in ((images, texts[:k]), (texts, images[:k])):
-            total = torch.logsumexp(rows @ columns.T * scale, dim=1)
-            total = torch.cat([total[:k], torch.logaddexp(total[k:], own[k:])])
-            losses += (total - own) / 2
-        counts = torch.where(torch.arange(len(own), device=own.device) < k, k, k + 1)
-        return find_evidence(losses, counts).cpu()
-
-    def _compute_losses(self, kind: str, temperature: float = 1.0) -> torch.Tensor:
-        """Compute the losses that the pairs would have among as many as were loaded, from their evidence."""
-        if kind == "softmax":
-            evidence = self.evidence if temperature == 1 else self._find_evidence(self.logit_scale * temperature)
-            return recover_losses(evidence, self.num_candidates)
-        images, texts = self.get_embeds()
-        k = self._num_trained
-        negatives = F.softplus(texts @ images[:k].T * self.logit_scale + self.logit_bias)
-        negatives[:, :k].fill_diagonal_(0)
-        others = torch.where(torch.arange(len(texts), device=texts.device) < k, k - 1, k).clamp_min(1)
-        own = F.softplus(-((images * texts).sum(-1) * self.logit_scale + self.logit_bias))
-        return (own + negatives.sum(1) * (self.num_candidates - 1) / others).cpu()
+            ledger.write("evidence", sample_id[known], measured["evidence"][known])
+        self.strategy.record(sample_id, columns["correlation"], ledger, measured)
 
 
 def take_block(batch: Mapping[str, torch.Tensor]) -> tuple[Batch, LoadedBlock | None]:
@@ -313,6 +265,13 @@ def take_block(batch: Mapping[str, torch.Tensor]) -> tuple[Batch, LoadedBlock | 
     rest = {name: value for name, value in batch.items() if name not in (*_UNLOADED, "inclusion", "planned")}
     unloaded = {name: batch[name].cpu() for name in _UNLOADED if name in batch}
     return rest, LoadedBlock(batch["inclusion"].cpu(), batch["planned"].cpu(), unloaded)
+
+
+def _fill_up(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Return values of the first pairs `(n,)` with NaN for the others up to `count`; ids of all stay as they are."""
+    if len(values) == count:
+        return values
+    return torch.cat([values.float(), torch.full((count - len(values),), torch.nan)])
 
 
 def _weigh_both(weigh: Weigh, given: torch.Tensor, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ class LoopHooks:
 
     Args:
         agree: Function from the number of readable candidates of this rank to the list of those of all ranks. A loop
-            can exchange more values between the ranks in the same call, which comes before each selection.
+            can exchange more values between the ranks in the same call, which comes before each selection. With a
+            `ShardedLedger`, the number holds another one in its upper 32 bits.
         prepare: Function that moves a batch to the device of the model.
         autocast: Function that returns the context of mixed precision.
         measure: Function from the name of a part of the run to a context that measures its time.
@@ -42,6 +43,11 @@ class LoopHooks:
         if self.agree is not None:
             return self.agree(num_good)
         return ranks.gather_numbers(num_good).flatten().tolist()
+
+    def exchange_route(self, num_good: int, fullest: int, ranks: Ranks) -> tuple[list[int], int]:
+        """Return the number of candidates of each rank, and the largest `Route.fullest` of all, in one exchange."""
+        both = self.exchange_size(num_good | fullest << 32, ranks)
+        return [number & (2**32 - 1) for number in both], max(number >> 32 for number in both)
 
     def move(self, model: nn.Module, batch: Batch) -> Batch:
         """Return a batch on the device of the model."""

@@ -1,6 +1,6 @@
 """Observation of the selection: running metrics for the logs, distributions and extreme pairs for the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,6 +71,15 @@ class _Sums:
             self.noise_candidates += int((~is_clean).sum())
             self.noise_kept += int((~is_clean & kept).sum())
 
+    def join(self, others: "Sequence[_Sums]") -> "_Sums":
+        """Return the sums over these and further steps, added in this order."""
+        joined = _Sums(**asdict(self))
+        for other in others:
+            for name, value in asdict(other).items():
+                own = getattr(joined, name)
+                setattr(joined, name, own or value if isinstance(own, bool) else own + value)
+        return joined
+
     def figures(self) -> dict[str, float]:
         """Return shares and means, as far as there are candidates, scores and truths."""
         metrics: dict[str, float] = {}
@@ -102,9 +111,17 @@ class _LastEpoch:
     priorities: list[np.ndarray] = field(default_factory=list)
     truths: list[np.ndarray] = field(default_factory=list)
 
+    def add_extremes(self, best: list[ObservedPair], worst: list[ObservedPair]) -> None:
+        """Add further kept and dropped pairs, of which the extreme ones stay."""
+        self.best_kept = sorted(self.best_kept + best, key=lambda pair: -pair.priority)[:NUM_EXTREMES]
+        self.worst_dropped = sorted(self.worst_dropped + worst, key=lambda pair: pair.priority)[:NUM_EXTREMES]
+
 
 class SelectionMonitor:
-    """Observer of each selection, with metrics since the last log, of the last epoch, and of the run."""
+    """Observer of each selection, with metrics since the last log, of the last epoch, and of the run.
+
+    Of several processes, each observes its own candidates, see `join_monitors`.
+    """
 
     def __init__(self) -> None:
         self.run = _Sums()
@@ -165,8 +182,12 @@ class SelectionMonitor:
 
     def pop_logs(self) -> dict[str, float]:
         """Return the metrics since the last call, under names that start with `selection_`."""
-        metrics, self._since_log = self._since_log.figures(), _Sums()
-        return {f"selection_{name}": value for name, value in metrics.items()}
+        return name_logs([self.pop_sums()])
+
+    def pop_sums(self) -> dict[str, Any]:
+        """Return the sums since the last call, as plain data."""
+        sums, self._since_log = self._since_log, _Sums()
+        return asdict(sums)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was observed, as plain data and tensors."""
@@ -243,8 +264,41 @@ class SelectionMonitor:
             ]
 
         order = np.argsort(ranking, kind="stable")
-        last = self.last_epoch
-        best = last.best_kept + pairs(order[kept[order]][::-1][:NUM_EXTREMES])
-        worst = last.worst_dropped + pairs(order[~kept[order]][:NUM_EXTREMES])
-        last.best_kept = sorted(best, key=lambda pair: -pair.priority)[:NUM_EXTREMES]
-        last.worst_dropped = sorted(worst, key=lambda pair: pair.priority)[:NUM_EXTREMES]
+        best, worst = pairs(order[kept[order]][::-1][:NUM_EXTREMES]), pairs(order[~kept[order]][:NUM_EXTREMES])
+        self.last_epoch.add_extremes(best, worst)
+
+
+def name_logs(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the metrics of the sums of all ranks (`SelectionMonitor.pop_sums`), as `selection_*`."""
+    first, *others = (_Sums(**own) for own in sums)
+    return {f"selection_{name}": value for name, value in first.join(others).figures().items()}
+
+
+def join_monitors(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join what the monitors of all ranks observed.
+
+    Args:
+        states: States of the monitors, in the order of the ranks.
+
+    Returns:
+        State of one monitor that observed all of it.
+    """
+    monitors = [SelectionMonitor() for _ in states]
+    for monitor, state in zip(monitors, states, strict=True):
+        monitor.load_state_dict(state)
+    joined, others = monitors[0], monitors[1:]
+    joined.run = joined.run.join([other.run for other in others])
+    joined._since_log = joined._since_log.join([other._since_log for other in others])
+    epoch = max(monitor.last_epoch.epoch for monitor in monitors)
+    first, *rest = (monitor.last_epoch for monitor in monitors if monitor.last_epoch.epoch == epoch)
+    first.sums = first.sums.join([last.sums for last in rest])
+    for last in rest:
+        first.kept_counts, first.dropped_counts = (
+            first.kept_counts + last.kept_counts,
+            first.dropped_counts + last.dropped_counts,
+        )
+        first.add_extremes(last.best_kept, last.worst_dropped)
+        first.priorities += last.priorities
+        first.truths += last.truths
+    joined.last_epoch = first
+    return joined.state_dict()

@@ -34,6 +34,7 @@ class Ncr(SelectionStrategy):
 
     name = "ncr"
     columns = ("loss", "p_clean")
+    records_pairs_alone = True
 
     def __init__(self, warmup_epochs: int = 1, seed: int = NcrOptions.seed) -> None:
         super().__init__()
@@ -82,9 +83,8 @@ class Ncr(SelectionStrategy):
 
     def update(self, ledger: SampleLedger) -> None:
         """Divide the pairs by their losses; see `SelectionStrategy.update`."""
-        losses = ledger.column("loss")
-        (seen,) = (~losses.isnan()).nonzero(as_tuple=True)
+        seen, losses = ledger.find_known("loss")
         if len(seen):
-            p_clean = compute_upper_posterior(-losses[seen].numpy(), seed=self.seed)
-            ledger.write("p_clean", ledger.ids[seen], torch.from_numpy(p_clean))
-            ledger.write("loss", ledger.ids[seen], torch.full((len(seen),), torch.nan))
+            p_clean = compute_upper_posterior(-losses.numpy(), seed=self.seed)
+            ledger.write("p_clean", seen, torch.from_numpy(p_clean))
+            ledger.write("loss", seen, torch.full((len(seen),), torch.nan))

@@ -42,6 +42,7 @@ class NoisyChannelSampling(SelectionStrategy):
     name = "noisy_channel"
     columns: tuple[str, ...] = ("evidence",)  # type: ignore[misc]  # a class variable of other rules
     samples = True
+    records_pairs_alone = True
 
     def __init__(self, repairs: bool = False) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class NoisyChannelSampling(SelectionStrategy):
         is_plain = self.channel.temperature.value == 1
         evidence = scores.evidence if is_plain else find_evidence(self._find_losses(scores), scores.num_candidates)
         if scores.is_part:
-            return {"evidence": evidence}  # the channel observes whole blocks, see `record_block`
+            return {"evidence": evidence}  # the channel observes whole blocks, see `summarize_block`
         columns = {"evidence": evidence, "posterior": self._find_posterior(scores).float()}
         return columns | measure_pairs(*scores.get_embeds(), scores.logit_scale)
 
@@ -90,11 +91,19 @@ class NoisyChannelSampling(SelectionStrategy):
         ledger: SampleLedger,
         measured: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Record the evidence, and observe the posteriors of all ranks; see `SelectionStrategy.record`."""
+        """Record the evidence; see `SelectionStrategy.record`."""
         if measured and "posterior" in measured:
-            record_evidence(self.channel, ledger, sample_id, measured)
+            record_evidence(ledger, sample_id, measured)
             if self.repairs:
                 ledger.write("posterior", sample_id, measured["posterior"].clamp_min(SMALLEST_POSTERIOR))
+
+    def summarize(self, measured: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Sum the posteriors, and what was measured of a sample, for the channel; see the base class."""
+        return self.channel.summarize(measured["posterior"], measured) if "posterior" in measured else None
+
+    def observe(self, sums: torch.Tensor) -> None:
+        """Pass the sums over all ranks on to the channel; see the base class."""
+        self.channel.observe_sums(sums)
 
     def plan(self, ledger: SampleLedger) -> torch.Tensor:
         """Plan by the weights that follow from the last evidence; see `SelectionStrategy.plan`."""
@@ -109,10 +118,10 @@ class NoisyChannelSampling(SelectionStrategy):
 
         return weigh
 
-    def record_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> None:
-        """Observe the posteriors of all pairs of a block by their newest evidence; see the base class."""
+    def summarize_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> torch.Tensor:
+        """Sum the posteriors of all pairs of a block by their newest evidence; see the base class."""
         evidence = ledger.read("evidence", sample_id)
-        self.channel.observe(self.channel.posterior_of_evidence(evidence[~evidence.isnan()]))
+        return self.channel.summarize(self.channel.posterior_of_evidence(evidence[~evidence.isnan()]))
 
     def _find_posterior(self, scores: CandidateScores) -> torch.Tensor:
         return self.channel.posterior(self._find_losses(scores), scores.num_candidates)
@@ -137,19 +146,13 @@ class NoisyChannelSampling(SelectionStrategy):
         self.channel.load_state_dict(state)
 
 
-def record_evidence(
-    channel: NoisyChannel, ledger: SampleLedger, sample_id: torch.Tensor, measured: Mapping[str, torch.Tensor]
-) -> None:
-    """Write the evidence for pairs to a ledger, and let a channel observe their posterior probabilities and a sample.
+def record_evidence(ledger: SampleLedger, sample_id: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
+    """Write the evidence for pairs to a ledger.
 
     Args:
-        channel: Channel of the run.
         ledger: Ledger with the column `evidence`.
-        sample_id: Ids of the pairs of all ranks, int64 `(n,)`.
-        measured: `evidence`, NaN where there is none, and `posterior` of these pairs, and the columns of
-            `EvidenceTemperature.observe`, float32 `(n,)`.
+        sample_id: Ids of the pairs, int64 `(n,)`.
+        measured: `evidence` of these pairs, float32 `(n,)`, NaN where there is none.
     """
     known = ~measured["evidence"].isnan()
     ledger.write("evidence", sample_id[known], measured["evidence"][known])
-    channel.observe(measured["posterior"])
-    channel.temperature.observe(measured)

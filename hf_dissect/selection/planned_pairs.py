@@ -54,7 +54,7 @@ class PlannedPairs(torch.utils.data.Dataset):
         """
         self._epoch.fill_(-1 if epoch is None else epoch)
         if epoch is not None and self.sample_ids is not None:
-            self._planned.copy_(ledger.read(PLAN_COLUMN, torch.as_tensor(self.sample_ids)))
+            self._planned.copy_(ledger.read_anywhere(PLAN_COLUMN, torch.as_tensor(self.sample_ids)))
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -50,10 +50,11 @@ class StreamPlanFiles:
                 path.unlink()
         for number, column in wanted.items():
             if number is not None and not _find_ids(folder, number).exists():
-                order = ledger.ids.argsort()
+                ids = ledger.ids
+                order = ids.argsort()
                 np.save(_find_values(folder, number), ledger.column(column)[order].numpy())
                 unfinished = folder / f"{number}.unfinished.npy"
-                np.save(unfinished, ledger.ids[order].numpy())
+                np.save(unfinished, ids[order].numpy())
                 os.replace(unfinished, _find_ids(folder, number))
 
 

@@ -25,6 +25,7 @@ class Rho(SelectionStrategy):
 
     name = "rho"
     columns = ("reference_loss",)
+    records_pairs_alone = True
     reference = "stored"
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:

@@ -43,6 +43,7 @@ class Scan(SelectionStrategy):
 
     name = "scan"
     columns = ("prunable",)
+    records_pairs_alone = True
     warmup: ClassVar[str] = "train on all candidates"
 
     def __init__(

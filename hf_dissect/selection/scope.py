@@ -108,21 +108,19 @@ def select_from_all(
     )
 
 
-def gather_selection(
-    candidates: CandidateScores, kept: Kept, is_clean: torch.Tensor | None, sizes: list[int], ranks: Ranks
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gather the choices of all ranks, with the scores of their candidates, in one exchange.
+def describe_selection(
+    candidates: CandidateScores, kept: Kept, is_clean: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Return the choice of this rank with the scores of its candidates, for the trace.
 
     Args:
         candidates: Scores of the `n` readable candidates of this rank.
         kept: Choice of this rank.
         is_clean: Truth of the candidates, bool `(n,)`; None if it is unknown.
-        sizes: Number `n` of each rank.
-        ranks: Processes of the run.
 
     Returns:
-        Columns `(sum(sizes),)`: `sample_id`, `kept`, `priority` (NaN for a strategy without a ranking) and, if they
-        are known, `correlation` and `is_clean`. Further measurements of the strategy, `(sum(sizes),)` each.
+        Columns `(n,)`: `sample_id`, `kept`, `priority` (NaN for a strategy without a ranking) and, if they are known,
+        `correlation` and `is_clean`.
     """
     size = candidates.num_candidates
     columns = {
@@ -134,9 +132,7 @@ def gather_selection(
         columns["correlation"] = candidates.correlation
     if is_clean is not None:
         columns["is_clean"] = is_clean
-    measured = {f"measured.{name}": values for name, values in kept.measured.items()}
-    gathered = ranks.gather_columns(columns | measured, sizes)
-    return {name: gathered[name] for name in columns}, {name: gathered[f"measured.{name}"] for name in kept.measured}
+    return columns
 
 
 def _are_scored(candidates: CandidateScores) -> bool:

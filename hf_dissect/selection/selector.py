@@ -1,5 +1,6 @@
 """Online selection for any training loop: a batch of candidates goes in, the pairs worth a gradient come out."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,14 +17,16 @@ from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import find_loss_kind
 from hf_dissect.selection.block_choice import count_selected
 from hf_dissect.selection.ledger import SampleLedger
+from hf_dissect.selection.ledger_access import TrainingRecorder, make_access
 from hf_dissect.selection.ledger_plan import make_plan
 from hf_dissect.selection.loaded_blocks import LoadedBlocks, take_block
 from hf_dissect.selection.loop_hooks import Batch, LoopHooks
 from hf_dissect.selection.monitor import SelectionMonitor
 from hf_dissect.selection.options import SCOPES
 from hf_dissect.selection.reference.model import ReferenceModel
-from hf_dissect.selection.scope import Kept, gather_selection, keep_rows, select_from_all, select_from_own
-from hf_dissect.selection.scoring import CandidateScores, choose_autocast, compute_correlation, score
+from hf_dissect.selection.scope import Kept, keep_rows, select_from_all, select_from_own
+from hf_dissect.selection.scoring import CandidateScores, choose_autocast, score
+from hf_dissect.selection.step_recorder import StepRecorder
 from hf_dissect.selection.strategies import make_strategy
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
@@ -54,12 +57,14 @@ class OnlineSelector:
         trace: Trace of the selections; None for figures without a record.
         rescore_every: 1 to score every candidate in each step. With `m > 1`, the ledger decides before loading which
             candidates train, and of the others a share of `1 / m` is scored again, see `plan` and `finish_step`.
+        shard_ledger: False to hold the whole ledger of ids that are not row numbers on each of several processes; True
+            to split it over them, with the same results, see `ShardedLedger`.
         scoring_dtype: Type of the numbers in the forward pass that scores; None for that of the training.
         hooks: Functions of the loop around the selector.
         options: Keyword arguments of the strategy, if it is given by name.
 
     Attributes:
-        ledger: `SampleLedger` with the last correlation of each pair and the columns of the strategy.
+        ledger: `SampleLedger`, or `ShardedLedger`, with the last correlation of each pair and the strategy's columns.
         strategy: `SelectionStrategy` of the run.
         bad_rows: `BadRows`, the unreadable rows so far.
         plan: `LedgerPlan` that decides which candidates are loaded; None if all are.
@@ -89,6 +94,7 @@ class OnlineSelector:
         bad_rows: BadRows | None = None,
         trace: SelectionTrace | None = None,
         rescore_every: int = 1,
+        shard_ledger: bool = True,
         scoring_dtype: torch.dtype | None = None,
         hooks: LoopHooks = LoopHooks(),  # noqa: B008 (immutable)
         **options: Any,
@@ -105,7 +111,6 @@ class OnlineSelector:
         self.plan = make_plan(self.strategy, ratio, rescore_every, seed, keeps_before=num_samples is None)
         planned = () if self.plan is None else self.plan.columns
         names = dict.fromkeys(("correlation", *self.strategy.columns, *columns, *planned))
-        self.ledger = SampleLedger(num_samples, columns=tuple(names))
         self.ratio = ratio
         self.scope = scope
         self.seed = seed
@@ -118,7 +123,10 @@ class OnlineSelector:
         self.bad_rows = BadRows(1.0, num_samples) if bad_rows is None else bad_rows
         self.trace = SelectionTrace() if trace is None else trace
         self.hooks = hooks
-        self._blocks = LoadedBlocks(self.plan, self.strategy, self.ledger, self.ranks, self.trace)
+        self._access = make_access(num_samples, tuple(names), self.strategy, self.ranks, shard_ledger)
+        self.ledger = self._access.ledger
+        self._blocks = LoadedBlocks(self.plan, self.strategy, self._access, self.trace)
+        self._recorder = StepRecorder(self.strategy, self._access, self._blocks, self.trace)
         self.epoch = 0
         self.updated_epoch = 0
         self._step = 0
@@ -130,6 +138,7 @@ class OnlineSelector:
             epoch: Number of the epoch, from 0. The strategy is updated when an epoch begins, not when it continues.
             renew: Function of the ledger that is called with the update, such as one that renews soft labels.
         """
+        self._access.wait()
         self.epoch = epoch
         if epoch > self.updated_epoch:
             self.updated_epoch = epoch
@@ -161,6 +170,7 @@ class OnlineSelector:
         batch, block = take_block(batch)
         check_batch(batch)
         step, self._step = self._step if step is None else step, self._step + 1
+        self._access.wait()
         if micro_step == 0:
             self.strategy.begin_step()
             if self.strategy.past_model is not None:
@@ -172,12 +182,13 @@ class OnlineSelector:
             counts = self.hooks.exchange_size(int((block.inclusion[good] > 0).sum()), self.ranks)
             block.epoch, block.step = self.epoch, step
             return self._blocks.keep(self.hooks.move(model, batch), block, good, counts)
-        sizes = self.hooks.exchange_size(len(good), self.ranks)
+        sizes = self._recorder.begin(sample_id[good], self.hooks)
         self._blocks.pass_over(sizes)
         batch = self.hooks.move(model, batch)
         candidates = self.score(model, batch, sample_id, good).subset(good)
         kept = self._choose(candidates, sizes, step, micro_step)
-        self._note(batch, candidates, good, kept, sizes, step)
+        is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
+        self._recorder.note(candidates, kept, is_clean, sizes, (self.epoch, step))
         return keep_rows(batch, good, kept, self.ranks, self.padding)
 
     def score(
@@ -234,31 +245,28 @@ class OnlineSelector:
         self,
         sample_id: torch.Tensor,
         outputs: Mapping[str, torch.Tensor],
-        more: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Record the correlations of the trained pairs, if their candidates were not scored, and further columns.
+        evidence: Mapping[str, torch.Tensor] | None = None,
+        objective: TrainingRecorder | None = None,
+    ) -> None:
+        """Record the correlations of the trained pairs, if their candidates were not scored, and evidence about them.
 
         Args:
             sample_id: Sample ids of the `b` trained pairs, int64 `(b,)`.
             outputs: Outputs of the model, with `image_embeds` and `text_embeds` `(b, D)`.
-            more: Further columns `(b,)` to exchange between the ranks.
-
-        Returns:
-            Columns of the pairs of all ranks with `sample_id`, `(b * world size,)` each; empty without a column to
-            record.
+            evidence: Evidence about the pairs by name, `(b,)` each; None without any.
+            objective: Objective that records the evidence; None without one.
         """
-        columns = {"sample_id": sample_id, **(more or {})}
-        if not self._blocks.add_outputs(outputs) and not self.scores_candidates:
-            columns["correlation"] = compute_correlation(outputs["image_embeds"], outputs["text_embeds"]).detach()
-        if len(columns) == 1:
-            return {}
-        gathered = self.ranks.gather_columns(columns, [len(sample_id)] * self.ranks.count)
-        if "correlation" in gathered:
-            self._record(gathered["sample_id"], gathered["correlation"])
-        return gathered
+        self._recorder.record_training(sample_id, outputs, evidence or {}, objective, self.scores_candidates)
+
+    def fetch(self, sample_id: torch.Tensor | None) -> None:
+        """Begin to read the ledger for an objective of pairs about to train, int64 `(b,)`; None if it reads none."""
+        if sample_id is not None:
+            self._access.fetch(sample_id)
 
     def finish_step(self, model: nn.Module) -> None:
-        """End the training step of a batch, before or after the weights change; it matters with `rescore_every` only.
+        """End the training step of a batch, before or after the weights change.
+
+        It matters with `rescore_every`, and brings the exchanges of a `ShardedLedger` to their end.
 
         Candidates that a plan loaded to be scored are scored among those that trained, and the ledger gets the scores
         of both. Every rank calls this method once for each batch that `select` returned, in the same order.
@@ -275,24 +283,36 @@ class OnlineSelector:
 
         rescore = score_rows if self.strategy.needs_scores(self.epoch) else None
         self._blocks.finish(model, self.kind or find_loss_kind(model), rescore, self.scoring_batch_size)
+        self._access.wait()
+
+    def save_ledger(self, folder: str | os.PathLike[str], *, is_first: bool) -> None:
+        """Write the ledger to a folder, of a `ShardedLedger` the own shard; `is_first` on one of the ranks."""
+        self._access.save(folder, {"epoch": self.epoch, "strategy": self.strategy.name}, is_first)
+
+    def join_saved_ledger(self, folder: str | os.PathLike[str]) -> None:
+        """Replace the shards of the ledger in a folder by one file; every rank calls this method."""
+        self._access.join_saved(folder)
 
     def pop_logs(self) -> dict[str, float]:
-        """Return the figures of the selections since the last call, as `selection_*`."""
-        return self.monitor.pop_logs() | self.strategy.pop_logs()
+        """Return the figures of the selections since the last call, as `selection_*`; every rank calls this method."""
+        return self.trace.pop_logs(self.ranks) | self.strategy.pop_logs()
 
     def reset(self, step: int = 0) -> None:
         """Count epochs from the beginning again, and discard the record of selections from step `step` on."""
+        self._access.wait()
         self.epoch, self.updated_epoch, self._step, self.knows_reference = -1, 0, step, False
         self._blocks.reset()
         self.trace.restart(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epochs and the figures; the ledger is saved in its own file."""
+        """Return the epochs and the figures; the ledger is saved in its own file. Every rank calls this method."""
+        self._access.wait()
         self.trace.flush()
+        states = self.trace.join(self.ranks)
         return {
             "epoch": self.epoch,
             "updated_epoch": self.updated_epoch,
-            "monitor": self.monitor.state_dict(),
+            **({"monitor": states[0]} if self.ranks.alone else {"monitors": states}),
             "strategy": self.strategy.state_dict(),
             "plan": None if self.plan is None else self.plan.state_dict(),
             "reference": self.reference.name if self.reference is not None and self.knows_reference else None,
@@ -303,7 +323,7 @@ class OnlineSelector:
         """Continue from a saved state."""
         self.epoch = state["epoch"]
         self.updated_epoch = state["updated_epoch"]
-        self.monitor.load_state_dict(state["monitor"])
+        self.trace.load_states([state["monitor"]] if "monitor" in state else state["monitors"], self.ranks)
         if state.get("strategy"):
             self.strategy.load_state_dict(state["strategy"])
         if self.plan is not None and state.get("plan"):
@@ -317,30 +337,11 @@ class OnlineSelector:
         chooser = self.ranks.own if chooses_alone else 0
         self.strategy.generator.manual_seed(key_hash(f"{self.seed}/{step}/{micro_step}/{chooser}"))
         choose = select_from_own if chooses_alone else partial(select_from_all, ranks=self.ranks)
+        if not chooses_alone:
+            self._access.share_fetched(sizes)
         return choose(self.strategy, candidates, self.ledger, sizes, self._num_selected)
 
     def _num_selected(self, num_candidates: int) -> int:
         if self.strategy.keeps_all:
             return num_candidates
         return count_selected(self.strategy.choose_ratio(self.ratio), num_candidates)
-
-    def _note(
-        self, batch: Batch, candidates: CandidateScores, good: torch.Tensor, kept: Kept, sizes: list[int], step: int
-    ) -> None:
-        """Write the choice to the trace, and the scores to the ledger, both on every rank."""
-        is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
-        kept = self._blocks.add_evidence(kept, candidates, sizes)
-        columns, measured = gather_selection(candidates, kept, is_clean, sizes, self.ranks)
-        self._blocks.note_whole(columns, measured)
-        self.trace.observe(self.epoch, step, columns)
-        if "correlation" in columns:
-            self._record(columns["sample_id"], columns["correlation"], measured)
-
-    def _record(
-        self,
-        sample_id: torch.Tensor,
-        correlation: torch.Tensor,
-        measured: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:
-        self.ledger.write("correlation", sample_id, correlation)
-        self.strategy.record(sample_id, correlation, self.ledger, measured)

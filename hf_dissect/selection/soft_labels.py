@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -70,8 +70,14 @@ class SoftLabels:
         Returns:
             Labels, float32 `(B,)` in [0, 1] on the CPU; 1 for a pair without any.
         """
-        cross_modal, intra_modal = (_fill_unknown(ledger.read(column, sample_id)) for column in self.label_columns)
-        return torch.minimum(cross_modal, intra_modal)
+        return self._join(ledger.read(column, sample_id) for column in self.label_columns)
+
+    def of_all(self, ledger: SampleLedger) -> torch.Tensor:
+        """Return the labels of all pairs, float32 `(len(ledger),)`, in the order of the columns; see `of`."""
+        return self._join(map(ledger.column, self.label_columns))
+
+    def _join(self, columns: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.minimum(*map(_fill_unknown, columns))
 
     def as_columns(self, evidence: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return evidence (`hf_dissect.losses.gsc_evidence`) under the names of its ledger columns."""
@@ -99,17 +105,19 @@ class SoftLabels:
         Args:
             ledger: Ledger to read from and write to.
         """
-        agreement, structure = map(ledger.column, self.evidence_columns)
-        (seen,) = (~agreement.isnan()).nonzero(as_tuple=True)
+        agreement, structure = self.evidence_columns
+        seen, structures = ledger.find_known(structure, by=agreement)
         if not len(seen):
             return
-        posterior = compute_upper_posterior(structure[seen].numpy(), seed=self.seed)
-        sample_id = ledger.ids[seen]
-        for column, new in zip(self.label_columns, (agreement[seen], torch.from_numpy(posterior)), strict=True):
-            old = _fill_unknown(ledger.column(column)[seen])
-            ledger.write(column, sample_id, self.beta * new + (1 - self.beta) * old)
+        posterior = torch.from_numpy(compute_upper_posterior(structures.numpy(), seed=self.seed))
+        # Each process renews the labels of the pairs that it holds.
+        is_own, own = ledger.is_own(seen), ledger.own
+        sample_id = seen[is_own]
+        for column, new in zip(self.label_columns, (own.read(agreement, sample_id), posterior[is_own]), strict=True):
+            old = _fill_unknown(own.read(column, sample_id))
+            own.write(column, sample_id, self.beta * new + (1 - self.beta) * old)
         for column in self.evidence_columns:
-            ledger.write(column, sample_id, torch.full((len(seen),), torch.nan))
+            own.write(column, sample_id, torch.full((len(sample_id),), torch.nan))
 
 
 def compute_upper_posterior(values: np.ndarray, *, seed: int = 0) -> np.ndarray:

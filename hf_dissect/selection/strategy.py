@@ -50,6 +50,9 @@ class SelectionStrategy:
             "before": its scores must be in the ledger before the first step.
         past_model: Copy of the model from earlier steps that scores the candidates, too; None without one.
         warmup: What the steps of a warm-up do, for a warning.
+        records_pairs_alone: True if `record` writes values of a pair that depend on this pair alone, so that the pairs
+            may come in parts, and a ledger that is split over the processes will do. It counts for the class whose
+            `record` it stands next to.
         repair_strength: Strength of the repair of mismatched pairs in the current step, see
             `hf_dissect.objectives.repair`; 0 without it.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
@@ -66,6 +69,7 @@ class SelectionStrategy:
     why_no_plan: ClassVar[str] = "it has no method plan"
     reference: ClassVar[str] = ""
     warmup: ClassVar[str] = "train on a random subset"
+    records_pairs_alone: ClassVar[bool] = True
     repair_strength: float = 0.0
 
     def __init__(self) -> None:
@@ -80,7 +84,8 @@ class SelectionStrategy:
         """Update values for a whole epoch, such as labels, from the rule's own ledger columns.
 
         This is called exactly once an epoch from the second on, before `on_epoch_begin`, on every rank with the same
-        ledger. It is not called when a run resumes in the middle of an epoch.
+        ledger. It is not called when a run resumes in the middle of an epoch. Statistics of all pairs come from
+        `ledger.find_known`, in an order that does not depend on the number of ranks.
 
         Args:
             ledger: Ledger to read from and write to.
@@ -167,13 +172,31 @@ class SelectionStrategy:
         """
         return None
 
-    def record_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> None:
-        """Take in a whole block of candidates of which `plan` chose, after the ledger has its new values.
+    def summarize(self, measured: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return sums over the own candidates of a selection, which `observe` receives of all ranks.
 
         Args:
-            sample_id: Ids of the candidates of all ranks, also of those that were not loaded, int64 `(n,)`.
-            ledger: Ledger with the newest values; read-only here.
+            measured: Values that `measure` returned, of the candidates of this rank; empty if it was not called.
+
+        Returns:
+            Sums, float64 `(m,)`, as many on every rank; None for none.
         """
+        return None
+
+    def summarize_block(self, sample_id: torch.Tensor, ledger: SampleLedger) -> torch.Tensor | None:
+        """Return sums over a whole block of candidates of which `plan` chose, which `observe` receives of all ranks.
+
+        Args:
+            sample_id: Ids of the candidates of this rank, also of those that were not loaded, int64 `(n,)`.
+            ledger: Ledger with the newest values; read-only here.
+
+        Returns:
+            Sums, float64 `(m,)`, as many on every rank; None for none.
+        """
+        return None
+
+    def observe(self, sums: torch.Tensor) -> None:
+        """Receive the sums `(m,)` over the candidates of all ranks, the same on every rank, before the next step."""
 
     def measure(self, scores: CandidateScores, ledger: SampleLedger) -> dict[str, torch.Tensor]:
         """Measure further values of each scored candidate, for `record` to receive from all ranks.
@@ -209,9 +232,10 @@ class SelectionStrategy:
         """Update the rule's own ledger columns after a selection, or after a training step of unscored pairs.
 
         Args:
-            sample_id: Ids of the candidates of all ranks, int64 `(n,)`.
-            correlation: Correlations of the candidates of all ranks, float32 `(n,)`.
-            ledger: Ledger to write to, in the same way on all ranks.
+            sample_id: Ids of the candidates of all ranks, int64 `(n,)`; of a ledger that is split over the processes,
+                of those that belong to this one.
+            correlation: Correlations of these candidates, float32 `(n,)`.
+            ledger: Ledger of these candidates to write to.
             measured: Values that `measure` returned, `(n,)` each; empty or None if it was not called, because the
                 pairs were not scored or a rank had no candidates.
         """
@@ -230,6 +254,12 @@ class SelectionStrategy:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
+
+
+def records_each_pair_alone(strategy: SelectionStrategy) -> bool:
+    """Return True if the class that defines `record` of a strategy says that it records each pair alone."""
+    kind = next(kind for kind in type(strategy).__mro__ if "record" in vars(kind))
+    return bool(vars(kind).get("records_pairs_alone", False)) and strategy.reference != "before"
 
 
 def keep_largest(priority: torch.Tensor, k: int) -> Selection:

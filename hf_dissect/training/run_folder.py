@@ -30,7 +30,15 @@ WRITTEN_FILES = (
     *("README.md", "config.json", "generation_config.json", "adapter_config.json", "training_args.bin"),
     *("model*.safetensors", "model.safetensors.index.json", "adapter_model.*", "pytorch_model*"),
     *("*processor_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+    *(
+        "ledger-*-of-*.safetensors",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "chat_template.jinja",
+    ),
     "trainer_state.json",
 )
 """Patterns of the further files that a run writes next to those by which it is recognised."""

@@ -75,7 +75,8 @@ def test_the_evidence_is_the_posterior_in_each_way_that_computes_it(count, tempe
     logits = outputs["text_embeds"] @ outputs["image_embeds"].T / temperature
     torch.testing.assert_close(usual["agreement"], (logits.softmax(1) + logits.softmax(0)).diagonal() / 2)
 
-    objective.record(batch["sample_id"], evidence, ledger)
+    objective.robust.record(batch["sample_id"], evidence, ledger)
+    objective.robust.observe(objective.robust.summarize(evidence))
     torch.testing.assert_close(ledger.read("agreement", batch["sample_id"]), expected.float())
     assert robust.channels[0].pi == pi
     objective.begin_step()
@@ -157,7 +158,8 @@ def test_each_of_two_networks_has_a_channel_of_its_own():
         assert robust.opinion is None
         evidence = objective.compute_evidence(outputs, IDS, ledger)
         torch.testing.assert_close([evidence["agreement"], evidence["agreement_2"]], expected)
-    objective.record(IDS, evidence, ledger)
+    objective.robust.record(IDS, evidence, ledger)
+    objective.robust.observe(objective.robust.summarize(evidence))
     objective.begin_step()
     shares = [0.98 * pi + 0.02 * own.mean().item() for pi, own in zip((0.3, 0.8), expected, strict=True)]
     assert [channel.pi for channel in robust.channels] == pytest.approx(shares)
@@ -362,7 +364,8 @@ def train_on_rank(steps: int = 3):
         objective.compute_loss(model, batch, outputs, scale, bias, ledger).backward()
         evidence = objective.compute_evidence(outputs, batch["sample_id"], ledger)
         columns = ranks.gather_columns({"sample_id": batch["sample_id"], **evidence}, [size] * world)
-        objective.record(columns["sample_id"], columns, ledger)
+        objective.robust.record(columns["sample_id"], columns, ledger)
+        objective.robust.observe(ranks.add_up(objective.robust.summarize(evidence)))
         optimizer.step()
     objective.begin_step()
     shares = ranks.gather(torch.tensor([robust.channels[0].pi], dtype=torch.float64))

@@ -87,7 +87,8 @@ def test_the_loss_weights_each_pair_by_its_posterior_squared(kind, smoothing, ta
     columns = objective.compute_evidence(outputs, IDS, ledger)
     torch.testing.assert_close(columns["posterior"], posterior.float())
     torch.testing.assert_close(columns["evidence"], evidence.float(), rtol=1e-4, atol=1e-4)
-    objective.record(IDS, columns, ledger)
+    objective.robust.record(IDS, columns, ledger)
+    objective.robust.observe(objective.robust.summarize(columns))
     torch.testing.assert_close(ledger.read("evidence", IDS), evidence.float(), rtol=1e-4, atol=1e-4)
     assert robust.channel.pi == 0.7
     objective.begin_step()
@@ -246,7 +247,8 @@ def train_on_rank(steps: int = 3):
             objective.compute_loss(model, batch, outputs, scale, bias, ledger).backward()
             evidence = objective.compute_evidence(outputs, batch["sample_id"], ledger)
             columns = ranks.gather_columns({"sample_id": batch["sample_id"], **evidence}, [size] * world)
-            objective.record(columns["sample_id"], columns, ledger)
+            objective.robust.record(columns["sample_id"], columns, ledger)
+            objective.robust.observe(ranks.add_up(objective.robust.summarize(evidence)))
             optimizer.step()
         objective.begin_step()
         found[family] = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}

@@ -372,7 +372,8 @@ def train_on_rank(steps: int = 6):
             objective.compute_loss(model, batch, outputs, scale, bias, ledger).backward()
             evidence = objective.compute_evidence(outputs, batch["sample_id"], ledger)
             columns = ranks.gather_columns({"sample_id": batch["sample_id"], **evidence}, [size] * world)
-            objective.record(columns["sample_id"], columns, ledger)
+            objective.robust.record(columns["sample_id"], columns, ledger)
+            objective.robust.observe(ranks.add_up(objective.robust.summarize(evidence)))
             optimizer.step()
         assert repair.pop_logs()["selection_repaired_share"] > 0
         found[side] = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}

@@ -38,7 +38,7 @@ def test_the_share_moves_by_the_newest_evidence_of_whole_blocks():
     assert planned[[0, 1, 2, 4]].tolist() == pytest.approx([p**2 for p in matched], rel=1e-4)
     assert planned[[3, 5]].isnan().all()
     rule.record(torch.arange(2), torch.zeros(2), ledger, {"evidence": evidence[:2]})  # two that were loaded
-    rule.record_block(torch.arange(6), ledger)
+    rule.observe(rule.summarize_block(torch.arange(6), ledger))
     rule.begin_step()
     assert rule.channel.pi == pytest.approx(0.98 * 0.6 + 0.02 * sum(matched) / 4, rel=1e-6)
 

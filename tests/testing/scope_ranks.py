@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from hf_dissect.distributed import Ranks
 from hf_dissect.selection import STRATEGIES, CandidateScores, SampleLedger, make_strategy
-from hf_dissect.selection.scope import GatheredScores, gather_selection, rebalance, select_from_all, select_from_own
+from hf_dissect.selection.scope import GatheredScores, describe_selection, rebalance, select_from_all, select_from_own
 from hf_dissect.selection.uniform import Random
 
 SIZES = [5, 0, 7]  # one rank could read none of its rows
@@ -75,13 +75,14 @@ def check_choices() -> None:
         parts = [union.subset(part) for part in torch.arange(total).split(sizes)]
         brought = parts[ranks.own]
         kept = select_from_all(MeasuresLoss(), brought, ledger, sizes, lambda size: 3, ranks)
-        columns, measured = gather_selection(brought, kept, None, sizes, ranks)
-        assert "measured.loss" not in columns and columns["correlation"].equal(union.correlation)
-        torch.testing.assert_close(measured, {"loss": union.loss})
+        columns = ranks.gather_columns(describe_selection(brought, kept, None), sizes)
+        assert "loss" not in columns and columns["correlation"].equal(union.correlation)
+        torch.testing.assert_close(ranks.gather_columns(kept.measured, sizes), {"loss": union.loss})
         # Where a rank has no candidates, none measures: all are to exchange the same columns.
         kept = select_from_own(MeasuresLoss(), brought, ledger, sizes, lambda size: 2)
         wanted = {"loss": torch.cat([part.loss for part in parts])} if min(sizes) else {}
-        torch.testing.assert_close(gather_selection(brought, kept, None, sizes, ranks)[1], wanted)
+        measured = ranks.gather_columns(kept.measured, sizes) if kept.measured else {}
+        torch.testing.assert_close(measured, wanted)
         unscored = CandidateScores(brought.sample_id)
         kept = select_from_own(MeasuresLoss(), unscored, ledger, sizes, lambda size: 2)
-        assert gather_selection(unscored, kept, None, sizes, ranks)[1] == {}
+        assert kept.measured == {} and "correlation" not in describe_selection(unscored, kept, None)
