@@ -37,6 +37,7 @@ _PLACES = (
     ("model", "tokenizer"),
     ("data", "path"),
     *(("data", name) for name in _NEXT_TO_THE_DATA),
+    ("data", "sampling_file"),
     ("selection", "ledger"),
     ("selection", "reference"),
     ("evaluation.zero_shot", "path"),

@@ -36,6 +36,7 @@ class Forgetting(SelectionStrategy):
     """
 
     name = "forgetting"
+    usage = "choice"
     columns = ("learnt", "forgotten")
 
     def __init__(self, never_learnt: str = ForgettingOptions.never_learnt) -> None:

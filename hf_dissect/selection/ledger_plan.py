@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from hf_dissect.selection.block_choice import BlockRule
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.strategy import SelectionStrategy
+from hf_dissect.selection.usage import plan_pairs
 
 PLAN_COLUMN, PLAN_BEFORE = "planned", "planned_before"
 
@@ -85,7 +86,7 @@ class LedgerPlan:
             return  # an epoch shorter than what workers read ahead, to whom the last plan does not hold yet
         if PLAN_BEFORE in ledger.columns:
             ledger.replace(PLAN_BEFORE, ledger.column(PLAN_COLUMN))
-        ledger.replace(PLAN_COLUMN, self.strategy.plan(ledger))
+        ledger.replace(PLAN_COLUMN, plan_pairs(self.strategy, ledger))
         self._begun = (last, position)
 
     def reset(self) -> None:

@@ -23,6 +23,7 @@ from hf_dissect.selection.scope import Kept
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
+from hf_dissect.selection.usage import record_usage
 
 Rescore = Callable[[Batch, int], CandidateScores]
 """Function that scores rows: batch `(n, ...)` and the number of rows in a forward pass."""
@@ -234,6 +235,7 @@ class LoadedBlocks:
         shown = {name: everywhere[name] for name in columns}
         shown["correlation"] = self.ledger.read("correlation", everywhere["sample_id"])
         shown["scored"] = is_new & ~everywhere["kept"]
+        record_usage(self.strategy, self.ledger, shown)
         self.trace.observe(block.epoch, block.step, shown)
 
     def _write_evidence(self, sample_id: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:

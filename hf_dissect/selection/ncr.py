@@ -33,6 +33,7 @@ class Ncr(SelectionStrategy):
     """
 
     name = "ncr"
+    usage = "choice"
     columns = ("loss", "p_clean")
 
     def __init__(self, warmup_epochs: int = 1, seed: int = NcrOptions.seed) -> None:

@@ -42,6 +42,7 @@ class Scan(SelectionStrategy):
     """
 
     name = "scan"
+    usage = "choice"
     columns = ("prunable",)
     warmup: ClassVar[str] = "train on all candidates"
 

@@ -27,6 +27,7 @@ from hf_dissect.selection.scoring import CandidateScores, choose_autocast, compu
 from hf_dissect.selection.strategies import make_strategy
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
+from hf_dissect.selection.usage import record_usage
 
 __all__ = ["Batch", "LoopHooks", "OnlineSelector"]
 
@@ -332,6 +333,7 @@ class OnlineSelector:
         kept = self._blocks.add_evidence(kept, candidates, sizes)
         columns, measured = gather_selection(candidates, kept, is_clean, sizes, self.ranks)
         self._blocks.note_whole(columns, measured)
+        record_usage(self.strategy, self.ledger, columns)
         self.trace.observe(self.epoch, step, columns)
         if "correlation" in columns:
             self._record(columns["sample_id"], columns["correlation"], measured)
