@@ -22,6 +22,7 @@ from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.planned_loading import check_loading, collate_blocks, load_by_plan
 from hf_dissect.training.balanced_pairs import balance_pairs, choose_sampler, write_weights
 from hf_dissect.training.reference_pass import plan_loading
+from hf_dissect.training.sampler_epochs import follow_epochs
 from hf_dissect.training.task_experts import check_tasks
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
@@ -232,7 +233,7 @@ def make_pair_loader(
     """
     loading = plan_loading(selector, pairs, batch_size, choose_sampler(pairs, args, sampler_of))
     planned = load_by_plan(selector.plan, pairs, selector.ledger)
-    loader = make_loader(planned, "Training", *loading, is_training=True)
+    loader = follow_epochs(make_loader(planned, "Training", *loading, is_training=True))
     return loader if planned is pairs else collate_blocks(loader)
 
 

@@ -52,9 +52,6 @@ def find_balance_faults(settings: Mapping[str, Any], strategy: str, sampling: st
     column, file = settings["balance_column"], settings["sampling_file"]
     given = "balance_column" if column is not None else "sampling_file"
     if column is None and file is None:
-        for name in ("balance_strength", "balance_max_visits"):
-            if settings[name] != getattr(DataSection, name):
-                yield name, f"{settings[name]} would have no effect without balance_column or sampling_file; set one"
         return
     if file is not None and settings["balance_strength"] != DataSection.balance_strength:
         yield (
