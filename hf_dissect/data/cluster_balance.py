@@ -186,4 +186,3 @@ def name_cluster(column: str, value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or value != int(value):
         raise ValueError(f"balance_column={column!r} holds {value!r}; {_WAY_OUT}")
     return str(int(value))
-

@@ -12,9 +12,7 @@ from hf_dissect.settings import show
 _SAMPLING = "train_sampling_strategy"
 
 
-def balance_conflicts(
-    data: DataSection, selection: SelectionSection, training: Mapping[str, Any]
-) -> Iterator[Fault]:
+def balance_conflicts(data: DataSection, selection: SelectionSection, training: Mapping[str, Any]) -> Iterator[Fault]:
     """Yield the faults of a balance of clusters, and of a penalty of usage."""
     settings = {name: getattr(data, name) for name in list_balance_settings()}
     for name, problem in find_balance_faults(settings, selection.strategy, training_value(training, _SAMPLING)):

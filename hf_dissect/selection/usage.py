@@ -27,7 +27,11 @@ def set_usage_penalty(strategy: SelectionStrategy, penalty: float) -> None:
         return
     if not strategy.usage:
         problem = find_usage_problem(strategy.name, ratio=0.5, rescore_every=1)
-        own = "" if strategy.name in OPTIONS else "; a strategy of your own says by its attribute `usage` how it takes it"
+        own = (
+            ""
+            if strategy.name in OPTIONS
+            else "; a strategy of your own says by its attribute `usage` how it takes it"
+        )
         raise ValueError(f"usage_penalty={penalty} {problem}{own}.")
     strategy.usage_penalty = float(penalty)
     columns = tuple(dict.fromkeys((*strategy.columns, VISITS_COLUMN)))
@@ -76,7 +80,9 @@ def plan_pairs(strategy: SelectionStrategy, ledger: SampleLedger) -> torch.Tenso
     return planned - handicap * measure_spread(planned)
 
 
-def record_usage(strategy: SelectionStrategy, ledger: SampleLedger, columns: MutableMapping[str, torch.Tensor]) -> None:
+def record_usage(
+    strategy: SelectionStrategy, ledger: SampleLedger, columns: MutableMapping[str, torch.Tensor]
+) -> None:
     """Count the visits of the pairs that train, on every rank.
 
     Args:

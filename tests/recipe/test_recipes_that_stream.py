@@ -25,7 +25,13 @@ def test_the_values_of_the_papers():
     assert (acid.selection.strategy, acid.selection.options) == ("jest", {"chunks": 16})
     assert "so400m" in acid.selection.reference and "base" in acid.model.name_or_path
     assert noisy.training["max_steps"] == 118_851 // 256 * 5
-    wanted = {"learning_rate": 5e-7, "adam_beta2": 0.98, "adam_epsilon": 1e-6, "weight_decay": 0.2, "warmup_steps": 500}
+    wanted = {
+        "learning_rate": 5e-7,
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-6,
+        "weight_decay": 0.2,
+        "warmup_steps": 500,
+    }
     assert wanted.items() <= noisy.training.items()
     assert noisy.objective.noisy_channel is not None and noisy.training["average_weights"] == 0.75
 
@@ -54,6 +60,8 @@ def test_a_few_steps_on_tiny_models(name, tmp_path):
     before = torch.cat([weight.flatten() for weight in make(0)[0].parameters()])
     metrics = run_recipe(recipe)
     assert metrics["steps"] == 3 and metrics["selection"]["kept_share"] == (0.5 if name == "siglip2-acid" else 1.0)
-    after = torch.cat([weight.detach().flatten() for weight in type(make(0)[0]).from_pretrained(tmp_path / "run").parameters()])
+    after = torch.cat(
+        [weight.detach().flatten() for weight in type(make(0)[0]).from_pretrained(tmp_path / "run").parameters()]
+    )
     assert not torch.equal(before, after) and (before - after).abs().max() < 1e-3  # at the recipe's learning rate
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["strategy"] == recipe.selection.strategy

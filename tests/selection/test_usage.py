@@ -97,9 +97,7 @@ def test_a_random_choice_becomes_a_draw_by_visits():
 
 def scores_of(n=8, seed=0, reference=False):
     generator = torch.Generator().manual_seed(seed)
-    images, texts = (
-        torch.nn.functional.normalize(torch.randn(n, 6, generator=generator), dim=-1) for _ in range(2)
-    )
+    images, texts = (torch.nn.functional.normalize(torch.randn(n, 6, generator=generator), dim=-1) for _ in range(2))
     scores = CandidateScores(torch.arange(n), images, texts, torch.tensor(5.0), torch.tensor(0.0), "softmax")
     if reference:
         scores.reference = scores_of(n, seed + 1)
@@ -153,7 +151,9 @@ def test_every_strategy_takes_it_or_is_refused_by_name():
             assert make_strategy(name, usage_penalty=0.5).columns[-1] == "visits"
             assert "visits" not in make_strategy(name).columns
             continue
-        with pytest.raises(ValueError, match=f"usage_penalty=0.5 does not go with the strategy {name}, which .*; set it to 0"):
+        with pytest.raises(
+            ValueError, match=f"usage_penalty=0.5 does not go with the strategy {name}, which .*; set it to 0"
+        ):
             make_strategy(name, usage_penalty=0.5)
         with pytest.raises(ValueError, match=f"does not go with the strategy {name}, which .*; set it to 0, or take"):
             DissectTrainingArguments("x", selection_strategy=name, selection_usage_penalty=0.5, use_cpu=True)

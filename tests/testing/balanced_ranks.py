@@ -103,4 +103,3 @@ def check_all(folder: Path) -> None:
         everyone = whole.ranks.gather_objects(whole.seen)
         if whole.is_world_process_zero():
             torch.save(everyone, folder / f"{name}.pt")
-

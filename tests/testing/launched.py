@@ -19,7 +19,13 @@ from testing.drawing import leave_out_drawing
 multiprocessing.set_forkserver_preload(
     [
         *("testing.two_ranks", "testing.distilling_ranks", "testing.cached_steps", "testing.faulty_run"),
-        *("testing.averaging_ranks", "testing.balanced_ranks", "testing.planned_ranks", "testing.reference_ranks", "testing.expert_ranks"),
+        *(
+            "testing.averaging_ranks",
+            "testing.balanced_ranks",
+            "testing.planned_ranks",
+            "testing.reference_ranks",
+            "testing.expert_ranks",
+        ),
     ]
 )
 

@@ -140,7 +140,10 @@ def test_columns_and_files_that_do_not_fit_are_refused(tmp_path, caplog):
         ({"stream": True}, "a stream does not know the sizes of its clusters beforehand; pass sampling_file"),
         ({"sampling_file": str(tmp_path / "other.parquet")}, "knows none of the 60 training pairs"),
         ({"sampling_file": str(tmp_path / "other.parquet"), "balance_column": None}, "has clusters and no ids; name"),
-        ({"sampling_file": str(tmp_path / "run"), "balance_column": None, "id_column": "key"}, "is of 60 pairs by row"),
+        (
+            {"sampling_file": str(tmp_path / "run"), "balance_column": None, "id_column": "key"},
+            "is of 60 pairs by row",
+        ),
         ({"sampling_file": str(tmp_path / "run"), "balance_column": None, "stream": True}, "knows its pairs by keys"),
         ({"sampling_file": str(tmp_path / "missing")}, "found neither sampling.parquet"),
     ]
@@ -160,10 +163,22 @@ def test_columns_and_files_that_do_not_fit_are_refused(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("data", "other", "message"),
     [
-        ({"balance_column": "c", "sampling_file": "f", "balance_strength": 1.0}, {}, "the weights come from sampling_f"),
+        (
+            {"balance_column": "c", "sampling_file": "f", "balance_strength": 1.0},
+            {},
+            "the weights come from sampling_f",
+        ),
         ({"balance_column": "c", "streaming": True}, {"training": {"max_steps": 5}}, "'c' needs data.sampling_file"),
-        ({"balance_column": "c"}, {"selection": {"strategy": "coreset", "reference": "x"}}, "the strategy coreset, wh"),
-        ({"balance_column": "c"}, {"training": {"train_sampling_strategy": "sequential"}}, "train_sampling_strategy 's"),
+        (
+            {"balance_column": "c"},
+            {"selection": {"strategy": "coreset", "reference": "x"}},
+            "the strategy coreset, wh",
+        ),
+        (
+            {"balance_column": "c"},
+            {"training": {"train_sampling_strategy": "sequential"}},
+            "train_sampling_strategy 's",
+        ),
         ({"balance_column": "c", "balance_strength": 2}, {}, "data.balance_strength: 2 is not allowed"),
     ],
 )

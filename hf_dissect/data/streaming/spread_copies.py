@@ -21,9 +21,7 @@ class SpreadCopies:
         waiting: Pairs that wait for the first batch.
     """
 
-    def __init__(
-        self, pairs: Iterator[Pair], batch_size: int, max_waiting: int, waiting: Sequence[Pair] = ()
-    ) -> None:
+    def __init__(self, pairs: Iterator[Pair], batch_size: int, max_waiting: int, waiting: Sequence[Pair] = ()) -> None:
         self._pairs = pairs
         self._batch_size = batch_size
         self._most = max_waiting * batch_size
@@ -55,9 +53,7 @@ class SpreadCopies:
         return [pair[PLACE_KEY]._asdict() for pair in self._waiting]
 
 
-def read_again(
-    read: Callable[[Place], Iterator[tuple[Place, Pair]]], places: Sequence[dict[str, Any]]
-) -> list[Pair]:
+def read_again(read: Callable[[Place], Iterator[tuple[Place, Pair]]], places: Sequence[dict[str, Any]]) -> list[Pair]:
     """Read the pairs at some places of a part again, in one go from the first of them.
 
     Args:

@@ -92,7 +92,9 @@ def test_a_stopped_stream_goes_on_exactly(settings):
         resumed = loader_of(stream_of(weights, shards=2), **settings)
         resumed.load_state_dict(json.loads(states[stop]))
         rest, new_states, _ = tiny_streams.first_batches(resumed, 30 - stop)
-        assert [tiny_streams.captions_of(one) for one in rest] == [tiny_streams.captions_of(one) for one in whole[stop:]]
+        assert [tiny_streams.captions_of(one) for one in rest] == [
+            tiny_streams.captions_of(one) for one in whole[stop:]
+        ]
         assert [json.loads(one)["workers"] for one in new_states] == [json.loads(one)["workers"] for one in states[stop:]] or (
             "looked_up" in new_states[-1])  # what was read ahead is looked up again  # fmt: skip
 
@@ -117,7 +119,9 @@ def test_unknown_pairs_count_once_are_reported_and_all_of_them_are_refused(caplo
     list(itertools.islice(loader, 20))
     (record,) = [record for record in caplog.records if "lacks" in record.message]
     assert "lacks" in record.message and "each of them is visited once a pass" in record.message
-    with pytest.raises(ValueError, match="'w' knows none of 60 pairs by their clusters .data.balance_column 'cluster'"):
+    with pytest.raises(
+        ValueError, match="'w' knows none of 60 pairs by their clusters .data.balance_column 'cluster'"
+    ):
         list(itertools.islice(loader_of(stream_of({"other": 1.0})), 20))
     by_id = SamplingWeights("w", None, np.array([1]), np.array([2.0]))
     stream = stream_of(None)
