@@ -1,4 +1,4 @@
-"""Visits of pairs in an epoch, by the cluster that a column names: large clusters less often, small ones more often."""
+"""Visits of pairs in an epoch by the cluster that a column names: large clusters less often, small ones more often."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

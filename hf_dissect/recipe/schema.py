@@ -139,7 +139,7 @@ class DataSection:
     balance_column: str | None = setting(
         None,
         "Column of clusters, text or whole numbers: in each epoch, pairs of large clusters are visited less often and "
-        "those of small ones more often, and the number of pairs stays; a stream also needs sampling_file; null: none.",
+        "those of small ones more often, the number of pairs stays; a stream needs sampling_file, too; null: none.",
         argument="balance_column",
     )
     balance_strength: float = setting(

@@ -193,15 +193,15 @@ def find_usage_problem(strategy: str, ratio: float, rescore_every: int) -> str |
             "divbs": "chooses a subset whose directions stand for the batch, and ranks no pair by itself",
         }
         return (
-            f"does not go with the strategy {strategy}, which {reason.get(strategy, 'does not say how it takes one')}; "
-            f"set it to 0, or take one of {', '.join(USAGE)}"
+            f"does not go with the strategy {strategy}, which "
+            f"{reason.get(strategy, 'does not say how it takes one')}; set it to 0, or take one of {', '.join(USAGE)}"
         )
     if ratio == 1:
         return "would change nothing: a ratio of 1 keeps all pairs; set it to 0, or lower the ratio"
     if USAGE[strategy] == "draw" and rescore_every > 1:
         return (
-            f"does not go with rescore_every {rescore_every} and the strategy {strategy}, whose plan gives the weights "
-            "of the losses, too; set one of them to 0 or 1"
+            f"does not go with rescore_every {rescore_every} and the strategy {strategy}, whose plan gives the "
+            "weights of the losses, too; set one of them to 0 or 1"
         )
     return None
 

@@ -31,8 +31,8 @@ class SelectionTrace:
             step: Optimiser step of the selection, from 0.
             candidates: Columns of the candidates of all ranks, `(n,)` each: `sample_id`, `kept`, `priority` (NaN for a
                 strategy without a ranking) and, if they are known, `correlation` (NaN for a pair that was never
-                scored) and `is_clean`; with a plan, `loaded` and `scored`; with a penalty of usage, `visits`. A record needs
-                the correlation.
+                scored) and `is_clean`; with a plan, `loaded` and `scored`; with a penalty of usage, `visits`. A record
+                needs the correlation.
         """
         sample_id, kept, correlation = candidates["sample_id"], candidates["kept"], candidates.get("correlation")
         names = ("priority", "is_clean", "loaded", "scored", "visits")

@@ -78,13 +78,13 @@ def _choose_seed(args: Any) -> int:
 def _check_column(pairs: Any, column: str | None, argument: str, value: str) -> None:
     if not isinstance(pairs, PairDataset | PairStream):
         raise ValueError(
-            f"{argument}={value!r} would not be read: {type(pairs).__name__} makes its pairs itself. Pass a table or a "
-            f"datasets.IterableDataset, or leave {argument} out and balance the pairs there."
+            f"{argument}={value!r} would not be read: {type(pairs).__name__} makes its pairs itself. Pass a table or "
+            f"a datasets.IterableDataset, or leave {argument} out and balance the pairs there."
         )
     if pairs.columns.balance != column:
         raise ValueError(
-            f"balance_column={column!r}: train_dataset was wrapped without it; pass balance={column!r} to as_pairs, or "
-            "the table itself to the trainer."
+            f"balance_column={column!r}: train_dataset was wrapped without it; pass balance={column!r} to as_pairs, "
+            "or the table itself to the trainer."
         )
 
 
@@ -104,8 +104,8 @@ def _check_keys(pairs: Any, weights: SamplingWeights, column: str | None) -> Non
         )
     if isinstance(pairs, PairStream) and (weights.num_samples is not None or pairs.columns.sample_id is None):
         raise ValueError(
-            f"data.sampling_file {weights.name!r}: a stream knows its pairs by keys alone; set data.id_column here and "
-            "in the run that writes the file, or name the clusters with data.balance_column."
+            f"data.sampling_file {weights.name!r}: a stream knows its pairs by keys alone; set data.id_column here "
+            "and in the run that writes the file, or name the clusters with data.balance_column."
         )
     if isinstance(pairs, PairDataset) and pairs.num_samples != weights.num_samples and weights.num_samples is not None:
         raise ValueError(

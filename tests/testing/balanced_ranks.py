@@ -1,4 +1,4 @@
-"""Called by test_balanced_training.py in two processes: they visit what one process visits, and agree after a resume."""
+"""Called by test_balanced_training.py in two processes: they visit what one visits, and agree after a resume."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import torch
 from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
-from hf_dissect.data.sampling_file import write_cluster_weights
 from testing import tiny_models
 from testing.two_ranks import check_equal
 

@@ -59,9 +59,14 @@ def test_epochs_have_their_length_and_pairs_their_visits(settings, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"selection_strategy": "small_loss", "selection_rescore_every": 3}, {"stream": True}, {"stream": True, "dataloader_num_workers": 2}],
+    [
+        {},
+        {"selection_strategy": "small_loss", "selection_rescore_every": 3},
+        {"stream": True},
+        {"stream": True, "dataloader_num_workers": 2},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_resumed_run_is_bit_for_bit_the_same(settings, tmp_path):
     if settings.get("stream"):
         write_cluster_weights(tmp_path / "weights.parquet", SIZES)

@@ -1,4 +1,4 @@
-"""Balanced streams: the visits of a pair follow from its id, no batch holds a pair twice, and a resume goes on exactly."""
+"""Balanced streams: visits of a pair follow from its id, no batch holds a pair twice, and a resume goes on exactly."""
 
 import itertools
 import json
@@ -95,8 +95,12 @@ def test_a_stopped_stream_goes_on_exactly(settings):
         assert [tiny_streams.captions_of(one) for one in rest] == [
             tiny_streams.captions_of(one) for one in whole[stop:]
         ]
-        assert [json.loads(one)["workers"] for one in new_states] == [json.loads(one)["workers"] for one in states[stop:]] or (
-            "looked_up" in new_states[-1])  # what was read ahead is looked up again  # fmt: skip
+        assert list(map(places_of, new_states)) == list(map(places_of, states[stop:]))
+
+
+def places_of(state):
+    """Places of the workers; the numbers of pairs that were looked up count those that were read ahead again."""
+    return [{**worker, "looked_up": None} for worker in json.loads(state)["workers"]]
 
 
 def test_fewer_different_pairs_than_a_batch_do_not_wait_for_ever():
