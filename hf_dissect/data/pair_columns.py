@@ -91,8 +91,8 @@ class PairColumns:
     @property
     def names(self) -> list[str]:
         """The columns in use, each once."""
-        names = (self.image, self.caption, self.sample_id, self.task, self.clean, self.text_features, self.weight)
-        names += (self.balance,)
+        of_pair = (self.image, self.caption, self.sample_id, self.task, self.clean, self.text_features)
+        names = (*of_pair, self.weight, self.balance)
         return list(dict.fromkeys(name for name in names if name))
 
 

@@ -27,10 +27,10 @@ def balance_conflicts(data: DataSection, selection: SelectionSection, training: 
             "data.streaming to false",
         )
     rule = selection.strategy, selection.ratio, selection.rescore_every
-    if selection.usage_penalty and (problem := find_usage_problem(*rule)):
+    if selection.usage_penalty and (found := find_usage_problem(*rule)):
         yield (
             ("selection.usage_penalty", "selection.strategy", "selection.ratio", "selection.rescore_every"),
-            f"{selection.usage_penalty} {problem}",
+            f"{selection.usage_penalty} {found}",
         )
 
 

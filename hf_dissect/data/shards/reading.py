@@ -93,7 +93,7 @@ def read_tar_shards(
         asked = Asked(image_column, caption_column, tuple(dict.fromkeys((*named, *truths))), truths)
         make = _make_stream if streaming else _make_table
         optional = of_training if streaming else of_training[1:]  # a table without a weight is refused
-        splits[split] = make(path, shards, asked, named, skip_bad_shards, frozenset(optional) - {*usual, None})
+        splits[split] = make(path, shards, asked, named, skip_bad_shards, frozenset(filter(None, optional)) - {*usual})
     return splits
 
 
