@@ -108,7 +108,7 @@ class DissectTrainer(BaseTrainer):
         self.data_collator = training_data.try_collator(collator, train_dataset, eval_dataset)
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, len(list_networks(self.model)), self.model, self.data_collator)
-        self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
+        self.selector = self._make_selector(args.make_strategy(strategy), reference_model)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)
@@ -143,7 +143,7 @@ class DissectTrainer(BaseTrainer):
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
         pairs: Any = self.train_dataset
         if not isinstance(pairs, PairStream):
-            loading = pairs, self._train_batch_size, self._get_train_sampler
+            loading = pairs, self.args, self._train_batch_size, self._get_train_sampler
             return training_data.make_pair_loader(self._get_dataloader, self.selector, *loading)
         self.stream = training_data.make_stream_loader(pairs, self.data_collator, self.args, self.selector)
         self._stream_batches = iter(self.stream)

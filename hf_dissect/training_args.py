@@ -20,6 +20,7 @@ from hf_dissect.objectives.repair import Repair
 from hf_dissect.objectives.rince import RinceObjective
 from hf_dissect.objectives.robust import RobustObjective
 from hf_dissect.objectives.symnce import SymnceObjective
+from hf_dissect.recipe.balance_rules import find_balance_faults, list_balance_settings
 from hf_dissect.recipe.objective_schema import (
     DivisionSection,
     GscSection,
@@ -40,6 +41,8 @@ from hf_dissect.recipe.schema import (
 )
 from hf_dissect.selection import SelectionStrategy, make_strategy
 from hf_dissect.selection.ledger_plan import make_plan
+from hf_dissect.selection.options import find_usage_problem
+from hf_dissect.selection.usage import set_usage_penalty
 from hf_dissect.settings import check_values, declared, list_in_docstring, list_settings
 from hf_dissect.training.training_args import BaseTrainingArguments
 
@@ -67,6 +70,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     selection_rescore_every: int = declared(SelectionSection, "rescore_every")
     shard_ledger: bool = declared(SelectionSection, "shard_ledger")
     scoring_dtype: str | None = declared(SelectionSection, "scoring_dtype")
+    selection_usage_penalty: float = declared(SelectionSection, "usage_penalty")
     record_selection: bool = declared(SelectionSection, "record")
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
     grad_cache_chunk_size: int | None = declared(ObjectiveSection, "grad_cache_chunk_size")
@@ -83,6 +87,10 @@ class DissectTrainingArguments(BaseTrainingArguments):
     task_column: str | None = declared(DataSection, "task_column")
     clean_column: str | None = declared(DataSection, "clean_column")
     weight_column: str | None = declared(DataSection, "weight_column")
+    balance_column: str | None = declared(DataSection, "balance_column")
+    balance_strength: float = declared(DataSection, "balance_strength")
+    balance_max_visits: int = declared(DataSection, "balance_max_visits")
+    sampling_file: str | None = declared(DataSection, "sampling_file")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
     check_reload: bool = declared(ModelSection, "check_reload")
@@ -97,7 +105,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
         for name in (*_ROBUST, "repair"):
             if getattr(self, name) is not None:
                 setattr(self, name, _read_section(name, getattr(self, name)))
-        for name in ("initial_ledger", "selection_reference"):
+        for name in ("initial_ledger", "selection_reference", "sampling_file"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
         super().__post_init__()
@@ -110,6 +118,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
                 "momentum variant."
             )
         self._check_plan(strategy)
+        self._check_balance()
         self._check_robust_objective()
 
     def _check_plan(self, strategy: SelectionStrategy) -> None:
@@ -126,6 +135,14 @@ class DissectTrainingArguments(BaseTrainingArguments):
             raise ValueError(
                 f"{name} does not go with dispatch_batches, by which one process loads for all; leave it out."
             )
+
+    def _check_balance(self) -> None:
+        settings = {name: getattr(self, name) for name in list_balance_settings()}
+        for name, problem in find_balance_faults(settings, self.selection_strategy, self.train_sampling_strategy):
+            raise ValueError(f"{name}={problem}.")
+        rule = self.selection_strategy, self.selection_ratio, self.selection_rescore_every
+        if self.selection_usage_penalty and (found := find_usage_problem(*rule)):
+            raise ValueError(f"selection_usage_penalty={self.selection_usage_penalty} {found}.")
 
     def _check_robust_objective(self) -> None:
         given = {name: getattr(self, name) for name in list_robust_objectives() if getattr(self, name) is not None}
@@ -167,8 +184,11 @@ class DissectTrainingArguments(BaseTrainingArguments):
         """Return `k = round(selection_ratio * B)` for `B` candidates."""
         return round(self.selection_ratio * num_candidates)
 
-    def make_strategy(self) -> SelectionStrategy:
-        """Build the strategy that the arguments describe."""
+    def make_strategy(self, own: SelectionStrategy | None = None) -> SelectionStrategy:
+        """Build the strategy that the arguments describe, or return `own` with the penalty of usage."""
+        if own is not None:
+            set_usage_penalty(own, self.selection_usage_penalty)
+            return own
         options = self._read_selection_options()
         if self.selection_strategy in ("dissect", "ncr", "scan"):
             options.setdefault("warmup_epochs", self.selection_warmup_epochs)
@@ -176,7 +196,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
             options.setdefault("history_given", self.initial_ledger is not None)
         if self.selection_strategy == "noisy_channel" and self.repair is not None:
             options["repairs"] = True
-        return make_strategy(self.selection_strategy, **options)
+        return make_strategy(self.selection_strategy, self.selection_usage_penalty, **options)
 
     def selector_settings(self) -> dict[str, Any]:
         """Return the settings of an `OnlineSelector`, as its keyword arguments."""
@@ -236,8 +256,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
         }
 
     def training_columns(self) -> dict[str, str | None]:
-        """Return the names of the columns of the training data, which alone have weights; see `column_names`."""
-        return {**self.column_names(), "weight": self.weight_column}
+        """Return the names of the columns of the training data, which alone have weights and clusters."""
+        return {**self.column_names(), "weight": self.weight_column, "balance": self.balance_column}
 
 
 _ROBUST: dict[str, tuple[type, Callable[..., RobustObjective]]] = {

@@ -20,7 +20,9 @@ from hf_dissect.selection import OnlineSelector, SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.planned_loading import check_loading, collate_blocks, load_by_plan
 from hf_dissect.selection.saved_ledger import LEDGER_FILE, has_ledger
+from hf_dissect.training.balanced_pairs import balance_pairs, choose_sampler, write_weights
 from hf_dissect.training.reference_pass import plan_loading
+from hf_dissect.training.sampler_epochs import follow_epochs
 from hf_dissect.training.task_experts import check_tasks
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
@@ -148,6 +150,7 @@ def wrap_training_pairs(dataset: Any, args: DissectTrainingArguments) -> Any:
     pairs = wrap_pairs("train_dataset", dataset, args, columns=args.training_columns())
     if pairs is not None:
         check_weighted(pairs, args.weight_column)
+        balance_pairs(pairs, args)
     count, batch = count_pairs(pairs), args.train_batch_size * args.world_size
     if count is not None and count < batch:
         raise ValueError(
@@ -216,7 +219,7 @@ def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
 
 
 def make_pair_loader(
-    make_loader: Callable[..., Any], selector: OnlineSelector, pairs: Any, batch_size: int, sampler_of: Any
+    make_loader: Callable[..., Any], selector: OnlineSelector, pairs: Any, args: Any, batch_size: int, sampler_of: Any
 ) -> Any:
     """Build the loader of candidate batches of stored pairs, of which a plan or a coreset may leave pairs out.
 
@@ -224,12 +227,13 @@ def make_pair_loader(
         make_loader: Function of the Trainer that builds a loader.
         selector: Selector of the run.
         pairs: Training pairs.
+        args: Arguments of the run.
         batch_size: Number of candidates of a step.
         sampler_of: Function from a data set to the sampler of the Trainer.
     """
-    loading = plan_loading(selector, pairs, batch_size, sampler_of)
+    loading = plan_loading(selector, pairs, batch_size, choose_sampler(pairs, args, sampler_of))
     planned = load_by_plan(selector.plan, pairs, selector.ledger)
-    loader = make_loader(planned, "Training", *loading, is_training=True)
+    loader = follow_epochs(make_loader(planned, "Training", *loading, is_training=True))
     return loader if planned is pairs else collate_blocks(loader)
 
 
@@ -278,6 +282,8 @@ def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluati
 def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> None:
     """Check that there are data and no search, warn if the run ends before a warm-up does, and begin the strategy.
 
+    The sampling file of a balance is written to the run folder.
+
     Args:
         pairs: Training pairs, or None.
         objective: Objective of the run.
@@ -292,6 +298,7 @@ def begin(pairs: Any, objective: Any, strategy: Any, args: Any, search: Any) -> 
         raise ValueError("train_dataset is missing: pass it to DissectTrainer.")
     refuse_search(search)
     warn_if_warm_up_outlasts(pairs, list_warm_ups(strategy, objective), args)
+    write_weights(pairs, args)
     strategy.begin_run(count_steps(count_pairs(pairs), args))
 
 

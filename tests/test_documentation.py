@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, make_scenes
 from hf_dissect.cli import main
 from hf_dissect.data import make_scene_classes
+from hf_dissect.data.sampling_file import read_sampling_file
 from hf_dissect.report.data import RunSummary
 
 SCRATCH = f"model.config={json.dumps(tiny_settings()['model']['config'])}"
@@ -365,6 +366,14 @@ def check_weights_of_a_column_train(snippet, page, data, capsys):
     assert [trainer.train_dataset[row]["weight"] for row in range(4)] == [1.0, 0.5, 1.0, 0.5]
 
 
+def check_weights_of_clusters(snippet, page, data, capsys):
+    run(snippet, page)
+    weights = read_sampling_file("sampling.parquet").clusters
+    # In proportion to size ** -0.5, but for the newts, which are visited 8 times at most.
+    assert weights["newts"] == 8 and weights["cats"] / weights["dogs"] == pytest.approx((40 / 90) ** 0.5)
+    assert 90_000 * weights["cats"] + 40_000 * weights["dogs"] + 300 * 8 == pytest.approx(130_300)
+
+
 # The check of each Python snippet, by its page and its number there.
 def check_captions_are_exchanged(snippet, page, data, capsys):
     run(snippet.replace("/data", str(data)), page)
@@ -378,7 +387,8 @@ SNIPPETS = {
     ("docs/tutorial.md", 0): check_captions_are_exchanged,
     ("docs/python.md", 0): check_training_from_scratch,
     ("docs/python.md", 1): check_weights_of_a_column_train,
-    ("docs/data.md", 0): check_augmentation_trains,
+    ("docs/data.md", 0): check_weights_of_clusters,
+    ("docs/data.md", 1): check_augmentation_trains,
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/mola.md", 1): check_experts_of_a_vision_model_train,
     ("docs/mola.md", 2): check_a_language_model_is_routed_by_its_prompt,

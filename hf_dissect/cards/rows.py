@@ -41,12 +41,13 @@ _FIGURES = {
     "kept_share": "Candidates that trained",
     "loaded_share": "Candidates that were loaded",
     "scored_share": "Candidates that were scored",
+    "visits_kept": "Earlier visits of a pair that trained, on average",
     "estimated_mismatched": "Mismatched pairs, as the run estimates",
 }
 # None of these changes the model: how often to log, save and evaluate, with how many processes, and where to.
 _HOUSEKEEPING = re.compile(
     "(logging|log|save|eval|hub|push|report|disable|dataloader_num|load_best|metric_for|per_device_eval|run|project"
-    "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|(?!weight_).*_column|skip_memory|greater_is|do_"
+    "|trackio|use_cpu|seed|data_seed|record|scoring_batch|torch_compile|(?!weight_|balance_).*_column|skip_memory|greater_is|do_"
     "|restore|enable_jit|ddp|fsdp|deepspeed|accelerator|include|prediction|batch_eval|max_bad|local_rank|debug).*"
 )
 _NOISE = {

@@ -42,6 +42,10 @@ def load_splits(
     task_column: str | None = None,
     clean_column: str | None = None,
     weight_column: str | None = None,
+    balance_column: str | None = None,
+    balance_strength: float = 0.5,
+    balance_max_visits: int = 8,
+    sampling_file: str | None = None,
     separator: str | None = None,
     encoding: str | None = None,
     image_root: str | None = None,
@@ -85,6 +89,10 @@ def load_splits(
         task_column: Column with the tasks; in text files, integers or text.
         clean_column: Column for the truth about injected noise, `clean` if None.
         weight_column: Column with the weights of the train split.
+        balance_column: Column with the clusters of the train split; in text files, integers or text.
+        balance_strength: Not used, like `num_workers`.
+        balance_max_visits: Not used, like `num_workers`.
+        sampling_file: Not used, like `num_workers`.
         separator: Character between the fields of `.csv` and `.tsv` files; None takes it from the header.
         encoding: Encoding of text files; None for UTF-8. A byte order mark comes before either.
         image_root: Folder to which the paths of pictures in tables are relative; None for the folder of the table.
@@ -128,6 +136,7 @@ def load_splits(
         task_column=task_column,
         clean_column=clean_column,
         weight_column=weight_column,
+        balance_column=balance_column,
     )
     check_reading_options(options, source, streaming)
     address = path or ""  # an empty one was refused for the sources that read it
@@ -159,6 +168,7 @@ def load_splits(
             task_column=task_column,
             clean_column=clean_column,
             weight_column=weight_column,
+            balance_column=balance_column,
             skip_bad_shards=skip_bad_shards,
         )
     splits = {split: _stop_decoding(rows, image_column) for split, rows in splits.items()}

@@ -33,6 +33,7 @@ class PairColumns:
     clean: str | None = None
     text_features: str | None = None
     weight: str | None = None
+    balance: str | None = None
 
     @classmethod
     def recognise(
@@ -45,6 +46,7 @@ class PairColumns:
         task: str | None = None,
         clean: str | None = None,
         weight: str | None = None,
+        balance: str | None = None,
     ) -> "PairColumns":
         """Take the given names, or else the usual ones.
 
@@ -56,6 +58,7 @@ class PairColumns:
             task: Column with the tasks; None if there is none.
             clean: Column with the truth; None recognises the usual names, or none.
             weight: Column with the weights; None if there is none.
+            balance: Column with the clusters to balance; None if there is none.
 
         Raises:
             ValueError: If a named column is missing, or there is no usual one; the message lists the columns.
@@ -67,6 +70,7 @@ class PairColumns:
             "task_column": task,
             "clean_column": clean,
             "weight_column": weight,
+            "balance_column": balance,
         }
         for argument, name in given.items():
             if name is not None and name not in available:
@@ -81,12 +85,14 @@ class PairColumns:
             clean=clean or next((name for name in CLEAN_COLUMNS if name in available), None),
             text_features=TEXT_FEATURES_COLUMN if TEXT_FEATURES_COLUMN in available else None,
             weight=weight,
+            balance=balance,
         )
 
     @property
     def names(self) -> list[str]:
         """The columns in use, each once."""
-        names = (self.image, self.caption, self.sample_id, self.task, self.clean, self.text_features, self.weight)
+        of_pair = (self.image, self.caption, self.sample_id, self.task, self.clean, self.text_features)
+        names = (*of_pair, self.weight, self.balance)
         return list(dict.fromkeys(name for name in names if name))
 
 

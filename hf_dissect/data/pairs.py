@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from hf_dissect.data.arrow_columns import is_list, list_lengths, read_chunked_column
+from hf_dissect.data.cluster_balance import Balance
 from hf_dissect.data.images import UnusableImage, decode_image
 from hf_dissect.data.pair_columns import (
     CAPTION_COLUMNS,
@@ -68,11 +69,14 @@ class PairDataset(torch.utils.data.Dataset):
         task_ids: Tasks of the rows, int64 `(rows,)`; None without tasks.
         task_names: Names of the tasks by number; None where the table itself has numbers.
         sample_ids: Ids of the pairs, int64 `(pairs,)`; None where the ids are the pair numbers.
+        balance: `Balance` by which the training visits the pairs; None for each once an epoch.
 
     Raises:
         ValueError: If there are no rows; if ids are missing, negative, too large or repeated; if tasks or truths are
             missing or of a wrong type; if lists of captions and of truths differ in length.
     """
+
+    balance: Balance | None = None
 
     def __init__(self, rows: datasets.Dataset, columns: PairColumns) -> None:
         if len(rows) == 0:

@@ -26,6 +26,7 @@ class ReadingOptions:
         task_column: Column with the tasks; None if there is none.
         clean_column: Column with the truth; None recognises the usual names.
         weight_column: Column with the weights; None if there is none.
+        balance_column: Column with the clusters to balance; None if there is none.
     """
 
     separator: str | None = None
@@ -38,6 +39,7 @@ class ReadingOptions:
     task_column: str | None = None
     clean_column: str | None = None
     weight_column: str | None = None
+    balance_column: str | None = None
 
     @property
     def text_columns(self) -> set[str]:
@@ -47,12 +49,12 @@ class ReadingOptions:
     @property
     def name_columns(self) -> set[str]:
         """Names of the columns that hold text or integers, but neither other numbers nor true and false."""
-        return {*_given(self.id_column, self.task_column), *_LABEL_COLUMNS}
+        return {*_given(self.id_column, self.task_column, self.balance_column), *_LABEL_COLUMNS}
 
     @property
     def unique_columns(self) -> set[str]:
         """Names of the columns that a table may have only once."""
-        named = _given(self.id_column, self.task_column, self.clean_column, self.weight_column)
+        named = _given(self.id_column, self.task_column, self.clean_column, self.weight_column, self.balance_column)
         return {*self.text_columns, *named, *CLEAN_COLUMNS}
 
     def picture_root(self, folder: Path) -> Path:

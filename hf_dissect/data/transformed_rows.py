@@ -33,10 +33,10 @@ def recognise_transformed(rows: datasets.Dataset, **names: str | None) -> PairCo
                 "without this column; return it, or name another."
             )
     given = {"id_column": columns.sample_id, "task_column": columns.task, "clean_column": names.get("clean")}
-    given |= {"weight_column": columns.weight}
+    given |= {"weight_column": columns.weight, "balance_column": columns.balance}
     for argument, wanted in given.items():
         if wanted is not None and wanted not in rows.column_names:
-            kinds = "weights" if argument == "weight_column" else "ids, tasks and truth"
+            kinds = {"weight_column": "weights", "balance_column": "clusters"}.get(argument, "ids, tasks and truth")
             raise ValueError(
                 f"{argument}={wanted!r}: {kinds} must be columns of the table, which has "
                 f"{', '.join(rows.column_names)}; make the column with map() instead of with_transform()."

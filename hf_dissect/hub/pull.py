@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from hf_dissect.data.sampling_file import SamplingWeights, read_sampling_file
 from hf_dissect.hub.address import HubAddress, is_hub_address
 from hf_dissect.hub.published_files import LOADED, RECIPE_FILE
 from hf_dissect.hub.reachability import HubNeed, check_reachable
@@ -130,6 +131,21 @@ def read_shared_scores(source: str) -> SavedLedger:
     """
     path = download_scores(HubAddress.parse(source)) if is_hub_address(source) else Path(source)
     return read_scores(path, name=source)
+
+
+def read_shared_weights(source: str) -> SamplingWeights:
+    """Read weights of pairs from this machine or from a data set of the Hub.
+
+    Args:
+        source: Path (see `read_sampling_file`), or `hub:USER/REPO`, whose Parquet files lie below `data`.
+
+    Raises:
+        FileNotFoundError: There is no sampling file.
+        ValueError: The file is damaged or something else.
+        HubError: The data set is missing, or cannot be reached.
+    """
+    path = download_scores(HubAddress.parse(source)) if is_hub_address(source) else Path(source)
+    return read_sampling_file(path, name=source)
 
 
 def _check_below_runs(recipe: RecipeFile, address: HubAddress) -> None:

@@ -39,6 +39,7 @@ _PLACES = (
     ("data", "path"),
     ("data", "image_root"),
     *(("data", name) for name in _NEXT_TO_THE_DATA),
+    ("data", "sampling_file"),
     ("selection", "ledger"),
     ("selection", "reference"),
     ("objective.repair", "encoder"),

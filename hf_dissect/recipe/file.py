@@ -154,7 +154,7 @@ def shipped_recipes() -> dict[str, Path]:
     """Return the file of each recipe that comes with the package, by name in alphabetical order."""
     installed = Path(__file__).parents[1] / "recipes"
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def read_description(path: str | Path) -> str:

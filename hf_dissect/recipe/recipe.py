@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_dissect.recipe.adapter import read_adapter
+from hf_dissect.recipe.balance_rules import balance_conflicts
+from hf_dissect.recipe.compare_schema import CompareSection, parse_strategy
 from hf_dissect.recipe.data_rules import (
     adapter_conflicts,
     data_conflicts,
@@ -21,13 +23,11 @@ from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
-    CompareSection,
     DataSection,
     EvaluationSection,
     ModelSection,
     SelectionSection,
     ZeroShotSection,
-    parse_strategy,
 )
 from hf_dissect.recipe.selection_rules import (
     compare_conflicts,
@@ -39,7 +39,7 @@ from hf_dissect.recipe.selection_rules import (
     selection_conflicts,
     twin_conflicts,
 )
-from hf_dissect.selection.options import WITH_REFERENCE
+from hf_dissect.selection.options import USAGE, WITH_REFERENCE
 
 __all__ = [
     "STRATEGIES",
@@ -95,6 +95,7 @@ class Recipe(RecipeFile):
         yield from adapter_conflicts(self.adapter, data)
         yield from data_conflicts(data, training)
         yield from reading_conflicts(data)
+        yield from balance_conflicts(data, selection, training)
         yield from noise_conflicts(data)
         yield from selection_conflicts(selection, training)
         yield from option_conflicts(selection)
@@ -128,6 +129,8 @@ class Recipe(RecipeFile):
         settings["selection"] |= {"strategy": name, "options": options | ({"variant": variant} if variant else {})}
         if name not in WITH_REFERENCE:
             settings["selection"].pop("reference", None)
+        if name not in USAGE:  # a baseline that keeps all pairs, or their order
+            settings["selection"].pop("usage_penalty", None)
         return self.from_dict(settings, f"recipe {self.name} with {spec}")
 
     def training_arguments(self) -> dict[str, Any]:

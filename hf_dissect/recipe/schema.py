@@ -136,6 +136,28 @@ class DataSection:
         "evaluation ignores it; null: none.",
         argument="weight_column",
     )
+    balance_column: str | None = setting(
+        None,
+        "Column of clusters, text or whole numbers: in each epoch, pairs of large clusters are visited less often and "
+        "those of small ones more often, the number of pairs stays; a stream needs sampling_file, too; null: none.",
+        argument="balance_column",
+    )
+    balance_strength: float = setting(
+        0.5,
+        "Strength s of the balance: the share of a cluster is in proportion to its size to the power of 1 - s; 0.5: "
+        "the square root; 1: the same for all clusters.",
+        within="[0, 1]",
+        argument="balance_strength",
+    )
+    balance_max_visits: int = setting(
+        8, "Visits of a pair in an epoch that no balance exceeds.", within="[1, inf)", argument="balance_max_visits"
+    )
+    sampling_file: str | None = setting(
+        None,
+        "Weights of pairs by cluster (balance_column) or id (id_column), 1 for a visit an epoch: a run folder with "
+        "sampling.parquet, Parquet, JSON, or hub:USER/REPO; null: from the sizes of the clusters.",
+        argument="sampling_file",
+    )
     separator: str | None = setting(
         None, "Character between the fields of .csv and .tsv files (tab for a tab); null: the one in the header."
     )
@@ -250,6 +272,12 @@ class SelectionSection:
         choices=("bfloat16", "float16"),
         argument="scoring_dtype",
     )
+    usage_penalty: float = setting(
+        0.0,
+        "Strength by which pairs that have trained often are less likely to be kept again; 0: off.",
+        within="[0, inf)",
+        argument="selection_usage_penalty",
+    )
     record: bool = setting(
         False,
         "Write selection.parquet, one row for each candidate and step; every candidate is then scored, also for "
@@ -322,28 +350,3 @@ class EvaluationSection:
     batch_size: int | None = setting(
         None, "Pairs a device at evaluation; null: training.per_device_eval_batch_size.", within="[1, inf)"
     )
-
-
-@dataclasses.dataclass
-class CompareSection:
-    """The runs of `hf-dissect compare`: every strategy with every seed."""
-
-    strategies: list[str] = setting(["none", "random", "dissect"], "Strategies, as `name` or `name:variant`.")
-    seeds: list[int] = setting([0], "Seeds, each a run.", within="[0, 4294967295]")
-
-
-def parse_strategy(spec: str) -> tuple[str, str | None]:
-    """Return name and variant of a strategy written `name` or `name:variant`; a bare name means its first variant.
-
-    Returns:
-        Such as `("dissect", "momentum")`; the variant is None for a strategy that has none.
-
-    Raises:
-        ValueError: The name or the variant is unknown; the message lists what is allowed.
-    """
-    name, colon, variant = spec.partition(":")
-    variants = STRATEGIES.get(name, ())
-    if name not in STRATEGIES or (colon and variant not in variants):
-        allowed = [*STRATEGIES, *(f"{key}:{value}" for key, values in STRATEGIES.items() for value in values)]
-        raise ValueError(f"{spec!r} is not a strategy; allowed: {', '.join(allowed)}")
-    return name, variant or (variants[0] if variants else None)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hf_dissect.recipe.compare_schema import CompareSection, parse_strategy
 from hf_dissect.recipe.fields import training_value
 from hf_dissect.recipe.objective_schema import (
     GscSection,
@@ -16,11 +17,9 @@ from hf_dissect.recipe.objective_schema import (
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
-    CompareSection,
     DataSection,
     ModelSection,
     SelectionSection,
-    parse_strategy,
 )
 from hf_dissect.selection.options import OPTIONS, WITH_REFERENCE, find_unused_option
 from hf_dissect.settings import find_problems, list_settings, show

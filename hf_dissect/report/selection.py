@@ -242,6 +242,7 @@ def _list_facts(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
         ("Final weights", "; ".join(dict.fromkeys(filter(None, map(describe_averaging, metrics))))),
         ("Kept of the candidates", show_range("kept_share", [values.get("kept_share") for values in selection])),
         ("Loaded of the candidates", show_range("loaded_share", [values.get("loaded_share") for values in selection])),
+        ("Earlier visits of the kept", show_range("visits_kept", [values.get("visits_kept") for values in selection])),
         ("Mismatched among kept", show_range("noise_kept", [values.get("noise_kept") for values in selection])),
         (
             "Mismatched among candidates",

@@ -27,6 +27,8 @@ _LABELS = {
     "kept_share": "Kept share",
     "loaded_share": "Loaded share",
     "scored_share": "Scored share",
+    "visits_kept": "Visits of the kept",
+    "visits_candidates": "Visits of the candidates",
     "total_s": "Wall-clock",
     "scoring_share": "Time for scoring",
     "label_auroc": "Label AUROC",

@@ -226,7 +226,7 @@ def _walk(settings: Mapping[str, Any], where: str) -> Iterator[HubNeed]:
                 yield from _walk(value, f"{where}{name}.")
         elif name in _MODEL_KEYS and isinstance(value, str) and is_on_hub(value):
             yield HubNeed(f"{where}{name}", value)
-        elif name == "ledger" and is_hub_address(value):
+        elif name in ("ledger", "sampling_file") and is_hub_address(value):
             yield HubNeed(f"{where}{name}", value.removeprefix("hub:").partition("@")[0], "dataset")
         elif name == "path" and isinstance(value, str) and value.startswith("hf://"):
             yield HubNeed(f"{where}{name}", value, "dataset", "copy the files here first")

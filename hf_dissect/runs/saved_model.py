@@ -147,8 +147,9 @@ def adapt_section(section: _Section, *, max_rows: int | None = None, **columns: 
 
 
 def load_split(section: DataSection, split: str, *, whole: bool = True) -> Any:
-    """Load one split of the data that a section describes, without the weights of pairs; see `pick_split`."""
-    return pick_split(load_splits(**dataclasses.asdict(section) | {"weight_column": None}), split, whole=whole)
+    """Load one split of the data that a section describes, without weights and clusters of pairs; see `pick_split`."""
+    of_training = {"weight_column": None, "balance_column": None}
+    return pick_split(load_splits(**dataclasses.asdict(section) | of_training), split, whole=whole)
 
 
 def pick_split(splits: Mapping[str, _Rows], split: str, *, whole: bool) -> _Rows:

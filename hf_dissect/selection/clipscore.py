@@ -11,6 +11,7 @@ class ClipScore(SelectionStrategy):
     """A rule that keeps the candidates with the highest current correlation (CLIPScore, arXiv 2104.08718)."""
 
     name = "clipscore"
+    usage = "choice"
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Keep the `k` largest correlations; see `SelectionStrategy.select`."""

@@ -39,6 +39,7 @@ class Dissect(SelectionStrategy):
     """
 
     name = "dissect"
+    usage = "choice"
     columns = ("history",)
     records_pairs_alone = True
     stand_ins: ClassVar[Mapping[str, str]] = {"history": "correlation"}

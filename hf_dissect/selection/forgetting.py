@@ -36,6 +36,7 @@ class Forgetting(SelectionStrategy):
     """
 
     name = "forgetting"
+    usage = "choice"
     columns = ("learnt", "forgotten")
     records_pairs_alone = True
 

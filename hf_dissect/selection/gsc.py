@@ -28,6 +28,7 @@ class Gsc(SelectionStrategy):
     """
 
     name = "gsc"
+    usage = "choice"
     columns = SoftLabels.columns
     records_pairs_alone = True
 

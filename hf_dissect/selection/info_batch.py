@@ -37,6 +37,7 @@ class InfoBatch(SelectionStrategy):
     """
 
     name = "info_batch"
+    usage = "draw"
     columns = ("loss",)
     records_pairs_alone = True
 
@@ -82,7 +83,9 @@ class InfoBatch(SelectionStrategy):
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
         """Draw `k` candidates, with weights; see `SelectionStrategy.select`."""
         is_below = ledger.read("loss", scores.sample_id) < self._mean_loss  # False for a loss that is not known
-        inclusion = find_inclusion(torch.where(is_below, 1 - self.prune_probability, 1.0), k)
+        chance = torch.where(is_below, 1 - self.prune_probability, 1.0)
+        chance = chance * (-self.find_handicap(scores.sample_id, ledger)).exp()
+        inclusion = find_inclusion(chance, k)
         indices = sample_systematically(inclusion, self.generator)
         weights = (k / scores.num_candidates) / inclusion[indices]
         return Selection(indices=indices, weights=weights.float())

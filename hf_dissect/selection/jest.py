@@ -36,6 +36,7 @@ class Jest(SelectionStrategy):
     """
 
     name = "jest"
+    usage = "draw"
     reference = "batch"
 
     def __init__(self, chunks: int = JestOptions.chunks) -> None:
@@ -48,7 +49,8 @@ class Jest(SelectionStrategy):
         assert scores.reference is not None  # the selector scores every batch by the reference
         matrices = compute_logit_matrix(scores), compute_logit_matrix(scores.reference)
         draw = draw_for_sigmoid if scores.kind == "sigmoid" else draw_for_softmax
-        indices = draw(*matrices, k=k, chunks=self.chunks, generator=self.generator)
+        handicap = self.find_handicap(scores.sample_id, ledger)
+        indices = draw(*matrices, k=k, chunks=self.chunks, generator=self.generator, handicap=handicap)
         return Selection(indices.sort().values, priority=scores.loss - scores.reference.loss)
 
 
@@ -59,7 +61,13 @@ def compute_logit_matrix(scores: CandidateScores) -> torch.Tensor:
 
 
 def draw_for_sigmoid(
-    learner: torch.Tensor, reference: torch.Tensor, *, k: int, chunks: int, generator: torch.Generator
+    learner: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    k: int,
+    chunks: int,
+    generator: torch.Generator,
+    handicap: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """Draw a sub-batch that is learnable under the sigmoid loss.
 
@@ -69,6 +77,7 @@ def draw_for_sigmoid(
         k: Number of pairs to draw.
         chunks: Number of blocks.
         generator: Source of the random numbers, on the CPU.
+        handicap: What lowers the logarithm of each pair's chance, `(n,)`.
 
     Returns:
         Positions, int64 `(k,)`, on the CPU, in the order of the draws.
@@ -78,14 +87,20 @@ def draw_for_sigmoid(
     gain = learnable.diagonal().clone()
     drawn = torch.zeros(0, dtype=torch.int64)
     for size in _split(k, chunks):
-        new = _draw(gain, drawn, size, generator)
+        new = _draw(gain, drawn, size, generator, handicap)
         gain += learnable[new].sum(0) + learnable[:, new].sum(1)
         drawn = torch.cat([drawn, new])
     return drawn
 
 
 def draw_for_softmax(
-    learner: torch.Tensor, reference: torch.Tensor, *, k: int, chunks: int, generator: torch.Generator
+    learner: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    k: int,
+    chunks: int,
+    generator: torch.Generator,
+    handicap: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """Draw a sub-batch that is learnable under the softmax loss, see `draw_for_sigmoid`."""
     directions = [(1, learner), (1, learner.T), (-1, reference), (-1, reference.T)]
@@ -96,7 +111,7 @@ def draw_for_softmax(
         for (sign, logits), log_sum in zip(directions, log_sums, strict=True):
             added = F.softplus(logits[drawn] - log_sum[drawn, None]).sum(0)
             gain += sign * (F.softplus(log_sum - logits.diagonal()) + added) / 2
-        new = _draw(gain, drawn, size, generator)
+        new = _draw(gain, drawn, size, generator, handicap)
         log_sums = [
             torch.logaddexp(log_sum, logits[:, new].logsumexp(1))
             for (_, logits), log_sum in zip(directions, log_sums, strict=True)
@@ -110,8 +125,10 @@ def _split(k: int, chunks: int) -> list[int]:
     return [len(part) for part in torch.arange(k).tensor_split(min(k, chunks))]
 
 
-def _draw(gain: torch.Tensor, drawn: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+def _draw(
+    gain: torch.Tensor, drawn: torch.Tensor, size: int, generator: torch.Generator, handicap: torch.Tensor | float
+) -> torch.Tensor:
     """Draw positions with probabilities `softmax(gain)` without replacement, by the largest of Gumbel numbers."""
     noise = -torch.empty(len(gain)).exponential_(generator=generator).log()
-    noisy = (gain.float().cpu() + noise).index_fill(0, drawn, -torch.inf)
+    noisy = (gain.float().cpu() - handicap + noise).index_fill(0, drawn, -torch.inf)
     return noisy.topk(size).indices

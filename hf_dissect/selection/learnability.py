@@ -29,6 +29,7 @@ class Learnability(SelectionStrategy):
     """
 
     name = "learnability"
+    usage = "choice"
     columns = ("reference_evidence",)
     reference = "stored"
 

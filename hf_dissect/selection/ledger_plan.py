@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from hf_dissect.selection.block_choice import BlockRule
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.strategy import SelectionStrategy
+from hf_dissect.selection.usage import penalise_plan
 
 PLAN_COLUMN, PLAN_BEFORE = "planned", "planned_before"
 
@@ -86,6 +87,7 @@ class LedgerPlan:
         if PLAN_BEFORE in ledger.columns:
             ledger.own.replace(PLAN_BEFORE, ledger.own.column(PLAN_COLUMN))
         ledger.replace_computed(PLAN_COLUMN, self.strategy.plan)
+        penalise_plan(self.strategy, ledger, PLAN_COLUMN)
         self._begun = (last, position)
 
     def reset(self) -> None:

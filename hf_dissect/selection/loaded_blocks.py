@@ -23,6 +23,7 @@ from hf_dissect.selection.scope import Kept
 from hf_dissect.selection.scoring import CandidateScores
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
+from hf_dissect.selection.usage import count_visits, read_visits
 
 Rescore = Callable[[Batch, int], CandidateScores]
 """Function that scores rows: batch `(n, ...)` and the number of rows in a forward pass."""
@@ -232,7 +233,11 @@ class LoadedBlocks:
         is_new = torch.arange(loaded + unloaded) < candidates.num_candidates
         columns["scored"] = is_new & ~trained
         everyone = [own + others for own, others in zip(*sizes, strict=True)]
+        columns |= read_visits(self.strategy, self.ledger, columns["sample_id"])
         self.trace.observe(block.epoch, block.step, columns, everyone, self.ranks)
+        if self.strategy.usage_penalty:
+            trained_id = {"sample_id": block.sample_id[: block.num_trained]}
+            self.access.record(trained_id, [block.num_trained] * self.ranks.count, count_visits)
 
     def write(self, sample_id: torch.Tensor, columns: Mapping[str, torch.Tensor], ledger: SampleLedger) -> None:
         """Write scores of pairs to a ledger that holds them, and let the strategy record them.

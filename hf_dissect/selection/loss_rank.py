@@ -15,6 +15,7 @@ class SmallLoss(SelectionStrategy):
     """
 
     name = "small_loss"
+    usage = "choice"
     plan_columns = ("evidence",)
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:
@@ -30,6 +31,7 @@ class BigLoss(SelectionStrategy):
     """A rule that keeps the candidates with the largest contrastive loss, the hardest ones (arXiv 1910.00762)."""
 
     name = "big_loss"
+    usage = "choice"
     plan_columns = ("evidence",)
 
     def select(self, scores: CandidateScores, ledger: SampleLedger, k: int) -> Selection:

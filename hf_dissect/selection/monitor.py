@@ -44,6 +44,9 @@ class _Sums:
     planned: bool = False
     loaded: int = 0
     scored: int = 0
+    visits_known: bool = False
+    visits_kept: float = 0.0
+    visits_candidates: float = 0.0
 
     def add(
         self,
@@ -52,8 +55,13 @@ class _Sums:
         is_clean: np.ndarray | None,
         loaded: np.ndarray | None = None,
         scored: np.ndarray | None = None,
+        visits: np.ndarray | None = None,
     ) -> None:
         """Add one selection of `B` candidates, `(B,)` each."""
+        if visits is not None:
+            self.visits_known = True
+            self.visits_kept += float(visits[kept].sum())
+            self.visits_candidates += float(visits.sum())
         self.candidates += len(kept)
         self.kept += int(kept.sum())
         if loaded is not None and scored is not None:
@@ -88,6 +96,9 @@ class _Sums:
             if self.planned:
                 metrics["loaded_share"] = self.loaded / self.candidates
                 metrics["scored_share"] = self.scored / self.candidates
+        if self.visits_known and self.kept:
+            metrics["visits_kept"] = self.visits_kept / self.kept
+            metrics["visits_candidates"] = self.visits_candidates / self.candidates
         if self.scored_kept:
             metrics["correlation_kept"] = self.correlation_kept / self.scored_kept
         if self.scored_dropped:
@@ -138,6 +149,7 @@ class SelectionMonitor:
         is_clean: torch.Tensor | None = None,
         loaded: torch.Tensor | None = None,
         scored: torch.Tensor | None = None,
+        visits: torch.Tensor | None = None,
     ) -> None:
         """Add one selection of `B` candidates; all tensors are on the CPU.
 
@@ -152,6 +164,7 @@ class SelectionMonitor:
             is_clean: Bool `(B,)`, True for a matched pair; None if the truth is unknown.
             loaded: Bool `(B,)`, True for a candidate that was loaded; None without a plan.
             scored: Bool `(B,)`, True for a candidate that was scored for the selection alone; None without a plan.
+            visits: Number of times that each has trained before, float32 `(B,)`; None if it is not counted.
         """
         if epoch != self.last_epoch.epoch:
             self.last_epoch = _LastEpoch(epoch)
@@ -159,7 +172,8 @@ class SelectionMonitor:
         clean = None if is_clean is None else is_clean.numpy()
         scores = None if correlation is None else correlation.numpy()
         for sums in (self.run, self.last_epoch.sums, self._since_log):
-            sums.add(was_kept, scores, clean, *(None if part is None else part.numpy() for part in (loaded, scored)))
+            more = (None if part is None else part.numpy() for part in (loaded, scored, visits))
+            sums.add(was_kept, scores, clean, *more)
         if scores is None:
             return
         if (unknown := np.isnan(scores)).any():

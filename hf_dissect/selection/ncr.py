@@ -33,6 +33,7 @@ class Ncr(SelectionStrategy):
     """
 
     name = "ncr"
+    usage = "choice"
     columns = ("loss", "p_clean")
     records_pairs_alone = True
 

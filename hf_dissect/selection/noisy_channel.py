@@ -40,6 +40,7 @@ class NoisyChannelSampling(SelectionStrategy):
     """
 
     name = "noisy_channel"
+    usage = "draw"
     columns: tuple[str, ...] = ("evidence",)  # type: ignore[misc]  # a class variable of other rules
     samples = True
     records_pairs_alone = True
@@ -59,7 +60,9 @@ class NoisyChannelSampling(SelectionStrategy):
         """Draw `k` candidates in proportion to their weights; see `SelectionStrategy.select`."""
         posterior = self._find_posterior(scores)
         weights = self.channel.weigh(posterior).double()
-        inclusion = find_inclusion(weights + self._find_need_of_repair(posterior.double(), weights), k)
+        chance = weights + self._find_need_of_repair(posterior.double(), weights)
+        chance = chance * (-self.find_handicap(scores.sample_id, ledger)).exp().to(chance)
+        inclusion = find_inclusion(chance, k)
         drawn = sample_systematically(inclusion, self.generator)
         return Selection(drawn, (weights[drawn] / inclusion[drawn]).float(), posterior.float())
 

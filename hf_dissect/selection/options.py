@@ -158,6 +158,54 @@ class ForgettingOptions:
     )
 
 
+USAGE = {
+    "dissect": "choice",
+    "random": "choice",
+    "small_loss": "choice",
+    "big_loss": "choice",
+    "clipscore": "choice",
+    "ncr": "choice",
+    "gsc": "choice",
+    "info_batch": "draw",
+    "scan": "choice",
+    "forgetting": "choice",
+    "noisy_channel": "draw",
+    "learnability": "choice",
+    "rho": "choice",
+    "jest": "draw",
+}
+"""Strategies that take a penalty of usage. "choice": `choose_pairs` repeats the choice by the priorities of the
+strategy, or at random if it has none; "draw": the strategy draws pairs and reads the penalty itself."""
+
+
+def find_usage_problem(strategy: str, ratio: float, rescore_every: int) -> str | None:
+    """Return the reason why a penalty of usage does not go with a selection; None if it does.
+
+    Args:
+        strategy: Name of the strategy.
+        ratio: Selection ratio.
+        rescore_every: Setting of this name.
+    """
+    if strategy not in USAGE:
+        reason = {
+            "none": "keeps all pairs",
+            "coreset": "trains on all pairs of its coreset",
+            "divbs": "chooses a subset whose directions stand for the batch, and ranks no pair by itself",
+        }
+        return (
+            f"does not go with the strategy {strategy}, which "
+            f"{reason.get(strategy, 'does not say how it takes one')}; set it to 0, or take one of {', '.join(USAGE)}"
+        )
+    if ratio == 1:
+        return "would change nothing: a ratio of 1 keeps all pairs; set it to 0, or lower the ratio"
+    if USAGE[strategy] == "draw" and rescore_every > 1:
+        return (
+            f"does not go with rescore_every {rescore_every} and the strategy {strategy}, whose plan gives the "
+            "weights of the losses, too; set one of them to 0 or 1"
+        )
+    return None
+
+
 OPTIONS: dict[str, type] = {
     "dissect": DissectOptions,
     "random": NoOptions,

@@ -24,6 +24,7 @@ class Rho(SelectionStrategy):
     """
 
     name = "rho"
+    usage = "choice"
     columns = ("reference_loss",)
     records_pairs_alone = True
     reference = "stored"

@@ -42,6 +42,7 @@ class Scan(SelectionStrategy):
     """
 
     name = "scan"
+    usage = "choice"
     columns = ("prunable",)
     records_pairs_alone = True
     warmup: ClassVar[str] = "train on all candidates"

@@ -12,6 +12,7 @@ from hf_dissect.distributed import Ranks
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.scoring import CandidateScores, compute_row_losses
 from hf_dissect.selection.strategy import SelectionStrategy
+from hf_dissect.selection.usage import choose_pairs
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def select_from_own(
     fewest = min(sizes)
     if not fewest:
         return _keep_nothing(sizes)
-    selection = strategy.select(candidates, ledger, num_selected(fewest))
+    selection = choose_pairs(strategy, candidates, ledger, num_selected(fewest))
     # A strategy that keeps all candidates returns as many as its rank has.
     kept = slice(fewest)
     weights = None if selection.weights is None else selection.weights[kept]
@@ -91,7 +92,7 @@ def select_from_all(
     if not share:
         return _keep_nothing(sizes)
     everyone = GatheredScores(candidates, sizes, ranks)
-    selection = strategy.select(everyone, ledger, share * len(sizes))
+    selection = choose_pairs(strategy, everyone, ledger, share * len(sizes))
     equal = slice(len(selection.indices) // len(sizes) * len(sizes))
     indices = selection.indices[equal]
     ends = torch.tensor(sizes).cumsum(0)

@@ -12,6 +12,7 @@ from hf_dissect.selection.scope import Kept, describe_selection
 from hf_dissect.selection.scoring import CandidateScores, compute_correlation
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.trace import SelectionTrace
+from hf_dissect.selection.usage import count_visits, read_visits
 
 
 class StepRecorder:
@@ -70,6 +71,7 @@ class StepRecorder:
         kept = self._blocks.add_evidence(kept, candidates, sizes)
         columns = describe_selection(candidates, kept, is_clean)
         self._blocks.note_whole(columns)
+        columns |= read_visits(self._strategy, self._access.ledger, candidates.sample_id)
         self._trace.observe(*place, columns, sizes, self._access.ranks)
         if "correlation" in columns:
             scored = {name: columns[name] for name in ("sample_id", "correlation")}
@@ -77,6 +79,8 @@ class StepRecorder:
             columns = {**scored, **kept.measured}
             observe = self._strategy.observe
             self._access.record(columns, sizes, self._blocks.write, sums, observe, is_fetched=True)
+        if self._strategy.usage_penalty:
+            self._access.record({"sample_id": candidates.sample_id[kept.indices]}, kept.counts, count_visits)
 
     def record_training(
         self,

@@ -18,6 +18,7 @@ from hf_dissect.selection.rho import Rho
 from hf_dissect.selection.scan import Scan
 from hf_dissect.selection.strategy import SelectionStrategy
 from hf_dissect.selection.uniform import KeepAll, Random
+from hf_dissect.selection.usage import set_usage_penalty
 
 STRATEGIES: dict[str, type[SelectionStrategy]] = {
     strategy.name: strategy
@@ -30,19 +31,22 @@ STRATEGIES: dict[str, type[SelectionStrategy]] = {
 }
 
 
-def make_strategy(name: str, **options: Any) -> SelectionStrategy:
+def make_strategy(name: str, usage_penalty: float = 0.0, **options: Any) -> SelectionStrategy:
     """Build a strategy by its name, such as `make_strategy("dissect", variant="momentum")`.
 
     Args:
         name: Name of the strategy, a key of `STRATEGIES`.
+        usage_penalty: Strength by which pairs that have trained often are less likely to be kept again.
         options: Keyword arguments of the strategy.
 
     Raises:
-        ValueError: The name is unknown, or the strategy does not accept one of the options.
+        ValueError: The name is unknown, or the strategy does not accept one of the options or a penalty.
     """
     if name not in STRATEGIES:
         raise ValueError(f"selection_strategy={name!r}: choose one of {', '.join(STRATEGIES)}.")
     try:
-        return STRATEGIES[name](**options)
+        strategy = STRATEGIES[name](**options)
     except TypeError as error:
         raise ValueError(f"selection_options={options!r}: {error}.") from error
+    set_usage_penalty(strategy, usage_penalty)
+    return strategy

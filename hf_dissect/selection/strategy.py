@@ -12,6 +12,8 @@ from hf_dissect.selection.opinion import Opinion
 from hf_dissect.selection.past_model import PastModel
 from hf_dissect.selection.scoring import CandidateScores
 
+VISITS_COLUMN = "visits"
+"""Ledger column with the number of times that a pair has trained, in runs with a penalty of usage."""
 SCORED_EPOCHS = 2
 """Number of epochs that score every candidate before a plan decides, until the model that scores is of use."""
 
@@ -53,6 +55,9 @@ class SelectionStrategy:
         records_pairs_alone: True if `record` writes values of a pair that depend on this pair alone, so that the pairs
             may come in parts, and a ledger that is split over the processes will do. It counts for the class whose
             `record` it stands next to.
+        usage: How the rule takes a penalty of usage. "choice": pairs are chosen again by the priorities of the
+            selection, or at random if it has none; "draw": the rule reads `find_handicap` itself; "": it takes none.
+        usage_penalty: Strength of this penalty; 0 without it.
         repair_strength: Strength of the repair of mismatched pairs in the current step, see
             `hf_dissect.objectives.repair`; 0 without it.
         generator: Source of random choices. It is seeded from the run's seed and the step before each call of
@@ -70,6 +75,8 @@ class SelectionStrategy:
     reference: ClassVar[str] = ""
     warmup: ClassVar[str] = "train on a random subset"
     records_pairs_alone: ClassVar[bool] = True
+    usage: ClassVar[str] = ""
+    usage_penalty: float = 0.0
     repair_strength: float = 0.0
 
     def __init__(self) -> None:
@@ -125,6 +132,20 @@ class SelectionStrategy:
             The selected candidates.
         """
         raise NotImplementedError
+
+    def find_handicap(self, sample_id: torch.Tensor, ledger: SampleLedger) -> torch.Tensor:
+        """Return `usage_penalty * log(1 + visits)` of pairs, which lowers the logarithm of their chance.
+
+        Args:
+            sample_id: Ids of the pairs, int64 `(B,)`.
+            ledger: Ledger with the visits of the pairs.
+
+        Returns:
+            Handicaps, float32 `(B,)` on the CPU; 0 without a penalty.
+        """
+        if not self.usage_penalty:
+            return torch.zeros(len(sample_id))
+        return self.usage_penalty * ledger.read(VISITS_COLUMN, sample_id).nan_to_num(0.0).log1p()
 
     def read_opinion(self, ledger: SampleLedger, batch: Mapping[str, torch.Tensor]) -> Opinion | None:
         """Return what the rule believes of the pairs that train in a step; None of a rule without an opinion.

@@ -43,12 +43,13 @@ class SelectionTrace:
             step: Optimiser step of the selection, from 0.
             candidates: Columns of the candidates of this rank, `(sizes[own],)` each: `sample_id`, `kept`, `priority`
                 (NaN for a strategy without a ranking) and, if they are known, `correlation` (NaN for a pair that was
-                never scored) and `is_clean`; with a plan, `loaded` and `scored`. A record needs the correlation.
+                never scored) and `is_clean`; with a plan, `loaded` and `scored`; with a penalty of usage, `visits`. A
+                record needs the correlation.
             sizes: Number of candidates of each rank.
             ranks: Processes of the run.
         """
         sample_id, kept, correlation = candidates["sample_id"], candidates["kept"], candidates.get("correlation")
-        names = ("priority", "is_clean", "loaded", "scored")
+        names = ("priority", "is_clean", "loaded", "scored", "visits")
         self._own.observe(epoch, sample_id, kept, correlation, *map(candidates.get, names))
         if self._records is None:
             self._records = bool(ranks.gather_numbers(self._recorder is not None).any())

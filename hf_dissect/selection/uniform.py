@@ -11,6 +11,7 @@ class Random(SelectionStrategy):
     """A rule that keeps a uniformly random subset of each batch: the baseline for every other rule."""
 
     name = "random"
+    usage = "choice"
 
     @property
     def first_planned_epoch(self) -> int:

@@ -44,7 +44,7 @@ WRITTEN_FILES = (
 """Patterns of the further files that a run writes next to those by which it is recognised."""
 _PRIVATE_SETTINGS = {
     *("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "initial_ledger", "push_to_hub"),
-    "selection_reference",
+    *("selection_reference", "sampling_file"),
     *("hub_token", "hub_model_id", "hub_strategy", "hub_revision", "hub_private_repo", "hub_always_push"),
 }
 _DERIVED_SETTINGS = {"dataloader_pin_memory", "report_to"}  # they depend on the machine

@@ -45,6 +45,7 @@ def read_tar_shards(
     task_column: str | None = None,
     clean_column: str | None = None,
     weight_column: str | None = None,
+    balance_column: str | None = None,
     skip_bad_shards: bool = False,
 ) -> dict[str, Dataset | IterableDataset]:
     """Read tar shards; members that share a name up to the first dot are one row.
@@ -64,6 +65,7 @@ def read_tar_shards(
         clean_column: JSON field or member with the truth; None recognises the usual names.
         weight_column: JSON field or member with the weight, in the train split; None for none. A sample of a stream
             without a number there makes a bad row.
+        balance_column: JSON field or member with the cluster, in the train split; None for none. Samples may lack it.
         skip_bad_shards: Whether to skip the rest of a damaged shard, which is warned of and recorded (see `skipped`).
 
     Returns:
@@ -84,13 +86,14 @@ def read_tar_shards(
     usual = tuple(name for name in (id_column, task_column, clean_column) if name and name != "__key__")
     splits: dict[str, Dataset | IterableDataset] = {}
     for split, shards in find_shards(path, split_names).items():
-        weights = (weight_column,) if weight_column and split == "train" else ()
-        named = (*usual, *weights)
+        of_training = (weight_column, balance_column) if split == "train" else ()
+        named = tuple(dict.fromkeys((*usual, *filter(None, of_training))))
         # The usual names of the truth are looked for as well, but not every sample needs them.
         truths = CLEAN_COLUMNS if clean_column is None else (clean_column,)
         asked = Asked(image_column, caption_column, tuple(dict.fromkeys((*named, *truths))), truths)
         make = _make_stream if streaming else _make_table
-        splits[split] = make(path, shards, asked, named, skip_bad_shards, frozenset(weights) - {*usual})
+        optional = of_training if streaming else of_training[1:]  # a table without a weight is refused
+        splits[split] = make(path, shards, asked, named, skip_bad_shards, frozenset(filter(None, optional)) - {*usual})
     return splits
 
 
@@ -119,7 +122,7 @@ def _make_table(
     asked: Asked,
     named: tuple[str, ...],
     skip_bad_shards: bool,
-    may_lack: frozenset[str],  # by samples of a stream only
+    may_lack: frozenset[str],
 ) -> Dataset:
     unreadable = _find_unreadable(shards)
     readable = [_identify(shard) for shard in shards if shard not in unreadable]
@@ -130,7 +133,7 @@ def _make_table(
             raise ValueError(describe_bad_shard(shard, reason))
         note_skipped(shard, reason)
     layout = choose_layout(path, surveys, asked, named, skipped, streaming=False)
-    check_complete(surveys, named)
+    check_complete(surveys, [name for name in named if name not in may_lack])
     warn_of_choices(path, surveys, asked, layout)
     parts = [(*identity, identity[0] in damaged) for identity in readable]
     given = {"shards": parts, "layout": layout, "version": _VERSION}

@@ -2,22 +2,28 @@
 
 import itertools
 import logging
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_dissect.data.streaming.pair_stream import PairStream
 from hf_dissect.data.streaming.parts import Place, StreamPart, check_whole, count_separate_shards, has_own_shuffle
 from hf_dissect.data.streaming.shuffle import BlockShuffle, BlockState
+from hf_dissect.data.streaming.spread_copies import SpreadCopies, read_again
 
 logger = logging.getLogger(__name__)
 
 _SKIPPED = "skipped_shards"
 """Key of a worker's state for the shards that it has not read to their end, see `record_skipped`."""
+_COPIES, _LOOKED_UP = "copies", "looked_up"
+"""Keys of a balanced stream: places of the pairs that wait for the next batch, see `SpreadCopies`, and the numbers of
+pairs that the sampling file knows and lacks."""
 
 Batch = dict[str, torch.Tensor]
 Rows = list[dict[str, Any]]
@@ -37,6 +43,7 @@ class _Settings:
     seed: int
     shuffle_buffer: int
     num_shards: int
+    balance: str | None = None
 
 
 class StreamLoader:
@@ -95,7 +102,9 @@ class StreamLoader:
         self.pin_memory = pin_memory
         self.multiprocessing_context = multiprocessing_context if num_workers else None
         num_shards = count_separate_shards(stream.rows)
-        self._settings = _Settings(rank, world_size, num_workers, batch_size, seed, shuffle_buffer, num_shards)
+        rule = None if stream.balance is None else stream.balance.fingerprint
+        self._settings = _Settings(rank, world_size, num_workers, batch_size, seed, shuffle_buffer, num_shards, rule)
+        self._has_reported = False
         self.pick = pick
         self.num_batches = 0
         self._restarts = 0
@@ -192,7 +201,20 @@ class StreamLoader:
         self._states[self._turn] = state
         self.dataset.skipped_shards.update(state.get(_SKIPPED, {}))
         self._turn = (self._turn + 1) % len(self._states)
+        if self.dataset.balance is not None and not self._has_reported and self.passes:
+            self._has_reported = True
+            self._report_lacking(self.dataset.balance.weights.name)
         return batch
+
+    def _report_lacking(self, name: str) -> None:
+        """Warn once, after the first pass, if the sampling file lacks pairs."""
+        known, lacking = np.array([state.get(_LOOKED_UP, (0, 0)) for state in self._states]).sum(0).tolist()
+        if lacking:
+            logger.warning(
+                "data.sampling_file %s lacks %d of the %d pairs that were read so far (%.1f %%); each of them is "
+                "visited once a pass.",
+                *(name, lacking, known + lacking, 100 * lacking / (known + lacking)),
+            )
 
 
 class _WorkerBatches(IterableDataset):
@@ -226,11 +248,20 @@ class _WorkerBatches(IterableDataset):
         try:
             reader = self._choose_part(place)
             reader.skipped_shards.update(state.get(_SKIPPED, {}))
-            pairs = self._open_part(reader, BlockState.from_json(_drop_skipped(state)))
+            spread, balance = None, self.stream.balance
+            if balance is not None:
+                balance.known, balance.lacking = state.get(_LOOKED_UP, (0, 0))
+            pairs = self._open_part(reader, BlockState.from_json(_select_place(state)))
+            if balance is not None:
+                copies = read_again(reader.read, state.get(_COPIES, ()))
+                spread = SpreadCopies(pairs, self.settings.batch_size, math.ceil(balance.max_visits), copies)
             for number in itertools.count(self.first + (info.id if info else 0), len(self.states)):
-                rows = [next(pairs) for _ in range(self.settings.batch_size)]
+                rows = [next(pairs) for _ in range(self.settings.batch_size)] if spread is None else spread.draw()
                 batch = self.collator(rows if self.pick is None else self.pick(rows, number))
                 state = pairs.state.to_json()
+                if spread is not None and balance is not None:
+                    counts = [balance.known, balance.lacking]
+                    state = {**state, _COPIES: spread.list_places(), _LOOKED_UP: counts}
                 if reader.skipped_shards:
                     state = {**state, _SKIPPED: dict(reader.skipped_shards)}
                 yield batch, state
@@ -252,8 +283,8 @@ class _WorkerBatches(IterableDataset):
         return BlockShuffle(reader.read, settings.shuffle_buffer or settings.batch_size, seed, state)
 
 
-def _drop_skipped(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name != _SKIPPED}
+def _select_place(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name not in (_SKIPPED, _COPIES, _LOOKED_UP)}
 
 
 def _keep_unchanged(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from hf_dissect.data.pair_columns import NO_ROWS, PairColumns, find_truth_column
 from hf_dissect.data.pair_keys import WEIGHT_KEY
 from hf_dissect.data.pair_weights import check_weight_type, pick_weight
 from hf_dissect.data.shards.skipped import record_skipped
+from hf_dissect.data.streaming.stream_balance import StreamBalance
 
 
 class PairStream(torch.utils.data.IterableDataset):
@@ -28,9 +29,11 @@ class PairStream(torch.utils.data.IterableDataset):
     Attributes:
         skipped_shards: Shards that were not read to their end so far, with the reason; those that a worker of a
             `StreamLoader` met are added with its batches.
+        balance: `StreamBalance` by which a `StreamLoader` visits the pairs; None for each once a pass.
     """
 
     num_samples = None
+    balance: StreamBalance | None = None
 
     def __init__(self, rows: datasets.IterableDataset, columns: PairColumns) -> None:
         self.columns = columns
@@ -97,6 +100,17 @@ class PairStream(torch.utils.data.IterableDataset):
             if self.columns.weight:
                 pair[WEIGHT_KEY] = pick_weight(row[self.columns.weight], place if several else None)
             yield pair
+
+    def make_visits(self, row: Mapping[str, Any], pass_number: int) -> Iterator[dict[str, Any]]:
+        """Yield the pairs of one row as often as they are visited in a pass, which may be never.
+
+        Raises:
+            ValueError: If an id, task, truth or cluster is unusable, or the sampling file belongs to other data.
+        """
+        for pair in self.make_pairs(row):
+            visits = 1 if self.balance is None else self.balance.count_visits(row, pair["sample_id"], pass_number)
+            for _ in range(visits):
+                yield pair
 
     def _make_id(self, row: Mapping[str, Any], caption: Any, place: int | None) -> int:
         name = self.columns.sample_id

@@ -13,6 +13,12 @@ from hf_dissect.data.streaming.pair_stream import PairStream
 
 _COUNTING = {"TakeExamplesIterable", "SkipExamplesIterable"}
 _SHUFFLING = {"BufferShuffledExamplesIterable"}
+_MOST_EMPTY = 1000
+"""Number of passes over a part of a stream without a visit after which a run gives up."""
+
+
+PLACE_KEY = "place"
+"""Key of a pair of a balanced stream, before it is collated, with its place in the stream."""
 
 
 class Place(NamedTuple):
@@ -65,12 +71,22 @@ class StreamPart:
         Raises:
             ValueError: If the stream has no rows, or a row or shard is unusable.
         """
-        known_to_have_rows = place != Place(place.pass_number)
+        known_to_have_rows, num_empty = place != Place(place.pass_number), 0
         for pass_number in itertools.count(place.pass_number):
             has_pairs = False
+            num_empty += 1
             for placed in self._read_pass(place if pass_number == place.pass_number else Place(pass_number)):
                 known_to_have_rows = has_pairs = True
+                num_empty = 0
                 yield placed
+            if self.stream.balance is not None:
+                if pass_number - place.pass_number + 1 >= self.num_parts:  # each part has read all rows by then
+                    self.stream.balance.check_known()
+                if num_empty == _MOST_EMPTY:
+                    raise ValueError(
+                        f"data.sampling_file {self.stream.balance.weights.name!r}: {num_empty} passes over a part of "
+                        "the data visited no pair; its weights are (nearly) 0. Use fewer workers or larger weights."
+                    )
             # With skipped shards, rows there were before may be gone, such as those of a server that is down.
             if not known_to_have_rows or (self.skipped_shards and not has_pairs):
                 # An empty share does not prove an empty stream: rows may be fewer than parts, or shards empty.
@@ -94,12 +110,17 @@ class StreamPart:
             rows = record_skipped(shard.iter(batch_size=1), self.skipped_shards)
             for row, values in enumerate(rows, start=place.row):
                 if row % step == offset:
-                    pairs = enumerate(self.stream.make_pairs({name: value[0] for name, value in values.items()}))
+                    values = {name: value[0] for name, value in values.items()}
+                    pairs = enumerate(self.stream.make_visits(values, begin.pass_number))
                     before = place.pair if row == place.row else 0
                     for number, pair in pairs:
                         if number >= before:
-                            yield Place(begin.pass_number, position, row, number, source), pair
+                            yield self._put(Place(begin.pass_number, position, row, number, source), pair)
                 source = shard.state_dict()
+
+    def _put(self, place: Place, pair: dict[str, Any]) -> tuple[Place, dict[str, Any]]:
+        # A copy may wait for a later batch, and is then read again after a resume.
+        return place, pair if self.stream.balance is None else {**pair, PLACE_KEY: place}
 
     def _choose_share(self, pass_number: int) -> tuple[np.ndarray, int, int]:
         """Return the shards to read in a pass, and offset and step of the rows to take from each."""
