@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from hf_dissect.data.image_sizes import ImageSizes, find_size_fault
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.division import DivisionObjective
 from hf_dissect.objectives.gsc import GscObjective
@@ -32,6 +33,7 @@ from hf_dissect.recipe.objective_schema import (
     find_repair_fault,
     list_robust_objectives,
 )
+from hf_dissect.recipe.resolution_rules import UNSCORED, find_resolution_faults
 from hf_dissect.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -39,6 +41,7 @@ from hf_dissect.recipe.schema import (
     SelectionSection,
 )
 from hf_dissect.selection import SelectionStrategy, make_strategy
+from hf_dissect.selection.cheap_scoring import CheapScoring
 from hf_dissect.selection.ledger_plan import make_plan
 from hf_dissect.settings import check_values, declared, list_in_docstring, list_settings
 from hf_dissect.training.training_args import BaseTrainingArguments
@@ -66,6 +69,9 @@ class DissectTrainingArguments(BaseTrainingArguments):
     scoring_batch_size: int | None = declared(SelectionSection, "scoring_batch_size")
     selection_rescore_every: int = declared(SelectionSection, "rescore_every")
     scoring_dtype: str | None = declared(SelectionSection, "scoring_dtype")
+    scoring_image_size: int | None = declared(SelectionSection, "scoring_image_size")
+    scoring_patch_dropout: float = declared(SelectionSection, "scoring_patch_dropout")
+    scoring_exposure: float | None = declared(SelectionSection, "scoring_exposure")
     record_selection: bool = declared(SelectionSection, "record")
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
     grad_cache_chunk_size: int | None = declared(ObjectiveSection, "grad_cache_chunk_size")
@@ -83,6 +89,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
     clean_column: str | None = declared(DataSection, "clean_column")
     weight_column: str | None = declared(DataSection, "weight_column")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
+    image_size: dict[str, Any] | str | int | None = declared(DataSection, "image_size")
+    patch_dropout: float = declared(ModelSection, "patch_dropout")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
     check_reload: bool = declared(ModelSection, "check_reload")
 
@@ -99,7 +107,9 @@ class DissectTrainingArguments(BaseTrainingArguments):
         for name in ("initial_ledger", "selection_reference"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
+        self._read_image_size()
         super().__post_init__()
+        self._check_resolution()
         strategy = self.make_strategy()
         self._check_enough_pairs(strategy)
         if self.max_steps <= 0 and getattr(strategy, "warmup_epochs", 0) >= math.ceil(self.num_train_epochs):
@@ -124,6 +134,29 @@ class DissectTrainingArguments(BaseTrainingArguments):
         if self.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # read by `super().__post_init__`
             raise ValueError(
                 f"{name} does not go with dispatch_batches, by which one process loads for all; leave it out."
+            )
+
+    def _read_image_size(self) -> None:
+        if self.image_size is not None and find_size_fault(self.image_size) is None:
+            self.image_size = ImageSizes(self.image_size).as_setting()
+
+    def _check_resolution(self) -> None:
+        settings = {name: getattr(self, name) for name in _RESOLUTION}
+        settings |= {"rescore_every": self.selection_rescore_every, "reference": self.selection_reference}
+        settings["encoder"] = None if self.repair is None else cast(dict, self.repair).get("encoder")
+        for name, _, problem in find_resolution_faults(settings):
+            raise ValueError(f"{name}={problem} (null is None in Python).")
+        if self.image_size is None:
+            return
+        if self.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # read by `super().__post_init__`
+            raise ValueError(
+                f"image_size={self.image_size!r} does not go with dispatch_batches, by which one process loads for "
+                "all; leave it out."
+            )
+        if self.ignore_data_skip and not isinstance(self.image_size, int):
+            raise ValueError(
+                f"image_size={self.image_size!r} does not go with ignore_data_skip, by which a resumed run counts its "
+                "batches from another place; set it to False."
             )
 
     def _check_robust_objective(self) -> None:
@@ -186,8 +219,16 @@ class DissectTrainingArguments(BaseTrainingArguments):
             "scoring_batch_size": self.scoring_batch_size,
             "scores_all": self.record_selection,
             "rescore_every": self.selection_rescore_every,
+            "cheap_scoring": self.make_cheap_scoring(),
             "scoring_dtype": None if self.scoring_dtype is None else getattr(torch, self.scoring_dtype),
         }
+
+    def make_cheap_scoring(self) -> CheapScoring:
+        """Build the scoring that the arguments describe; on whole pictures if the strategy scores nothing."""
+        if self.selection_strategy in UNSCORED and not self.record_selection:
+            return CheapScoring()
+        exposure = DEFAULT_EXPOSURE if self.scoring_exposure is None else self.scoring_exposure
+        return CheapScoring(self.scoring_image_size, self.scoring_patch_dropout, exposure)
 
     def make_objective(
         self, kind: str, num_networks: int = 1, model: nn.Module | None = None, collator: Any = None
@@ -238,6 +279,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
         return {**self.column_names(), "weight": self.weight_column}
 
 
+DEFAULT_EXPOSURE = 0.25
+_RESOLUTION = ("image_size", "patch_dropout", "scoring_image_size", "scoring_patch_dropout", "scoring_exposure")
 _ROBUST: dict[str, tuple[type, Callable[..., RobustObjective]]] = {
     "gsc": (GscSection, GscObjective),
     "rince": (RinceSection, RinceObjective),

@@ -21,6 +21,7 @@ from hf_dissect.selection.initial_ledger import begin_with_scores
 from hf_dissect.selection.ledger import LEDGER_FILE
 from hf_dissect.selection.planned_loading import check_loading, collate_blocks, load_by_plan
 from hf_dissect.training.reference_pass import plan_loading
+from hf_dissect.training.resolution import Resolution
 from hf_dissect.training.task_experts import check_tasks
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
@@ -216,7 +217,12 @@ def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
 
 
 def make_pair_loader(
-    make_loader: Callable[..., Any], selector: OnlineSelector, pairs: Any, batch_size: int, sampler_of: Any
+    make_loader: Callable[..., Any],
+    selector: OnlineSelector,
+    pairs: Any,
+    batch_size: int,
+    sampler_of: Any,
+    resolution: Resolution,
 ) -> Any:
     """Build the loader of candidate batches of stored pairs, of which a plan or a coreset may leave pairs out.
 
@@ -226,15 +232,16 @@ def make_pair_loader(
         pairs: Training pairs.
         batch_size: Number of candidates of a step.
         sampler_of: Function from a data set to the sampler of the Trainer.
+        resolution: Sizes of the pictures.
     """
     loading = plan_loading(selector, pairs, batch_size, sampler_of)
     planned = load_by_plan(selector.plan, pairs, selector.ledger)
     loader = make_loader(planned, "Training", *loading, is_training=True)
-    return loader if planned is pairs else collate_blocks(loader)
+    return resolution.size_batches(loader if planned is pairs else collate_blocks(loader))
 
 
 def make_stream_loader(
-    pairs: PairStream, collator: Any, args: DissectTrainingArguments, selector: OnlineSelector
+    pairs: PairStream, collator: Any, args: DissectTrainingArguments, selector: OnlineSelector, resolution: Resolution
 ) -> StreamLoader:
     """Build the loader of candidate batches of a stream for this process, of which a plan may leave pairs out."""
     has_weights = pairs.columns.weight is not None
@@ -251,7 +258,7 @@ def make_stream_loader(
         pin_memory=args.dataloader_pin_memory,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
-    return load_by_plan(selector.plan, loader, selector.ledger)
+    return resolution.size_batches(load_by_plan(selector.plan, loader, selector.ledger))
 
 
 def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluation: Any, uses_deepspeed: bool) -> None:

@@ -15,6 +15,7 @@ from hf_dissect.data.problems import PROBLEM_KEY, read_problems
 from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import find_loss_kind
 from hf_dissect.selection.block_choice import count_selected
+from hf_dissect.selection.cheap_scoring import CheapScoring
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.ledger_plan import make_plan
 from hf_dissect.selection.loaded_blocks import LoadedBlocks, take_block
@@ -55,6 +56,7 @@ class OnlineSelector:
         rescore_every: 1 to score every candidate in each step. With `m > 1`, the ledger decides before loading which
             candidates train, and of the others a share of `1 / m` is scored again, see `plan` and `finish_step`.
         scoring_dtype: Type of the numbers in the forward pass that scores; None for that of the training.
+        cheap_scoring: Smaller pictures or fewer patches in this forward pass; None for whole pictures.
         hooks: Functions of the loop around the selector.
         options: Keyword arguments of the strategy, if it is given by name.
 
@@ -90,6 +92,7 @@ class OnlineSelector:
         trace: SelectionTrace | None = None,
         rescore_every: int = 1,
         scoring_dtype: torch.dtype | None = None,
+        cheap_scoring: CheapScoring | None = None,
         hooks: LoopHooks = LoopHooks(),  # noqa: B008 (immutable)
         **options: Any,
     ) -> None:
@@ -101,8 +104,10 @@ class OnlineSelector:
         if self.strategy.reference and reference is None:
             raise ValueError(f"reference is missing: the strategy {self.strategy.name!r} needs a reference model.")
         self.reference = ReferenceModel(reference) if isinstance(reference, nn.Module) else reference
+        self.cheap_scoring = CheapScoring() if cheap_scoring is None else cheap_scoring
         self.knows_reference = False
         self.plan = make_plan(self.strategy, ratio, rescore_every, seed, keeps_before=num_samples is None)
+        self.cheap_scoring.check(self.plan is not None, self.reference is not None)
         planned = () if self.plan is None else self.plan.columns
         names = dict.fromkeys(("correlation", *self.strategy.columns, *columns, *planned))
         self.ledger = SampleLedger(num_samples, columns=tuple(names))
@@ -178,7 +183,7 @@ class OnlineSelector:
         candidates = self.score(model, batch, sample_id, good).subset(good)
         kept = self._choose(candidates, sizes, step, micro_step)
         self._note(batch, candidates, good, kept, sizes, step)
-        return keep_rows(batch, good, kept, self.ranks, self.padding)
+        return self.cheap_scoring.expose(keep_rows(batch, good, kept, self.ranks, self.padding), step)
 
     def score(
         self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, good: torch.Tensor | None = None
@@ -211,14 +216,11 @@ class OnlineSelector:
     def _score(
         self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, chunk_size: int | None = None
     ) -> CandidateScores:
-        return score(
-            model,
-            forward_inputs(model, batch),
-            sample_id,
-            kind=self.kind or find_loss_kind(model),
-            chunk_size=chunk_size or self.scoring_batch_size,
-            autocast=choose_autocast(model, self.scoring_dtype, self.hooks.autocast),
-        )
+        kind, autocast = self.kind or find_loss_kind(model), self.hooks.autocast
+        steps = {"chunk_size": chunk_size or self.scoring_batch_size, "kind": kind}
+        with self.cheap_scoring.prepare(model, forward_inputs(model, batch)) as inputs:
+            autocast = choose_autocast(model, self.scoring_dtype, autocast)
+            return score(model, inputs, sample_id, autocast=autocast, **steps)
 
     @property
     def monitor(self) -> SelectionMonitor:
