@@ -36,7 +36,6 @@ from hf_dissect.training.chunked_step import step_in_chunks
 from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.reference_pass import ReferencePass
 from hf_dissect.training.reload_check import make_callbacks
-from hf_dissect.training.resolution import Resolution
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
@@ -111,7 +110,7 @@ class DissectTrainer(BaseTrainer):
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, len(list_networks(self.model)), self.model, self.data_collator)
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
-        self.resolution = Resolution(args, self.model, self.data_collator, self.selector.cheap_scoring)
+        self.resolution = training_data.Resolution(args, self.model, self.data_collator, self.selector.cheap_scoring)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)
@@ -145,11 +144,11 @@ class DissectTrainer(BaseTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
         pairs: Any = self.train_dataset
+        parts = self.selector, self.resolution, pairs
         if not isinstance(pairs, PairStream):
-            loading = pairs, self._train_batch_size, self._get_train_sampler, self.resolution
-            return training_data.make_pair_loader(self._get_dataloader, self.selector, *loading)
-        loading = pairs, self.data_collator, self.args, self.selector, self.resolution
-        self.stream = training_data.make_stream_loader(*loading)
+            loading = self._get_dataloader, self._train_batch_size, self._get_train_sampler
+            return training_data.make_pair_loader(*parts, *loading)
+        self.stream = training_data.make_stream_loader(*parts, self.data_collator, self.args)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return cast(DataLoader, self.stream)  # the Trainer only iterates over it

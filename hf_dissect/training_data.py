@@ -217,22 +217,22 @@ def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
 
 
 def make_pair_loader(
-    make_loader: Callable[..., Any],
     selector: OnlineSelector,
+    resolution: Resolution,
     pairs: Any,
+    make_loader: Callable[..., Any],
     batch_size: int,
     sampler_of: Any,
-    resolution: Resolution,
 ) -> Any:
     """Build the loader of candidate batches of stored pairs, of which a plan or a coreset may leave pairs out.
 
     Args:
-        make_loader: Function of the Trainer that builds a loader.
         selector: Selector of the run.
+        resolution: Sizes of the pictures.
         pairs: Training pairs.
+        make_loader: Function of the Trainer that builds a loader.
         batch_size: Number of candidates of a step.
         sampler_of: Function from a data set to the sampler of the Trainer.
-        resolution: Sizes of the pictures.
     """
     loading = plan_loading(selector, pairs, batch_size, sampler_of)
     planned = load_by_plan(selector.plan, pairs, selector.ledger)
@@ -241,7 +241,7 @@ def make_pair_loader(
 
 
 def make_stream_loader(
-    pairs: PairStream, collator: Any, args: DissectTrainingArguments, selector: OnlineSelector, resolution: Resolution
+    selector: OnlineSelector, resolution: Resolution, pairs: PairStream, collator: Any, args: DissectTrainingArguments
 ) -> StreamLoader:
     """Build the loader of candidate batches of a stream for this process, of which a plan may leave pairs out."""
     has_weights = pairs.columns.weight is not None

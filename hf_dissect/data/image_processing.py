@@ -70,5 +70,8 @@ def _read_sides(size: Any) -> dict[str, int]:
 def _prepare(processor: Any, keywords: dict[str, Any]) -> int | None:
     """Return the side of the squares that a processor makes of elongated pictures; None if it makes no squares."""
     pictures = [Image.new("RGB", shape) for shape in ((90, 60), (60, 90))]
-    pixels = processor(images=pictures, return_tensors="pt", **keywords).get("pixel_values")
+    try:
+        pixels = processor(images=pictures, return_tensors="pt", **keywords).get("pixel_values")
+    except ValueError:  # pictures of different sizes make no batch
+        return None
     return None if pixels is None or pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] else pixels.shape[3]

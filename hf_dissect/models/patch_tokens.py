@@ -21,7 +21,6 @@ _PREFIX_TOKENS: dict[str, Callable[[Any], int]] = {
     "metaclip_2_vision_model": lambda config: 1,
     "siglip_vision_model": lambda config: 0,
     "vit": lambda config: 1,
-    "vit_msn": lambda config: 1,
 }
 """Number of tokens before those of the patches, by the type of the tower; other towers have no such tokens."""
 _REASONS = {

@@ -20,6 +20,7 @@ multiprocessing.set_forkserver_preload(
     [
         *("testing.two_ranks", "testing.distilling_ranks", "testing.cached_steps", "testing.faulty_run"),
         *("testing.averaging_ranks", "testing.planned_ranks", "testing.reference_ranks", "testing.expert_ranks"),
+        "testing.sized_ranks",
     ]
 )
 
