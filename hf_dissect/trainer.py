@@ -144,11 +144,10 @@ class DissectTrainer(BaseTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
         pairs: Any = self.train_dataset
-        parts = self.selector, self.resolution, pairs
         if not isinstance(pairs, PairStream):
-            loading = self._get_dataloader, self._train_batch_size, self._get_train_sampler
-            return training_data.make_pair_loader(*parts, *loading)
-        self.stream = training_data.make_stream_loader(*parts, self.data_collator, self.args)
+            loading = pairs, self._get_dataloader, self._train_batch_size, self._get_train_sampler
+            return training_data.make_pair_loader(self.selector, self.resolution, *loading)
+        self.stream = training_data.make_stream_loader(self.selector, self.resolution, pairs, self.args)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return cast(DataLoader, self.stream)  # the Trainer only iterates over it

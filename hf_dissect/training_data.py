@@ -241,10 +241,10 @@ def make_pair_loader(
 
 
 def make_stream_loader(
-    selector: OnlineSelector, resolution: Resolution, pairs: PairStream, collator: Any, args: DissectTrainingArguments
+    selector: OnlineSelector, resolution: Resolution, pairs: PairStream, args: DissectTrainingArguments
 ) -> StreamLoader:
     """Build the loader of candidate batches of a stream for this process, of which a plan may leave pairs out."""
-    has_weights = pairs.columns.weight is not None
+    collator, has_weights = resolution.collator, pairs.columns.weight is not None
     loader = StreamLoader(
         pairs,
         partial(collate_weighted, collator=collator) if has_weights else collator,

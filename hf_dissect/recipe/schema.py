@@ -110,7 +110,7 @@ class DataSection:
         "are left out of the training data.",
         choices=NOISE_KINDS,
     )
-    image_size: int | dict[Any, Any] | None = setting(
+    image_size: dict[str, Any] | str | int | None = setting(
         None,
         "Side in pixels of the training pictures, or sides by the share of the training steps from which each holds, "
         "as in {0.0: 112, 0.8: 224}; null: that of the model, which evaluation always has. The positions of a ViT "

@@ -22,6 +22,7 @@ class Resolution(TrainerCallback):
 
     Attributes:
         sizes: Schedule of the sizes of the training pictures; None for the model's own.
+        collator: Collator of the run.
 
     Raises:
         ValueError: Model, collator or pictures do not fit the settings.
@@ -30,7 +31,7 @@ class Resolution(TrainerCallback):
     def __init__(self, args: Any, model: nn.Module, collator: Any, scoring: CheapScoring) -> None:
         self.sizes = None if args.image_size is None else ImageSizes(args.image_size)
         self._args = args
-        self._collator = collator
+        self.collator = collator
         self._state: TrainerState | None = None  # before training
         self._scoring = scoring
         self._tokens = PatchTokens(args.patch_dropout)
@@ -52,13 +53,13 @@ class Resolution(TrainerCallback):
                 f"image_size={args.image_size!r}: the last stage must have the model's own size, {own[-1]} pixels, at "
                 "which it is evaluated and used; add it, or give one size for the whole run."
             )
-        if not hasattr(self._collator, "at_size"):
+        if not hasattr(self.collator, "at_size"):
             raise ValueError(
-                f"image_size={args.image_size!r}: {type(self._collator).__name__} does not prepare pictures of "
+                f"image_size={args.image_size!r}: {type(self.collator).__name__} does not prepare pictures of "
                 "several sizes; derive your collator from hf_dissect.SelectionCollator, or leave image_size out."
             )
         for side in self.sizes.sides:
-            with self._collator.at_size(side):
+            with self.collator.at_size(side):
                 pass
 
     def size_batches(self, loader: Any) -> Any:
@@ -77,7 +78,7 @@ class Resolution(TrainerCallback):
                 "in the run; stream them from a datasets.IterableDataset, or give one size for the whole run."
             )
         accumulation = self._args.gradient_accumulation_steps
-        return size_batches(loader, self.sizes, self._collator, self._progress, accumulation)
+        return size_batches(loader, self.sizes, self.collator, self._progress, accumulation)
 
     def _progress(self) -> tuple[int, int]:
         return (0, 1) if self._state is None else (self._state.global_step, self._state.max_steps)

@@ -13,7 +13,7 @@ REPAIR = {"repair": {"space": "encoder", "encoder": "user/encoder"}, "noisy_chan
     ("sections", "message"),
     [
         ({"data": {"image_size": {0.5: 32}}}, "data.image_size: .*the first share is 0"),
-        ({"data": {"image_size": "112"}}, "data.image_size: '112'"),
+        ({"data": {"image_size": "large"}}, "data.image_size: 'large' is not allowed; allowed: a side in pixels"),
         ({"data": {"image_size": 0}}, "data.image_size: 0 is not allowed; allowed: at least 1"),
         ({"data": {"image_size": {0: 16, 1.5: 32}}}, r"data.image_size: 1.5: 32 is not allowed; the share is in"),
         ({"model": {"patch_dropout": 1.0}}, r"model.patch_dropout: 1.0 is not allowed"),
