@@ -1,6 +1,7 @@
 """A schedule of sizes says the size of each step, and pictures are prepared in it."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from testing import tiny_models
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hf_dissect import SelectionCollator
+from hf_dissect.data import as_pairs
 from hf_dissect.data.image_processing import find_processing
 from hf_dissect.data.image_sizes import ImageSizes, find_size_fault
 from hf_dissect.data.images import UnusableImage, decode_image
+from hf_dissect.data.sized_batches import SizedBatchSampler, SizedCollator, SizedPairs, SizedPick
 
 
 def test_each_step_has_its_size():
@@ -110,3 +113,27 @@ def test_a_collator_prepares_smaller_pictures_for_a_while():
     assert torch.equal(small["pixel_values"][0], wanted["pixel_values"][0])
     assert all(torch.equal(small[name], whole[name]) for name in whole if name != "pixel_values")
     assert torch.equal(collator(rows)["pixel_values"], whole["pixel_values"])
+
+
+def test_sizes_survive_the_way_to_a_worker_that_is_started_anew():
+    _, processor = tiny_models.tiny_clip()
+    collator, sizes = SelectionCollator(processor), ImageSizes({0: 16, 0.5: 32})
+    pairs, collate = pickle.loads(
+        pickle.dumps((SizedPairs(as_pairs(tiny_models.tiny_pairs(8))), SizedCollator(collator, collator)))
+    )
+    sampler = SizedBatchSampler([[0, 1], [2, 3], [4, 5], [6, 7]], sizes, lambda: (0, 4), 1)
+    batches = [pickle.loads(pickle.dumps(indices)) for indices in sampler]
+    found = [collate(pairs.__getitems__(indices)) for indices in batches]
+    assert [batch["pixel_values"].shape[-1] for batch in found] == [16, 16, 32, 32]
+    assert [batch["sample_id"].tolist() for batch in found] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert collate(pairs.__getitems__([0, 1]))["pixel_values"].shape[-1] == 32, "batches without a step are whole"
+    pick = SizedPick(sizes, lambda: (1, 4), 2).begin(10)
+    assert [pickle.loads(pickle.dumps(pick))([{}], number).image_size for number in (10, 11, 12)] == [16, 16, 32]
+
+
+def test_the_batches_of_an_epoch_count_from_its_first_step():
+    batches = [[number] for number in range(5)]  # with two batches a step, steps of 2, 2 and 1
+    for step, first in ((0, 0), (2, 0), (3, 3), (5, 3)):
+        sampler = SizedBatchSampler(batches, ImageSizes({0: 8, 0.5: 16}), lambda step=step: (step, 8), 2)
+        wanted = [8 if first + number // 2 < 4 else 16 for number in range(5)]
+        assert [indices.image_size for indices in sampler] == wanted and len(sampler) == 5
