@@ -4,8 +4,8 @@
 
 The scenes of the quickstart at 64 pixels, in patches of 8, with 40 % shuffled captions; `small_loss` keeps half of 128
 candidates. For one seed, all ways share pairs, batches, initial weights and schedule. `agreement` is the share of the
-kept pairs that scoring on whole pictures would keep, too, at the same weights, over every eighth step of the last three
-quarters (half of them agree by chance). `seconds` is the processor time of training without these comparisons, `step`
+kept pairs that scoring on whole pictures would keep, too, at the same weights, over every eighth step of the last
+three quarters (half of them agree by chance). `seconds` is the processor time of training without these comparisons, `step`
 that of a step over that of a step with scoring on whole pictures in the same seed. `recall` is the sum of recall at 1,
 5 and 10 in both directions at full size. Runs that the output has are not repeated. `decoding` is the number of
 photographs of 640 x 480 pixels, drawn here as JPEG, that a collator prepares in a second at 224 and at 112 pixels.
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--ways", help="numbers of the ways, as in 0,3; all of them without")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="further settings")
     parser.add_argument("--photographs", type=int, default=64, help="photographs that are decoded")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

@@ -110,7 +110,7 @@ class DissectTrainer(BaseTrainer):
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, len(list_networks(self.model)), self.model, self.data_collator)
         self.selector = self._make_selector(args.make_strategy() if strategy is None else strategy, reference_model)
-        self.resolution = training_data.Resolution(args, self.model, self.data_collator, self.selector.cheap_scoring)
+        self.resolution = training_data.Resolution(args, self.model, self.data_collator, self.selector)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)

@@ -360,7 +360,8 @@ def test_times_are_compared_with_plain_training(noisy):
 
 
 def test_cheap_scoring():
-    small = ["data.scenes_train=256", "data.scenes_validation=64", "data.scenes_test=64", "training.num_train_epochs=1"]
+    small = ["data.scenes_train=256", "data.scenes_validation=64", "data.scenes_test=64"]
+    small += ["training.num_train_epochs=1"]
     arguments = [part for setting in small for part in ("--set", setting)]
     results = run_benchmark("cheap_scoring", "--seeds", 0, "--ways", "3,4,7", "--photographs", 2, *arguments)
     rows = {row["way"]: row for row in results["rows"]}

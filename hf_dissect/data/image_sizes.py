@@ -77,7 +77,8 @@ def _read_stages(given: Any) -> list[tuple[float, int]]:
         except (TypeError, ValueError):
             share = math.nan
         if not 0 <= share < 1 or not _is_side(side):
-            raise ValueError(f"{key!r}: {side!r} is not allowed; the share is in [0, 1) and the side an integer; {wanted}")
+            fault = f"{key!r}: {side!r} is not allowed; the share is in [0, 1) and the side an integer"
+            raise ValueError(f"{fault}; {wanted}")
         stages.append((share, side))
     stages.sort()
     shares = [share for share, _ in stages]

@@ -29,8 +29,8 @@ class SizedRows(list[Any]):
 class SizedBatchSampler:
     """Batch sampler that notes in each batch the size of the pictures at the step for which it is made.
 
-    It counts the batches of an epoch from its beginning, those that a resumed run skips, too, so that the size does not
-    depend on how far workers read ahead. The attributes are those of the batch sampler within.
+    It counts the batches of an epoch from its beginning, those that a resumed run skips, too, so that the size does
+    not depend on how far workers read ahead. The attributes are those of the batch sampler within.
 
     Args:
         inner: Batch sampler of this rank.

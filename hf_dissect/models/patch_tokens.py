@@ -108,8 +108,8 @@ def check_patch_dropout(model: nn.Module, dropout: float, setting: str, training
         )
     if training and is_frozen_tower(_find_tower(model, setting)):
         raise ValueError(
-            f"{setting}={dropout} drops nothing in a frozen vision tower, which runs as in evaluation; set it to 0, or "
-            "model.freeze to null."
+            f"{setting}={dropout} drops nothing in a frozen vision tower, which runs as in evaluation; set it to 0, "
+            "or model.freeze to null."
         )
 
 
@@ -122,8 +122,8 @@ class PatchTokens:
     """Hooks at the patch embeddings of a ViT tower, which leave its weights and its configuration as they are.
 
     A picture of another size than the tower's own gets positions that are interpolated between those of the tower. In
-    training, a share of the patches is dropped (FLIP, arXiv 2212.00794, section 3), drawn for each picture from torch's
-    generator, so that a saved random state gives the same patches again. In evaluation, nothing is dropped, except
+    training, a share of the patches is dropped (FLIP, arXiv 2212.00794, section 3), drawn for each picture from
+    torch's generator, so that a saved random state gives the same patches again. In evaluation, nothing is dropped, except
     within `scoring`. Class tokens stay, and each patch that stays has its own position.
 
     Args:

@@ -70,8 +70,8 @@ class ModelSection:
     trust_remote_code: bool = setting(False, "Allow code from the model's repository to run.")
     patch_dropout: float = setting(
         0.0,
-        "Share of the patches of each picture that a ViT tower drops in training, drawn anew for each picture and step "
-        "(FLIP); none is dropped in scoring and evaluation.",
+        "Share of the patches of each picture that a ViT tower drops in training, drawn again for each picture and "
+        "step (FLIP); none is dropped in scoring and evaluation.",
         within="[0, 1)",
         argument="patch_dropout",
     )

@@ -24,19 +24,19 @@ def find_resolution_faults(settings: Settings) -> Iterator[tuple[str, str, str]]
         yield (
             "scoring_exposure",
             "scoring_image_size",
-            f"{settings['scoring_exposure']} has no size to train on: scoring_image_size is null; set that, or this to "
-            "null",
+            f"{settings['scoring_exposure']} has no size to train on: scoring_image_size is null; set that, or this "
+            "to null",
         )
-    for name in ("scoring_image_size", "scoring_patch_dropout"):
+    for name in ("image_size", "scoring_image_size", "scoring_patch_dropout"):
         value = settings[name]
         if not value:
             continue
-        if settings["rescore_every"] > 1:
+        if settings["rescore_every"] > 1 and name != "image_size":
             yield (
                 name,
                 "rescore_every",
-                f"{show(value)} does not go with rescore_every {settings['rescore_every']}, which compares scores with "
-                "those of the training step on whole pictures; set rescore_every to 1, or leave this out",
+                f"{show(value)} does not go with rescore_every {settings['rescore_every']}, which compares scores "
+                "with those of the training step on whole pictures; set rescore_every to 1, or leave this out",
             )
         if settings["reference"] is not None:
             yield (
@@ -45,7 +45,8 @@ def find_resolution_faults(settings: Settings) -> Iterator[tuple[str, str, str]]
                 f"{show(value)} does not go with reference {show(settings['reference'])}, whose scores are those of "
                 "whole pictures; leave one of the two out",
             )
-    smaller = next((name for name in ("image_size", "scoring_exposure") if settings[name]), None)
+    trains_on = {"image_size": size, "scoring_image_size": settings["scoring_exposure"] != 0}
+    smaller = next((name for name, trains in trains_on.items() if trains and settings[name]), None)
     if smaller is not None and settings["encoder"] is not None:
         yield (
             smaller,

@@ -197,8 +197,8 @@ class SelectionSection:
     )
     scoring_image_size: int | None = setting(
         None,
-        "Side in pixels to which pictures are scaled down, on the device, in the forward pass that scores; null: as in "
-        "training.",
+        "Side in pixels to which pictures are scaled down, on the device, in the forward pass that scores; null: as "
+        "in training.",
         within="[1, inf)",
         argument="scoring_image_size",
     )

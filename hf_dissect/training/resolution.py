@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_dissect.data.image_sizes import ImageSizes
 from hf_dissect.data.sized_batches import size_batches
 from hf_dissect.models.patch_tokens import PatchTokens, check_patch_dropout, read_patch_grid
-from hf_dissect.selection.cheap_scoring import CheapScoring
+from hf_dissect.selection import OnlineSelector
 
 
 class Resolution(TrainerCallback):
@@ -18,7 +18,7 @@ class Resolution(TrainerCallback):
         args: Arguments of the run.
         model: Model of the run.
         collator: Collator of the run.
-        scoring: Scoring of the run.
+        selector: Selector of the run.
 
     Attributes:
         sizes: Schedule of the sizes of the training pictures; None for the model's own.
@@ -28,12 +28,12 @@ class Resolution(TrainerCallback):
         ValueError: Model, collator or pictures do not fit the settings.
     """
 
-    def __init__(self, args: Any, model: nn.Module, collator: Any, scoring: CheapScoring) -> None:
+    def __init__(self, args: Any, model: nn.Module, collator: Any, selector: OnlineSelector) -> None:
         self.sizes = None if args.image_size is None else ImageSizes(args.image_size)
         self._args = args
         self.collator = collator
         self._state: TrainerState | None = None  # before training
-        self._scoring = scoring
+        self._selector = selector
         self._tokens = PatchTokens(args.patch_dropout)
         self._check(model)
 
@@ -52,6 +52,11 @@ class Resolution(TrainerCallback):
             raise ValueError(
                 f"image_size={args.image_size!r}: the last stage must have the model's own size, {own[-1]} pixels, at "
                 "which it is evaluated and used; add it, or give one size for the whole run."
+            )
+        if self._selector.reference is not None:
+            raise ValueError(
+                f"image_size={args.image_size!r} does not go with a reference model, whose scores are those of whole "
+                "pictures; leave one of the two out."
             )
         if not hasattr(self.collator, "at_size"):
             raise ValueError(
@@ -74,8 +79,8 @@ class Resolution(TrainerCallback):
         changes = self.sizes is not None and self.sizes.constant is None
         if changes and not hasattr(loader, "pick") and getattr(loader, "batch_sampler", None) is None:
             raise ValueError(
-                f"image_size={self._args.image_size!r}: a {type(loader.dataset).__name__} yields pairs without a place "
-                "in the run; stream them from a datasets.IterableDataset, or give one size for the whole run."
+                f"image_size={self._args.image_size!r}: a {type(loader.dataset).__name__} yields pairs without a "
+                "place in the run; stream them from a datasets.IterableDataset, or give one size for the whole run."
             )
         accumulation = self._args.gradient_accumulation_steps
         return size_batches(loader, self.sizes, self.collator, self._progress, accumulation)
@@ -101,7 +106,7 @@ class Resolution(TrainerCallback):
     ) -> None:
         """Leave the model as it was."""
         self._tokens.detach()
-        self._scoring.tokens.detach()
+        self._selector.cheap_scoring.tokens.detach()
 
 
 def check_side(model: nn.Module, side: int, setting: str, *, is_smaller: bool) -> int:

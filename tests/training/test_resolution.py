@@ -159,10 +159,12 @@ def make(model_of, tmp_path, collator=None, **settings):
     model, processor = model_of()
     if settings.pop("frozen", False):
         freeze_tower(model, "vision")
+    reference = model_of()[0] if settings.pop("reference_model", False) else None
     args = {"per_device_train_batch_size": 8, "max_steps": 2, "report_to": "none", "use_cpu": True, **settings}
     return DissectTrainer(
         model=model,
         processing_class=processor,
+        reference_model=reference,
         train_dataset=tiny_models.tiny_pairs(16),
         data_collator=collator and collator(processor),
         args=DissectTrainingArguments(str(tmp_path), **args),
@@ -182,7 +184,7 @@ class OwnCollator:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(model=tiny_models.tiny_align, patch_dropout=0.5), "patch_dropout=0.5 needs a plain ViT.*AlignVisionModel"),
+        (dict(model=tiny_models.tiny_align, patch_dropout=0.5), "patch_dropout=0.5 needs.*AlignVisionModel"),
         (dict(model=tiny_models.tiny_align, image_size=16), "image_size=16 needs a plain ViT.*AlignVisionModel"),
         (dict(model=tiny_models.tiny_siglip2, patch_dropout=0.5), "aspect ratio.*siglip2-base-patch16-224"),
         (dict(model=tiny_models.tiny_siglip2, image_size=16), "aspect ratio"),
@@ -204,6 +206,8 @@ class OwnCollator:
         (dict(scoring_exposure=0.5), "scoring_image_size is null"),
         (dict(scoring_image_size=16, selection_rescore_every=4), "rescore_every 4"),
         (dict(scoring_patch_dropout=0.5, selection_reference="a/b", selection_strategy="rho"), "reference 'a/b'"),
+        (dict(image_size=16, reference_model=True, selection_strategy="rho"), "image_size=16.*a reference model"),
+        (dict(scoring_image_size=16, reference_model=True, selection_strategy="rho"), "a reference model"),
     ],
 )
 def test_what_cannot_be_right_is_refused(settings, message, tmp_path):
