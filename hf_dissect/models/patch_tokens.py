@@ -123,8 +123,8 @@ class PatchTokens:
 
     A picture of another size than the tower's own gets positions that are interpolated between those of the tower. In
     training, a share of the patches is dropped (FLIP, arXiv 2212.00794, section 3), drawn for each picture from
-    torch's generator, so that a saved random state gives the same patches again. In evaluation, nothing is dropped, except
-    within `scoring`. Class tokens stay, and each patch that stays has its own position.
+    torch's generator, so that a saved random state gives the same patches again. In evaluation, nothing is dropped
+    except within `scoring`. Class tokens stay, and each patch that stays has its own position.
 
     Args:
         dropout: Share of the patches that is dropped in training.

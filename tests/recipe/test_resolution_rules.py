@@ -19,7 +19,7 @@ SMALL = {"strategy": "none", "scoring_image_size": 16}
         ({"data": {"image_size": {0: 16, 1.5: 32}}}, r"data.image_size: 1.5: 32 is not allowed; the share is in"),
         ({"model": {"patch_dropout": 1.0}}, r"model.patch_dropout: 1.0 is not allowed"),
         ({"model": {"patch_dropout": 0.5, "freeze": "vision"}}, "model.patch_dropout: 0.5 drops nothing in a frozen"),
-        ({"data": {"image_size": 16}, "selection": RHO}, "data.image_size: 16 does not go with reference 'user/model'"),
+        ({"data": {"image_size": 16}, "selection": RHO}, "data.image_size: 16 .*reference 'user/model'"),
         ({**REPAIR, "data": {"image_size": 16}}, "data.image_size: 16 does not go with encoder 'user/it'"),
         ({**REPAIR, "selection": SMALL}, "selection.scoring_image_size: 16 does not go with encoder 'user/it'"),
         ({"selection": {"scoring_exposure": 0.5}}, "selection.scoring_exposure: 0.5 has no size to train on"),

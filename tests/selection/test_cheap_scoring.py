@@ -52,7 +52,8 @@ def test_a_share_of_the_steps_trains_on_smaller_pictures(setting, exposure, step
     selector = OnlineSelector("small_loss", 0.5, num_samples=8, cheap_scoring=CheapScoring(16, exposure=exposure))
     sides = [selector.select(model, batch, step=step)["pixel_values"].shape[-1] for step in range(8)]
     assert [step for step, side in enumerate(sides) if side == 16] == steps
-    assert torch.equal(CheapScoring(16, exposure=1.0).expose(batch, 0)["pixel_values"], shrink_pictures(batch, 16)["pixel_values"])
+    exposed = CheapScoring(16, exposure=1.0).expose(batch, 0)["pixel_values"]
+    assert torch.equal(exposed, shrink_pictures(batch, 16)["pixel_values"])
 
 
 def test_scores_of_two_kinds_of_pictures_are_not_compared(setting):
