@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.encoded_pictures import as_numpy, is_byte_array
-from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
 from hf_dissect.data.image_processing import SizedProcessing, find_processing
+from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
 from hf_dissect.data.pair_keys import GIVEN_WEIGHT, WEIGHT_KEY
 from hf_dissect.data.pair_weights import describe_weight_problem
 from hf_dissect.data.pairs import ROW_KEYS, key_hash

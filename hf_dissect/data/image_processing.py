@@ -45,9 +45,7 @@ def _find_processing(processor: Any, size: int) -> SizedProcessing:
             "not; leave image_size (data.image_size in a recipe) out."
         )
     if size > own:
-        raise ValueError(
-            f"image_size={size} is above the {own} pixels that {name} prepares; allowed: at most {own}."
-        )
+        raise ValueError(f"image_size={size} is above the {own} pixels that {name} prepares; allowed: at most {own}.")
     if size == own:
         return SizedProcessing()
     scaled = {side: max(size, round(pixels * size / own)) for side, pixels in resized.items()}

@@ -150,9 +150,7 @@ class SizedCollator:
             return self.collate(rows)
 
 
-def size_batches(
-    loader: Any, sizes: ImageSizes | None, collator: Any, progress: Progress, accumulation: int
-) -> Any:
+def size_batches(loader: Any, sizes: ImageSizes | None, collator: Any, progress: Progress, accumulation: int) -> Any:
     """Return a loader of training batches whose pictures follow a schedule; the loader itself without one.
 
     Args:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_dissect.data.image_sizes import find_size_fault
 from hf_dissect.settings import show
 
 Settings = Mapping[str, Any]
@@ -18,8 +17,11 @@ def find_resolution_faults(settings: Settings) -> Iterator[tuple[str, str, str]]
             `scoring_exposure`, `rescore_every`, `reference` and `encoder` (that of a repair).
     """
     size = settings["image_size"]
-    if size is not None and (problem := find_size_fault(size)) is not None:
-        yield "image_size", "", problem
+    if size is not None:
+        from hf_dissect.data.image_sizes import find_size_fault  # imports torch: only for a recipe that is really read
+
+        if (problem := find_size_fault(size)) is not None:
+            yield "image_size", "", problem
     if settings["scoring_exposure"] and settings["scoring_image_size"] is None:
         yield (
             "scoring_exposure",
