@@ -217,10 +217,10 @@ class OnlineSelector:
         self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, chunk_size: int | None = None
     ) -> CandidateScores:
         kind, autocast = self.kind or find_loss_kind(model), self.hooks.autocast
-        steps = {"chunk_size": chunk_size or self.scoring_batch_size, "kind": kind}
+        autocast = choose_autocast(model, self.scoring_dtype, autocast)
+        size = chunk_size or self.scoring_batch_size
         with self.cheap_scoring.prepare(model, forward_inputs(model, batch)) as inputs:
-            autocast = choose_autocast(model, self.scoring_dtype, autocast)
-            return score(model, inputs, sample_id, autocast=autocast, **steps)
+            return score(model, inputs, sample_id, kind=kind, chunk_size=size, autocast=autocast)
 
     @property
     def monitor(self) -> SelectionMonitor:
