@@ -279,7 +279,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
         return {**self.column_names(), "weight": self.weight_column}
 
 
-DEFAULT_EXPOSURE = 0.125
+DEFAULT_EXPOSURE = 0.25
 _RESOLUTION = ("image_size", "patch_dropout", "scoring_image_size", "scoring_patch_dropout", "scoring_exposure")
 _ROBUST: dict[str, tuple[type, Callable[..., RobustObjective]]] = {
     "gsc": (GscSection, GscObjective),

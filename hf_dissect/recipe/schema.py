@@ -211,7 +211,7 @@ class SelectionSection:
     )
     scoring_exposure: float | None = setting(
         None,
-        "Share of the steps, evenly spaced, that train on pictures of selection.scoring_image_size; null: 0.125.",
+        "Share of the steps, evenly spaced, that train on pictures of selection.scoring_image_size; null: 0.25.",
         within="[0, 1]",
         argument="scoring_exposure",
     )
