@@ -1,7 +1,8 @@
 """Collator that makes candidate batches in the workers of a data loader, and marks unreadable rows."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.encoded_pictures import as_numpy, is_byte_array
+from hf_dissect.data.image_processing import SizedProcessing, find_processing
 from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
 from hf_dissect.data.pair_keys import GIVEN_WEIGHT, WEIGHT_KEY
 from hf_dissect.data.pair_weights import describe_weight_problem
@@ -59,6 +61,20 @@ class SelectionCollator:
         self.max_caption_length = max_caption_length
         self.reads_features = reads_features
         self._feature_dim: int | None = None
+        self._processing = SizedProcessing()
+
+    @contextmanager
+    def at_size(self, size: int | None) -> Iterator[None]:
+        """Prepare pictures with a side of `size` pixels within the context; None for the model's own size.
+
+        Raises:
+            ValueError: The image processor cannot prepare pictures of this size.
+        """
+        before, self._processing = self._processing, find_processing(self.image_processor, size)
+        try:
+            yield
+        finally:
+            self._processing = before
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate `B` pairs.
@@ -157,16 +173,17 @@ class SelectionCollator:
                 "The rows hold no feature vectors, and the processor has no image_processor for pictures; pass the "
                 "model's whole processor, or use precomputed feature vectors as the image column."
             )
-        images = []
+        images, smallest_side = [], self._processing.smallest_side
         for position, row in enumerate(rows):
             try:
                 # A row without a caption is unreadable, so its image need not be decoded.
-                images.append(_PLACEHOLDER if reasons[position] else _make_usable_shape(decode_image(row["image"])))
+                is_bad, image = reasons[position], row["image"]
+                images.append(_PLACEHOLDER if is_bad else _make_usable_shape(decode_image(image, smallest_side)))
             except UnusableImage as error:
                 reasons[position] = BadReason.IMAGE
                 problems[position] = join_problem(error.problem, error.path or _find_name(row))
                 images.append(_PLACEHOLDER)
-        return dict(self.image_processor(images=images, return_tensors="pt"))
+        return dict(self.image_processor(images=images, return_tensors="pt", **self._processing.keywords))
 
     def _find_feature_dim(self, rows: Sequence[dict[str, Any]]) -> int | None:
         if self._feature_dim is None and self.reads_features is not False:

@@ -109,6 +109,7 @@ class DissectTrainer(BaseTrainer):
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, len(list_networks(self.model)), self.model, self.data_collator)
         self.selector = self._make_selector(args.make_strategy(strategy), reference_model)
+        self.resolution = training_data.Resolution(args, self.model, self.data_collator, self.selector)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)
@@ -116,9 +117,9 @@ class DissectTrainer(BaseTrainer):
         self.parts["bad_rows"] = Part(self.bad_rows, each_rank=True, join=BadRows.join_states)
         self.parts["objective"] = Part(self.objective)
         self.parts["decorrelation"] = Part(self.objective.decorrelation, each_rank=True)
-        for callback in make_callbacks(self.data_collator, self.train_dataset):
+        callbacks = self.resolution, ReferencePass(self.selector, self.stop_request)
+        for callback in (*make_callbacks(self.data_collator, self.train_dataset), *callbacks):
             self.add_callback(callback)
-        self.add_callback(ReferencePass(self.selector, self.stop_request))
 
     def _make_selector(self, strategy: SelectionStrategy, reference: nn.Module | None) -> OnlineSelector:
         args, pairs, autocast = self.args, self.train_dataset, self.accelerator.autocast
@@ -143,9 +144,9 @@ class DissectTrainer(BaseTrainer):
         """Return the loader of the Trainer, or for a stream, a loader whose position can be saved."""
         pairs: Any = self.train_dataset
         if not isinstance(pairs, PairStream):
-            loading = pairs, self.args, self._train_batch_size, self._get_train_sampler
-            return training_data.make_pair_loader(self._get_dataloader, self.selector, *loading)
-        self.stream = training_data.make_stream_loader(pairs, self.data_collator, self.args, self.selector)
+            loading = pairs, self.args, self._get_dataloader, self._train_batch_size, self._get_train_sampler
+            return training_data.make_pair_loader(self.selector, self.resolution, *loading)
+        self.stream = training_data.make_stream_loader(self.selector, self.resolution, pairs, self.args)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return cast(DataLoader, self.stream)  # the Trainer only iterates over it
@@ -215,15 +216,14 @@ class DissectTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of selection and decorrelation to the logs of training."""
         if "loss" in logs:
-            logs.update(self.summary.pop_logs(self.times))
+            logs.update(self.summary.pop_logs(self.times) | self.resolution.describe())
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the loader of data to evaluate or to predict, with all rows."""
         if not training_data.is_checked(eval_dataset, self.train_dataset, self.eval_dataset):
-            eval_dataset = training_data.wrap_evaluation_pairs(
-                eval_dataset, self.model, self.train_dataset, self.args, self.data_collator
-            )
+            parts = self.model, self.train_dataset, self.args, self.data_collator
+            eval_dataset = training_data.wrap_evaluation_pairs(eval_dataset, *parts)
         return super().get_eval_dataloader(eval_dataset)
 
     get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]  # another name of the argument

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from hf_dissect.data.image_sizes import ImageSizes, find_size_fault
 from hf_dissect.objective import Objective
 from hf_dissect.objectives.division import DivisionObjective
 from hf_dissect.objectives.gsc import GscObjective
@@ -33,6 +34,7 @@ from hf_dissect.recipe.objective_schema import (
     find_repair_fault,
     list_robust_objectives,
 )
+from hf_dissect.recipe.resolution_rules import UNSCORED, find_resolution_faults
 from hf_dissect.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -40,6 +42,7 @@ from hf_dissect.recipe.schema import (
     SelectionSection,
 )
 from hf_dissect.selection import SelectionStrategy, make_strategy
+from hf_dissect.selection.cheap_scoring import CheapScoring
 from hf_dissect.selection.ledger_plan import make_plan
 from hf_dissect.selection.options import find_usage_problem
 from hf_dissect.selection.usage import set_usage_penalty
@@ -71,6 +74,9 @@ class DissectTrainingArguments(BaseTrainingArguments):
     shard_ledger: bool = declared(SelectionSection, "shard_ledger")
     scoring_dtype: str | None = declared(SelectionSection, "scoring_dtype")
     selection_usage_penalty: float = declared(SelectionSection, "usage_penalty")
+    scoring_image_size: int | None = declared(SelectionSection, "scoring_image_size")
+    scoring_patch_dropout: float = declared(SelectionSection, "scoring_patch_dropout")
+    scoring_exposure: float | None = declared(SelectionSection, "scoring_exposure")
     record_selection: bool = declared(SelectionSection, "record")
     mask_false_negatives: bool = declared(SelectionSection, "mask_false_negatives")
     grad_cache_chunk_size: int | None = declared(ObjectiveSection, "grad_cache_chunk_size")
@@ -92,6 +98,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
     balance_max_visits: int = declared(DataSection, "balance_max_visits")
     sampling_file: str | None = declared(DataSection, "sampling_file")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
+    image_size: dict[str, Any] | str | int | None = declared(DataSection, "image_size")
+    patch_dropout: float = declared(ModelSection, "patch_dropout")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
     check_reload: bool = declared(ModelSection, "check_reload")
 
@@ -108,7 +116,9 @@ class DissectTrainingArguments(BaseTrainingArguments):
         for name in ("initial_ledger", "selection_reference", "sampling_file"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
+        self._read_image_size()
         super().__post_init__()
+        self._check_resolution()
         strategy = self.make_strategy()
         self._check_enough_pairs(strategy)
         if self.max_steps <= 0 and getattr(strategy, "warmup_epochs", 0) >= math.ceil(self.num_train_epochs):
@@ -143,6 +153,28 @@ class DissectTrainingArguments(BaseTrainingArguments):
         rule = self.selection_strategy, self.selection_ratio, self.selection_rescore_every
         if self.selection_usage_penalty and (found := find_usage_problem(*rule)):
             raise ValueError(f"selection_usage_penalty={self.selection_usage_penalty} {found}.")
+    def _read_image_size(self) -> None:
+        if self.image_size is not None and find_size_fault(self.image_size) is None:
+            self.image_size = ImageSizes(self.image_size).as_setting()
+
+    def _check_resolution(self) -> None:
+        settings = {name: getattr(self, name) for name in _RESOLUTION}
+        settings |= {"rescore_every": self.selection_rescore_every, "reference": self.selection_reference}
+        settings["encoder"] = None if self.repair is None else cast(dict, self.repair).get("encoder")
+        for name, _, problem in find_resolution_faults(settings):
+            raise ValueError(f"{name}={problem} (null is None in Python).")
+        if self.image_size is None:
+            return
+        if self.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # read by `super().__post_init__`
+            raise ValueError(
+                f"image_size={self.image_size!r} does not go with dispatch_batches, by which one process loads for "
+                "all; leave it out."
+            )
+        if self.ignore_data_skip and not isinstance(self.image_size, int):
+            raise ValueError(
+                f"image_size={self.image_size!r} does not go with ignore_data_skip, by which a resumed run counts its "
+                "batches from another place; set it to False."
+            )
 
     def _check_robust_objective(self) -> None:
         given = {name: getattr(self, name) for name in list_robust_objectives() if getattr(self, name) is not None}
@@ -208,8 +240,16 @@ class DissectTrainingArguments(BaseTrainingArguments):
             "scores_all": self.record_selection,
             "rescore_every": self.selection_rescore_every,
             "shard_ledger": self.shard_ledger,
+            "cheap_scoring": self.make_cheap_scoring(),
             "scoring_dtype": None if self.scoring_dtype is None else getattr(torch, self.scoring_dtype),
         }
+
+    def make_cheap_scoring(self) -> CheapScoring:
+        """Build the scoring that the arguments describe; on whole pictures if the strategy scores nothing."""
+        if self.selection_strategy in UNSCORED and not self.record_selection:
+            return CheapScoring()
+        exposure = DEFAULT_EXPOSURE if self.scoring_exposure is None else self.scoring_exposure
+        return CheapScoring(self.scoring_image_size, self.scoring_patch_dropout, exposure)
 
     def make_objective(
         self, kind: str, num_networks: int = 1, model: nn.Module | None = None, collator: Any = None
@@ -260,6 +300,8 @@ class DissectTrainingArguments(BaseTrainingArguments):
         return {**self.column_names(), "weight": self.weight_column, "balance": self.balance_column}
 
 
+DEFAULT_EXPOSURE = 0.25
+_RESOLUTION = ("image_size", "patch_dropout", "scoring_image_size", "scoring_patch_dropout", "scoring_exposure")
 _ROBUST: dict[str, tuple[type, Callable[..., RobustObjective]]] = {
     "gsc": (GscSection, GscObjective),
     "rince": (RinceSection, RinceObjective),

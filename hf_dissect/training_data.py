@@ -23,6 +23,7 @@ from hf_dissect.selection.saved_ledger import LEDGER_FILE, has_ledger
 from hf_dissect.training.balanced_pairs import balance_pairs, choose_sampler, write_weights
 from hf_dissect.training.reference_pass import plan_loading
 from hf_dissect.training.sampler_epochs import follow_epochs
+from hf_dissect.training.resolution import Resolution
 from hf_dissect.training.task_experts import check_tasks
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
@@ -219,29 +220,36 @@ def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
 
 
 def make_pair_loader(
-    make_loader: Callable[..., Any], selector: OnlineSelector, pairs: Any, args: Any, batch_size: int, sampler_of: Any
+    selector: OnlineSelector,
+    resolution: Resolution,
+    pairs: Any,
+    args: Any,
+    make_loader: Callable[..., Any],
+    batch_size: int,
+    sampler_of: Any,
 ) -> Any:
     """Build the loader of candidate batches of stored pairs, of which a plan or a coreset may leave pairs out.
 
     Args:
-        make_loader: Function of the Trainer that builds a loader.
         selector: Selector of the run.
+        resolution: Sizes of the pictures.
         pairs: Training pairs.
         args: Arguments of the run.
+        make_loader: Function of the Trainer that builds a loader.
         batch_size: Number of candidates of a step.
         sampler_of: Function from a data set to the sampler of the Trainer.
     """
     loading = plan_loading(selector, pairs, batch_size, choose_sampler(pairs, args, sampler_of))
     planned = load_by_plan(selector.plan, pairs, selector.ledger)
     loader = follow_epochs(make_loader(planned, "Training", *loading, is_training=True))
-    return loader if planned is pairs else collate_blocks(loader)
+    return resolution.size_batches(loader if planned is pairs else collate_blocks(loader))
 
 
 def make_stream_loader(
-    pairs: PairStream, collator: Any, args: DissectTrainingArguments, selector: OnlineSelector
+    selector: OnlineSelector, resolution: Resolution, pairs: PairStream, args: DissectTrainingArguments
 ) -> StreamLoader:
     """Build the loader of candidate batches of a stream for this process, of which a plan may leave pairs out."""
-    has_weights = pairs.columns.weight is not None
+    collator, has_weights = resolution.collator, pairs.columns.weight is not None
     loader = StreamLoader(
         pairs,
         partial(collate_weighted, collator=collator) if has_weights else collator,
@@ -255,7 +263,7 @@ def make_stream_loader(
         pin_memory=args.dataloader_pin_memory,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
-    return load_by_plan(selector.plan, loader, selector.ledger)
+    return resolution.size_batches(load_by_plan(selector.plan, loader, selector.ledger))
 
 
 def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluation: Any, uses_deepspeed: bool) -> None:

@@ -359,6 +359,17 @@ def test_times_are_compared_with_plain_training(noisy):
     assert (name, settings) == ("x", ["selection.strategy=random", "model.config={a: 1, b: 2}", "a.b=3"])
 
 
+def test_cheap_scoring():
+    small = ["data.scenes_train=256", "data.scenes_validation=64", "data.scenes_test=64"]
+    small += ["training.num_train_epochs=1"]
+    arguments = [part for setting in small for part in ("--set", setting)]
+    results = run_benchmark("cheap_scoring", "--seeds", 0, "--ways", "3,4,7", "--photographs", 2, *arguments)
+    rows = {row["way"]: row for row in results["rows"]}
+    assert rows["whole pictures"]["agreement"]["mean"] == rows["whole pictures"]["step"]["mean"] == 1
+    assert 0 < rows["half of the patches"]["agreement"]["mean"] <= 1 and len(results["runs"]) == len(rows) == 3
+    assert results["decoding"].keys() == {"224", "112"}
+
+
 def test_selection_efficiency():
     tiny_models.tiny_pairs(32, captions_per_image=5).to_parquet("train.parquet")
     np.savez("mobilenet_v1_features.npz", train=np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float16))

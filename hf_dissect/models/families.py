@@ -182,6 +182,11 @@ def _freeze_tower(bare: nn.Module, tower: str) -> int:
     return sum(parameter.numel() for parameter in modules[0].parameters())
 
 
+def is_frozen_tower(tower: nn.Module) -> bool:
+    """Return True for a tower that `freeze_tower` keeps in evaluation mode."""
+    return _stay_in_evaluation_mode in tower._forward_pre_hooks.values()
+
+
 def _stay_in_evaluation_mode(module: nn.Module, inputs: Any) -> None:
     if module.training:
         module.eval()

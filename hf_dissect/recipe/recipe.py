@@ -20,6 +20,7 @@ from hf_dissect.recipe.fields import Faults, RecipeError
 from hf_dissect.recipe.file import RecipeFile
 from hf_dissect.recipe.model_rules import model_conflicts
 from hf_dissect.recipe.objective_schema import GscSection, ObjectiveSection
+from hf_dissect.recipe.resolution_rules import find_resolution_faults
 from hf_dissect.recipe.rules import Fault
 from hf_dissect.recipe.schema import (
     STRATEGIES,
@@ -55,6 +56,8 @@ __all__ = [
     "ZeroShotSection",
     "parse_strategy",
 ]
+
+_SCORING = ("scoring_image_size", "scoring_patch_dropout", "scoring_exposure", "rescore_every", "reference")
 
 
 @dataclasses.dataclass
@@ -103,10 +106,31 @@ class Recipe(RecipeFile):
         yield from reference_conflicts(selection, self.compare, data)
         yield from gsc_conflicts(self.objective.gsc, selection, training)
         yield from robust_conflicts(self.objective, training)
+        yield from self._resolution_conflicts()
         yield from twin_conflicts(self.objective.gsc, model, self.adapter)
         yield from evaluation_conflicts(self.evaluation, data, training)
         yield from zero_shot_conflicts(self.evaluation.zero_shot, data)
         yield from compare_conflicts(self.compare)
+
+    def _resolution_conflicts(self) -> Iterator[Fault]:
+        """Yield the faults of sizes of pictures and dropped patches."""
+        repair = self.objective.repair
+        settings = {
+            "data.image_size": self.data.image_size,
+            "model.patch_dropout": self.model.patch_dropout,
+            **{f"selection.{name}": getattr(self.selection, name) for name in _SCORING},
+            "objective.repair.encoder": None if repair is None else repair.encoder,
+        }
+        keys = {key.rpartition(".")[2]: key for key in settings}
+        values = {name: settings[key] for name, key in keys.items()}
+        for name, other, problem in find_resolution_faults(values):
+            yield tuple(keys[one] for one in (name, other) if one), problem
+        if self.model.patch_dropout and self.model.freeze == "vision":
+            yield (
+                ("model.patch_dropout", "model.freeze"),
+                f"{self.model.patch_dropout} drops nothing in a frozen vision tower, which runs as in evaluation; set "
+                "it to 0, or model.freeze to null",
+            )
 
     def with_overrides(self, overrides: Sequence[str]) -> "Recipe":
         """Return a checked copy with some settings replaced, written the way `load` takes them (`RecipeError`)."""

@@ -187,7 +187,8 @@ def _add_saved_router(adapter: Mapping[str, Any], checkpoint: Path | None) -> Ma
 
 def _load_section(section: ModelSection, pairs: Any) -> tuple[Any, Any]:
     arguments = dataclasses.asdict(section)
-    del arguments["second_name_or_path"], arguments["check_reload"]
+    for name in ("second_name_or_path", "check_reload", "patch_dropout"):
+        del arguments[name]
     sizes = find_feature_sizes(pairs) if section.vision is not None else None
     return load_model_and_processor(**arguments, captions=_read_captions(pairs), feature_sizes=sizes)
 

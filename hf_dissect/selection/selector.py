@@ -16,6 +16,7 @@ from hf_dissect.data.problems import PROBLEM_KEY, read_problems
 from hf_dissect.distributed import Ranks
 from hf_dissect.models.loading import find_loss_kind
 from hf_dissect.selection.block_choice import count_selected
+from hf_dissect.selection.cheap_scoring import CheapScoring
 from hf_dissect.selection.ledger import SampleLedger
 from hf_dissect.selection.ledger_access import TrainingRecorder, make_access
 from hf_dissect.selection.ledger_plan import make_plan
@@ -60,6 +61,7 @@ class OnlineSelector:
         shard_ledger: False to hold the whole ledger of ids that are not row numbers on each of several processes; True
             to split it over them, with the same results, see `ShardedLedger`.
         scoring_dtype: Type of the numbers in the forward pass that scores; None for that of the training.
+        cheap_scoring: Smaller pictures or fewer patches in this forward pass; None for whole pictures.
         hooks: Functions of the loop around the selector.
         options: Keyword arguments of the strategy, if it is given by name.
 
@@ -96,6 +98,7 @@ class OnlineSelector:
         rescore_every: int = 1,
         shard_ledger: bool = True,
         scoring_dtype: torch.dtype | None = None,
+        cheap_scoring: CheapScoring | None = None,
         hooks: LoopHooks = LoopHooks(),  # noqa: B008 (immutable)
         **options: Any,
     ) -> None:
@@ -107,8 +110,10 @@ class OnlineSelector:
         if self.strategy.reference and reference is None:
             raise ValueError(f"reference is missing: the strategy {self.strategy.name!r} needs a reference model.")
         self.reference = ReferenceModel(reference) if isinstance(reference, nn.Module) else reference
+        self.cheap_scoring = CheapScoring() if cheap_scoring is None else cheap_scoring
         self.knows_reference = False
         self.plan = make_plan(self.strategy, ratio, rescore_every, seed, keeps_before=num_samples is None)
+        self.cheap_scoring.check(self.plan is not None, self.reference is not None)
         planned = () if self.plan is None else self.plan.columns
         names = dict.fromkeys(("correlation", *self.strategy.columns, *columns, *planned))
         self.ratio = ratio
@@ -189,7 +194,7 @@ class OnlineSelector:
         kept = self._choose(candidates, sizes, step, micro_step)
         is_clean = batch["is_clean"].cpu()[good] if "is_clean" in batch else None
         self._recorder.note(candidates, kept, is_clean, sizes, (self.epoch, step))
-        return keep_rows(batch, good, kept, self.ranks, self.padding)
+        return self.cheap_scoring.expose(keep_rows(batch, good, kept, self.ranks, self.padding), step)
 
     def score(
         self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, good: torch.Tensor | None = None
@@ -222,14 +227,11 @@ class OnlineSelector:
     def _score(
         self, model: nn.Module, batch: Batch, sample_id: torch.Tensor, chunk_size: int | None = None
     ) -> CandidateScores:
-        return score(
-            model,
-            forward_inputs(model, batch),
-            sample_id,
-            kind=self.kind or find_loss_kind(model),
-            chunk_size=chunk_size or self.scoring_batch_size,
-            autocast=choose_autocast(model, self.scoring_dtype, self.hooks.autocast),
-        )
+        kind, autocast = self.kind or find_loss_kind(model), self.hooks.autocast
+        autocast = choose_autocast(model, self.scoring_dtype, autocast)
+        size = chunk_size or self.scoring_batch_size
+        with self.cheap_scoring.prepare(model, forward_inputs(model, batch)) as inputs:
+            return score(model, inputs, sample_id, kind=kind, chunk_size=size, autocast=autocast)
 
     @property
     def monitor(self) -> SelectionMonitor:

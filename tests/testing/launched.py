@@ -27,6 +27,7 @@ multiprocessing.set_forkserver_preload(
             "testing.expert_ranks",
             "testing.ledger_ranks",
         ),
+        "testing.sized_ranks",
     ]
 )
 

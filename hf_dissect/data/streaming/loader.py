@@ -29,7 +29,10 @@ Batch = dict[str, torch.Tensor]
 Rows = list[dict[str, Any]]
 Collator = Callable[[Sequence[dict[str, Any]]], Batch]
 Pick = Callable[[Rows, int], Rows]
-"""Function from the undecoded rows of a block and the number of its batch in this process to the rows to collate."""
+"""Function from the undecoded rows of a block and the number of its batch in this process to the rows to collate.
+
+If it has a method `begin`, the function that this returns for the number of the next batch goes to the workers.
+"""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class StreamLoader:
         generator = torch.Generator().manual_seed(
             self._settings.seed
         )  # otherwise the loader draws from the global one
+        begin = getattr(self.pick, "begin", None)
         loader = DataLoader(
             _WorkerBatches(
                 self.dataset,
@@ -139,7 +143,7 @@ class StreamLoader:
                 self._restarts,
                 self._turn,
                 self._states,
-                pick=self.pick,
+                pick=self.pick if begin is None else begin(self.num_batches),
                 first=self.num_batches,
             ),
             batch_size=None,
