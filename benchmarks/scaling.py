@@ -210,7 +210,8 @@ def paper_section(results: dict) -> str:
         exchanges, three of packets, run in a thread next to the training: two during the scoring forward pass, a
         quarter of the step and more, and one during the training. If each GPU has a core for that thread, only what
         the own pairs cost is waited for. The exchanges cost {a.message_us:.0f} us of one core for a message and
-        {a.stage_us:.0f} us for a stage, as measured above, and an id {a.ledger_ns:.0f} ns, one look-up and two writes among a hundred million (`results/ledger_100m.json`). Row numbers address the ledger
+        {a.stage_us:.0f} us for a stage, as measured above, and an id {a.ledger_ns:.0f} ns, one look-up and
+        two writes among a hundred million (`results/ledger_100m.json`). Row numbers address the ledger
         directly, and every process records the candidates of all, {a.row_ns:.0f} ns for each."""
     )
     moving = prose(
