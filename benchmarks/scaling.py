@@ -207,10 +207,11 @@ def paper_section(results: dict) -> str:
         f"""Gradients are there without selection, too, and overlap with the backward pass. The softmax loss gathers
         both embeddings and sends back both gradients; the ring of the sigmoid loss sends one of each from GPU to GPU.
         Rebalancing waits for the rank that gives away most. The ledger of hashed ids is split over the processes. Its
-        exchanges, three of packets, run in a thread next to the training; here they count as if
-        nothing overlapped: {a.message_us:.0f} us of one core for a message, {a.stage_us:.0f} us for a stage,
-        and {a.ledger_ns:.0f} ns for an id, one
-        look-up and two writes among a hundred million (`results/ledger_100m.json`). Row numbers address the ledger
+        exchanges, three of packets, run in a thread next to the training: two during the scoring forward pass, a
+        quarter of the step and more, and one during the training. If each GPU has a core for that thread, only what
+        the own pairs cost is waited for. The exchanges cost {a.message_us:.0f} us of one core for a message and
+        {a.stage_us:.0f} us for a stage, as measured above, and an id {a.ledger_ns:.0f} ns, one look-up and
+        two writes among a hundred million (`results/ledger_100m.json`). Row numbers address the ledger
         directly, and every process records the candidates of all, {a.row_ns:.0f} ns for each."""
     )
     moving = prose(

@@ -59,8 +59,8 @@ class Assumptions:
     utilisation: float = 0.4
     ledger_ns: float = 660.0
     row_ns: float = 129.0
-    message_us: float = 40.0
-    stage_us: float = 0.0
+    message_us: float = 164.0
+    stage_us: float = 559.0
 
     @property
     def kept(self) -> int:
@@ -210,10 +210,11 @@ def costs(a: Assumptions, gpus: int) -> dict[str, dict[str, float]]:
         "gradients (DDP)": gathered(gradient_bytes, times=2),
         "numbers of candidates": sizes,
         **ledger,
-        "**local choice, all of it**": add_up(local),
+        "**local choice, if nothing overlaps**": add_up(local),
+        "**local choice, what the training waits for**": add_up([sizes, ledger["ledger: own pairs (processor)"]]),
         "global: scores": scores,
         "global: rebalancing": rebalancing,
-        "**global choice, all of it**": add_up(local + everywhere),
+        "**global choice, if nothing overlaps**": add_up(local + everywhere),
         "global: embeddings, for rules by the loss": embeddings,
         "with a record of every choice": gathered(RECORD_BYTES * a.candidates),
         "ids are row numbers: instead of the packets": add_up(rows),

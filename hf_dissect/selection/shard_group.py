@@ -193,12 +193,11 @@ def plan_stages(count: int, fewest_of_grid: int = FEWEST_OF_GRID) -> list[int]:
     """
     if count < fewest_of_grid:
         return [count]
-    stages, left, factor = [], count, 4
-    while left > 1:
-        while left % factor:
-            factor = factor // 2 if factor == 4 else factor + 1
-        stages.append(factor)
-        left //= factor
+    stages, left = [], count
+    for factor in (4, 2, *range(3, count + 1, 2)):
+        while left % factor == 0:
+            stages.append(factor)
+            left //= factor
     return stages
 
 

@@ -664,6 +664,7 @@ def test_training_arguments_gather_the_sections():
         "noisy_channel": None,
         "selection_reference": None,
         "selection_rescore_every": 1,
+        "shard_ledger": True,
         "scoring_dtype": None,
         "scoring_image_size": None,
         "scoring_patch_dropout": 0.0,

@@ -41,8 +41,8 @@ def check_ledger(folder: Path) -> float:
             seen = []
             for way in ways:
                 route = way.plan(ids) if step % 2 else None
-                split = None if route is None else int(ranks.gather_numbers(route.fullest).max())
-                way.fetch(ids, route, split)
+                places = None if route is None else int(ranks.gather_numbers(route.fullest).max())
+                way.fetch(ids, route, places)
 
                 def record(sample_id, columns, ledger, strategies=strategies):
                     ledger.write("correlation", sample_id, columns["correlation"])
