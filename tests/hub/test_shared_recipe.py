@@ -66,5 +66,5 @@ def test_a_place_of_one_machine_is_found_and_not_published(key, value):
 )
 def test_a_place_of_the_hub_stays(key):
     section, _, name = key.rpartition(".")
-    settings = nested(key, "hf://datasets/ada/x" if name in ("path", "ledger") else "ada/x")
+    settings = nested(key, "hf://datasets/ada/x" if name in ("path", "ledger", "sampling_file") else "ada/x")
     assert select_shareable(settings) == (settings, []) and find_private_places(settings) == {}
