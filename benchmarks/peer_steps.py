@@ -229,7 +229,7 @@ def make_arm(name: str, size: str, pairs: Pairs, batch: int, steps: int, device:
         NotInstalled: The package of a peer is missing.
     """
     prepare = {
-        "hf_dissect, plain": _prepare_own,
+        "hf_dissect, plain": prepare_own,
         "hf_dissect, selected": _prepare_selected,
         "transformers Trainer": _prepare_trainer,
         "open_clip": _prepare_open_clip,
@@ -238,7 +238,9 @@ def make_arm(name: str, size: str, pairs: Pairs, batch: int, steps: int, device:
     return Turns(prepare(size, pairs, batch, steps, device), threads, device)
 
 
-class _OwnCollator:
+class OwnCollator:
+    """Collator of pairs in memory for hf_dissect."""
+
     def __init__(self, pairs: Pairs) -> None:
         self._pairs = pairs
 
@@ -248,8 +250,9 @@ class _OwnCollator:
         return {"pixel_values": pixels, "input_ids": tokens, "sample_id": torch.tensor(numbers)}
 
 
-def _prepare_own(size: str, pairs: Pairs, batch: int, steps: int, device: str, **selection: Any) -> Callable:
-    selection = selection or {"selection_strategy": "none"}
+def prepare_own(size: str, pairs: Pairs, batch: int, steps: int, device: str, **settings: Any) -> Callable:
+    """Prepare `DissectTrainer` with further settings; by default it trains on all candidates."""
+    more = settings or {"selection_strategy": "none"}
     model = make_model(size)
 
     def run(pause: Callable[[], None]) -> None:
@@ -257,8 +260,8 @@ def _prepare_own(size: str, pairs: Pairs, batch: int, steps: int, device: str, *
             settings = trainer_settings(batch, steps, device) | {"save_run_folder": False, "check_reload": False}
             trainer = DissectTrainer(
                 model=model,
-                args=DissectTrainingArguments(folder, **selection, **settings),
-                data_collator=_OwnCollator(pairs),
+                args=DissectTrainingArguments(folder, **(settings | more)),
+                data_collator=OwnCollator(pairs),
                 train_dataset=pairs.rows.select_columns(["image", "caption"]),
                 callbacks=[_PauseAfterStep(pause)],
             )
@@ -269,7 +272,7 @@ def _prepare_own(size: str, pairs: Pairs, batch: int, steps: int, device: str, *
 
 def _prepare_selected(*arguments: Any) -> Callable:
     options = {"variant": "momentum"}
-    return _prepare_own(*arguments, selection_strategy="dissect", selection_ratio=0.5, selection_options=options)
+    return prepare_own(*arguments, selection_strategy="dissect", selection_ratio=0.5, selection_options=options)
 
 
 def _prepare_trainer(size: str, pairs: Pairs, batch: int, steps: int, device: str) -> Callable:
