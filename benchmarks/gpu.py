@@ -15,9 +15,9 @@ CLIP from its configuration (ViT-B/32 and ViT-B/16 at 224 px), pictures made of 
     pictures               patch_dropout 0.5 (where this version has the setting), and pictures of half the side
     resume                 two equal runs and one that is resumed at its middle: largest difference of a weight
     fp16                   float16 with its scaler: steps that were skipped after an overflow
-    collectives            a process group of one (NCCL): every exchange of hf_dissect, and a selection of global scope
+    collectives            a process group of one (NCCL): the gathers of hf_dissect, and a selection of global scope
 
-Each figure has the peak of the allocator in MiB. A part has a limit of its own and may fail without ending the run; the
+Each step has the peak of the allocator in MiB, and what it rose by in the step. A part has a limit of its own and may fail without ending the run; the
 JSON is written after each part. Without CUDA and without --tiny nothing is run or written.
 """
 

@@ -1,7 +1,8 @@
-"""Part of `benchmarks/gpu.py` in a process of its own: every exchange of hf_dissect in a process group of one.
+"""Part of `benchmarks/gpu.py` in a process of its own: the exchanges of hf_dissect in a process group of one.
 
 A run of one process exchanges nothing. Here, the group exists (NCCL on a GPU, gloo on the CPU), and `Ranks` is made to
-use it, so that every collective is called with tensors of the device, and must return what was sent.
+use it, so that its collectives are called with tensors of the device, and must return what was sent. The ring of the
+sigmoid loss sends nothing: it has no next process.
 """
 
 import json

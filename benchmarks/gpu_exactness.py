@@ -32,7 +32,7 @@ def _largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 def measure_resume(run: Run) -> dict[str, Any]:
     """Compare two equal runs and one that is resumed at its middle: weights and ledger."""
     size = run.name_size("small")
-    pairs = Pairs(size, 64)
+    pairs = Pairs(size, 64, run.device)
     found: dict[str, Any] = {"size": size, "steps": STEPS, "resumed_at": SAVED_AT}
     with tempfile.TemporaryDirectory() as name:
         states: dict[str, dict[str, torch.Tensor]] = {}
@@ -72,7 +72,7 @@ def measure_fp16(run: Run) -> dict[str, Any]:
     if run.device != "cuda":
         return {"skipped": "float16 with a scaler needs CUDA"}
     size = "small"
-    pairs, counter = Pairs(size, 64), _CountSkipped()
+    pairs, counter = Pairs(size, 64, run.device), _CountSkipped()
     with tempfile.TemporaryDirectory() as name:
         settings = {"bf16": False, "fp16": True, "max_steps": 60, "logging_steps": 5}
         counter.trainer = _make_trainer(run, Path(name), pairs, size, **settings)

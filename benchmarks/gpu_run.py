@@ -62,23 +62,26 @@ class Run:
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
-    def measure(self, step: Callable[[], Any]) -> tuple[float, float]:
-        """Make a step, and return its seconds and the peak of the allocator in MiB (0 on the CPU)."""
+    def measure(self, step: Callable[[], Any]) -> tuple[float, float, float]:
+        """Make a step, and return its seconds, and the peak of the allocator and what it rose by in MiB."""
+        before = 0
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         self.wait()
         start = time.perf_counter()
         step()
         self.wait()
         seconds = time.perf_counter() - start
-        return seconds, torch.cuda.max_memory_allocated() / MEBI if self.device == "cuda" else 0.0
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0  # of the CPU, it is not known
+        return seconds, peak / MEBI, (peak - before) / MEBI
 
     def take_turns(self, steps: dict[str, Callable[[], Any]], warm_up: int = 2) -> dict[str, dict[str, Any]]:
         """Make the steps in turns, and return milliseconds (median, smallest) and peak of each.
 
         A step that needs more memory than there is has its error in place of figures, and is not made again.
         """
-        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
         errors: dict[str, str] = {}
         for name, step in steps.items():
             for _ in range(warm_up):
@@ -90,7 +93,7 @@ class Run:
                     measured[name].append(found)
         return {name: {"error": errors[name]} if name in errors else _sum_up(measured[name]) for name in steps}
 
-    def _try(self, name: str, step: Callable[[], Any], errors: dict[str, str]) -> tuple[float, float] | None:
+    def _try(self, name: str, step: Callable[[], Any], errors: dict[str, str]) -> tuple[float, ...] | None:
         try:
             return self.measure(step)
         except torch.OutOfMemoryError as error:
@@ -99,10 +102,12 @@ class Run:
             return None
 
 
-def _sum_up(pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    seconds = [pair[0] for pair in pairs]
+def _sum_up(measured: list[tuple[float, ...]]) -> dict[str, Any]:
+    seconds = [one[0] for one in measured]
     figures: dict[str, Any] = {"steps": len(seconds), "ms_median": round(1000 * statistics.median(seconds), 3)}
-    figures |= {"ms_min": round(1000 * min(seconds), 3), "peak_mib": round(max(pair[1] for pair in pairs), 1)}
+    figures["ms_min"] = round(1000 * min(seconds), 3)
+    for place, name in ((1, "peak_mib"), (2, "step_mib")):  # with what else stands in memory, and the step alone
+        figures[name] = round(max(one[place] for one in measured), 1)
     return figures
 
 

@@ -103,17 +103,15 @@ class Selection:
             yield from self._loader
             epoch += 1
 
-    def warm_up(self) -> None:
-        """Make the steps in which a ledger-first selection scores all candidates, and two more."""
-        for _ in range(2 if self.rescore_every == 1 else SCORED_EPOCHS * BATCHES_AN_EPOCH + 2):
-            self.step()
-
     def step(self) -> None:
-        """Select and train."""
-        batch = self.selector.select(self.learner.model, next(self._batches))
-        self.kept.append(len(batch["sample_id"]))
-        self.learner.train(batch, lambda outputs: self.selector.record_training(batch["sample_id"], outputs))
-        self.selector.finish_step(self.learner.model)
+        """Select and train; the first call also makes the steps in which a ledger-first selection scores everything."""
+        first = not self.kept
+        for _ in range(SCORED_EPOCHS * BATCHES_AN_EPOCH + 2 if first and self.rescore_every > 1 else 1):
+            batch = self.selector.select(self.learner.model, next(self._batches))
+            self.kept.append(len(batch["sample_id"]))
+            ids = batch["sample_id"]
+            self.learner.train(batch, lambda outputs, ids=ids: self.selector.record_training(ids, outputs))
+            self.selector.finish_step(self.learner.model)
 
 
 def measure_steps(run: Run, size: str) -> dict[str, Any]:
@@ -131,10 +129,8 @@ def measure_steps(run: Run, size: str) -> dict[str, Any]:
             for ratio in RATIOS
             for kind, every in (("selected", 1), ("rescore_every 8", 8))
         }
-        for selection in selections.values():
-            selection.warm_up()
         steps |= {name: selection.step for name, selection in selections.items()}
-        figures = run.take_turns(steps, warm_up=1)
+        figures = run.take_turns(steps)
         for name, selection in selections.items():
             kept = figures[f"kept {name.split()[-1]}"]
             figures[name]["kept_pairs"] = selection.kept[-1] if selection.kept else 0

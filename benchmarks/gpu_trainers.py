@@ -25,7 +25,7 @@ def _measure_arms(run: Run, arms: dict[str, Turns], warm_up: int = WARM_UP) -> d
 def measure_peers(run: Run) -> dict[str, Any]:
     """Measure a step of the trainers of `benchmarks/peers.py` on the same pairs."""
     size, batch = run.name_size("ViT-B/32"), run.candidates[0] if run.tiny else 512
-    pairs, arms, missing = Pairs(size, 4 * batch), {}, {}
+    pairs, arms, missing = Pairs(size, 4 * batch, run.device), {}, {}
     for name in peer_steps.ARMS:
         try:
             arms[name] = peer_steps.make_arm(name, size, pairs, batch, 1000, run.device, torch.get_num_threads())
@@ -43,7 +43,7 @@ def _make_own(run: Run, size: str, pairs: Pairs, batch: int, **settings: Any) ->
 def measure_compile(run: Run) -> dict[str, Any]:
     """Measure a step of DissectTrainer with and without torch_compile; the first steps, which compile, apart."""
     size, batch = run.name_size("ViT-B/32"), run.candidates[0] if run.tiny else 512
-    pairs = Pairs(size, 4 * batch)
+    pairs = Pairs(size, 4 * batch, run.device)
     compiled: dict[str, Any] = {"torch_compile": True}
     if run.tiny:
         compiled["torch_compile_backend"] = "aot_eager"  # the default backend compiles C++ for minutes
@@ -61,7 +61,7 @@ def measure_compile(run: Run) -> dict[str, Any]:
 def measure_pictures(run: Run) -> dict[str, Any]:
     """Measure a step with half of the patches, and one on pictures of half the side."""
     size, batch = run.name_size("ViT-B/16"), run.candidates[0] if run.tiny else 512
-    pairs = Pairs(size, 2 * batch)
+    pairs = Pairs(size, 2 * batch, run.device)
     known = {field.name for field in fields(DissectTrainingArguments)}
     arms = {"plain": _make_own(run, size, pairs, batch)}
     missing = {}

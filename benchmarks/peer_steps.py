@@ -5,7 +5,6 @@ collating the batch, forward and backward pass, clipping, the optimiser, and wha
 """
 
 import logging
-import math
 import tempfile
 import threading
 import time
@@ -100,19 +99,21 @@ def make_model(size: str) -> CLIPModel:
 
 
 class Pairs:
-    """Decoded pictures and tokens in memory, which every arm collates in the same way.
+    """Decoded pictures and tokens in the memory of the device, which every arm collates in the same way.
 
     Args:
         size: Name of the size of the model.
         count: Number of pairs.
+        device: Device whose memory holds them.
     """
 
-    def __init__(self, size: str, count: int) -> None:
+    def __init__(self, size: str, count: int, device: str = "cpu") -> None:
         sizes, generator = SIZES[size], torch.Generator().manual_seed(0)
         shape = (count, 3, sizes["side"], sizes["side"])
-        self.pixels = torch.rand(shape, generator=generator).mul_(2).sub_(1)
+        self.pixels = torch.rand(shape, generator=generator).mul_(2).sub_(1).to(device)
         self.tokens = torch.randint(2, sizes["vocabulary"] - 1, (count, sizes["tokens"]), generator=generator)
         self.tokens[:, -1] = sizes["vocabulary"] - 1  # the end, which both libraries take the embedding from
+        self.tokens = self.tokens.to(device)
         self.rows = datasets.Dataset.from_dict(
             {
                 "image": [f"{row}.png" for row in range(count)],
@@ -123,7 +124,8 @@ class Pairs:
 
     def stack(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Collate pictures and tokens of some pairs."""
-        return torch.stack([self.pixels[row] for row in numbers]), torch.stack([self.tokens[row] for row in numbers])
+        rows = torch.tensor(numbers, device=self.pixels.device)
+        return self.pixels[rows], self.tokens[rows]
 
 
 class Turns:
@@ -206,7 +208,7 @@ def trainer_settings(batch: int, steps: int, device: str) -> dict[str, Any]:
         "bf16": device == "cuda",
         "use_cpu": device == "cpu",
         "dataloader_drop_last": True,
-        "dataloader_pin_memory": device == "cuda",
+        "dataloader_pin_memory": False,  # the pairs are where they are needed
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -434,11 +436,3 @@ def silence_loggers() -> None:
     """Keep the packages from writing to the terminal between the figures."""
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
-
-
-def count_flops(size: str) -> float:
-    """Return about how many floating-point operations a forward pass of a pair takes."""
-    sizes = SIZES[size]
-    patches = math.ceil(sizes["side"] / sizes["patch"]) ** 2 + 1
-    weights = 12 * sizes["layers"] * sizes["width"] ** 2, 12 * sizes["text_layers"] * sizes["text_width"] ** 2
-    return 2.0 * (weights[0] * patches + weights[1] * sizes["tokens"])
