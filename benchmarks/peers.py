@@ -22,6 +22,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import peer_loaders
@@ -52,11 +53,10 @@ def open_all(names: tuple[str, ...], make: Callable[[str], Any]) -> tuple[dict[s
 
 
 def take_turns(steps: dict[str, Callable[[], tuple[float, float]]], rounds: int, warm_up: int) -> Measured:
-    """Return wall and processor seconds of each step by arm; the order of the arms changes each round."""
-    names, measured = list(steps), {name: [] for name in steps}
+    """Return wall and processor seconds of each step by arm; each round has an order of its own."""
+    names, measured, random = list(steps), {name: [] for name in steps}, Random(0)
     for number in range(warm_up + rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in random.sample(names, len(names)):
             seconds = steps[name]()
             if number >= warm_up:
                 measured[name].append(seconds)
@@ -98,7 +98,8 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     pairs = peer_steps.Pairs(options.size, options.batch * 8, options.device)
     total = options.warm_up + options.rounds
     given = (options.size, pairs, options.batch, total, options.device, options.threads)
-    arms, missing = open_all(peer_steps.ARMS, lambda name: peer_steps.make_arm(name, *given))
+    names = tuple(name for name in peer_steps.ARMS if name in options.arms.split(";"))
+    arms, missing = open_all(names, lambda name: peer_steps.make_arm(name, *given))
     try:
         measured = take_turns({name: arm.step for name, arm in arms.items()}, options.rounds, options.warm_up)
     finally:
@@ -192,8 +193,9 @@ def main() -> None:
     parser.add_argument("--parts", default="steps,loaders")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=list(peer_steps.SIZES), help="small on the CPU, ViT-B/32 on CUDA")
-    parser.add_argument("--batch", type=int, help="pairs in a step: 32 on the CPU, 1024 on CUDA")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch", type=int, help="pairs in a step: 16 on the CPU, 1024 on CUDA")
+    parser.add_argument("--arms", default=";".join(peer_steps.ARMS), help="names, separated by semicolons")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--shards", help="own tar shards (.jpg, .txt), as a path with {000..003}")
     parser.add_argument("--num-shards", type=int, default=4, help="of those that are drawn")
@@ -209,8 +211,12 @@ def main() -> None:
     parts = options.parts.split(",")
     if unknown := set(parts) - {"steps", "loaders"}:
         parser.error(f"--parts {', '.join(sorted(unknown))}: choose of steps, loaders")
+    if unknown := set(options.arms.split(";")) - set(peer_steps.ARMS):
+        parser.error(f"--arms {', '.join(sorted(unknown))}: choose of {', '.join(peer_steps.ARMS)}")
+    if peer_steps.OWN[0] not in options.arms:
+        parser.error(f"--arms: {peer_steps.OWN[0]!r} must be one of them, which the others are compared with")
     options.size = options.size or ("ViT-B/32" if options.device == "cuda" else "small")
-    options.batch = options.batch or (1024 if options.device == "cuda" else 32)
+    options.batch = options.batch or (1024 if options.device == "cuda" else 16)
     torch.set_num_threads(options.threads)
     peer_steps.silence_loggers()
 
