@@ -4,6 +4,8 @@ Every arm trains by the loop of its own package. A turn is one optimiser step wi
 collating the batch, forward and backward pass, clipping, the optimiser, and what the loop does between two steps.
 """
 
+import contextlib
+import ctypes
 import logging
 import tempfile
 import threading
@@ -430,6 +432,17 @@ def _prepare_sentence_transformers(size: str, pairs: Pairs, batch: int, steps: i
 
     run.model = model  # type: ignore[attr-defined]
     return run
+
+
+def share_one_arena() -> None:
+    """Let all threads allocate from one arena of glibc, which keeps what it has: by default, threads differ in this."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        for option, value in ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, 2**30), (_MMAP_THRESHOLD, 2**25)):
+            library.mallopt(option, value)
+
+
+_ARENA_MAX, _TRIM_THRESHOLD, _MMAP_THRESHOLD = -8, -1, -3  # of malloc.h
 
 
 def silence_loggers() -> None:

@@ -95,6 +95,7 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the training steps."""
+    peer_steps.share_one_arena()
     pairs = peer_steps.Pairs(options.size, options.batch * 8, options.device)
     total = options.warm_up + options.rounds
     given = (options.size, pairs, options.batch, total, options.device, options.threads)
