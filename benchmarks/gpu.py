@@ -75,16 +75,17 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 def run_part(part: Part, run: Run, seconds: float) -> dict[str, Any]:
-    """Return the figures of a part, or its error; with its seconds in both cases."""
-    start = time.perf_counter()
+    """Return the figures of a part, or its error and what it had found; with its seconds in both cases."""
+    start, run.found = time.perf_counter(), {}
     run.deadline = start + 0.8 * seconds  # rounds end before, so that what was measured is kept
     try:
         with limit(seconds):
             figures = part(run)
     except PartTimeout as error:
-        figures = {"error": str(error)}
+        figures = {**run.found, "error": str(error)}
     except Exception as error:
-        figures = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
+        shown = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
+        figures = {**run.found, **shown}
     run.free()
     return {**figures, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -111,6 +112,8 @@ def main() -> None:
     names = options.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"--parts {', '.join(unknown)}: choose of {', '.join(PARTS)}")
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
     if not options.tiny and not torch.cuda.is_available():
         print("skipped: no CUDA (--tiny runs every part on the CPU, with sizes too small to measure anything)")
         return

@@ -26,6 +26,7 @@ class Run:
 
     Attributes:
         deadline: Value of `time.perf_counter` after which no further round begins.
+        found: Figures of the current part so far, which stay if the part is stopped or fails.
     """
 
     def __init__(self, tiny: bool, rounds: int) -> None:
@@ -33,6 +34,7 @@ class Run:
         self.device = "cpu" if tiny else "cuda"
         self.num_rounds = 1 if tiny else rounds
         self.deadline = float("inf")
+        self.found: dict[str, Any] = {}
         self.chunk = 16 if tiny else 1024
         self.candidates = (16, 32) if tiny else (1024, 4096)
 

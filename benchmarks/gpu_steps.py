@@ -119,7 +119,8 @@ def measure_steps(run: Run, size: str) -> dict[str, Any]:
     size = run.name_size(size)
     pictures = MadePictures(run, size)
     learner = Learner(run, make_model(size), run.chunk)
-    results: dict[str, Any] = {"size": size, "grad_cache_beyond": run.chunk, "strategy": "noisy_channel"}
+    results = run.found
+    results |= {"size": size, "grad_cache_beyond": run.chunk, "strategy": "noisy_channel"}
     for candidates in run.candidates:
         steps: dict[str, Callable[[], Any]] = {}
         for name, count in {"plain": candidates, **{f"kept {r}": round(r * candidates) for r in RATIOS}}.items():

@@ -89,9 +89,13 @@ def open_loader(
     return opened[name](paths, processor, batch, workers, buffer)
 
 
+def _join(paths: list[Path]) -> str:
+    """Return a pattern that means the shards, which lie in one folder."""
+    return f"{paths[0].parent}/{{{','.join(path.name for path in paths)}}}" if len(paths) > 1 else str(paths[0])
+
+
 def _open_own(paths: list[Path], processor: Any, batch: int, workers: int, buffer: int) -> Iterator:
-    pattern = f"{paths[0].parent}/{{{','.join(path.name for path in paths)}}}" if len(paths) > 1 else str(paths[0])
-    rows = read_tar_shards(pattern, {"train": "train", "validation": None, "test": None}, streaming=True)["train"]
+    rows = read_tar_shards(_join(paths), {"train": "train", "validation": None, "test": None}, streaming=True)["train"]
     collator = SelectionCollator(processor, text_padding="max_length", max_caption_length=TOKENS)
     loader = StreamLoader(as_pairs(rows), collator, batch, num_workers=workers, shuffle_buffer=buffer)
     return ((found["pixel_values"], found["input_ids"]) for found in loader)
@@ -145,7 +149,7 @@ def _open_open_clip(paths: list[Path], processor: Any, batch: int, workers: int,
         data.tar_file_expander = partial(data.tar_file_expander, eof_value=None)
     data._SAMPLE_SHUFFLE_SIZE = data._SAMPLE_SHUFFLE_INITIAL = buffer  # 5,000 and 1,000 as it comes
     args = SimpleNamespace(
-        train_data=f"{paths[0].parent}/{{{','.join(path.name for path in paths)}}}",
+        train_data=_join(paths),
         train_num_samples=10**7,
         dataset_resampled=True,  # an epoch without end
         train_data_upsampling_factors=None,

@@ -118,10 +118,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_loaders(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure the loaders, with each number of workers."""
-    if options.shards:
-        paths = [Path(name).resolve() for name in expand_braces(options.shards)]
-    else:
-        paths = peer_loaders.write_shards(folder, options.num_shards, options.pictures)
+    paths = options.shards or peer_loaders.write_shards(folder, options.num_shards, options.pictures)
     tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = {
         "model_type": "clip",
@@ -216,6 +213,14 @@ def main() -> None:
         parser.error(f"--arms {', '.join(sorted(unknown))}: choose of {', '.join(peer_steps.ARMS)}")
     if peer_steps.OWN[0] not in options.arms:
         parser.error(f"--arms: {peer_steps.OWN[0]!r} must be one of them, which the others are compared with")
+    if min(options.rounds, options.loader_rounds, options.loader_batches) < 1:
+        parser.error("--rounds, --loader-rounds and --loader-batches: at least 1")
+    if options.shards:
+        options.shards = [Path(name).absolute() for name in expand_braces(options.shards)]
+        if absent := [path.name for path in options.shards if not path.is_file()]:
+            parser.error(f"--shards: no file {', '.join(absent)}")
+        if len({path.parent for path in options.shards}) > 1:
+            parser.error("--shards: they must lie in one folder")
     options.size = options.size or ("ViT-B/32" if options.device == "cuda" else "small")
     options.batch = options.batch or (1024 if options.device == "cuda" else 16)
     torch.set_num_threads(options.threads)

@@ -496,6 +496,7 @@ def test_gpu_parts_fail_or_end_and_the_others_follow(monkeypatch):
         raise ValueError("no room")
 
     def hang(run):
+        run.found["so far"] = 1
         while True:
             time.sleep(0.01)
 
@@ -505,6 +506,7 @@ def test_gpu_parts_fail_or_end_and_the_others_follow(monkeypatch):
     results = run_benchmark("gpu", "--tiny", "--parts", "fails,hangs,works")
     assert results["fails"]["error"] == "ValueError: no room" and "in fail" in results["fails"]["traceback"]
     assert results["hangs"]["error"].startswith("stopped after") and results["hangs"]["seconds"] < 5
+    assert results["hangs"]["so far"] == 1 and "so far" not in results["works"]
     assert results["works"]["figure"] == 1
     monkeypatch.setattr(gpu, "LEAST", 10)
     late = run_benchmark("gpu", "--tiny", "--parts", "works", "--budget", 1)
@@ -519,6 +521,9 @@ def test_gpu_parts_fail_or_end_and_the_others_follow(monkeypatch):
         ("peers", ["--arms", "open_clip"], "'hf_dissect, plain' must be one of them"),
         ("peers", ["--arms", "hf_dissect, plain;clip"], "--arms clip: choose of hf_dissect, plain"),
         ("peers", ["--size", "ViT-L"], "invalid choice"),
+        ("peers", ["--rounds", 0], "at least 1"),
+        ("peers", ["--shards", "none-{00..01}.tar"], "--shards: no file none-00.tar, none-01.tar"),
+        ("gpu", ["--rounds", 0], "--rounds 0: at least 1"),
     ],
 )
 def test_unknown_parts_are_refused(name, given, message, capsys):
