@@ -1,13 +1,14 @@
 """Everything of a training step that a CPU cannot tell, in one run of at most eight minutes on one GPU.
 
     python benchmarks/gpu.py [--parts steps-b32,resume,...] [--budget 470] [--output FILE.json]
-    python benchmarks/gpu.py --tiny                      # every part on the CPU, with sizes too small to measure anything
+    python benchmarks/gpu.py --tiny               # every part on the CPU, with sizes too small to measure anything
 
 CLIP from its configuration (ViT-B/32 and ViT-B/16 at 224 px), pictures made of random numbers, bfloat16 by autocast:
 
-    steps-b32, steps-b16   plain step on 1,024 and 4,096 candidates, selected step at r = 0.2 and 0.5, with every candidate
-                           scored and with rescore_every 8, and a step that trains the kept pairs only. `efficiency` is
-                           the time of the last over that of the selected step. More than 1,024 pairs train by GradCache
+    steps-b32, steps-b16   plain step on 1,024 and 4,096 candidates, selected step at r = 0.2 and 0.5, with every
+                           candidate scored and with rescore_every 8, and a step that trains the kept pairs only.
+                           `efficiency` is the time of the last over that of the selected step. More than 1,024 pairs
+                           train by GradCache
     grad_cache             the same batch at once and in chunks of a quarter and a sixteenth
     adapters               LoRA, MoLA with the experts of the tasks, MoLA with a router; frozen base
     peers                  the training steps of `benchmarks/peers.py`
@@ -17,8 +18,9 @@ CLIP from its configuration (ViT-B/32 and ViT-B/16 at 224 px), pictures made of 
     fp16                   float16 with its scaler: steps that were skipped after an overflow
     collectives            a process group of one (NCCL): the gathers of hf_dissect, and a selection of global scope
 
-Each step has the peak of the allocator in MiB, and what it rose by in the step. A part has a limit of its own and may fail without ending the run; the
-JSON is written after each part. Without CUDA and without --tiny nothing is run or written.
+Each step has the peak of the allocator in MiB, and what it rose by in the step. A part has a limit of its own and may
+fail without ending the run; the JSON is written after each part. Without CUDA and without --tiny nothing is run or
+written.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Parts of `benchmarks/gpu.py` about exactness: a resumed run against one in one piece, and float16 with its scaler."""
+"""Parts of `benchmarks/gpu.py` about exactness: a resumed run next to a whole one, and float16 with its scaler."""
 
 import tempfile
 from pathlib import Path

@@ -104,7 +104,7 @@ class Selection:
             epoch += 1
 
     def step(self) -> None:
-        """Select and train; the first call also makes the steps in which a ledger-first selection scores everything."""
+        """Select and train; the first call also makes those steps in which a ledger-first selection scores all."""
         first = not self.kept
         for _ in range(SCORED_EPOCHS * BATCHES_AN_EPOCH + 2 if first and self.rescore_every > 1 else 1):
             batch = self.selector.select(self.learner.model, next(self._batches))

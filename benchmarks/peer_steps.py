@@ -1,4 +1,4 @@
-"""Training steps of hf_dissect and of its peers on the same pairs, each in a thread of its own that waits for its turn.
+"""Training steps of hf_dissect and of its peers on the same pairs, each in a thread that waits for its turn.
 
 Every arm trains by the loop of its own package. A turn is one optimiser step with all that comes with it: reading and
 collating the batch, forward and backward pass, clipping, the optimiser, and what the loop does between two steps.
@@ -435,7 +435,7 @@ def _prepare_sentence_transformers(size: str, pairs: Pairs, batch: int, steps: i
 
 
 def share_one_arena() -> None:
-    """Let all threads allocate from one arena of glibc, which keeps what it has: by default, threads differ in this."""
+    """Let all threads allocate from one arena of glibc, which keeps what it has; by default, threads differ."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
         for option, value in ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, 2**30), (_MMAP_THRESHOLD, 2**25)):

@@ -3,18 +3,18 @@
     python benchmarks/peers.py [--parts steps,loaders] [--threads 1] [--output benchmarks/results/peers.json]
     python benchmarks/peers.py --parts loaders --shards 'shards/train-{000..003}.tar'
 
-steps: DissectTrainer on all candidates (`strategy none`) and with selection at r = 0.5, the plain Trainer of transformers
-with the loss of its CLIP, `open_clip_train.train.train_one_epoch` over open_clip's CLIP of the same sizes, and the
-trainer of sentence-transformers with MultipleNegativesRankingLoss in both directions. All get the same decoded pictures
-and tokens from memory and collate them, clip gradients to norm 1 and use the AdamW that they come with. They take turns,
-step by step, and the order changes each round.
+steps: DissectTrainer on all candidates (`strategy none`) and with selection at r = 0.5, the plain Trainer of
+transformers with the loss of its CLIP, `open_clip_train.train.train_one_epoch` over open_clip's CLIP of the same
+sizes, and the trainer of sentence-transformers with MultipleNegativesRankingLoss in both directions. All get the
+same decoded pictures and tokens from memory and collate them, clip gradients to norm 1 and use the AdamW that they
+come with. They take turns, step by step, and the order changes each round.
 
 loaders: reading, decoding, resizing to 224 px, tokenising with the same tokenizer and batching, by `data.streaming` of
 hf_dissect, by webdataset's WebLoader and by open_clip's `get_wds_dataset`, with the peers' own transforms.
 
-Ratios are taken within a round. The processor time is that of this process and its workers, which is what a machine that
-others use as well leaves comparable. A peer that is not installed is a line that says how to install it:
-pip install open_clip_torch sentence-transformers webdataset torchvision.
+Ratios are taken within a round. The processor time is that of this process and its workers, which is what a
+machine that others use as well leaves comparable. A peer that is not installed is a line that says how to install
+it: pip install open_clip_torch sentence-transformers webdataset torchvision.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def measure_loaders(options: argparse.Namespace, folder: Path) -> dict[str, Any]
     results["bytes_per_shard"] = round(statistics.mean(path.stat().st_size for path in paths))
     for workers in options.workers:
         given = (paths, processor, options.loader_batch, workers, options.buffer)
-        loaders, missing = open_all(peer_loaders.LOADERS, lambda name, given=given: _Reader(name, given, workers))
+        loaders, missing = open_all(peer_loaders.LOADERS, lambda name, given=given: _Reader(name, given))
         steps = {name: lambda reader=reader: reader.read(options.loader_batches) for name, reader in loaders.items()}
         measured = take_turns(steps, options.loader_rounds, 1)
         for reader in loaders.values():
@@ -141,7 +141,10 @@ def measure_loaders(options: argparse.Namespace, folder: Path) -> dict[str, Any]
         count = options.loader_batch * options.loader_batches
         for name, values in measured.items():
             rates = {clock: count / statistics.median(pair[place] for pair in values) for place, clock in _PLACES}
-            figures[name] |= {"pictures_per_second": rates["wall"], "pictures_per_processor_second": rates["processor"]}
+            figures[name] |= {
+                "pictures_per_second": rates["wall"],
+                "pictures_per_processor_second": rates["processor"],
+            }
             print(f"{workers} workers  {name:14} {rates['wall']:.0f} a second, {rates['processor']:.0f} a core")
         _show_fastest(figures)
         results[f"{workers} workers"] = {"loaders": figures, "not measured": missing}
@@ -157,10 +160,10 @@ class _Reader:
     With workers, only one loader is open at a time, since they would read ahead in each other's turn.
     """
 
-    def __init__(self, name: str, given: tuple[Any, ...], workers: int) -> None:
-        self._make, self._workers = lambda: peer_loaders.open_loader(name, *given), workers
+    def __init__(self, name: str, given: tuple[Any, ...]) -> None:
+        self._make, self._workers = lambda: peer_loaders.open_loader(name, *given), given[3]
         self._batches: Iterator | None = self._make()
-        if workers:
+        if self._workers:
             self._batches = None
 
     def read(self, count: int) -> tuple[float, float]:

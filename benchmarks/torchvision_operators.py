@@ -1,7 +1,8 @@
 """Let a torchvision that was built for another PyTorch be imported, without the operators that it then lacks.
 
-transformers, timm and open_clip import torchvision where it is installed, and this fails if its compiled part cannot be
-loaded, such as that for CUDA next to a PyTorch for the CPU. Its transforms need no operator. Imported before them.
+transformers, timm and open_clip import torchvision where it is installed, and this fails if its compiled part
+cannot be loaded, such as that for CUDA next to a PyTorch for the CPU. Its transforms need no operator. Imported
+before them.
 """
 
 import importlib.util

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from testing.tiny_models import tiny_pairs
-from testing.tiny_models import tiny_clip
+from testing.tiny_models import tiny_clip, tiny_pairs
 from transformers import Trainer
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments
