@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -405,6 +406,153 @@ def test_audit_fit():
     arguments = ["--data", ".", "--features", "features.npz", "--noise", "noise40", "--seeds", 1, "--models", 1]
     found = run_benchmark("audit_fit", *arguments, "--epochs", 1)["noise40"]
     assert found["mismatched"]["mean"] == 1 and found["interval_high"]["mean"] > 0.9 and found["minutes"]["mean"] < 1
+
+
+PEERS = ("transformers Trainer", "open_clip", "sentence-transformers")
+
+
+def test_peers_that_are_not_installed_are_lines_and_not_failures(capsys, monkeypatch):
+    """The steps are compared with those of the peers that are there; a missing one says how to install it."""
+    import_peer = import_benchmark("peer_steps").import_peer
+    missing = ("open_clip", "open_clip_train", "sentence_transformers")
+    for name in missing:  # also where they are installed
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(import_benchmark("peer_steps").NotInstalled, match="pip install open_clip_torch"):
+        import_peer("open_clip", "open_clip_torch")
+    small = ["--parts", "steps", "--size", "tiny", "--batch", 4, "--rounds", 3, "--warm-up", 1]
+    results = run_benchmark("peers", *small)
+    assert results["versions"]["torch"] == torch.__version__
+    figures, left_out = results["steps"]["arms"], results["steps"]["not measured"]
+    assert set(left_out) == set(PEERS[1:]) and "pip install sentence-transformers" in left_out[PEERS[2]]
+    assert list(figures) == ["hf_dissect, plain", "hf_dissect, selected", PEERS[0], "fastest peer"]
+    assert figures["hf_dissect, plain"]["wall"]["ours_over_this_median"] == 1
+    assert figures["fastest peer"]["processor"]["name"] == PEERS[0]
+    assert "not installed: pip install open_clip_torch" in capsys.readouterr().out
+
+
+def test_ratios_of_peers_are_taken_round_by_round():
+    peers = import_benchmark("peers")
+    measured = {"ours": [(1.0, 2.0), (4.0, 2.0), (3.0, 2.0)], "other": [(2.0, 4.0), (2.0, 1.0), (6.0, 2.0)]}
+    figures = peers.compare(measured, "ours", ("ours",))
+    assert figures["other"]["wall"]["ours_over_this_median"] == 0.5  # of 1/2, 2 and 1/2
+    assert figures["other"]["wall"]["ms_median"] == 2000
+    assert figures["fastest peer"]["processor"] == {"name": "other", "ours_over_it_median": 1.0}
+
+
+def test_arms_take_turns_and_end():
+    """Each turn is one optimiser step of the arm, whatever loop it has; an error of an arm reaches who waits."""
+    steps = import_benchmark("peer_steps")
+    made = []
+
+    def run(pause):
+        for number in range(100):
+            made.append(number)
+            pause()
+
+    arm = steps.Turns(run, 1, "cpu")
+    assert made == []
+    for number in range(3):
+        wall, _ = arm.step()
+        assert made == list(range(number + 1)) and wall >= 0
+    arm.close()
+    assert made == [0, 1, 2]
+
+    def fail(pause):
+        raise ValueError("no such model")
+
+    with pytest.raises(ValueError, match="no such model"):
+        steps.Turns(fail, 1, "cpu").step()
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (3, 10)])
+def test_peers_read_the_same_shards(shape, monkeypatch):
+    """Ours is measured where the others are not installed, from one shard as from several."""
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "open_clip_train", None)
+    loading = ["--parts", "loaders", "--num-shards", shape[0], "--pictures", shape[1], "--loader-batch", 8]
+    loading += ["--loader-batches", 2, "--loader-rounds", 1, "--buffer", 8, "--workers", 0]
+    results = run_benchmark("peers", *loading)["loaders"]
+    own = results["0 workers"]["loaders"]["hf_dissect"]
+    assert results["shards"] == shape[0] and own["pictures_per_second"] > 0
+    assert own["pictures_per_processor_second"] == pytest.approx(16000 / own["processor"]["ms_median"])
+    assert set(results["0 workers"]["not measured"]) == {"webdataset", "open_clip"}
+
+
+def test_gpu_without_cuda(capsys):
+    """Nothing is run or written where there is no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run_main("gpu", "--output", "gpu.json")
+    assert "skipped: no CUDA" in capsys.readouterr().out and not Path("gpu.json").exists()
+
+
+def test_gpu_parts_on_the_cpu():
+    results = run_benchmark("gpu", "--tiny", "--parts", "steps-b32,resume,fp16,adapters")
+    assert list(results)[3:] == ["steps-b32", "resume", "fp16", "adapters"] and results["tiny"] is True
+    for candidates in ("16", "32"):
+        figures = results["steps-b32"][candidates]
+        assert figures["selected 0.5"]["kept_pairs"] == int(candidates) // 2
+        efficiency = figures["kept 0.2"]["ms_median"] / figures["rescore_every 8 0.2"]["ms_median"]
+        assert figures["rescore_every 8 0.2"]["efficiency"] == pytest.approx(efficiency, abs=1e-3)
+    assert results["resume"]["resumed run"] == {"same_bits": True, "largest_difference": 0.0}
+    assert results["fp16"]["skipped"] == "float16 with a scaler needs CUDA"
+    assert results["adapters"]["LoRA r"]["over_lora_r"] == 1 and "MoLA, router" in results["adapters"]
+
+
+def test_gpu_parts_fail_or_end_and_the_others_follow(monkeypatch):
+    """A part that fails has its error, one that is too slow is stopped, and one without time is not begun."""
+    gpu = import_benchmark("gpu")
+
+    def fail(run):
+        raise ValueError("no room")
+
+    def hang(run):
+        run.found["so far"] = 1
+        while True:
+            time.sleep(0.01)
+
+    quick = {"fails": (fail, 5), "hangs": (hang, 0.2), "works": (lambda run: {"figure": 1}, 5)}
+    monkeypatch.setattr(gpu, "PARTS", quick)
+    monkeypatch.setattr(gpu, "LEAST", 0)
+    results = run_benchmark("gpu", "--tiny", "--parts", "fails,hangs,works")
+    assert results["fails"]["error"] == "ValueError: no room" and "in fail" in results["fails"]["traceback"]
+    assert results["hangs"]["error"].startswith("stopped after") and results["hangs"]["seconds"] < 5
+    assert results["hangs"]["so far"] == 1 and "so far" not in results["works"]
+    assert results["works"]["figure"] == 1
+    monkeypatch.setattr(gpu, "LEAST", 10)
+    late = run_benchmark("gpu", "--tiny", "--parts", "works", "--budget", 1)
+    assert late["works"]["error"] == "not begun: the budget is spent"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("gpu", ["--parts", "steps"], "--parts steps: choose of steps-b32"),
+        ("peers", ["--parts", "steps,shards"], "--parts shards: choose of steps, loaders"),
+        ("peers", ["--arms", "open_clip"], "'hf_dissect, plain' must be one of them"),
+        ("peers", ["--arms", "hf_dissect, plain;clip"], "--arms clip: choose of hf_dissect, plain"),
+        ("peers", ["--size", "ViT-L"], "invalid choice"),
+        ("peers", ["--rounds", 0], "at least 1"),
+        ("peers", ["--shards", "none-{00..01}.tar"], "--shards: no file none-00.tar, none-01.tar"),
+        ("gpu", ["--rounds", 0], "--rounds 0: at least 1"),
+    ],
+)
+def test_unknown_parts_are_refused(name, given, message, capsys):
+    with pytest.raises(SystemExit):
+        run_main(name, *given)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_gpu_every_part_on_the_cpu():
+    """Start a process with a process group, and run the peers that are installed."""
+    results = run_benchmark("gpu", "--tiny", run=run_script)
+    parts = import_benchmark("gpu").PARTS
+    assert {name: results[name].get("error") for name in parts} == dict.fromkeys(parts)
+    assert results["collectives"]["backend"] == "gloo" and results["collectives"]["global scope"]["same_pairs"]
+    assert results["grad_cache"]["chunks of 1/16"]["ms_median"] > 0
+    assert results["compile"]["compiled"]["ms_median"] > 0 and results["pictures"]["half side"]["ms_median"] > 0
+    assert {"hf_dissect, plain", "transformers Trainer"} <= set(results["peers"])
 
 
 @pytest.mark.slow

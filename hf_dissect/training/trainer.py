@@ -28,6 +28,7 @@ from hf_dissect.training.non_finite import check_finite_weights
 from hf_dissect.training.resume_callback import ResumeCallback
 from hf_dissect.training.run_folder import check_not_foreign, list_times, list_versions, replace_non_finite
 from hf_dissect.training.run_state import Part, find_moved_step, move_schedule, read_state, restore_state, save_state
+from hf_dissect.training.step_operations import StepOperations
 from hf_dissect.training.summary import Summary
 from hf_dissect.training.time_spent import TimeSpent
 from hf_dissect.training.trainer_arguments import keep_all_rows
@@ -273,6 +274,7 @@ class BaseTrainer(Trainer):
 
     def _prepare_for_training(self, *arguments: Any) -> Any:
         keep_frozen_statistics(self.model)
+        self.floating_point_ops = StepOperations(super().floating_point_ops, self.model)  # type: ignore[method-assign]
         if self._scalars is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._scalars = ShardableScalars(self.model)
         return super()._prepare_for_training(*arguments)
@@ -282,8 +284,7 @@ class BaseTrainer(Trainer):
         if checkpoint is None:
             return
         self.reset(self._checkpoint_step)
-        saved = read_state(checkpoint)
-        if saved is not None:
+        if (saved := read_state(checkpoint)) is not None:
             restore_state(saved, self.parts, self.ranks)
         self.averaged_weights.check_resumed(self.state, self._checkpoint_step, checkpoint)
         self.restore_extra(checkpoint, has_state=saved is not None)
