@@ -25,6 +25,7 @@ from hf_dissect.training.final_figures import RunWriter
 from hf_dissect.training.interruption import StoppedBySignal, StopRequest, explain_dead_worker
 from hf_dissect.training.loss_since_log import LossSinceLog
 from hf_dissect.training.non_finite import check_finite_weights
+from hf_dissect.training.observer import RunObserver
 from hf_dissect.training.resume_callback import ResumeCallback
 from hf_dissect.training.run_folder import check_not_foreign, list_times, list_versions, replace_non_finite
 from hf_dissect.training.run_state import Part, find_moved_step, move_schedule, read_state, restore_state, save_state
@@ -54,6 +55,7 @@ class BaseTrainer(Trainer):
         times: `TimeSpent`, the seconds of the parts of the run.
         parts: Parts of the run whose state is saved, by name; a subclass adds parts.
         summary: `Summary` that reports the run; a subclass makes it.
+        observer: `RunObserver` of the live page, the alerts and the trackers.
         averaged_weights: Mean of the weights that ends as the model, see `average_weights` of the arguments.
     """
 
@@ -78,12 +80,13 @@ class BaseTrainer(Trainer):
         self.ranks = Ranks(self.accelerator)
         self.loss_since_log = LossSinceLog(self)
         self.averaged_weights = AveragedWeights(self.args, self.accelerator, self.optimizer)
+        self.observer = RunObserver(self.args, self.run_metrics, lambda: self.summary, self.callback_handler)
         self.parts = {"times": Part(self.times), "averaged_weights": Part(self.averaged_weights)}
-        self.parts["loss_since_log"] = Part(self.loss_since_log, each_rank=True)
+        self.parts |= {"loss_since_log": Part(self.loss_since_log, each_rank=True), "alerts": Part(self.observer.alerts)}
         self.model_card = self.card_callback(self.run_metrics, self.describe_run)
         self.add_callback(ResumeCallback(self.stop_request, self.loss_since_log, self.begin_epoch))
-        self.add_callback(self.model_card)
-        self.add_callback(self.averaged_weights)
+        for callback in (self.model_card, self.averaged_weights, self.observer):
+            self.add_callback(callback)
 
     # ---- methods for subclasses to extend ----
 
@@ -121,8 +124,7 @@ class BaseTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: Checkpoint to resume from, or True for the last complete one in `output_dir`.
-            args: Further arguments of `transformers.Trainer.train`.
-            kwargs: Further arguments of `transformers.Trainer.train`.
+            args, kwargs: Further arguments of `transformers.Trainer.train`.
 
         Raises:
             ValueError: The run has no checkpoint to resume from, or the checkpoint belongs to another model.
@@ -139,7 +141,7 @@ class BaseTrainer(Trainer):
             self.check_checkpoint(checkpoint)
         if self.is_world_process_zero():
             checkpoints.remove_unfinished(output_dir)
-        with self.stop_request.listen():  # also between the last step and the final figures
+        with self.observer.note_failure(), self.stop_request.listen():  # also until the final figures
             output = self._train(checkpoint, *args, **kwargs)
             if self.args.save_run_folder:
                 self.finish()
@@ -180,7 +182,7 @@ class BaseTrainer(Trainer):
 
     def run_metrics(self, final: dict[str, Any]) -> dict[str, Any]:
         """Return the content of `metrics.json` on this process, with the figures `final`."""
-        run = {"seed": self.args.seed, "steps": self.state.global_step, "final": final}
+        run = self.observer.describe() | {"seed": self.args.seed, "steps": self.state.global_step, "final": final}
         times = list_times(self.times.measure_so_far(), self.timed_parts)
         own = self.summary.collect_metrics(self.model, self.state.log_history) | self.averaged_weights.describe()
         return replace_non_finite({**run, **own, "times": times, "versions": list_versions()})
