@@ -17,6 +17,8 @@ from hf_dissect.version import __version__
 THUMBNAIL_SIZE = 160
 """Longest side of a stored picture, in pixels."""
 MAX_SAMPLES = 12
+ROWS_A_FOLDER = 1000
+"""Thumbnails of an audit in one folder."""
 FORMAT_VERSION = 1
 
 

@@ -24,6 +24,8 @@ MAX_CAPTION = 400
 STEP = "train/global_step"
 """Name under which transformers logs the step to wandb and trackio."""
 
+_EMPTY = Image.new("RGB", (8, 8), "#808080")
+
 Pairs = Mapping[str, Sequence[PairSample]]
 
 
@@ -103,9 +105,9 @@ def _send_pairs_to_wandb(callback: Any, pairs: Pairs, step: int) -> None:
 
     tables = {}
     for name, group in pairs.items():
-        rows = [[None if pair.image is None else wandb.Image(pair.image), *_list_values(pair)] for pair in group]
-        # A type is found by the first value, which need not have a picture.
-        tables[f"pairs/{name}"] = wandb.Table(columns=list(COLUMNS), data=rows, optional=True)
+        # A column has the type of its first value, so that a pair without a picture has an empty one.
+        rows = [[wandb.Image(pair.image or _EMPTY), *_list_values(pair)] for pair in group]
+        tables[f"pairs/{name}"] = wandb.Table(columns=list(COLUMNS), data=rows)
     wandb.run.log({**tables, STEP: step})
 
 
@@ -124,9 +126,9 @@ def _send_pairs_to_trackio(callback: Any, pairs: Pairs, step: int) -> None:
         for pair in group:
             caption, correlation, differential, *rest = _list_values(pair)
             picture = None if pair.image is None else trackio.Image(pair.image)
-            # Trackio reads texts as Markdown, and JSON has no NaN.
+            # JSON has no NaN.
             numbers = [None if np.isnan(value) else round(value, 3) for value in (correlation, differential)]
-            rows.append([picture, _escape_markdown(caption), *numbers, *rest])
+            rows.append([picture, caption, *numbers, *rest])
         tables[f"pairs/{name}"] = trackio.Table(columns=list(COLUMNS), data=rows)
     trackio.log({**tables, STEP: step})
 
