@@ -1,1 +1,1 @@
-"""What a run reports while it trains: alerts, and the pairs that it keeps and drops, to trackers and to the log."""
+"""Reports of a run while it trains: alerts, and the pairs that it keeps and drops, for trackers and for the log."""

@@ -68,7 +68,6 @@ class Handler(BaseHTTPRequestHandler):
     """Handler of a request: the page, its version, or an error."""
 
     server: "WatchServer"
-    protocol_version = "HTTP/1.1"
     server_version, sys_version = "hf_dissect", ""
     timeout = 30  # seconds that a silent connection is kept
 

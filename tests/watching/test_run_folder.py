@@ -89,8 +89,12 @@ def make_student(folder, **training) -> DistillationRecipe:
         {
             "name": "small",
             "student": {"column": "depth", "config": {"model_type": "frame_sequence_encoder", "grid": [1, 1]}},
-            "auxiliaries": {"skeleton": {"config": {"model_type": "sequence_encoder"}}},
-            "data": {"source": "npz", "path": str(folder / "x.npz"), "label_column": "action"},
+            "auxiliaries": {"skeleton": {"config": {"model_type": "sequence_encoder", "num_channels": 60}}},
+            "data": {
+                **{"source": "npz", "path": str(folder / "x.npz"), "label_column": "action"},
+                **{"group_column": "subject", "train_groups": [1, 2, 3, 4], "validation_groups": [5, 6]},
+                "test_groups": [7, 8],
+            },
             "training": {
                 **{"output_dir": str(folder / "run"), "max_steps": 4, "per_device_train_batch_size": 8},
                 **{"logging_steps": 1, "report_to": "none", "use_cpu": True, **training},
@@ -105,6 +109,7 @@ def test_a_distillation_is_shown_while_it_trains(tmp_path):
         depth=np.zeros((32, 2, 8, 8), np.uint8),
         skeleton=np.ones((32, 4, 20, 3), np.float32),
         action=np.arange(32) // 8,
+        subject=np.arange(32) % 8 + 1,
     )
     run_distillation(make_student(tmp_path))
     folder = tmp_path / "run"
