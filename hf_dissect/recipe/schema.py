@@ -282,7 +282,8 @@ class TrainingSection:
         within="(0, 1]",
     )
     report_pairs: bool = setting(
-        True, "With report_to wandb, trackio or tensorboard, also send best-kept and worst-dropped pairs, with pictures."
+        True,
+        "With report_to wandb, trackio or tensorboard, also send best-kept and worst-dropped pairs, with pictures.",
     )
 
 

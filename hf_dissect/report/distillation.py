@@ -92,7 +92,7 @@ def write_distillation_report(
 def render_distillation_report(
     metrics: Mapping[str, Any], log_history: Sequence[Mapping], live: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the report that `write_distillation_report` writes; with `live`, as `render_page` shows it in training."""
+    """Return the report that `write_distillation_report` writes; for `live`, see `render_page`."""
     name = metrics["name"]
     return render_page(
         "distillation.html.jinja",

@@ -93,14 +93,11 @@ def restart_log(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 def append_log(folder: Path, entry: Mapping[str, Any]) -> None:
     """Append a log to `log.jsonl` in a run folder, as one whole line."""
     line = _format_line(entry).encode("utf-8", "replace")
-    descriptor = os.open(folder / LOG_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
+    with open(folder / LOG_FILE, "ab+", buffering=0) as opened:  # one write for the whole line
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(max(size - 1, 0))
         # The line before may have been cut off, such as by a full disk.
-        cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, b"\n" + line if cut_off else line)
-    finally:
-        os.close(descriptor)
+        opened.write(line if opened.read(1) in (b"", b"\n") else b"\n" + line)
 
 
 def _format_line(entry: Mapping[str, Any]) -> str:

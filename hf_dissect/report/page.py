@@ -69,7 +69,8 @@ def _list_alerts(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         if isinstance(entry, Mapping) and entry.get("subject") not in _SHOWN_ELSEWHERE
     ]
     return [
-        f"{f'{name}, step' if len(runs) > 1 else 'Step'} {entry.get('step')}: {entry.get('title')}. {entry.get('text')}"
+        f"{f'{name}, step' if len(runs) > 1 else 'Step'} {entry.get('step')}: {entry.get('title')}. "
+        f"{entry.get('text')}"
         for name, entry in found
     ]
 

@@ -77,8 +77,8 @@ def _judge_correlations(histogram: Mapping[str, Sequence[float]]) -> list[Alert]
     if kept >= dropped - STANDARD_ERRORS * deviation:
         return []
     text = (
-        f"In this epoch the kept pairs correlate less (mean {kept:.1f}) than the dropped ones ({dropped:.1f}). Look at "
-        "the best kept and the worst dropped pairs, and choose another selection.strategy if they are swapped."
+        f"In this epoch the kept pairs correlate less (mean {kept:.1f}) than the dropped ones ({dropped:.1f}). Look "
+        "at the best kept and the worst dropped pairs, and choose another selection.strategy if they are swapped."
     )
     return [Alert("preference", "The rule prefers pairs that it should drop", text)]
 
@@ -96,14 +96,12 @@ def find_strange_estimate(log_history: Sequence[Mapping[str, Any]]) -> list[Aler
     if not NoisyChannel.LOWEST + 1e-4 < pi < NoisyChannel.HIGHEST - 1e-4:
         bounds = f"[{NoisyChannel.LOWEST}, {NoisyChannel.HIGHEST}]"
         right = "every caption is right" if pi > 0.5 else "next to no caption is right"
-        text = f"The estimated share of matched pairs, pi, is {pi:.3f}, at the end of its range {bounds}, which is true "
+        text = (
+            f"The estimated share of matched pairs, pi, is {pi:.3f}, at the end of its range {bounds}, which is true "
+        )
         text += f"only if {right}. {advice}"
         return [Alert("estimate", "pi is at its bound", text)]
-    past = [
-        1 - value
-        for step, value in zip(steps, mismatched, strict=True)
-        if MEMORY <= step <= steps[-1] - MEMORY
-    ]
+    past = [1 - value for step, value in zip(steps, mismatched, strict=True) if MEMORY <= step <= steps[-1] - MEMORY]
     if len(past) < LEAST_LOGS or min(past) - LARGEST_CHANGE <= pi <= max(past) + LARGEST_CHANGE:
         return []
     text = (

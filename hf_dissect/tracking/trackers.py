@@ -32,8 +32,8 @@ Pairs = Mapping[str, Sequence[PairSample]]
 class Trackers:
     """Senders for the trackers of a run.
 
-    Nothing that `hf_dissect.cards.privacy` keeps off a card is sent: local paths, URLs and tokens in captions and alerts
-    are left out, and pictures are thumbnails without metadata.
+    Nothing that `hf_dissect.cards.privacy` keeps off a card is sent: local paths, URLs and tokens in captions and
+    alerts are left out, and pictures are thumbnails without metadata.
 
     Args:
         handler: Holder of the callbacks of the trainer, those of the trackers among them.

@@ -134,10 +134,14 @@ class RunObserver(TrainerCallback):
         if self._is_training(state):
             self._show(TRAINING)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check once more, and show the run as it ended."""
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check once more; when training ends, this comes before the trackers close."""
         if state.is_world_process_zero:
             self._check()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the run as it ended."""
+        if state.is_world_process_zero:
             self._show(TRAINED)
 
     def describe(self) -> dict[str, Any]:

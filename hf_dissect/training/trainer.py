@@ -55,7 +55,6 @@ class BaseTrainer(Trainer):
         times: `TimeSpent`, the seconds of the parts of the run.
         parts: Parts of the run whose state is saved, by name; a subclass adds parts.
         summary: `Summary` that reports the run; a subclass makes it.
-        observer: `RunObserver` of the live page, the alerts and the trackers.
         averaged_weights: Mean of the weights that ends as the model, see `average_weights` of the arguments.
     """
 
@@ -81,8 +80,9 @@ class BaseTrainer(Trainer):
         self.loss_since_log = LossSinceLog(self)
         self.averaged_weights = AveragedWeights(self.args, self.accelerator, self.optimizer)
         self.observer = RunObserver(self.args, self.run_metrics, lambda: self.summary, self.callback_handler)
-        self.parts = {"times": Part(self.times), "averaged_weights": Part(self.averaged_weights)}
-        self.parts |= {"loss_since_log": Part(self.loss_since_log, each_rank=True), "alerts": Part(self.observer.alerts)}
+        self.parts = {"times": Part(self.times), "alerts": Part(self.observer.alerts)}
+        self.parts["averaged_weights"] = Part(self.averaged_weights)
+        self.parts["loss_since_log"] = Part(self.loss_since_log, each_rank=True)
         self.model_card = self.card_callback(self.run_metrics, self.describe_run)
         self.add_callback(ResumeCallback(self.stop_request, self.loss_since_log, self.begin_epoch))
         for callback in (self.model_card, self.averaged_weights, self.observer):
@@ -124,7 +124,8 @@ class BaseTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: Checkpoint to resume from, or True for the last complete one in `output_dir`.
-            args, kwargs: Further arguments of `transformers.Trainer.train`.
+            args: Further arguments of `transformers.Trainer.train`.
+            kwargs: Further arguments of `transformers.Trainer.train`.
 
         Raises:
             ValueError: The run has no checkpoint to resume from, or the checkpoint belongs to another model.
@@ -148,12 +149,11 @@ class BaseTrainer(Trainer):
         return output
 
     def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
-        output_dir = self.args.output_dir
-        with self.times.measure("training"), self.stop_request.listen(), explain_dead_worker(output_dir):
+        with self.times.measure("training"), self.stop_request.listen(), explain_dead_worker(self.args.output_dir):
             output = super().train(checkpoint, *args, **kwargs)
             self._save_if_asked_late()
         if self.stop_request.granted:
-            raise StoppedBySignal(str(checkpoints.find_last_checkpoint(output_dir)))
+            raise StoppedBySignal(str(checkpoints.find_last_checkpoint(self.args.output_dir)))
         self.averaged_weights.apply()  # not before, as a late checkpoint holds the weights in training
         return output
 

@@ -1,4 +1,4 @@
-"""The page of a run that is watched: its report, with a status, a script that renews it, and an audit if there is one."""
+"""The page of a run that is watched: its report with a status, a script that renews it, and an audit if it has one."""
 
 import base64
 import hashlib

@@ -131,8 +131,8 @@ def _check(folder: Path) -> None:
     if (folder / SCORES_FILE).is_file():
         raise ValueError(f"{folder} holds an audit and not a run; open {folder / 'audit.html'} in a browser.")
     raise ValueError(
-        f"{folder} is not a run folder: it has neither {LIVE_FILE} nor {LOG_FILE}, {METRICS_FILE} or a checkpoint. Name "
-        "the training.output_dir of a run that has begun to train."
+        f"{folder} is not a run folder: it has neither {LIVE_FILE} nor {LOG_FILE}, {METRICS_FILE} or a checkpoint. "
+        "Name the training.output_dir of a run that has begun to train."
     )
 
 

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,21 @@ def serving(folder: Path, port: int = 0) -> Iterator[WatchServer]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def serve_one_visit(server: WatchServer, poll_interval: float = 0.5) -> None:
+    """Serve, in the place of `serve_forever`, until the page was read once."""
+
+    def visit() -> None:
+        try:
+            assert ask(server)[0] == 200
+        finally:
+            server.shutdown()
+
+    thread = threading.Thread(target=visit)
+    thread.start()
+    ThreadingHTTPServer.serve_forever(server, poll_interval)
+    thread.join()
 
 
 def ask(server: WatchServer, path: str = "/", method: str = "GET", **headers) -> tuple[int, dict, str]:

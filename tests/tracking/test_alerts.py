@@ -99,7 +99,8 @@ def test_more_skipped_rows_than_half_of_the_limit():
 
 
 @pytest.mark.parametrize(
-    ("norm", "half", "count"), [(1.0, False, 0), (math.nan, False, 1), (math.inf, False, 1), (math.inf, True, 0), ("x", 0, 0)]
+    ("norm", "half", "count"),
+    [(1.0, False, 0), (math.nan, False, 1), (math.inf, False, 1), (math.inf, True, 0), ("x", 0, 0)],
 )
 def test_a_gradient_that_is_not_finite(norm, half, count):
     assert len(find_gradient_not_finite({"grad_norm": norm}, half)) == count

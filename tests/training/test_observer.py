@@ -1,4 +1,4 @@
-"""A run leaves in its folder what shows it while it trains: every log as a line, and a picture of its present state."""
+"""A run leaves in its folder what shows it while it trains: every log as a line, and its present state."""
 
 import json
 import math
@@ -80,7 +80,9 @@ def test_lines_are_whole_and_anything_else_is_passed_over(tmp_path):
     assert reader.read() is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format_version": 2}', '{"format_version": 1}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"format_version": 2}', '{"format_version": 1}', "[" * 10**5]
+)
 def test_a_damaged_state_is_none(tmp_path, content):
     (tmp_path / LIVE_FILE).write_text(content)
     assert LiveRun.load(tmp_path) is None

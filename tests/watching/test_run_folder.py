@@ -124,7 +124,9 @@ def test_a_distillation_is_shown_while_it_trains(tmp_path):
 
 
 @pytest.mark.parametrize("name", [LIVE_FILE, LOG_FILE, "metrics.json", "report_data.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"final": 3, "times": [], "selection": 7}', b"\xff\x00" * 99])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"final": 3, "times": [], "selection": 7}', b"\xff\x00" * 99]
+)
 def test_damaged_files_are_passed_over(tmp_path, name, content):
     (make_run(tmp_path) / "metrics.json").write_text(json.dumps({**METRICS, "unfinished": True}))
     (tmp_path / name).write_bytes(content)

@@ -46,7 +46,16 @@ def test_it_is_not_drawn_more_often_than_the_machine_bears(tmp_path):
 @pytest.mark.parametrize(
     "path",
     [
-        *("/log.jsonl", "/live.json", "/../secret", "/..%2fsecret", "//etc/passwd", "/%2e%2e/secret", "/.", "/?/../secret"),
+        *(
+            "/log.jsonl",
+            "/live.json",
+            "/../secret",
+            "/..%2fsecret",
+            "//etc/passwd",
+            "/%2e%2e/secret",
+            "/.",
+            "/?/../secret",
+        ),
         *("/static/x", "/version/", "/\\..\\secret", "/favicon.ico", "http://127.0.0.1/secret", "/index.html", "*"),
     ],
 )
@@ -70,7 +79,10 @@ def test_nothing_but_reading_is_answered(tmp_path, method):
     [
         *((name, True) for name in ("127.0.0.1", "localhost:8050", "LOCALHOST", "[::1]:9000", "127.0.0.1:1")),
         *((name, False) for name in ("evil.example", "evil.example:8050", "127.0.0.1.evil.example", "localhost.evil")),
-        *((name, False) for name in ("", "127.0.0.1@evil.example", "evil@localhost", "localhost:x", "[::1", "0.0.0.0")),
+        *(
+            (name, False)
+            for name in ("", "127.0.0.1@evil.example", "evil@localhost", "localhost:x", "[::1", "0.0.0.0")
+        ),
         *((name, False) for name in ("localhost/x", "127.1", "2130706433", "169.254.169.254", "::1")),
     ],
 )
@@ -85,7 +97,9 @@ def test_only_names_of_this_machine_are_answered(tmp_path, host, answered):
 
 def test_it_listens_on_this_machine_alone(tmp_path):
     with serving(make_run(tmp_path)) as server:
-        assert server.server_address[0] == "127.0.0.1" and server.url == f"http://127.0.0.1:{server.server_address[1]}/"
+        assert (
+            server.server_address[0] == "127.0.0.1" and server.url == f"http://127.0.0.1:{server.server_address[1]}/"
+        )
 
 
 def test_a_port_in_use_is_left_for_the_next_one_or_named(tmp_path):
@@ -103,7 +117,13 @@ def test_a_port_in_use_is_left_for_the_next_one_or_named(tmp_path):
 
 def test_broken_requests_end_nothing(tmp_path):
     with serving(make_run(tmp_path)) as server:
-        for request in (b"\x16\x03\x01\x00\xff", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"", b"GET " + b"/" * 10**5):
+        for request in (
+            b"\x16\x03\x01\x00\xff",
+            b"GET /\r\n\r\n",
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"",
+            b"GET " + b"/" * 10**5,
+        ):
             with socket.create_connection(server.server_address, timeout=5) as connection:
                 connection.sendall(request)
         with socket.create_connection(server.server_address, timeout=5):  # silent
@@ -123,7 +143,12 @@ def test_a_folder_that_disappears_is_an_error_until_it_is_back(tmp_path, caplog)
 
 
 def test_nothing_of_the_run_becomes_markup(tmp_path):
-    hostile = (f"{SCRIPT} \ud800", '"><img src=x onerror=alert(2)>', "javascript:alert(3)", "</style></script><svg onload=alert(4)>")
+    hostile = (
+        f"{SCRIPT} \ud800",
+        '"><img src=x onerror=alert(2)>',
+        "javascript:alert(3)",
+        "</style></script><svg onload=alert(4)>",
+    )
     metrics = {
         "name": SCRIPT,
         "strategy": SCRIPT,
@@ -131,7 +156,9 @@ def test_nothing_of_the_run_becomes_markup(tmp_path):
         "alerts": [{"step": SCRIPT, "subject": "x", "title": SCRIPT, "text": SCRIPT}, SCRIPT],
         "bad_rows": {"count": 1, "reasons": {SCRIPT: 1}, "ids": [SCRIPT]},
     }
-    folder = make_run(tmp_path / "<b>run", captions=hostile, title=SCRIPT, metrics=metrics, state="stopped", reason=SCRIPT)
+    folder = make_run(
+        tmp_path / "<b>run", captions=hostile, title=SCRIPT, metrics=metrics, state="stopped", reason=SCRIPT
+    )
     append_log(folder, make_log(40, **{SCRIPT: SCRIPT, "eval_recall_sum": SCRIPT}))
     with serving(folder) as server:
         page = ask(server)[2]
