@@ -197,7 +197,8 @@ class SelectionSummary:
         """Return the run so far, with the unreadable rows of this process, and its title."""
         metrics = {**metrics, "bad_rows": self._selector.bad_rows.summary()}
         histogram = self._selector.monitor.score_histogram()
-        summary = RunSummary(metrics["name"], metrics, score_histogram=histogram, **self.show_pairs())
+        pairs: dict[str, Any] = {**self.show_pairs()}
+        summary = RunSummary(metrics["name"], metrics, score_histogram=histogram, **pairs)
         return summary, self._make_title(metrics)
 
     def show_pairs(self) -> dict[str, list[PairSample]]:

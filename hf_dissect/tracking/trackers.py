@@ -51,8 +51,8 @@ class Trackers:
 
     def send_alert(self, alert: Alert, step: int) -> None:
         """Send an alert, to TensorBoard as a text."""
-        words = {name: leave_out_places(getattr(alert, name)) for name in ("title", "text")}
-        self._send("alert", Alert(alert.subject, **words), step)
+        cleaned = Alert(alert.subject, leave_out_places(alert.title), leave_out_places(alert.text))
+        self._send("alert", cleaned, step)
 
     @property
     def used(self) -> bool:
@@ -101,9 +101,8 @@ def _list_values(pair: PairSample) -> list[Any]:
 
 
 def _send_pairs_to_wandb(callback: Any, pairs: Pairs, step: int) -> None:
-    import wandb
-
-    tables = {}
+    wandb = callback._wandb  # the module, which is not a dependency of this package
+    tables: dict[str, Any] = {}
     for name, group in pairs.items():
         # A column has the type of its first value, so that a pair without a picture has an empty one.
         rows = [[wandb.Image(pair.image or _EMPTY), *_list_values(pair)] for pair in group]
@@ -112,15 +111,13 @@ def _send_pairs_to_wandb(callback: Any, pairs: Pairs, step: int) -> None:
 
 
 def _send_alert_to_wandb(callback: Any, alert: Alert, step: int) -> None:
-    import wandb
-
+    wandb = callback._wandb
     wandb.run.alert(title=alert.title, text=f"Step {step}: {alert.text}", level=wandb.AlertLevel.WARN)
 
 
 def _send_pairs_to_trackio(callback: Any, pairs: Pairs, step: int) -> None:
-    import trackio
-
-    tables = {}
+    trackio = callback._trackio
+    tables: dict[str, Any] = {}
     for name, group in pairs.items():
         rows = []
         for pair in group:
@@ -134,8 +131,7 @@ def _send_pairs_to_trackio(callback: Any, pairs: Pairs, step: int) -> None:
 
 
 def _send_alert_to_trackio(callback: Any, alert: Alert, step: int) -> None:
-    import trackio
-
+    trackio = callback._trackio
     trackio.alert(alert.title, text=f"Step {step}: {alert.text}", level=trackio.AlertLevel.WARN)
 
 

@@ -181,7 +181,7 @@ class RunObserver(TrainerCallback):
         with self._live.measure(), self._tolerate("live.json"):
             metrics = self._run_metrics(find_last_evaluation(state))
             summary, title = self._get_summary().summarize(metrics)
-            place = {"step": state.global_step, "max_steps": state.max_steps, "epoch": float(state.epoch or 0)}
+            place: dict[str, Any] = {"step": state.global_step, "max_steps": state.max_steps, "epoch": float(state.epoch or 0)}
             LiveRun(summary, title, what, reason, earlier=self._earlier, **place).save(self._folder)
 
     @contextmanager

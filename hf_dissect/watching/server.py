@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 8050
 TRIED_PORTS = 20
-NAMES = ("127.0.0.1", "localhost", "[::1]")
+NAMES = ("127.0.0.1", "localhost", "::1")
 """Names of this machine in a Host header; a page elsewhere whose name was moved to 127.0.0.1 has another one."""
 MOST_SHARE = 0.2
 """Largest share of the time in which the page is drawn, which takes time from the run."""
@@ -192,4 +192,4 @@ def is_this_machine(hosts: list[str]) -> bool:
         _ = parts.port  # raises if it is not a number
     except ValueError:
         return False
-    return plain and name in (known.strip("[]") for known in NAMES)
+    return plain and name in NAMES
