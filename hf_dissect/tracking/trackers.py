@@ -69,6 +69,8 @@ class Trackers:
         try:
             send(*arguments)
         except Exception as error:  # whatever a tracker raises, such as without a network: training matters more
+            if "DataLoader worker" in str(error):
+                raise  # a signal raises it wherever the process is just then
             if name not in self._failed:
                 self._failed.add(name)
                 logger.warning("%s did not take what was sent (%s: %s); training continues.", name, *_name(error))

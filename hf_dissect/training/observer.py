@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_dissect.report.live import STOPPED, TRAINED, TRAINING, LiveRun, append_l
 from hf_dissect.tracking.alerts import Alert, AlertLog, find_gradient_not_finite
 from hf_dissect.tracking.trackers import Trackers
 from hf_dissect.training.card_callback import find_last_evaluation
+from hf_dissect.training.interruption import find_dead_worker
 from hf_dissect.training.non_finite import NonFiniteLossError
 from hf_dissect.training.summary import Summary
 from hf_dissect.training.training_args import BaseTrainingArguments
@@ -157,7 +158,9 @@ class RunObserver(TrainerCallback):
             if self._state is not None and self._state.is_world_process_zero:
                 if isinstance(error, NonFiniteLossError):
                     self._raise([Alert("not_finite", "Loss or weights are not finite", str(error), warned=True)])
-                self._show(STOPPED, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+                reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                with suppress(Exception):  # the death of another worker may strike here, too
+                    self._show(STOPPED, reason)
             raise
 
     def _is_training(self, state: TrainerState) -> bool:
@@ -181,7 +184,11 @@ class RunObserver(TrainerCallback):
         with self._live.measure(), self._tolerate("live.json"):
             metrics = self._run_metrics(find_last_evaluation(state))
             summary, title = self._get_summary().summarize(metrics)
-            place: dict[str, Any] = {"step": state.global_step, "max_steps": state.max_steps, "epoch": float(state.epoch or 0)}
+            place: dict[str, Any] = {
+                "step": state.global_step,
+                "max_steps": state.max_steps,
+                "epoch": float(state.epoch or 0),
+            }
             LiveRun(summary, title, what, reason, earlier=self._earlier, **place).save(self._folder)
 
     @contextmanager
@@ -190,6 +197,9 @@ class RunObserver(TrainerCallback):
         try:
             yield
         except Exception as error:
+            if find_dead_worker(error) is not None:  # a signal raises it wherever the process is just then
+                raise
             if what not in self._warned:
                 self._warned.add(what)
-                logger.warning("%s: %s (%s); training continues.", what, error, type(error).__name__)
+                # As text, since a record of the error itself would keep all that its frames hold.
+                logger.warning("%s: %s (%s); training continues.", what, str(error), type(error).__name__)

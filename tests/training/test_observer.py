@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_dissect import DissectTrainer
 from hf_dissect.report.live import LIVE_FILE, LOG_FILE, LiveRun, LogReader, append_log
 from hf_dissect.runs.run import run_recipe
+from hf_dissect.training.interruption import DataWorkerDied
 from hf_dissect.training.non_finite import NonFiniteLossError
 
 
@@ -139,3 +140,16 @@ def test_results_of_an_earlier_run_are_known_by_their_content(tmp_path):
     assert LiveRun.load(tmp_path / "run").earlier == {}
     run_recipe(recipe)
     assert LiveRun.load(tmp_path / "run").earlier.keys() == {"metrics.json", "report_data.json"}
+
+
+def test_the_death_of_a_data_worker_is_not_taken_for_a_fault_of_its_own(tmp_path, monkeypatch):
+    """A signal raises it wherever the process is, which may be here."""
+    trainer = faulty_run.make_trainer(tmp_path, max_steps=4, logging_steps=1)
+
+    def die(*args):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(trainer.summary, "find_alerts", die)
+    with pytest.raises(DataWorkerDied, match="none yet"):
+        trainer.train()
+    assert LiveRun.load(tmp_path).reason.startswith("DataWorkerDied: A data worker died")
