@@ -1,6 +1,6 @@
 """Summary of a selection run: its share of `metrics.json`, its report, and the content of its card."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,12 @@ from hf_dissect.model_card import describe_model
 from hf_dissect.models.adapters import describe_adapter
 from hf_dissect.objective import Objective
 from hf_dissect.recipe.objective_schema import list_robust_objectives
-from hf_dissect.report.run_files import write_selection_report
+from hf_dissect.report.data import PairSample, RunSummary
+from hf_dissect.report.run_files import PairReader, write_selection_report
 from hf_dissect.selection import OnlineSelector
 from hf_dissect.selection.loop_hooks import Batch
+from hf_dissect.tracking.alerts import Alert, find_skipped_rows
+from hf_dissect.tracking.selection_alerts import find_strange_estimate, find_wrong_preference
 from hf_dissect.training.run_folder import list_changed_settings
 from hf_dissect.training.run_state import join_over_ranks
 from hf_dissect.training.task_experts import has_tasks
@@ -75,6 +78,7 @@ class SelectionSummary:
         self._label_figures: dict[str, float | None] = {}
         self._num_scored: int | None = None  # known after `evaluate_noise`
         self._router: dict[str, Any] | None = None  # known after `measure_router`
+        self._pairs = PairReader(dataset, has_differential=selector.strategy.name == "dissect")
 
     def choose_evaluated(self, test: Any, validation: Any) -> Any:
         """Return the data of the final figures, those of the test if there are any, and take note of them."""
@@ -189,10 +193,34 @@ class SelectionSummary:
         histogram = self._selector.monitor.score_histogram()
         return {"recipe": self._recipe, "histogram": histogram, **describe_model(model, self._recipe)}
 
+    def summarize(self, metrics: dict[str, Any]) -> tuple[RunSummary, str]:
+        """Return the run so far, with the unreadable rows of this process, and its title."""
+        metrics = {**metrics, "bad_rows": self._selector.bad_rows.summary()}
+        histogram = self._selector.monitor.score_histogram()
+        pairs: dict[str, Any] = {**self.show_pairs()}
+        summary = RunSummary(metrics["name"], metrics, score_histogram=histogram, **pairs)
+        return summary, self._make_title(metrics)
+
+    def show_pairs(self) -> dict[str, list[PairSample]]:
+        """Return the pairs of the current epoch that are `best_kept` and `worst_dropped`."""
+        return self._pairs.read(self._selector.monitor)
+
+    def find_alerts(self, log_history: Sequence[Mapping[str, Any]], progress: float) -> list[Alert]:
+        """Return the signs of a wrong preference, a strange estimate, and many unreadable rows."""
+        bad_rows = self._selector.bad_rows
+        return [
+            *find_wrong_preference(self._selector.strategy.name, self._selector.monitor, progress),
+            *find_strange_estimate(log_history),
+            *find_skipped_rows(*bad_rows.count_judged(), bad_rows.max_fraction, "max_bad_fraction"),
+        ]
+
     def write_report(self, folder: Path, metrics: dict[str, Any], log_history: list[dict]) -> None:
         """Write `report_data.json` and `report.html`."""
-        title = metrics["name"] if self._recipe is None else f"{self._recipe.name}: {metrics['name']}"
+        title = self._make_title(metrics)
         write_selection_report(folder, metrics, log_history, self._selector.monitor, self._dataset, title)
+
+    def _make_title(self, metrics: Mapping[str, Any]) -> str:
+        return metrics["name"] if self._recipe is None else f"{self._recipe.name}: {metrics['name']}"
 
 
 def _list_parts(data: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from testing.document_pages import ROOT, TEXTS, blocks, commands, languages
 from testing.feature_pairs import make_feature_pairs
 from testing.loopback_hub import serving
 from testing.tiny_recipe import tiny_settings
+from testing.watched_runs import serve_one_visit
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, make_scenes
@@ -26,6 +27,7 @@ from hf_dissect.cli import main
 from hf_dissect.data import make_scene_classes
 from hf_dissect.data.sampling_file import read_sampling_file
 from hf_dissect.report.data import RunSummary
+from hf_dissect.watching.server import WatchServer
 
 SCRATCH = f"model.config={json.dumps(tiny_settings()['model']['config'])}"
 SMALL = ["training.per_device_train_batch_size=16", "training.max_steps=2", "training.use_cpu=true"]
@@ -101,6 +103,7 @@ COMMANDS = {
     "hf-dissect evaluate runs/mine --data /data/export.csv data.separator=';' data.encoding=cp1252": [],
     "hf-dissect compare quickstart --strategies none,random,dissect,dissect:momentum --seeds 0,1,2"
     " --output-dir runs/four": [*SCENES, "model.max_caption_length=16", "evaluation.zero_shot=null"],
+    "hf-dissect watch runs/mine": ["--port", "0", "--no-browser"],
     "hf-dissect push runs/mine USER/mine --private": [],
     "hf-dissect train hub:USER/mine data.path=/data/flickr8k": FINETUNE,
     "hf-dissect evaluate hub:USER/mine --data /data/flickr8k --split validation": [],
@@ -189,6 +192,7 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
     for recipe in RECIPES:
         name = yaml.safe_load(recipe)["name"]
         Path(f"{name}.yaml").write_text(recipe.replace("/data/flickr8k", str(data / "flickr8k")))
+    monkeypatch.setattr(WatchServer, "serve_forever", serve_one_visit)
     for command, added in COMMANDS.items():
         if added is None:
             continue

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # A room is a folder or a module of the package. It imports itself and the rooms before it.
 ROOMS = """
     version settings distributed mola models losses data selection evaluation recipe report hub cards
-    auditing training data_collator objectives objective training_args training_data
+    auditing tracking training watching data_collator objectives objective training_args training_data
     model_card summary trainer distillation runs cli hf_dissect
 """.split()
 MOST_IN_ROOT, LONGEST_FILE = 12, 350

@@ -7,9 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from hf_dissect.data.pairs import PairDataset
-from hf_dissect.report.data import thumbnail_jpeg
-
-ROWS_A_FOLDER = 1000
+from hf_dissect.report.data import ROWS_A_FOLDER, thumbnail_jpeg
 
 
 def write_thumbnails(folder: Path, pairs: PairDataset, indices: Sequence[int], num_workers: int = 0) -> list[int]:

@@ -43,3 +43,10 @@ def _is_place(word: str) -> bool:
         return True
     separated = "/" in word or "\\" in word
     return separated and len(word) < 256 and Path(word).exists()
+
+
+def leave_out_places(text: str) -> str:
+    """Return `text` with each word that is a local path, a URL or an access token replaced by "[left out]"."""
+    if may_be_published(text):
+        return text
+    return "".join(part if may_be_published(part) else "[left out]" for part in re.split(r"(\s+)", text))

@@ -155,6 +155,15 @@ class BadRows:
             summary["problems"] = list_problems(self.problems)
         return summary
 
+    def count_judged(self) -> tuple[int, int]:
+        """Return the number of bad rows and of the rows that they are among; (0, 0) for too few rows of a stream."""
+        bad, judged = self._count()
+        return (bad, judged) if self.num_pairs is not None or judged >= _count_enough(bad, judged) else (0, 0)
+
+    def _count(self) -> tuple[int, int]:
+        # The length of a stream is unknown: there, rows count as often as they are seen, good and bad alike.
+        return (self._bad_seen, self._rows_seen) if self.num_pairs is None else (len(self), self.num_pairs)
+
     def _note(self, sample_id: int, reason: BadReason, problem: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
@@ -167,16 +176,14 @@ class BadRows:
             self.problems[sample_id] = problem
 
     def _check(self) -> None:
-        # The length of a stream is unknown: there, rows count as often as they are seen, good and bad alike.
-        bad, judged = (self._bad_seen, self._rows_seen) if self.num_pairs is None else (len(self), self.num_pairs)
+        bad, judged = self._count()
         if self.num_pairs is None:
             if bad == judged >= FIRST_PICTURES and set(self.reasons.values()) == {BadReason.IMAGE}:
                 raise TooManyBadRows(
                     f"None of the first {judged} pictures of the stream can be read. {self._list_first()}"
                     "Mend the data, or name the column of the pictures (image_column)."
                 )
-            enough = MIN_ROWS_IF_MOST_ARE_BAD if 2 * bad > judged else MIN_ROWS_TO_JUDGE
-            if judged < enough:
+            if judged < _count_enough(bad, judged):
                 return
         if bad > self.max_fraction * judged:
             summary = self.summary(max_ids=10)
@@ -191,3 +198,8 @@ class BadRows:
         """Return the first problems in words, empty without any."""
         first = [f"{describe_problem(problem)} (id {id_})" for id_, problem in list(self.problems.items())[:count]]
         return f"First problems: {'; '.join(first)}. " if first else ""
+
+
+def _count_enough(bad: int, judged: int) -> int:
+    """Return the number of rows of a stream that are enough to judge it by."""
+    return MIN_ROWS_IF_MOST_ARE_BAD if 2 * bad > judged else MIN_ROWS_TO_JUDGE

@@ -39,7 +39,7 @@ def check_first_pairs(collator: Callable[[Sequence[Any]], Any], **datasets: Any)
     for argument, pairs in datasets.items():
         parts = pairs if isinstance(pairs, dict) else {argument: pairs}
         for name, part in parts.items():
-            with _keep_random_state():
+            with keep_random_state():
                 rows = _read_first(part, argument)
                 batch = collator(rows) if rows else None
             if batch is not None:
@@ -133,7 +133,8 @@ def _check_pictures(argument: str, batch: Mapping[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def _keep_random_state() -> Iterator[None]:
+def keep_random_state() -> Iterator[None]:
+    """Leave the random streams of Python, NumPy and torch as they were, whatever the block draws from them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

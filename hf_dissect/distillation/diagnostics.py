@@ -192,6 +192,7 @@ class Watch:
         best: Best accuracy of the teacher, by the name of the figure.
         saturated: Number of consecutive logs above the ceiling.
         warned: Subjects of the warnings so far, "teacher" and "discriminator".
+        texts: Texts of the warnings of this process, by subject.
     """
 
     def __init__(self, teacher_drop: float, discriminator_ceiling: float) -> None:
@@ -200,6 +201,7 @@ class Watch:
         self.best: dict[str, float] = {}
         self.saturated = 0
         self.warned: list[str] = []
+        self.texts: dict[str, str] = {}
 
     def check(self, figures: Mapping[str, float]) -> None:
         """Check the figures of a log or of an evaluation and warn where they show a failure.
@@ -243,4 +245,5 @@ class Watch:
     def _warn(self, subject: str, text: str) -> None:
         if subject not in self.warned:
             self.warned.append(subject)
+            self.texts[subject] = text
             logger.warning(text)

@@ -1,7 +1,7 @@
 """Summary of a distillation: its part of `metrics.json`, its report, and what its card shows."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,9 @@ from hf_dissect.distillation.measurement import Measurement
 from hf_dissect.distillation.networks import DistillationNetworks
 from hf_dissect.distillation.training_args import OWN_FIELDS, DistillationTrainingArguments
 from hf_dissect.distributed import Ranks
+from hf_dissect.report.data import PairSample, RunSummary
 from hf_dissect.report.distillation import write_distillation_report
+from hf_dissect.tracking.alerts import Alert, find_skipped_rows
 from hf_dissect.training.run_state import join_over_ranks
 
 SHOWN_SETTINGS = (
@@ -29,6 +31,9 @@ SHOWN_SETTINGS = (
     *(name for name in OWN_FIELDS if name not in ("check_reload", "measure_information", "pilot_epochs")),
 )
 """Arguments that `metrics.json` holds, including those with their default."""
+
+
+_TITLES = {"teacher": "The teacher weakens", "discriminator": "The discriminator saturates"}
 
 
 class DistillationSummary:
@@ -94,6 +99,24 @@ class DistillationSummary:
             "processor": self._processor,
             "shape": self._shape,
         }
+
+    def summarize(self, metrics: dict[str, Any]) -> tuple[RunSummary, str]:
+        """Return the run so far, with the rows of this process that lack something, and its title."""
+        metrics = {**metrics, "rows": self._rows.summary()}
+        return RunSummary(metrics["name"], metrics), f"{metrics['name']}: {metrics['method']}"
+
+    def show_pairs(self) -> dict[str, list[PairSample]]:
+        """Return no pairs, since a distillation does not choose."""
+        return {}
+
+    def find_alerts(self, log_history: Sequence[Mapping[str, Any]], progress: float) -> list[Alert]:
+        """Return the warnings about teacher and discriminator, and many rows that cannot be used."""
+        bad = sum(not state.usable for state in self._rows.states.values())
+        limit = self._rows.max_bad_fraction
+        return [
+            *(Alert(subject, _TITLES[subject], text, warned=True) for subject, text in self._watch.texts.items()),
+            *find_skipped_rows(bad, self._rows.num_rows, limit, "max_bad_fraction"),
+        ]
 
     def write_report(self, folder: Path, metrics: dict[str, Any], log_history: list[dict]) -> None:
         """Write `report.html`."""

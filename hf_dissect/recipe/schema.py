@@ -286,6 +286,10 @@ class TrainingSection:
         "averages over the last three quarters; null: the last weights are the final model.",
         within="(0, 1]",
     )
+    report_pairs: bool = setting(
+        True,
+        "With report_to wandb, trackio or tensorboard, also send best-kept and worst-dropped pairs, with pictures.",
+    )
 
 
 @dataclasses.dataclass

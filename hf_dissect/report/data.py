@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -17,6 +17,8 @@ from hf_dissect.version import __version__
 THUMBNAIL_SIZE = 160
 """Longest side of a stored picture, in pixels."""
 MAX_SAMPLES = 12
+ROWS_A_FOLDER = 1000
+"""Thumbnails of an audit in one folder."""
 FORMAT_VERSION = 1
 
 
@@ -65,6 +67,10 @@ class RunSummary:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the run to one JSON file; pictures become JPEG of at most 160 px, NaN and infinities become null."""
+        return replace_file(path, json.dumps(self.to_dict(), allow_nan=False))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the file that `save` writes."""
         content = {
             "format_version": FORMAT_VERSION,
             "name": self.name,
@@ -74,7 +80,7 @@ class RunSummary:
             "best_kept": [_sample_to_json(sample) for sample in (self.best_kept or [])[:MAX_SAMPLES]],
             "worst_dropped": [_sample_to_json(sample) for sample in (self.worst_dropped or [])[:MAX_SAMPLES]],
         }
-        return replace_file(path, json.dumps(_to_plain(content), allow_nan=False))
+        return cast(dict[str, Any], to_plain(content))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RunSummary":
@@ -90,6 +96,15 @@ class RunSummary:
             raise ValueError(
                 f"path={str(path)!r} must be report data in JSON ({error}). Pass the file that RunSummary.save wrote."
             ) from error
+        return cls.from_dict(content, path)
+
+    @classmethod
+    def from_dict(cls, content: Any, path: str | os.PathLike) -> "RunSummary":
+        """Build the run from the content of a file that `save` wrote; `path` is its name in errors.
+
+        Raises:
+            ValueError: the content lacks a part, or has another format version.
+        """
         version = content.get("format_version") if isinstance(content, Mapping) else None
         if version != FORMAT_VERSION:
             raise ValueError(
@@ -132,6 +147,18 @@ def thumbnail_jpeg(image: Image.Image | None) -> bytes | None:
     return buffer.getvalue()
 
 
+def open_thumbnail(image: Image.Image | None) -> Image.Image | None:
+    """Return the thumbnail of `image` without metadata, or None where it is absent or cannot be decoded."""
+    jpeg = thumbnail_jpeg(image)
+    return None if jpeg is None else _open_picture(jpeg)
+
+
+def _open_picture(content: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(content))
+    picture.load()
+    return picture
+
+
 def replace_file(path: str | os.PathLike, text: str) -> Path:
     """Write `text` as UTF-8 under a temporary name and move it to `path`, so that nobody reads half a file."""
     # A caption may hold lone surrogates, which UTF-8 cannot express.
@@ -168,19 +195,18 @@ def _sample_from_json(content: dict) -> PairSample:
     if sample.correlation is None:
         sample.correlation = math.nan
     if sample.image is not None:
-        sample.image = Image.open(io.BytesIO(base64.b64decode(content["image"])))
-        sample.image.load()
+        sample.image = _open_picture(base64.b64decode(content["image"]))
     return sample
 
 
-def _to_plain(value: object) -> object:
+def to_plain(value: object) -> object:
     """Convert `value` to the types of strict JSON; numbers of NumPy and torch become plain, unknown objects text."""
     if isinstance(value, Mapping):
-        return {str(key): _to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_to_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return _to_plain(value.tolist())
+        return to_plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_dissect.report.page import make_legend_entry, write_page
+from hf_dissect.report.data import replace_file
+from hf_dissect.report.page import make_legend_entry, render_page
 from hf_dissect.report.plots import DASHES, Curve, describe_curves, draw_curves, series, to_finite
 from hf_dissect.report.tables import (
     MISSING,
@@ -85,10 +86,17 @@ def write_distillation_report(
         metrics: content of the run's `metrics.json`.
         log_history: `trainer.state.log_history`.
     """
+    return replace_file(path, render_distillation_report(metrics, log_history))
+
+
+def render_distillation_report(
+    metrics: Mapping[str, Any], log_history: Sequence[Mapping], live: Mapping[str, Any] | None = None
+) -> str:
+    """Return the report that `write_distillation_report` writes; for `live`, see `render_page`."""
     name = metrics["name"]
-    return write_page(
-        path,
+    return render_page(
         "distillation.html.jinja",
+        live=live,
         title=f"{name}: {metrics['method']}",
         facts=[
             ("Student of", metrics["student"]),

@@ -1,39 +1,40 @@
 """The HTML page that every report is: one file that needs no network, no script and no model."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_dissect.report.data import replace_file
 from hf_dissect.report.plots import DASHES, NUM_COLORS, to_finite
 from hf_dissect.report.tables import as_mapping, compare_settings, format_number
 from hf_dissect.version import __version__
 
 _REST = "other"
+_SHOWN_ELSEWHERE = ("teacher", "discriminator")
+"""Subjects of alerts that the report of a distillation has warnings of."""
 
 
-def write_page(
-    path: str | os.PathLike,
+def render_page(
     template: str,
     *,
     title: str,
     facts: Sequence[tuple[str, str]],
     runs: Sequence[tuple[str, Mapping[str, Any]]],
     time_parts: Sequence[str],
+    live: Mapping[str, Any] | None = None,
     **values: Any,
-) -> Path:
-    """Fill a template of the folder `templates`, write the page to `path`, and return the path.
+) -> str:
+    """Fill a template of the folder `templates`, and return the page.
 
     Args:
-        path: HTML file; it is replaced only once the new one is complete.
         template: file name of a template that extends `page.html.jinja`.
         title: heading of the page.
         facts: names and values of the figures at the top of the page; empty values are left out.
         runs: name and content of `metrics.json` of each run on the page; times, settings and versions are read here.
         time_parts: keys of the measured times, without `_s`; the rest of the total is shown as "other".
+        live: status of a run that is watched while it trains, see `hf_dissect.watching.page`; None for a page that
+            stays as it is.
         values: everything else that the template shows.
     """
     names, metrics = [name for name, _ in runs], [content for _, content in runs]
@@ -45,17 +46,33 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters["figure"] = format_number
-    page = environment.get_template(template).render(
+    return environment.get_template(template).render(
         title=title,
         version=__version__,
-        facts=[(name, value) for name, value in facts if value],
+        facts=[(name, value) for name, value in (*(live["facts"] if live else ()), *facts) if value],
         time_parts=(*time_parts, _REST),
         times=_measure_bars(runs, time_parts),
         settings=compare_settings(names, [content.get("settings") for content in metrics], corner="setting"),
         versions=compare_settings(names, [content.get("versions") for content in metrics], corner="package"),
+        alerts=_list_alerts(runs),
+        live=live,
         **values,
     )
-    return replace_file(path, page)
+
+
+def _list_alerts(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Return the alerts of all runs as sentences, named by the run where there are several."""
+    found = [
+        (name, entry)
+        for name, metrics in runs
+        for entry in metrics.get("alerts") or []
+        if isinstance(entry, Mapping) and entry.get("subject") not in _SHOWN_ELSEWHERE
+    ]
+    return [
+        f"{f'{name}, step' if len(runs) > 1 else 'Step'} {entry.get('step')}: {entry.get('title')}. "
+        f"{entry.get('text')}"
+        for name, entry in found
+    ]
 
 
 def make_legend_entry(name: str, index: int, seeds: int = 1) -> dict[str, Any]:

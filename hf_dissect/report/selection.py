@@ -3,15 +3,15 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from hf_dissect.report.data import MAX_SAMPLES, PairSample, RunSummary, thumbnail
-from hf_dissect.report.page import make_legend_entry, write_page
+from hf_dissect.report.data import MAX_SAMPLES, PairSample, RunSummary, replace_file, thumbnail
+from hf_dissect.report.page import make_legend_entry, render_page
 from hf_dissect.report.plots import (
     DASHES,
     DROPPED,
@@ -73,12 +73,19 @@ def write_report(
         table: rows of a comparison, `{"strategy", "seeds", "<metric>": {"mean", "std"} or a number}`. Without it, the
             results table has one row per run.
     """
+    return replace_file(path, render_report(runs, title=title, table=table))
+
+
+def render_report(
+    runs: Sequence[RunSummary], *, title: str, table: list[dict] | None = None, live: Mapping[str, Any] | None = None
+) -> str:
+    """Return the report that `write_report` writes; with `live`, as `render_page` shows it while a run trains."""
     groups = _group_seeds(runs)
     uids = map("f{}".format, itertools.count())
-    return write_page(
-        path,
+    return render_page(
         "selection.html.jinja",
         title=title,
+        live=live,
         facts=_list_facts(runs),
         runs=[(run.name, run.metrics) for run in runs],
         time_parts=TIME_PARTS,
@@ -98,9 +105,12 @@ def write_report(
 
 
 def _list_notes(runs: Sequence[RunSummary]) -> list[str]:
+    figures = [final for run in runs if (final := as_mapping(run.metrics.get("final"))).get("repeated_captions")]
+    if not figures:
+        return []
     from hf_dissect.evaluation.tables import describe_repeats  # which imports torch
 
-    notes = (describe_repeats(as_mapping(run.metrics.get("final"))) for run in runs)
+    notes = map(describe_repeats, figures)
     return list(dict.fromkeys(note for note in notes if note))
 
 

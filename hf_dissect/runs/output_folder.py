@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 
 from hf_dissect.recipe.file import RecipeFile
+from hf_dissect.report.live import LIVE_FILES
 from hf_dissect.training.checkpoints import UNFINISHED_FOLDER
 from hf_dissect.training.run_folder import OWN_FILES, WRITTEN_FILES, find_foreign_model, find_result
 
@@ -99,7 +100,7 @@ def remove_results(folder: Path) -> None:
     """
     processes = PartialState()
     if processes.is_main_process:
-        for pattern in (*OWN_FILES, *WRITTEN_FILES):
+        for pattern in (*OWN_FILES, *WRITTEN_FILES, *LIVE_FILES):
             for path in folder.glob(pattern):
                 if path.is_file() or path.is_symlink():
                     path.unlink()

@@ -84,7 +84,7 @@ class ModelCardCallback(TrainerCallback):
         self._given |= {name: value for name, value in given.items() if value is not None}
         if not args.should_save:
             return
-        metrics, evaluated = self._results or (self._run_metrics(_last_evaluation(state)), "validation")
+        metrics, evaluated = self._results or (self._run_metrics(find_last_evaluation(state)), "validation")
         progress = None if self._results else f"step {state.global_step:,} of {state.max_steps:,}"
         content = {"metrics": metrics, "evaluated": evaluated, "progress": progress, "given": self._given}
         self.write_files(Path(str(args.output_dir)), state, {**content, **self._describe()})
@@ -96,7 +96,8 @@ class ModelCardCallback(TrainerCallback):
             logger.warning("The model card could not be written (%s); training continues.", error)
 
 
-def _last_evaluation(state: TrainerState) -> dict[str, Any]:
+def find_last_evaluation(state: TrainerState) -> dict[str, Any]:
+    """Return the figures of the last evaluation, named as final figures; empty without any."""
     evaluations = (entry for entry in reversed(state.log_history) if "eval_loss" in entry)
     last = {key: value for key, value in next(evaluations, {}).items() if key.startswith("eval_")}
     return drop_speed(last, "eval")

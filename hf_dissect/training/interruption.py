@@ -71,7 +71,7 @@ def explain_dead_worker(output_dir: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (reason := _find_dead_worker(error)) is None:
+        if (reason := find_dead_worker(error)) is None:
             raise
         raise DataWorkerDied(
             f"A data worker died ({reason}). When memory ran out, use fewer workers "
@@ -80,7 +80,7 @@ def explain_dead_worker(output_dir: str) -> Iterator[None]:
         ) from error
 
 
-def _find_dead_worker(error: BaseException | None) -> str | None:
+def find_dead_worker(error: BaseException | None) -> str | None:
     """Return the message about a dead worker in an error or its causes; None without one."""
     while error is not None:
         if _is_about_dead_worker(error):

@@ -25,6 +25,7 @@ from hf_dissect.training.final_figures import RunWriter
 from hf_dissect.training.interruption import StoppedBySignal, StopRequest, explain_dead_worker
 from hf_dissect.training.loss_since_log import LossSinceLog
 from hf_dissect.training.non_finite import check_finite_weights
+from hf_dissect.training.observer import RunObserver
 from hf_dissect.training.resume_callback import ResumeCallback
 from hf_dissect.training.run_folder import check_not_foreign, list_times, list_versions, replace_non_finite
 from hf_dissect.training.run_state import Part, find_moved_step, move_schedule, read_state, restore_state, save_state
@@ -79,12 +80,14 @@ class BaseTrainer(Trainer):
         self.ranks = Ranks(self.accelerator)
         self.loss_since_log = LossSinceLog(self)
         self.averaged_weights = AveragedWeights(self.args, self.accelerator, self.optimizer)
-        self.parts = {"times": Part(self.times), "averaged_weights": Part(self.averaged_weights)}
+        self.observer = RunObserver(self.args, self.run_metrics, lambda: self.summary, self.callback_handler)
+        self.parts = {"times": Part(self.times), "alerts": Part(self.observer.alerts)}
+        self.parts["averaged_weights"] = Part(self.averaged_weights)
         self.parts["loss_since_log"] = Part(self.loss_since_log, each_rank=True)
         self.model_card = self.card_callback(self.run_metrics, self.describe_run)
         self.add_callback(ResumeCallback(self.stop_request, self.loss_since_log, self.begin_epoch))
-        self.add_callback(self.model_card)
-        self.add_callback(self.averaged_weights)
+        for callback in (self.model_card, self.averaged_weights, self.observer):
+            self.add_callback(callback)
 
     # ---- methods for subclasses to extend ----
 
@@ -140,19 +143,18 @@ class BaseTrainer(Trainer):
             self.check_checkpoint(checkpoint)
         if self.is_world_process_zero():
             checkpoints.remove_unfinished(output_dir)
-        with self.stop_request.listen():  # also between the last step and the final figures
+        with self.observer.note_failure(), self.stop_request.listen():  # also until the final figures
             output = self._train(checkpoint, *args, **kwargs)
             if self.args.save_run_folder:
                 self.finish()
         return output
 
     def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
-        output_dir = self.args.output_dir
-        with self.times.measure("training"), self.stop_request.listen(), explain_dead_worker(output_dir):
+        with self.times.measure("training"), self.stop_request.listen(), explain_dead_worker(self.args.output_dir):
             output = super().train(checkpoint, *args, **kwargs)
             self._save_if_asked_late()
         if self.stop_request.granted:
-            raise StoppedBySignal(str(checkpoints.find_last_checkpoint(output_dir)))
+            raise StoppedBySignal(str(checkpoints.find_last_checkpoint(self.args.output_dir)))
         self.averaged_weights.apply()  # not before, as a late checkpoint holds the weights in training
         return output
 
@@ -181,7 +183,7 @@ class BaseTrainer(Trainer):
 
     def run_metrics(self, final: dict[str, Any]) -> dict[str, Any]:
         """Return the content of `metrics.json` on this process, with the figures `final`."""
-        run = {"seed": self.args.seed, "steps": self.state.global_step, "final": final}
+        run = self.observer.describe() | {"seed": self.args.seed, "steps": self.state.global_step, "final": final}
         times = list_times(self.times.measure_so_far(), self.timed_parts)
         own = self.summary.collect_metrics(self.model, self.state.log_history) | self.averaged_weights.describe()
         return replace_non_finite({**run, **own, "times": times, "versions": list_versions()})

@@ -20,6 +20,7 @@ class BaseTrainingArguments(TrainingArguments):
         output_dir: str = ""  # `TrainingArguments` replaces None
 
     average_weights: float | None = declared(TrainingSection, "average_weights")
+    report_pairs: bool = declared(TrainingSection, "report_pairs")
     max_bad_fraction: float = declared(SelectionSection, "max_bad_fraction")
     save_run_folder: bool = setting(
         True,

@@ -26,9 +26,9 @@ def chromium() -> Iterator:
 
 
 class Visit:
-    """A page that was opened from a file, with what it asked for and what went wrong in it."""
+    """A page that was opened from a file or an address, with what it asked for and what went wrong in it."""
 
-    def __init__(self, context, path: Path):
+    def __init__(self, context, path: Path | str):
         self.requests: list[str] = []
         self.problems: list[str] = []
         self.page = context.new_page()
@@ -37,7 +37,8 @@ class Visit:
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("console", self._heed)
         self.page.on("dialog", self._refuse)
-        self.page.goto(path.resolve().as_uri())
+        self.origins = ("file://",) if isinstance(path, Path) else (path,)
+        self.page.goto(path.resolve().as_uri() if isinstance(path, Path) else path)
 
     def _heed(self, message) -> None:
         if message.type in ("error", "warning"):
@@ -48,6 +49,6 @@ class Visit:
         dialog.dismiss()
 
     def check(self) -> None:
-        """Nothing went wrong, and nothing was asked for but files."""
+        """Nothing went wrong, and nothing was asked for but files, or what is at the address."""
         assert self.problems == []
-        assert self.requests and all(url.startswith(("file://", "data:", "blob:")) for url in self.requests)
+        assert self.requests and all(url.startswith((*self.origins, "data:", "blob:")) for url in self.requests)

@@ -20,6 +20,7 @@ PAGES = (
     *("docs/soft_labels.md", "docs/mola.md", "docs/peft_proposal.md", "docs/distillation.md"),
     *(
         "docs/run_folder.md",
+        "docs/watch.md",
         "docs/hub.md",
         "docs/jobs.md",
         "docs/audit.md",

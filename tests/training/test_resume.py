@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from hf_dissect import DissectTrainer
 from hf_dissect.cli import main
+from hf_dissect.report.live import LIVE_FILES
 from hf_dissect.training.checkpoints import (
     UNFINISHED_FOLDER,
     CheckpointError,
@@ -169,7 +170,7 @@ def test_the_checkpoint_of_the_last_step_of_an_epoch_has_the_figures_of_the_epoc
 # ---- killed while a checkpoint is written ----
 
 
-CARD = ("README.md", "report.png")  # written at each save
+WRITTEN = ("README.md", "report.png", *LIVE_FILES)  # the card at each save, and what shows the run meanwhile
 
 
 @pytest.mark.parametrize("place", KILLED_IN)
@@ -183,7 +184,7 @@ def test_killed_while_saving(place, tmp_path, whole):
     assert {path.name for path in folder.iterdir()} == {
         *(f"checkpoint-{step}" for step in (3, 6, 9, 12, 15, 16)),
         "selection.parquet",
-        *CARD,
+        *WRITTEN,
     }
 
 
@@ -311,7 +312,7 @@ def test_a_full_disk_costs_nothing_but_the_checkpoint(what, tmp_path, whole):
     message = str(told.value)
     assert "checkpoint of step 6 could not be written" in message and str(tmp_path / "checkpoint-3") in message
     assert str(told.value.__cause__) in message
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "selection_parts", *CARD}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "selection_parts", *WRITTEN}
     assert resumed(tmp_path) == whole
 
 
