@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase
 
 from hf_dissect.data.bad_rows import BadReason
+from hf_dissect.data.caption_lengths import pad_captions
 from hf_dissect.data.encoded_pictures import as_numpy, is_byte_array
 from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
 from hf_dissect.data.pair_keys import GIVEN_WEIGHT, WEIGHT_KEY
@@ -33,6 +34,8 @@ class SelectionCollator:
         text_padding: Padding of the captions, "longest" (of the batch) or "max_length", for models that read the last
             position (SigLIP).
         max_caption_length: Number of tokens after which a caption is cut; None for the limit of the tokenizer.
+        caption_lengths: Lengths in tokens, ascending, to which the captions of a batch are padded, see
+            `choose_caption_lengths`; empty to pad them as `text_padding` says.
         reads_features: True for a model of feature vectors, False for one of pictures; None to recognise the kind from
             the first rows.
         text_feature_size: Dimension of the stored features of the captions, for a model that reads those; the image
@@ -48,6 +51,7 @@ class SelectionCollator:
         *,
         text_padding: str = "longest",
         max_caption_length: int | None = None,
+        caption_lengths: Sequence[int] = (),
         reads_features: bool | None = None,
         text_feature_size: int | None = None,
     ) -> None:
@@ -57,6 +61,7 @@ class SelectionCollator:
         self.image_processor = getattr(processor, "image_processor", alone)
         self.text_padding = text_padding
         self.max_caption_length = max_caption_length
+        self.caption_lengths = tuple(caption_lengths)
         self.reads_features = reads_features
         self._feature_dim: int | None = None
 
@@ -125,7 +130,12 @@ class SelectionCollator:
             max_length=self.max_caption_length,
             return_tensors="pt",
         )
-        return dict(encoded)
+        return pad_captions(dict(encoded), self.caption_lengths, self.padding)
+
+    @property
+    def has_few_shapes(self) -> bool:
+        """True if batches of as many pairs have one of a few shapes, and not one for each length of a caption."""
+        return self.tokenizer is None or self.text_padding == "max_length" or bool(self.caption_lengths)
 
     def _process_distinct_images(
         self, rows: Sequence[dict[str, Any]], image_keys: Sequence[int], reasons: list[int], problems: list[str]

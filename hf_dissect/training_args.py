@@ -83,6 +83,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     clean_column: str | None = declared(DataSection, "clean_column")
     weight_column: str | None = declared(DataSection, "weight_column")
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
+    caption_lengths: list[int] | None = declared(ModelSection, "caption_lengths")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
     check_reload: bool = declared(ModelSection, "check_reload")
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_dissect.data.caption_lengths import choose_caption_lengths
 from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit
 from hf_dissect.data.pair_weights import check_weighted, collate_weighted
 from hf_dissect.data.pairs import PairStream, as_pairs
@@ -184,12 +185,15 @@ def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) ->
     """Build the collator for a model and its processor; raise a `ValueError` if tokens have no embedding."""
     reads_features, text_size = find_feature_size(model, "vision") is not None, find_feature_size(model, "text")
     if text_size is not None:
+        choose_caption_lengths(args.caption_lengths, 0, "features")
         return SelectionCollator(processor, reads_features=reads_features, text_feature_size=text_size)
     check_tokens(model, find_tokenizer(processor))
+    padding, limit = find_text_padding(model), choose_caption_length(model, processor, args)
     return SelectionCollator(
         processor,
-        text_padding=find_text_padding(model),
-        max_caption_length=choose_caption_length(model, processor, args),
+        text_padding=padding,
+        max_caption_length=limit,
+        caption_lengths=choose_caption_lengths(args.caption_lengths, limit, padding, args.torch_compile),
         reads_features=reads_features,
     )
 

@@ -1,0 +1,166 @@
+"""Compiled runs: as few graphs as there are lengths of captions, for the step and for the scoring, and the same run."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from testing import tiny_models
+from transformers import AutoModel
+
+from hf_dissect import DissectTrainer, DissectTrainingArguments
+from hf_dissect.training.compiled_model import MOST_GRAPHS, mark_shapes
+
+LENGTHS = (7, 16)
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager", "caption_lengths": [7]}
+
+
+def pairs_of_many_lengths(num_rows: int = 44, unreadable: tuple[int, ...] = ()) -> Dataset:
+    """Pairs whose batches of 8 have a longest caption of 4, 6, 8, ... tokens, and a last batch of 4 pairs."""
+    pairs, words = tiny_models.tiny_pairs(num_rows), tiny_models.WORDS
+    captions = [" ".join(words[(row * 7 + k) % len(words)] for k in range(2 + row // 8 * 2)) for row in range(num_rows)]
+    images = [{"bytes": b"damaged" if k in unreadable else pairs[k]["image"]["bytes"]} for k in range(num_rows)]
+    rows = {"image": images, "caption": captions, "task": [k % 2 for k in range(num_rows)]}
+    return Dataset.from_dict(rows).cast_column("image", pairs.features["image"])
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[tuple[bool, int]]:
+    """For each graph that is compiled: whether it has gradients, and the length of its captions."""
+    compiled: list[tuple[bool, int]] = []
+
+    def note(graph, inputs, **options):
+        matrices = [value for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 2]
+        # The positions of all tokens are one of the inputs, and never shorter.
+        length = min(int(value.shape[1]) for value in matrices if value.dtype == torch.int64)
+        compiled.append((torch.is_grad_enabled(), length))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.list_backends()  # fills the registry
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "eager", note)
+    return compiled
+
+
+def make_trainer(folder: Path, model=None, pairs=None, **settings) -> DissectTrainer:
+    own, processor = tiny_models.tiny_clip()
+    defaults = dict(
+        selection_strategy="small_loss",
+        per_device_train_batch_size=8,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        save_run_folder=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        check_reload=False,
+    )
+    return DissectTrainer(
+        model=own if model is None else model,
+        processing_class=processor,
+        train_dataset=pairs_of_many_lengths() if pairs is None else pairs,
+        args=DissectTrainingArguments(str(folder), **{**defaults, **settings}),
+    )
+
+
+def losses_of(trainer: DissectTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def mola(model):
+    return tiny_models.with_mola(model, "router", init_weights=False)
+
+
+CASES = {
+    "lora": (tiny_models.with_lora, {}, 1),
+    "mola": (mola, {}, 1),
+    "mola by task": (lambda model: tiny_models.with_mola(model, "grad"), {"task_column": "task"}, 1),
+    "chunks": (None, {"grad_cache_chunk_size": 3, "scoring_batch_size": 5}, 2),
+    "bf16": (None, {"bf16": True, "scoring_dtype": "bfloat16"}, 1),
+    "unreadable rows": (None, {"max_bad_fraction": 1.0}, 1),
+    "planned loading": (None, {"selection_rescore_every": 3, "num_train_epochs": 3}, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_graph_for_each_length_in_step_and_scoring(case, tmp_path, graphs):
+    change, settings, most = CASES[case]
+    pairs = pairs_of_many_lengths(unreadable=(1, 9, 10, 17) if case == "unreadable rows" else ())
+    runs = []
+    for name, compiled in (("eager", {}), ("compiled", COMPILED)):
+        model = tiny_models.tiny_clip()[0]
+        trainer = make_trainer(
+            tmp_path / name, model if change is None else change(model), pairs, **settings, **compiled
+        )
+        trainer.train()
+        runs.append(losses_of(trainer))
+    assert len(runs[0]) == 6 * trainer.args.num_train_epochs
+    torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=1e-4, atol=1e-5)
+    # The number of pairs is 8, 4 or 7 candidates, 4, 2, 3 kept ones, and the chunks of these.
+    assert set(graphs) == {(gradient, length) for gradient in (True, False) for length in LENGTHS}
+    assert max(Counter(graphs).values()) <= most
+    torch.testing.assert_close(trainer.state.log_history[-1]["train_loss"], sum(runs[1]) / len(runs[1]))
+
+
+def test_a_compiled_run_is_saved_without_traces_and_resumes(tmp_path, graphs):
+    settings = {**COMPILED, "save_strategy": "steps", "save_steps": 7, "save_run_folder": True, "check_reload": True}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    num_graphs = len(graphs)
+    assert num_graphs == 4
+    checkpoint = tmp_path / "whole" / "checkpoint-7"
+    for folder in (checkpoint, tmp_path / "whole"):
+        weights = load_file(folder / "model.safetensors")
+        assert weights.keys() == whole.model.state_dict().keys() and not any("_orig" in name for name in weights)
+    resumed = make_trainer(tmp_path / "resumed", **{**settings, "save_run_folder": False})
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses_of(resumed) == losses_of(whole)
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, whole.model.state_dict()[name]), name
+    loaded = AutoModel.from_pretrained(tmp_path / "whole")
+    assert all(torch.equal(weight, whole.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    saved = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert saved["steps"] == 12 and saved["final"] is not None
+
+
+def test_lengths_without_compiling_and_compiling_without_lengths(tmp_path):
+    reached = {}
+    for name, settings in {
+        "eager": {},
+        "lengths": {"caption_lengths": [7]},
+        "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+        "any length": {**COMPILED, "caption_lengths": []},
+    }.items():
+        trainer = make_trainer(tmp_path, **settings)
+        shapes = {batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()}
+        reached[name] = trainer.data_collator.caption_lengths, shapes
+    many = {4, 6, 8, 10, 12, 14}
+    assert reached["eager"] == reached["any length"] == ((), many)
+    assert reached["lengths"] == ((7, 16), {7, 16}) and reached["compiled"] == ((16,), {16})
+
+
+def test_a_model_that_is_not_compiled_is_left_alone(tmp_path):
+    model, trainer = tiny_models.tiny_clip()[0], make_trainer(tmp_path, caption_lengths=[7])
+    prepared = (model, None)
+    assert mark_shapes(prepared, trainer.data_collator) is prepared and mark_shapes(model, None) is model
+    assert not model._forward_pre_hooks
+
+
+def test_more_graphs_than_torch_allows_by_itself_are_made(tmp_path, monkeypatch, graphs):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch._dynamo.utils.counters.clear()
+    make_trainer(tmp_path, max_steps=4, **{**COMPILED, "caption_lengths": [4, 7]}).train()
+    assert torch._dynamo.config.recompile_limit == MOST_GRAPHS
+
+
+def test_lengths_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"caption_lengths=\[99\].*beyond the 16 tokens"):
+        make_trainer(tmp_path, caption_lengths=[99])
+    with pytest.raises(ValueError, match="caption_lengths=0 is not allowed; allowed: at least 1"):
+        DissectTrainingArguments(str(tmp_path), caption_lengths=[8, 0])
