@@ -1,7 +1,7 @@
 """Collator that makes candidate batches in the workers of a data loader, and marks unreadable rows."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ class SelectionCollator:
             the first rows.
         text_feature_size: Dimension of the stored features of the captions, for a model that reads those; the image
             processor alone is then enough. None for a model that reads tokens.
+        fast_decoding: True to decode large JPEGs at a smaller size, see `decode_image`.
 
     Raises:
         ValueError: The processor has no tokenizer, or its tokenizer cannot pad.
@@ -54,6 +55,7 @@ class SelectionCollator:
         caption_lengths: Sequence[int] = (),
         reads_features: bool | None = None,
         text_feature_size: int | None = None,
+        fast_decoding: bool = False,
     ) -> None:
         self.text_feature_size = text_feature_size
         self.tokenizer = find_tokenizer(processor) if text_feature_size is None else None
@@ -63,6 +65,7 @@ class SelectionCollator:
         self.max_caption_length = max_caption_length
         self.caption_lengths = tuple(caption_lengths)
         self.reads_features = reads_features
+        self.fast_decoding = fast_decoding
         self._feature_dim: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -167,11 +170,12 @@ class SelectionCollator:
                 "The rows hold no feature vectors, and the processor has no image_processor for pictures; pass the "
                 "model's whole processor, or use precomputed feature vectors as the image column."
             )
+        side = find_side(self.image_processor) if self.fast_decoding else None
         images = []
         for position, row in enumerate(rows):
             try:
                 # A row without a caption is unreadable, so its image need not be decoded.
-                images.append(_PLACEHOLDER if reasons[position] else _make_usable_shape(decode_image(row["image"])))
+                images.append(_PLACEHOLDER if reasons[position] else _make_usable_shape(decode_image(row["image"], side)))
             except UnusableImage as error:
                 reasons[position] = BadReason.IMAGE
                 problems[position] = join_problem(error.problem, error.path or _find_name(row))
@@ -226,6 +230,16 @@ def find_tokenizer(processor: Any) -> PreTrainedTokenizerBase:
             "make no batch; set tokenizer.pad_token."
         )
     return tokenizer
+
+
+def find_side(image_processor: Any) -> int | None:
+    """Return the longest side in pixels to which an image processor resizes; None for one that keeps sizes."""
+    size = getattr(image_processor, "size", None)
+    if not getattr(image_processor, "do_resize", False) or size is None:
+        return None
+    sizes = dict(size) if isinstance(size, Mapping) else vars(size)
+    sides = [side for name in ("height", "width", "shortest_edge") if (side := sizes.get(name))]
+    return max(sides) if sides and not sizes.get("longest_edge") else None
 
 
 _PLACEHOLDER = Image.new("RGB", (32, 32))

@@ -14,6 +14,7 @@ from hf_dissect.data.streaming.loader import StreamLoader
 from hf_dissect.data_collator import SelectionCollator, find_tokenizer
 from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
+from hf_dissect.models.attention import warn_of_eager_attention
 from hf_dissect.models.families import check_tokens
 from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
@@ -273,6 +274,7 @@ def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluati
     """
     check_grad_cache(model, args, uses_deepspeed)
     check_dual_encoder(model)
+    warn_of_eager_attention(model)
     check_trainable(model, args)
     check_tasks(model, train, evaluation)
     if args.selection_rescore_every > 1 and args.selection_strategy != "none":
