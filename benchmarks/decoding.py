@@ -76,7 +76,7 @@ def list_decoders() -> dict[str, Decode]:
     decoders: dict[str, Decode] = {
         "Pillow": with_pillow,
         "decode_image": decode_image,
-        "decode_image, fast": lambda content: decode_image(content, least_side=SIDE),
+        "decode_image, fast": lambda content: decode_image(content, smallest_side=2 * SIDE),
         "Pillow, draft 1x": with_draft(1),
         "Pillow, draft 2x": with_draft(2),
     }

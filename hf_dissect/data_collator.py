@@ -171,11 +171,12 @@ class SelectionCollator:
                 "model's whole processor, or use precomputed feature vectors as the image column."
             )
         side = find_side(self.image_processor) if self.fast_decoding else None
+        smallest_side = None if side is None else 2 * side
         images = []
         for position, row in enumerate(rows):
             try:
                 # A row without a caption is unreadable, so its image need not be decoded.
-                images.append(_PLACEHOLDER if reasons[position] else _make_usable_shape(decode_image(row["image"], side)))
+                images.append(_PLACEHOLDER if reasons[position] else _make_usable_shape(decode_image(row["image"], smallest_side)))
             except UnusableImage as error:
                 reasons[position] = BadReason.IMAGE
                 problems[position] = join_problem(error.problem, error.path or _find_name(row))

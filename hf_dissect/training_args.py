@@ -85,6 +85,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
     caption_lengths: list[int] | None = declared(ModelSection, "caption_lengths")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
+    fast_decoding: bool = declared(DataSection, "fast_decoding")
     check_reload: bool = declared(ModelSection, "check_reload")
 
     _VALID_DICT_FIELDS = [

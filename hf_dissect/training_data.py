@@ -187,7 +187,8 @@ def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) ->
     reads_features, text_size = find_feature_size(model, "vision") is not None, find_feature_size(model, "text")
     if text_size is not None:
         choose_caption_lengths(args.caption_lengths, 0, "features")
-        return SelectionCollator(processor, reads_features=reads_features, text_feature_size=text_size)
+        kinds = {"reads_features": reads_features, "text_feature_size": text_size}
+        return SelectionCollator(processor, **kinds, fast_decoding=args.fast_decoding)
     check_tokens(model, find_tokenizer(processor))
     padding, limit = find_text_padding(model), choose_caption_length(model, processor, args)
     return SelectionCollator(
@@ -196,6 +197,7 @@ def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) ->
         max_caption_length=limit,
         caption_lengths=choose_caption_lengths(args.caption_lengths, limit, padding, args.torch_compile),
         reads_features=reads_features,
+        fast_decoding=args.fast_decoding,
     )
 
 

@@ -20,7 +20,7 @@ _LONGEST_PATH = 200
 _BASE64 = set(f"{string.ascii_letters}{string.digits}+/-_=\r\n")
 
 
-def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
+def decode_image(value: Any, smallest_side: int | None = None) -> Image.Image:
     """Decode an image to RGB.
 
     An animation gives its first frame, transparency becomes white, 16 bits are scaled to 8 by the range of the format,
@@ -30,9 +30,8 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
     Args:
         value: `{"bytes", "path"}` of `datasets.Image(decode=False)`, the bytes in any buffer or array (see
             `find_encoded`), a path, a PIL image, or pixels (see `make_picture`).
-        least_side: Side in pixels to which the picture will be resized. A JPEG whose sides are at least four times as
-            long is then decoded at a half, a quarter or an eighth of its size, but at least twice this side, which is
-            faster and changes the pixels a little. None to decode pictures at their size.
+        smallest_side: Number of pixels that both sides need; a JPEG is then decoded at a half, a quarter or an eighth
+            of its size, if that has as many. None for the whole picture.
 
     Raises:
         UnusableImage: If there is nothing, or if it is not an image, is truncated, or is larger than Pillow's limit
@@ -40,7 +39,7 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
     """
     path = find_path(value)
     try:
-        image = _load(value, least_side)
+        image = _load(value, smallest_side)
         if not image.width * image.height:
             raise UnusableImage("a picture without pixels")
         return _convert_to_rgb(image)
@@ -102,7 +101,7 @@ def _choose_source(value: dict) -> Any:
     return value.get("path") if content is None or (isinstance(content, bytes | str) and not content) else content
 
 
-def _load(value: Any, least_side: int | None = None) -> Image.Image:
+def _load(value: Any, smallest_side: int | None) -> Image.Image:
     if isinstance(value, UnusableImage):
         raise value
     if isinstance(value, dict):
@@ -114,24 +113,24 @@ def _load(value: Any, least_side: int | None = None) -> Image.Image:
     if isinstance(value, Image.Image):
         return _turn_upright(value.copy())
     if isinstance(value, str | os.PathLike):
-        return _load_file(os.fspath(value), least_side)
+        return _load_file(os.fspath(value), smallest_side)
     content = find_encoded(value)
     if content is None:
         return make_picture(value)
     if not content:
         raise UnusableImage("no image")
     try:
-        return _read(io.BytesIO(content), least_side)
+        return _read(io.BytesIO(content), smallest_side)
     except Image.DecompressionBombError:
         raise
     except Exception:
-        cleaned = _read_cleaned(content)
+        cleaned = _read_cleaned(content, smallest_side)
         if cleaned is None:
             raise
         return cleaned
 
 
-def _load_file(path: str, least_side: int | None) -> Image.Image:
+def _load_file(path: str, smallest_side: int | None) -> Image.Image:
     if not os.path.isfile(path):
         if os.path.isdir(path):
             raise UnusableImage("a folder, not a file", path)
@@ -143,14 +142,14 @@ def _load_file(path: str, least_side: int | None) -> Image.Image:
         raise UnusableImage("the file is empty", path)
     try:
         with open(path, "rb") as file:
-            return _read(file, least_side)
+            return _read(file, smallest_side)
     except Image.DecompressionBombError:
         raise
     except Exception:
         cleaned = None
         if size <= _LARGEST_TO_CLEAN:
             with open(path, "rb") as file:
-                cleaned = _read_cleaned(file.read())
+                cleaned = _read_cleaned(file.read(), smallest_side)
         if cleaned is None:
             raise
         return cleaned
@@ -165,20 +164,20 @@ def _explain_text(text: str) -> str:
     return ""
 
 
-def _read(file: Any, least_side: int | None = None) -> Image.Image:
+def _read(file: Any, smallest_side: int | None) -> Image.Image:
     image = Image.open(file)
     image.seek(0)
-    if least_side is not None:
-        image.draft(None, (2 * least_side, 2 * least_side))
+    if smallest_side is not None:
+        image.draft(None, (smallest_side, smallest_side))  # without effect on other formats than JPEG
     image.load()
     return _turn_upright(image)
 
 
-def _read_cleaned(content: bytes) -> Image.Image | None:
+def _read_cleaned(content: bytes, smallest_side: int | None) -> Image.Image | None:
     # Text, profiles and tags may be damaged, or longer than Pillow accepts, in a file whose pixels are whole.
     for cleaned in list_cleaned(content):
         try:
-            return _read(io.BytesIO(cleaned))
+            return _read(io.BytesIO(cleaned), smallest_side)
         except Exception:  # Pillow's plugins raise nearly anything on damaged files
             continue
     return None
