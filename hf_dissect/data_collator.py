@@ -176,7 +176,11 @@ class SelectionCollator:
         for position, row in enumerate(rows):
             try:
                 # A row without a caption is unreadable, so its image need not be decoded.
-                images.append(_PLACEHOLDER if reasons[position] else _make_usable_shape(decode_image(row["image"], smallest_side)))
+                images.append(
+                    _PLACEHOLDER
+                    if reasons[position]
+                    else _make_usable_shape(decode_image(row["image"], smallest_side))
+                )
             except UnusableImage as error:
                 reasons[position] = BadReason.IMAGE
                 problems[position] = join_problem(error.problem, error.path or _find_name(row))

@@ -11,7 +11,7 @@ from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit
 from hf_dissect.data.pair_weights import check_weighted, collate_weighted
 from hf_dissect.data.pairs import PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
-from hf_dissect.data_collator import SelectionCollator, find_tokenizer
+from hf_dissect.data_collator import SelectionCollator, find_side, find_tokenizer
 from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
 from hf_dissect.models.attention import warn_of_eager_attention
@@ -183,7 +183,12 @@ def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingA
 
 
 def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
-    """Build the collator for a model and its processor; raise a `ValueError` if tokens have no embedding."""
+    """Build the collator for a model and its processor; raise a `ValueError` if it does not fit the two."""
+    if args.fast_decoding and find_side(getattr(processor, "image_processor", None)) is None:
+        raise ValueError(
+            "fast_decoding (data.fast_decoding in a recipe) needs an image processor that resizes pictures to one "
+            "size, which this model's does not; leave it out."
+        )
     reads_features, text_size = find_feature_size(model, "vision") is not None, find_feature_size(model, "text")
     if text_size is not None:
         choose_caption_lengths(args.caption_lengths, 0, "features")

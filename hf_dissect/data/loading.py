@@ -56,6 +56,7 @@ def load_splits(
     noise_permutation: str | None = None,
     num_workers: int = 0,
     shuffle_buffer: int = 10_000,
+    fast_decoding: bool = False,
     scenes_train: int = 4096,
     scenes_validation: int = 512,
     scenes_test: int = 512,
@@ -101,6 +102,7 @@ def load_splits(
         noise_permutation: `.npy` file for `apply_caption_order`, found like `image_features`.
         num_workers: Not used; accepted so that the whole section can be passed.
         shuffle_buffer: Not used, like `num_workers`.
+        fast_decoding: Not used, like `num_workers`.
         scenes_train: Number of train rows of the "scenes" source.
         scenes_validation: Number of its validation rows; 0 leaves the split out.
         scenes_test: Number of its test rows; 0 leaves the split out.

@@ -124,7 +124,7 @@ class DataSection:
     fast_decoding: bool = setting(
         False,
         "Decode a JPEG whose sides are at least four times as long as the model needs at a half, a quarter or an "
-        "eighth of its size, in training and evaluation; this is faster and changes the pixels a little.",
+        "eighth of its size, in training and validation; this is faster and changes the pixels a little.",
         argument="fast_decoding",
     )
     scenes_train: int = setting(4096, "Training pairs of the scenes.", within="[1, inf)")

@@ -17,6 +17,7 @@ Section = TypeVar("Section", DataSection, DistillationDataSection)
 _WITHOUT_EFFECT = {
     "num_workers": "use --num-workers",
     "shuffle_buffer": "it is for training",
+    "fast_decoding": "it is for training and its validation, pictures are decoded whole here",
     "max_train_rows": "use --max-rows",
     "max_eval_rows": "use --max-rows",
     "max_bad_fraction": "rows that cannot be read are left out",

@@ -56,7 +56,9 @@ def test_eager_attention_is_reported_with_the_way_out(caplog):
         model.set_attn_implementation({"text_config": "eager"})
         warn_of_eager_attention(model)
     no_other, chosen = (record.getMessage() for record in caplog.records)
-    assert no_other.startswith("text_model (AlignTextModel) computes attention in eager mode") and "no other" in no_other
+    assert (
+        no_other.startswith("text_model (AlignTextModel) computes attention in eager mode") and "no other" in no_other
+    )
     assert chosen.startswith("text_model (CLIPTextModel)") and 'attn_implementation="sdpa"' in chosen
 
 

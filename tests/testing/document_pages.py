@@ -15,6 +15,7 @@ PAGES = (
         "docs/repair.md",
         "docs/ledger_first.md",
         "docs/costs.md",
+        "docs/speed.md",
     ),
     *("docs/soft_labels.md", "docs/mola.md", "docs/peft_proposal.md", "docs/distillation.md"),
     *("docs/run_folder.md", "docs/hub.md", "docs/audit.md", "docs/many_gpus.md", "docs/own_strategy.md"),

@@ -1,4 +1,4 @@
-"""Compiled runs: as few graphs as there are lengths of captions, for the step and for the scoring, and the same run."""
+"""Compiled runs: one graph for each length of captions in the step, one in the scoring, and the same run."""
 
 import json
 from collections import Counter
@@ -21,7 +21,9 @@ COMPILED = {"torch_compile": True, "torch_compile_backend": "eager", "caption_le
 def pairs_of_many_lengths(num_rows: int = 44, unreadable: tuple[int, ...] = ()) -> Dataset:
     """Pairs whose batches of 8 have a longest caption of 4, 6, 8, ... tokens, and a last batch of 4 pairs."""
     pairs, words = tiny_models.tiny_pairs(num_rows), tiny_models.WORDS
-    captions = [" ".join(words[(row * 7 + k) % len(words)] for k in range(2 + row // 8 * 2)) for row in range(num_rows)]
+    captions = [
+        " ".join(words[(row * 7 + k) % len(words)] for k in range(2 + row // 8 * 2)) for row in range(num_rows)
+    ]
     images = [{"bytes": b"damaged" if k in unreadable else pairs[k]["image"]["bytes"]} for k in range(num_rows)]
     rows = {"image": images, "caption": captions, "task": [k % 2 for k in range(num_rows)]}
     return Dataset.from_dict(rows).cast_column("image", pairs.features["image"])
