@@ -90,7 +90,8 @@ def main() -> None:
     torch.set_num_threads(1)
 
     lengths = count_tokens(options.data)
-    results: dict[str, object] = {"captions": len(lengths), "mean_tokens": round(statistics.mean(lengths), 2)}
+    measured = {"pairs_a_step": options.pairs, "rounds": options.rounds}
+    results: dict[str, object] = {**measured, "captions": len(lengths), "mean_tokens": round(statistics.mean(lengths), 2)}
     for batch in map(int, options.batches.split(",")):
         runs = [measure_lengths(lengths, batch, int(seed)) for seed in options.seeds.split(",")]
         means = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
