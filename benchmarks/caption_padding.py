@@ -91,7 +91,11 @@ def main() -> None:
 
     lengths = count_tokens(options.data)
     measured = {"pairs_a_step": options.pairs, "rounds": options.rounds}
-    results: dict[str, object] = {**measured, "captions": len(lengths), "mean_tokens": round(statistics.mean(lengths), 2)}
+    results: dict[str, object] = {
+        **measured,
+        "captions": len(lengths),
+        "mean_tokens": round(statistics.mean(lengths), 2),
+    }
     for batch in map(int, options.batches.split(",")):
         runs = [measure_lengths(lengths, batch, int(seed)) for seed in options.seeds.split(",")]
         means = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}

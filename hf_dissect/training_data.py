@@ -192,8 +192,12 @@ def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) ->
     reads_features, text_size = find_feature_size(model, "vision") is not None, find_feature_size(model, "text")
     if text_size is not None:
         choose_caption_lengths(args.caption_lengths, 0, "features")
-        kinds = {"reads_features": reads_features, "text_feature_size": text_size}
-        return SelectionCollator(processor, **kinds, fast_decoding=args.fast_decoding)
+        return SelectionCollator(
+            processor,
+            reads_features=reads_features,
+            text_feature_size=text_size,
+            fast_decoding=args.fast_decoding,
+        )
     check_tokens(model, find_tokenizer(processor))
     padding, limit = find_text_padding(model), choose_caption_length(model, processor, args)
     return SelectionCollator(
