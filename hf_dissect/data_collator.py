@@ -1,7 +1,7 @@
 """Collator that makes candidate batches in the workers of a data loader, and marks unreadable rows."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, cast
@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase
 
 from hf_dissect.data.bad_rows import BadReason
+from hf_dissect.data.caption_lengths import pad_captions
 from hf_dissect.data.encoded_pictures import as_numpy, is_byte_array
 from hf_dissect.data.image_processing import SizedProcessing, find_processing
 from hf_dissect.data.images import UnusableImage, decode_image, find_path, image_content, is_feature_vector
@@ -35,10 +36,13 @@ class SelectionCollator:
         text_padding: Padding of the captions, "longest" (of the batch) or "max_length", for models that read the last
             position (SigLIP).
         max_caption_length: Number of tokens after which a caption is cut; None for the limit of the tokenizer.
+        caption_lengths: Lengths in tokens, ascending, to which the captions of a batch are padded, see
+            `choose_caption_lengths`; empty to pad them as `text_padding` says.
         reads_features: True for a model of feature vectors, False for one of pictures; None to recognise the kind from
             the first rows.
         text_feature_size: Dimension of the stored features of the captions, for a model that reads those; the image
             processor alone is then enough. None for a model that reads tokens.
+        fast_decoding: True to decode large JPEGs at a smaller size, see `decode_image`.
 
     Raises:
         ValueError: The processor has no tokenizer, or its tokenizer cannot pad.
@@ -50,8 +54,10 @@ class SelectionCollator:
         *,
         text_padding: str = "longest",
         max_caption_length: int | None = None,
+        caption_lengths: Sequence[int] = (),
         reads_features: bool | None = None,
         text_feature_size: int | None = None,
+        fast_decoding: bool = False,
     ) -> None:
         self.text_feature_size = text_feature_size
         self.tokenizer = find_tokenizer(processor) if text_feature_size is None else None
@@ -59,7 +65,9 @@ class SelectionCollator:
         self.image_processor = getattr(processor, "image_processor", alone)
         self.text_padding = text_padding
         self.max_caption_length = max_caption_length
+        self.caption_lengths = tuple(caption_lengths)
         self.reads_features = reads_features
+        self.fast_decoding = fast_decoding
         self._feature_dim: int | None = None
         self._processing = SizedProcessing()
 
@@ -141,7 +149,12 @@ class SelectionCollator:
             max_length=self.max_caption_length,
             return_tensors="pt",
         )
-        return dict(encoded)
+        return pad_captions(dict(encoded), self.caption_lengths, self.padding)
+
+    @property
+    def has_few_shapes(self) -> bool:
+        """True if batches of as many pairs have one of a few shapes, and not one for each length of a caption."""
+        return self.tokenizer is None or self.text_padding == "max_length" or bool(self.caption_lengths)
 
     def _process_distinct_images(
         self, rows: Sequence[dict[str, Any]], image_keys: Sequence[int], reasons: list[int], problems: list[str]
@@ -173,7 +186,9 @@ class SelectionCollator:
                 "The rows hold no feature vectors, and the processor has no image_processor for pictures; pass the "
                 "model's whole processor, or use precomputed feature vectors as the image column."
             )
-        images, smallest_side = [], self._processing.smallest_side
+        side = find_side(self.image_processor) if self.fast_decoding else None
+        smallest_side = self._processing.smallest_side or (None if side is None else 2 * side)
+        images = []
         for position, row in enumerate(rows):
             try:
                 # A row without a caption is unreadable, so its image need not be decoded.
@@ -233,6 +248,16 @@ def find_tokenizer(processor: Any) -> PreTrainedTokenizerBase:
             "make no batch; set tokenizer.pad_token."
         )
     return tokenizer
+
+
+def find_side(image_processor: Any) -> int | None:
+    """Return the longest side in pixels to which an image processor resizes; None for one that keeps sizes."""
+    size = getattr(image_processor, "size", None)
+    if not getattr(image_processor, "do_resize", False) or size is None:
+        return None
+    sizes = dict(size) if isinstance(size, Mapping) else vars(size)
+    sides = [side for name in ("height", "width", "shortest_edge") if (side := sizes.get(name))]
+    return max(sides) if sides and not sizes.get("longest_edge") else None
 
 
 _PLACEHOLDER = Image.new("RGB", (32, 32))

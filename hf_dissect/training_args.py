@@ -100,7 +100,9 @@ class DissectTrainingArguments(BaseTrainingArguments):
     max_caption_length: int | None = declared(ModelSection, "max_caption_length")
     image_size: dict[str, Any] | str | int | None = declared(DataSection, "image_size")
     patch_dropout: float = declared(ModelSection, "patch_dropout")
+    caption_lengths: list[int] | None = declared(ModelSection, "caption_lengths")
     shuffle_buffer: int = declared(DataSection, "shuffle_buffer")
+    fast_decoding: bool = declared(DataSection, "fast_decoding")
     check_reload: bool = declared(ModelSection, "check_reload")
 
     _VALID_DICT_FIELDS = [

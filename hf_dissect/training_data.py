@@ -6,13 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_dissect.data.caption_lengths import choose_caption_lengths
 from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit
 from hf_dissect.data.pair_weights import check_weighted, collate_weighted
 from hf_dissect.data.pairs import PairStream, as_pairs
 from hf_dissect.data.streaming.loader import StreamLoader
-from hf_dissect.data_collator import SelectionCollator, find_tokenizer
+from hf_dissect.data_collator import SelectionCollator, find_side, find_tokenizer
 from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
+from hf_dissect.models.attention import warn_of_eager_attention
 from hf_dissect.models.families import check_tokens
 from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
@@ -185,16 +187,30 @@ def prepare_data(model: Any, train: Any, evaluation: Any, args: DissectTrainingA
 
 
 def make_collator(model: Any, processor: Any, args: DissectTrainingArguments) -> SelectionCollator:
-    """Build the collator for a model and its processor; raise a `ValueError` if tokens have no embedding."""
+    """Build the collator for a model and its processor; raise a `ValueError` if it does not fit the two."""
+    if args.fast_decoding and find_side(getattr(processor, "image_processor", None)) is None:
+        raise ValueError(
+            "fast_decoding (data.fast_decoding in a recipe) needs an image processor that resizes pictures to one "
+            "size, which this model's does not; leave it out."
+        )
     reads_features, text_size = find_feature_size(model, "vision") is not None, find_feature_size(model, "text")
     if text_size is not None:
-        return SelectionCollator(processor, reads_features=reads_features, text_feature_size=text_size)
+        choose_caption_lengths(args.caption_lengths, 0, "features")
+        return SelectionCollator(
+            processor,
+            reads_features=reads_features,
+            text_feature_size=text_size,
+            fast_decoding=args.fast_decoding,
+        )
     check_tokens(model, find_tokenizer(processor))
+    padding, limit = find_text_padding(model), choose_caption_length(model, processor, args)
     return SelectionCollator(
         processor,
-        text_padding=find_text_padding(model),
-        max_caption_length=choose_caption_length(model, processor, args),
+        text_padding=padding,
+        max_caption_length=limit,
+        caption_lengths=choose_caption_lengths(args.caption_lengths, limit, padding, args.torch_compile),
         reads_features=reads_features,
+        fast_decoding=args.fast_decoding,
     )
 
 
@@ -281,6 +297,7 @@ def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluati
     """
     check_grad_cache(model, args, uses_deepspeed)
     check_dual_encoder(model)
+    warn_of_eager_attention(model)
     check_trainable(model, args)
     check_tasks(model, train, evaluation)
     if args.selection_rescore_every > 1 and args.selection_strategy != "none":

@@ -821,3 +821,29 @@ def test_faults():
     assert [row["fault"] for row in rows] == ["kill -9", ranks, "NaN in a weight or in the loss"]
     assert all(row["tried"] == 1 and row["differ"] == 0 and row["resumed_from_older"] == 0 for row in rows)
     assert "| kill -9 | 1 |" in Path("faults.md").read_text()
+
+
+def test_compiled_steps():
+    sizes = ("--rounds", 1, "--steps", 2, "--batch", 4, "--backend", "eager")
+    results = run_benchmark("compiled_steps", *sizes)
+    assert results["eager"]["ratio_to_eager_median"] == 1 and results["eager"]["graphs"] == 0
+    lengths = results["lengths"]["compiled, few lengths"]
+    assert set(lengths) <= {16, 32, 48, 64, 77} and results["compiled, few lengths"]["graphs"] == 2 * len(lengths)
+
+
+def test_decoding():
+    write_flickr8k()
+    results = run_benchmark("decoding", "--data", "train.parquet", "--rounds", 1, "--pictures", 2, "--largest", 320)
+    for kind in ("smooth 320 x 240", "noise 320 x 240", "photographs"):
+        assert results[kind]["Pillow"]["ratio_to_pillow_median"] == 1
+        assert results[kind]["decode_image"]["largest"] == 0 and results[kind]["decode_image, fast"]["largest"] == 0
+        assert results[kind]["collator"]["pictures_per_second_median"] > 0
+
+
+def test_caption_padding():
+    write_flickr8k()
+    sizes = ("--batches", 4, "--rounds", 1, "--pairs", 2, "--seeds", "0,1", "--tiny")
+    results = run_benchmark("caption_padding", "--data", "train.parquet", *sizes)["batch of 4"]
+    lengths = results["padded_length"]
+    assert lengths["grouped"] <= lengths["longest"] <= lengths["few lengths"]
+    assert results["step_relative_to_longest"]["ViT-B/32"]["longest"] == 1

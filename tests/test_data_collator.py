@@ -12,7 +12,7 @@ from hf_dissect.data import as_pairs
 from hf_dissect.data.bad_rows import BadReason
 from hf_dissect.data.pairs import PAIR_KEYS
 from hf_dissect.data.problems import read_problems
-from hf_dissect.data_collator import SelectionCollator
+from hf_dissect.data_collator import SelectionCollator, find_side
 
 
 def png(image: Image.Image) -> dict:
@@ -327,3 +327,38 @@ def test_the_batch_trains_a_saved_model(tmp_path):
     inputs = {name: value for name, value in batch.items() if name not in PAIR_KEYS}
     loaded = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(**inputs)["logits_per_text"], model(**inputs)["logits_per_text"])
+
+
+# ---- JPEGs at a fraction of their size ----
+
+
+@pytest.mark.parametrize("family", ["tiny_clip", "tiny_align", "tiny_siglip2"])
+@pytest.mark.parametrize(("factor", "changes"), [(2, False), (3, False), (4, True), (9, True)])
+def test_fast_decoding_leaves_twice_the_side_that_the_model_needs(family, factor, changes):
+    side, buffer = tiny_models.IMAGE_SIZE, io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((factor * side, factor * side), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    rows = [row(0, image={"bytes": buffer.getvalue()}), row(1)]
+    padding = {"text_padding": "max_length"} if family == "tiny_siglip2" else {}
+    plain, fast = (collator(family, fast_decoding=fast, **padding)(rows) for fast in (False, True))
+    assert not fast["bad_reason"].any() and plain["pixel_values"].shape == fast["pixel_values"].shape
+    keeps_sizes = family == "tiny_siglip2"  # its patches follow the size of the picture
+    assert torch.equal(plain["pixel_values"], fast["pixel_values"]) is (not changes or keeps_sizes)
+    assert (plain["pixel_values"] - fast["pixel_values"]).abs().mean() < 0.1
+    assert torch.equal(plain["image_key"], fast["image_key"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [
+        ({"size": {"shortest_edge": 224}}, 224),
+        ({"size": {"height": 96, "width": 128}}, 128),
+        ({"size": {"shortest_edge": 224, "longest_edge": 400}}, None),
+        ({"size": {"longest_edge": 400}}, None),
+        ({"size": {"shortest_edge": 224}, "do_resize": False}, None),
+        ({"size": None}, None),
+    ],
+)
+def test_the_side_that_an_image_processor_needs(settings, side):
+    processor = type("Processor", (), {"do_resize": True, **settings})()
+    assert find_side(processor) == side and find_side(None) is None

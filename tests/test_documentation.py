@@ -79,6 +79,8 @@ COMMANDS = {
     "hf-dissect train mine.yaml model.patch_dropout=0.5": FINETUNE,
     'hf-dissect train mine.yaml "data.image_size={0: 112, 0.9: 224}"': [*FINETUNE, "data.image_size={0: 16, 0.9: 32}"],
     "hf-dissect train mine.yaml selection.scoring_image_size=112": [*FINETUNE, "selection.scoring_image_size=16"],
+    "hf-dissect train mine.yaml training.torch_compile=true": [*FINETUNE, "training.torch_compile_backend=eager"],
+    "hf-dissect train mine.yaml data.fast_decoding=true": FINETUNE,
     "hf-dissect train mine.yaml objective.gsc.gamma=0.02 selection.strategy=none": [
         *FINETUNE,
         "objective.gsc.warmup_epochs=0",
@@ -209,7 +211,7 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
             shutil.copytree("runs/mine", "before")
         assert main([*words, *added]) == 0, f"{command}: {capsys.readouterr().err}"
     assert {path.name for path in Path("runs").iterdir()} == {
-        *("mine", *(f"mine-{number}" for number in range(2, 17)), "flickr8k-local", "cc3m", "cc3m-2"),
+        *("mine", *(f"mine-{number}" for number in range(2, 19)), "flickr8k-local", "cc3m", "cc3m-2"),
         *("amid-utd-mhad", *(f"amid-utd-mhad-{number}" for number in range(2, 5))),
         *("four", "amid-clip", "pairs", "pairs-2", "captions"),
     }

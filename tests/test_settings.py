@@ -35,6 +35,7 @@ RECIPES = {
 OTHER = {
     "data.image_size": 112,
     "selection.options": {"momentum": 0.25},
+    "model.caption_lengths": [8, 16],
     "selection.ledger": "hub:somebody/scores",
     "objective.gsc": {"beta": 0.25},
     "objective.rince": {"q": 0.25, "lam": 0.25, "temperature": None, "warmup_epochs": 0},

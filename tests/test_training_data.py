@@ -8,7 +8,13 @@ from testing import tiny_models
 
 from hf_dissect import DissectTrainingArguments, PairDataset
 from hf_dissect.data.streaming.pair_stream import PairStream
-from hf_dissect.training_data import count_pairs, warn_if_warm_up_outlasts, wrap_pairs, wrap_training_pairs
+from hf_dissect.training_data import (
+    count_pairs,
+    make_collator,
+    warn_if_warm_up_outlasts,
+    wrap_pairs,
+    wrap_training_pairs,
+)
 
 
 def arguments(tmp_path, **settings) -> DissectTrainingArguments:
@@ -70,3 +76,14 @@ def test_a_run_that_ends_in_its_warm_up_is_told(max_steps, warmup_epochs, accumu
         warn_if_warm_up_outlasts(pairs, {"do this": warmup_epochs, "do that": 0}, args)
     assert (f"before the warm-up of {warmup_epochs} epochs does: all steps do this." in caplog.text) == warned
     assert len(caplog.records) == warned
+
+
+@pytest.mark.parametrize("family", ["tiny_clip", "tiny_siglip2"])
+def test_fast_decoding_reaches_the_collator_or_is_refused(family, tmp_path):
+    model, processor = getattr(tiny_models, family)()
+    args = DissectTrainingArguments(str(tmp_path), fast_decoding=True, use_cpu=True)
+    if family == "tiny_clip":
+        assert make_collator(model, processor, args).fast_decoding
+    else:
+        with pytest.raises(ValueError, match="fast_decoding .*needs an image processor that resizes"):
+            make_collator(model, processor, args)

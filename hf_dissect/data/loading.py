@@ -61,6 +61,7 @@ def load_splits(
     num_workers: int = 0,
     shuffle_buffer: int = 10_000,
     image_size: Any = None,
+    fast_decoding: bool = False,
     scenes_train: int = 4096,
     scenes_validation: int = 512,
     scenes_test: int = 512,
@@ -111,6 +112,7 @@ def load_splits(
         num_workers: Not used; accepted so that the whole section can be passed.
         shuffle_buffer: Not used, like `num_workers`.
         image_size: Not used, like `num_workers`.
+        fast_decoding: Not used, like `num_workers`.
         scenes_train: Number of train rows of the "scenes" source.
         scenes_validation: Number of its validation rows; 0 leaves the split out.
         scenes_test: Number of its test rows; 0 leaves the split out.

@@ -64,6 +64,13 @@ class ModelSection:
         within="[3, inf)",
         argument="max_caption_length",
     )
+    caption_lengths: list[int] | None = setting(
+        None,
+        "Tokens that the captions of a batch are padded to: the first of these that is enough, or the limit; []: to "
+        "the longest caption; null: with training.torch_compile 16, 32, 48, 64, 96, ..., else to the longest.",
+        within="[1, inf)",
+        argument="caption_lengths",
+    )
     freeze: str | None = setting(
         None, "Tower whose weights stay fixed, and that gets no adapter; null: both train.", choices=("vision", "text")
     )

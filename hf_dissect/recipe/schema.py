@@ -151,6 +151,12 @@ class DataSection:
         within="[0, inf)",
         argument="shuffle_buffer",
     )
+    fast_decoding: bool = setting(
+        False,
+        "Decode a JPEG whose sides are at least four times as long as the model needs at a half, a quarter or an "
+        "eighth of its size, in training and validation; this is faster and changes the pixels a little.",
+        argument="fast_decoding",
+    )
     scenes_train: int = setting(4096, "Training pairs of the scenes.", within="[1, inf)")
     scenes_validation: int = setting(512, "Validation pairs of the scenes; 0: no such split.", within="[0, inf)")
     scenes_test: int = setting(512, "Test pairs of the scenes; 0: no such split.", within="[0, inf)")

@@ -18,6 +18,7 @@ _WITHOUT_EFFECT = {
     "num_workers": "use --num-workers",
     "shuffle_buffer": "it is for training",
     "image_size": "it is for training, and pictures have the model's own size here",
+    "fast_decoding": "it is for training and its validation, pictures are decoded whole here",
     "max_train_rows": "use --max-rows",
     "max_eval_rows": "use --max-rows",
     "max_bad_fraction": "rows that cannot be read are left out",

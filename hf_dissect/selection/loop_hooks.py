@@ -25,7 +25,7 @@ class LoopHooks:
         agree: Function from the number of readable candidates of this rank to the list of those of all ranks. A loop
             can exchange more values between the ranks in the same call, which comes before each selection. With a
             `ShardedLedger`, the number holds another one in its upper 32 bits.
-        prepare: Function that moves a batch to the device of the model.
+        prepare: Function that is called with a batch on the device of the model, and returns it ready for the model.
         autocast: Function that returns the context of mixed precision.
         measure: Function from the name of a part of the run to a context that measures its time.
         check_finite: Function that raises an error if scores are not finite, from the scores, their name in the error,
@@ -51,7 +51,8 @@ class LoopHooks:
 
     def move(self, model: nn.Module, batch: Batch) -> Batch:
         """Return a batch on the device of the model."""
-        if self.prepare is not None:
-            return self.prepare(batch)
         device = next(model.parameters()).device
-        return {name: value.to(device) for name, value in batch.items()}
+        if device.type != "cpu":  # weights may be kept on the CPU for a model that runs elsewhere
+            # From page-locked memory, the copy runs while the host prepares what follows.
+            batch = {name: value.to(device, non_blocking=value.device.type == "cpu") for name, value in batch.items()}
+        return batch if self.prepare is None else self.prepare(batch)

@@ -21,6 +21,7 @@ from hf_dissect.mola.frozen_statistics import keep_frozen_statistics
 from hf_dissect.training import checkpoints
 from hf_dissect.training.averaged_weights import AveragedWeights
 from hf_dissect.training.card_callback import ModelCardCallback
+from hf_dissect.training.compiled_model import mark_shapes
 from hf_dissect.training.final_figures import RunWriter
 from hf_dissect.training.interruption import StoppedBySignal, StopRequest, explain_dead_worker
 from hf_dissect.training.loss_since_log import LossSinceLog
@@ -279,7 +280,7 @@ class BaseTrainer(Trainer):
         self.floating_point_ops = StepOperations(super().floating_point_ops, self.model)  # type: ignore[method-assign]
         if self._scalars is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._scalars = ShardableScalars(self.model)
-        return super()._prepare_for_training(*arguments)
+        return mark_shapes(super()._prepare_for_training(*arguments), self.data_collator)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -31,9 +31,14 @@ class BaseTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if is_one_of_several_without_accelerator():
             self.use_cpu = True  # otherwise each process would train alone and overwrite the files of the others
+        config = self.accelerator_config
+        is_chosen = config is not None and not (isinstance(config, dict) and "non_blocking" not in config)
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning has no use here, and torch warns of it in each epoch
+        elif self.dataloader_pin_memory and not is_chosen:
+            # From page-locked memory, batches are copied while the host prepares what follows.
+            self.accelerator_config.non_blocking = True  # type: ignore[union-attr]  # read by `super().__post_init__`
         check_values(type(self), vars(self))
         if self.average_weights is not None:
             self._check_averaging()

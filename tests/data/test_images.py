@@ -519,3 +519,50 @@ def test_bytes_of_a_picture_are_not_a_feature_vector_and_numbers_are():
         assert is_feature_vector(value)
     # Two letters do not make a bitmap.
     assert is_feature_vector([66, 77, *range(60)]) and is_feature_vector([255, 216, *range(60)])
+
+
+# ---- JPEGs at a fraction of their size ----
+
+
+def jpeg(width: int, height: int, mode: str = "RGB", **options) -> bytes:
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return encoded(coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode), "JPEG", **options)
+
+
+@pytest.mark.parametrize(
+    ("size", "smallest_side", "decoded"),
+    [
+        ((512, 256), None, (512, 256)),
+        ((512, 256), 257, (512, 256)),
+        ((512, 256), 129, (512, 256)),
+        ((512, 256), 128, (256, 128)),
+        ((512, 256), 64, (128, 64)),
+        ((512, 256), 10, (64, 32)),  # an eighth at least
+        ((301, 203), 100, (151, 102)),
+        ((8, 8), 100, (8, 8)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_at_a_fraction(size, smallest_side, decoded, mode):
+    content = jpeg(*size, mode)
+    image = decode_image(as_row(content), smallest_side)
+    assert image.size == decoded and image.mode == "RGB"
+    whole = decode_image(as_row(content))
+    assert whole.size == size
+    if decoded == size:
+        assert image.tobytes() == whole.tobytes()
+    expected = np.asarray(whole.resize(decoded, Image.Resampling.BOX), dtype=float)
+    assert np.abs(np.asarray(image, dtype=float) - expected).mean() < 6
+
+
+def test_a_fraction_is_turned_upright_and_other_formats_are_whole(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    (tmp_path / "a.jpg").write_bytes(jpeg(400, 200, exif=exif))
+    assert decode_image(str(tmp_path / "a.jpg"), 100).size == (100, 200)
+    picture = Image.new("RGB", (400, 200), "red")
+    for value in (picture, encoded(picture, "PNG"), encoded(picture, "WEBP"), np.asarray(picture)):
+        assert decode_image(value, 10).size == (400, 200)
+    with pytest.raises(UnusableImage):
+        decode_image(as_row(jpeg(400, 200)[:300]), 50)

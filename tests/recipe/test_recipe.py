@@ -690,6 +690,8 @@ def test_training_arguments_gather_the_sections():
         "task_column": None,
         "clean_column": None,
         "max_caption_length": 20,
+        "caption_lengths": None,
+        "fast_decoding": False,
         "shuffle_buffer": 100,
         "dataloader_num_workers": 2,
         "run_name": "small",
