@@ -18,12 +18,10 @@ from hf_dissect.data.pair_keys import OPTIONAL_ROW_KEYS, ROW_KEYS
 from hf_dissect.data.pair_sample import sample_pairs
 from hf_dissect.data.pairs import PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
-from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_encoder import PairEncoder
 from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.model_card import SelectionCard, tag_model
-from hf_dissect.models.adapters import save_base
 from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias, restore_weights
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
@@ -33,6 +31,7 @@ from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
 from hf_dissect.training.chunked_step import step_in_chunks
+from hf_dissect.training.loading_files import write_loading_files
 from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.reference_pass import ReferencePass
 from hf_dissect.training.reload_check import make_callbacks
@@ -293,12 +292,12 @@ class DissectTrainer(BaseTrainer):
         self.selector.reset(step)
 
     def save_extra(self, folder: Path) -> None:
-        """Write the ledger, the recipe, the base of an adapter and the names of the tasks."""
+        """Write the ledger, the recipe, and what loading needs next to the weights."""
         self.ledger.save(folder / LEDGER_FILE, {"epoch": self.selector.epoch, "strategy": self.strategy.name})
         super().save_extra(folder)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # each process holds a part only
-            save_base(self.model, folder)
-        save_task_names(self.train_dataset, folder)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        parts = self.model, self.processing_class, self.train_dataset
+        write_loading_files(folder, *parts, is_sharded=is_sharded)
 
     def restore_extra(self, folder: str, has_state: bool) -> None:
         """Load the ledger and continue the epoch."""

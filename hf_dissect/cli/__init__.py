@@ -6,14 +6,14 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from hf_dissect.cli import audit, compare, evaluate, push, push_ledger, recipes, train
+from hf_dissect.cli import audit, compare, evaluate, export, push, push_ledger, recipes, train
 from hf_dissect.cli.misspelt import correct_settings, suggest_setting
 from hf_dissect.cli.output import is_first_process
 from hf_dissect.recipe.recipe import Recipe, RecipeError
 from hf_dissect.settings import list_settings
 from hf_dissect.version import __version__
 
-_COMMANDS = (train, compare, evaluate, audit, recipes, push, push_ledger)  # in the order of --help
+_COMMANDS = (train, compare, evaluate, audit, recipes, push, push_ledger, export)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ WRITTEN_FILES = (
     *("model*.safetensors", "model.safetensors.index.json", "adapter_model.*", "pytorch_model*"),
     *("*processor_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
-    "trainer_state.json",
+    *("trainer_state.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
 """Patterns of the further files that a run writes next to those by which it is recognised."""
 _PRIVATE_SETTINGS = {
