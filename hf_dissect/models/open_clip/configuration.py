@@ -149,6 +149,7 @@ def _read_text(text: Settings, quick: bool) -> dict[str, Any]:
         "max_position_embeddings": text.get("context_length", 77),
         "hidden_act": _read_activation(text, "text_cfg", quick),
         "layer_norm_eps": _read_eps(text, "text_cfg"),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
 
 
