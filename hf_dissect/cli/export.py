@@ -22,7 +22,7 @@ is loaded by sentence-transformers as it is, too: the export is for adapters, an
 def add_parser(commands: "Commands") -> None:
     """Add the command to `hf-dissect`."""
     parser = add_command(commands, "export", _export, SUMMARY, EPILOG, AFTER_INTERRUPT)
-    parser.add_argument("run", metavar="RUN", help="folder of a run or of a model, hub:USER/REPO, or a Hub id")
+    parser.add_argument("source", metavar="RUN", help="folder of a run or of a model, hub:USER/REPO, or a Hub id")
     parser.add_argument("folder", metavar="DIR", help="folder to write; must not exist, or be empty")
     parser.add_argument("--format", required=True, choices=("open_clip", "sentence-transformers"), help="library")
     parser.add_argument("--task", help="task whose experts are merged, by name or number (MoLA of variant grad)")
@@ -33,5 +33,5 @@ def _export(options: argparse.Namespace) -> None:
     from hf_dissect.interop.export import export_run
     from hf_dissect.runs.saved_model import fetch_model
 
-    run = fetch_model(options.run)
+    run = fetch_model(options.source)
     print(export_run(run, options.folder, options.format, task=options.task, repo_id=options.repo_id))

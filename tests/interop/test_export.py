@@ -23,8 +23,8 @@ def save(folder: Path, model, processor) -> Path:
     """Write a folder as a run does."""
     folder.mkdir(parents=True)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+        if parameter.requires_grad and ("lora" in name or "mola_" in name):
+            torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     save_base(model, folder)

@@ -1,6 +1,7 @@
 """Loading a checkpoint in open_clip's layout as a model of transformers."""
 
 import json
+from pickle import UnpicklingError
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _read_weights(name_or_path: str) -> dict[str, torch.Tensor]:
         )
     try:
         return load_file(file) if file.endswith(".safetensors") else _load_pickled(file)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+    except (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise OSError(
             f"name_or_path {name_or_path!r}: {Path(file).name} is damaged or cut off ({reason}); copy or download it "
