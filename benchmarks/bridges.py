@@ -3,8 +3,8 @@
     python benchmarks/bridges.py [--seeds 0,1,2] [--size 256] [--layers 6] [--output benchmarks/results/bridges.json]
 
 Needs the packages of the extra `bridges`. A CLIP model of random weights and a tokenizer of scenes' captions are made
-for each seed; adapters get random weights, too. Pictures and captions are those of 32 scenes. "difference" is the
-largest one in any embedding of unit length; "seconds" is the time of loading there, after the first seed, which imports.
+for each seed; adapters get random weights, too. Pictures and captions are those of 32 scenes. The difference
+is the largest one in any embedding of unit length; the seconds are those of loading there, imports in the first.
 """
 
 import argparse
@@ -126,10 +126,16 @@ def compare_all(seed: int, options: argparse.Namespace, place: Path) -> dict[str
     compare("sentence-transformers: MoLA, by task", read_sentence_transformers, mola, mola, 1, **trusted)
     merged = export_run(mola, place / "merged", "sentence-transformers", task="1")
     compare("sentence-transformers: MoLA, task merged", read_sentence_transformers, merged, mola, 1)
-    for name, source, task in (("full model", full, None), ("LoRA, merged", lora, None), ("MoLA, task merged", mola, 1)):
+    for name, source, task in (
+        ("full model", full, None),
+        ("LoRA, merged", lora, None),
+        ("MoLA, task merged", mola, 1),
+    ):
         exported = export_run(source, place / f"oc-{name}", "open_clip", task=None if task is None else str(task))
         compare(f"open_clip: {name}", read_open_clip, exported, source, task)
-    compare("open_clip: its folder as model.name_or_path", read_open_clip, place / "oc-full model", place / "oc-full model")
+    compare(
+        "open_clip: its folder as model.name_or_path", read_open_clip, place / "oc-full model", place / "oc-full model"
+    )
     return results
 
 
@@ -145,7 +151,15 @@ def main() -> None:
     for seed in seeds:
         with tempfile.TemporaryDirectory() as place:
             runs.append(compare_all(seed, options, Path(place)))
-    packages = ("hf_dissect", "torch", "transformers", "peft", "sentence-transformers", "open_clip_torch", "torchvision")
+    packages = (
+        "hf_dissect",
+        "torch",
+        "transformers",
+        "peft",
+        "sentence-transformers",
+        "open_clip_torch",
+        "torchvision",
+    )
     bridges = {
         name: {
             "largest_difference": max(run[name]["difference"] for run in runs),

@@ -20,10 +20,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).parents[1::-1
 import pytest
 import torch
 from datasets import Dataset
-from testing.peers import mend_torchvision
-
-mend_torchvision()  # before transformers looks for it
-
 from testing import hub_client, tiny_models
 from testing.drawing import figures_drawn, leave_out_drawing
 from testing.loopback_hub import LoopbackHub, serving

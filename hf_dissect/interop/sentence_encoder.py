@@ -35,7 +35,13 @@ class SentenceEncoder(Transformer):
         return bare.config, False
 
     def _load_model(
-        self, model_name_or_path: str, transformer_task: Any, config: Any, backend: str, is_peft_model: bool, **given: Any
+        self,
+        model_name_or_path: str,
+        transformer_task: Any,
+        config: Any,
+        backend: str,
+        is_peft_model: bool,
+        **given: Any,
     ) -> Any:
         model: Any = self._modules.pop("_loaded")  # it becomes `self.model`
         fix_task(model, given.get("task"), read_task_names(self._folder))

@@ -11,7 +11,11 @@ from hf_dissect.models.adapters import find_adapted, find_base, get_active_adapt
 from hf_dissect.models.families import bare_model, find_max_text_length, find_text_padding
 from hf_dissect.models.feature_encoder import find_feature_size
 
-MODULES_FILE, MODEL_FILE, ENCODER_FILE = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+MODULES_FILE, MODEL_FILE, ENCODER_FILE = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+)
 OWN_ENCODER = "hf_dissect.interop.sentence_encoder.SentenceEncoder"
 """Class for what sentence-transformers cannot load by itself; it then asks for `trust_remote_code=True`."""
 _ENCODER = "sentence_transformers.base.modules.transformer.Transformer"

@@ -77,9 +77,9 @@ def load_model_and_processor(
     """Load a trained dual encoder, build one of two trained towers, or build one from scratch.
 
     Args:
-        name_or_path: Hub id or local folder of a trained model, also one that sentence-transformers or open_clip saved,
-            or of a PEFT adapter, which is loaded with its base and stays trainable. Weights are loaded in float32,
-            which training needs.
+        name_or_path: Hub id or local folder of a trained model, also of one that sentence-transformers or open_clip
+            saved, or of a PEFT adapter, which is loaded with its base and stays trainable. Weights are loaded in
+            float32, which training needs.
         config: Configuration, with `model_type`, of a model with random weights (see `build_model_and_processor`).
             Exactly one of `name_or_path`, `config`, and `vision` with `text` is given.
         vision: Vision tower of a new dual encoder, see `load_vision_tower`.

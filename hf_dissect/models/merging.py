@@ -22,14 +22,11 @@ def fix_task(model: nn.Module, task: str | int | None, names: Sequence[str] | No
         ValueError: There is no such task, the model has no tasks, or a task must be chosen.
     """
     routing = mola_routing(model)
-    has_tasks = routing is not None and any(
-        routing.mola_config[name].variant == "grad" for name in routing.active_adapters
-    )
-    if not has_tasks:
+    configs = [] if routing is None else [routing.mola_config[name] for name in routing.active_adapters]
+    if all(config.variant != "grad" for config in configs):
         if task is not None:
             raise ValueError(f"task={task!r}: the model has no experts by task; leave it out")
         return
-    configs = [routing.mola_config[name] for name in routing.active_adapters]
     count = min(config.num_experts for config in configs)
     allowed = ", ".join(map(str, names or range(count)))
     if task is None:

@@ -30,7 +30,9 @@ def find_encoder_folder(name_or_path: str) -> str:
     if file is None:
         return name_or_path
     try:
-        modules = [(module["type"].rpartition(".")[2], module["path"]) for module in json.loads(Path(file).read_text())]
+        modules = [
+            (module["type"].rpartition(".")[2], module["path"]) for module in json.loads(Path(file).read_text())
+        ]
         (first, place), *others = modules
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(

@@ -5,14 +5,9 @@ import json
 import pytest
 import torch
 from testing import tiny_models
-from testing.peers import skip_without
 from testing.tiny_models import CAPTIONS, bert_tokenizer, square_image_processor, tiny_clip, tiny_inputs, tiny_picture
 from testing.tiny_recipe import tiny_recipe
 from transformers import BertConfig, BertModel, VisionTextDualEncoderProcessor, ViTConfig, ViTModel
-
-skip_without("sentence_transformers")
-
-from sentence_transformers import SentenceTransformer
 
 from hf_dissect import TwinDualEncoder
 from hf_dissect.hub.push import push_run
@@ -23,6 +18,7 @@ from hf_dissect.models.dual_encoder import DualEncoder
 from hf_dissect.models.loading import load_model_and_processor
 from hf_dissect.runs.run import run_recipe
 
+SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 TOLERANCE = 1e-5
 TEXTS = [*CAPTIONS[:4], "red " * 60, "", "a"]
 PICTURES = [tiny_picture(number)[0] for number in range(4)]

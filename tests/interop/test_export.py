@@ -168,7 +168,10 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         (lambda file: file.write_bytes(file.read_bytes()[:2000]), "open_clip_model.safetensors is damaged or cut off"),
         (lambda file: file.write_bytes(b""), "open_clip_model.safetensors is damaged or cut off"),
         (lambda file: file.unlink(), "no weights .*open_clip_pytorch_model.bin"),
-        (lambda file: file.rename(file.with_name("open_clip_pytorch_model.bin")), "open_clip_pytorch_model.bin is dam"),
+        (
+            lambda file: file.rename(file.with_name("open_clip_pytorch_model.bin")),
+            "open_clip_pytorch_model.bin is dam",
+        ),
     ],
 )
 def test_damaged_weights_are_named(damage, match, tmp_path):

@@ -16,7 +16,12 @@ def save(folder: Path, place: str, *kinds: str) -> Path:
     for part in tiny_clip():
         part.save_pretrained(folder / place)
     modules = [
-        {"idx": number, "name": str(number), "path": f"{number}_{kind}" if number else place, "type": f"x.models.{kind}"}
+        {
+            "idx": number,
+            "name": str(number),
+            "path": f"{number}_{kind}" if number else place,
+            "type": f"x.models.{kind}",
+        }
         for number, kind in enumerate(kinds)
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -25,7 +30,12 @@ def save(folder: Path, place: str, *kinds: str) -> Path:
 
 @pytest.mark.parametrize(
     ("place", "kinds"),
-    [("0_CLIPModel", ["CLIPModel"]), ("", ["CLIPModel", "Normalize"]), ("", ["Transformer"]), ("0_T", ["Transformer"])],
+    [
+        ("0_CLIPModel", ["CLIPModel"]),
+        ("", ["CLIPModel", "Normalize"]),
+        ("", ["Transformer"]),
+        ("0_T", ["Transformer"]),
+    ],
 )
 def test_the_encoder_is_found(place, kinds, tmp_path):
     folder = save(tmp_path, place, *kinds)

@@ -17,7 +17,14 @@ PAGES = (
         "docs/costs.md",
     ),
     *("docs/soft_labels.md", "docs/mola.md", "docs/peft_proposal.md", "docs/distillation.md"),
-    *("docs/run_folder.md", "docs/hub.md", "docs/audit.md", "docs/many_gpus.md", "docs/own_strategy.md"),
+    *(
+        "docs/run_folder.md",
+        "docs/hub.md",
+        "docs/bridges.md",
+        "docs/audit.md",
+        "docs/many_gpus.md",
+        "docs/own_strategy.md",
+    ),
     *("docs/results.md", "docs/paper_index.md", "docs/limits.md"),
 )
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

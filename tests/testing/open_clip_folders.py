@@ -20,7 +20,14 @@ SIGLIP: dict[str, Any] = {
     "custom_text": True,
     "vision_cfg": {"image_size": 32, "timm_model_name": SIGLIP_TOWER, "timm_pool": "map", "timm_proj": "none"},
     "text_cfg": {
-        **{"context_length": 16, "vocab_size": 26, "hf_tokenizer_name": "timm/none", "width": 32, "heads": 2, "layers": 2},
+        **{
+            "context_length": 16,
+            "vocab_size": 26,
+            "hf_tokenizer_name": "timm/none",
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+        },
         **{"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}},
         **{"tokenizer_kwargs": {"clean": "canonicalize"}, "act_kwargs": {"approximate": "tanh"}},
     },

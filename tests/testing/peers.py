@@ -1,14 +1,15 @@
-"""The packages of docs/bridges.md, where they are installed: tests with them are skipped elsewhere."""
+"""Makes the packages of docs/bridges.md importable where torchvision was built for another PyTorch."""
 
 import importlib.util
 import sys
 
-import pytest
 import torch
 
 _LIBRARY: list[torch.library.Library] = []
-_OPERATORS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, "
-              "float iou_threshold) -> Tensor")
+_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 
 
 def mend_torchvision() -> None:
@@ -28,10 +29,3 @@ def mend_torchvision() -> None:
         for operator in _OPERATORS:
             _LIBRARY[0].define(operator)
         import torchvision  # noqa: F401
-
-
-def skip_without(*packages: str) -> None:
-    """Skip the tests of a module if one of the packages is missing."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed (make test-bridges installs it)", allow_module_level=True)

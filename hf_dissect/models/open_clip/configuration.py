@@ -1,4 +1,4 @@
-"""Configurations of open_clip and of transformers, translated in both directions, or refused by the setting at fault."""
+"""Configurations of open_clip and transformers, translated in both directions or refused by the setting at fault."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -21,11 +21,20 @@ _BLOCK = {
 # Settings and the values with which transformers' models compute the same.
 _VISION = {**_BLOCK, "attentional_pool": (False,), "no_ln_pre": (False,), "pool_type": ("tok",)}
 _TIMM = {"timm_pool": ("map",), "timm_proj": ("none",), "output_tokens": (False,)}
-_TEXT = {**_BLOCK, "hf_model_name": (None,), "embed_cls": (False,), "proj_type": ("linear",), "tokenizer_mode": (None,)}
+_TEXT = {
+    **_BLOCK,
+    "hf_model_name": (None,),
+    "embed_cls": (False,),
+    "proj_type": ("linear",),
+    "tokenizer_mode": (None,),
+}
 _CLIP_TEXT = {**_TEXT, "no_causal_mask": (False,), "pool_type": ("argmax", "eos"), "proj_bias": (False,)}
 _SIGLIP_TEXT = {**_TEXT, "no_causal_mask": (True,), "pool_type": ("last",), "proj_bias": (True,)}
 # What open_clip takes for a setting that is left out.
-_VISION_DEFAULTS = {name: allowed[0] for name, allowed in _VISION.items()} | {"timm_pool": "avg", "timm_proj": "linear"}
+_VISION_DEFAULTS = {name: allowed[0] for name, allowed in _VISION.items()} | {
+    "timm_pool": "avg",
+    "timm_proj": "linear",
+}
 _TEXT_DEFAULTS = {name: allowed[0] for name, allowed in _CLIP_TEXT.items()}
 # Settings that are read below, belong to what is refused, or matter in training alone.
 _READ_VISION = {
@@ -215,7 +224,9 @@ def describe_config(config: PreTrainedConfig, context_length: int, largest_token
         NotConvertible: open_clip has no such model.
     """
     if config.model_type not in ("clip", "siglip"):
-        raise NotConvertible(f"a model of type {config.model_type!r}; those of type 'clip' and 'siglip' can be written")
+        raise NotConvertible(
+            f"a model of type {config.model_type!r}; those of type 'clip' and 'siglip' can be written"
+        )
     sections: Any = config
     vision, text = sections.vision_config, sections.text_config
     if vision.num_channels != 3:

@@ -1,8 +1,8 @@
 """Loading a checkpoint in open_clip's layout as a model of transformers."""
 
 import json
-from pickle import UnpicklingError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -67,8 +67,8 @@ def load_open_clip(name_or_path: str, tokenizer: Any = None) -> tuple[PreTrained
     except NotConvertible as error:
         raise ValueError(
             f"name_or_path {name_or_path!r} is a checkpoint of open_clip that cannot become a model of transformers: "
-            f"{error}. ViTs of CLIP with its text transformer, and SigLIP (vit_*_siglip_*), can; take one of these, or "
-            "the same model in the layout of transformers"
+            f"{error}. ViTs of CLIP with its text transformer, and SigLIP (vit_*_siglip_*), can; take one of these, "
+            "or the same model in the layout of transformers"
         ) from error
     model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     model.name_or_path = model.config._name_or_path = ""  # so that an adapter is saved with its base

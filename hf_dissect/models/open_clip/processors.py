@@ -41,7 +41,7 @@ def build_image_processor(model_type: str, image_size: int, preprocess: Mapping[
     if preprocess.get("mode", "RGB") != "RGB":
         raise NotConvertible(f"preprocess_cfg.mode={preprocess['mode']!r}")
     square = {"height": image_size, "width": image_size}
-    settings = {
+    settings: dict[str, Any] = {
         "image_mean": list(preprocess.get("mean") or CLIP_MEAN),
         "image_std": list(preprocess.get("std") or CLIP_STD),
         "resample": _SAMPLING[sampling],
@@ -162,7 +162,11 @@ def _clean_captions(tokenizer: Any, clean: str) -> Any:
     if clean == "lower":
         steps.append(normalizers.Lowercase())
     if clean == "canonicalize":
-        without = [normalizers.Replace("_", " "), normalizers.Replace(Regex(_PUNCTUATION), ""), normalizers.Lowercase()]
+        without = [
+            normalizers.Replace("_", " "),
+            normalizers.Replace(Regex(_PUNCTUATION), ""),
+            normalizers.Lowercase(),
+        ]
         steps = [*without, *steps]
     elif isinstance(tokenizer, CLIPTokenizer):
         return tokenizer  # which does all of this by itself

@@ -6,20 +6,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from testing.open_clip_folders import CLIP, SIGLIP, SIGLIP_TOWER, changed, write_folder
-from testing.peers import skip_without
 from testing.tiny_models import CAPTIONS, siglip_tokenizer, tiny_clip
-
-skip_without("open_clip", "timm", "torchvision")
-
-import open_clip
-from timm.models import register_model
-from timm.models.vision_transformer import _create_vision_transformer
 from transformers import SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hf_dissect.interop.export import export_run
 from hf_dissect.models.loading import find_text_padding, load_model_and_processor
 from hf_dissect.models.open_clip.siglip_towers import SIGLIP_TOWERS, SiglipTower
+
+open_clip = pytest.importorskip("open_clip")
+timm_models = pytest.importorskip("timm.models")
 
 TOLERANCE = 1e-5
 # Lengths of which half of the cut is a whole number, where both libraries cut the same part.
@@ -28,13 +24,22 @@ PICTURES = [
     Image.fromarray(np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8))
     for number, size in enumerate(SIZES)
 ]
-TEXTS = [*CAPTIONS[:3], "The  RED circle,\n on the LEFT!", "naïve café 東京 😀 o'clock you'll 1234", "red " * 100, "", " "]
+TEXTS = [
+    *CAPTIONS[:3],
+    "The  RED circle,\n on the LEFT!",
+    "naïve café 東京 😀 o'clock you'll 1234",
+    "red " * 100,
+    "",
+    " ",
+]
 
 
-@register_model
+@timm_models.register_model
 def vit_tiny_patch8_siglip_32(pretrained: bool = False, **given):
     sizes = {"patch_size": 8, "img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False}
-    return _create_vision_transformer(SIGLIP_TOWER, pretrained=pretrained, **{**sizes, "global_pool": "map", **given})
+    return timm_models.vision_transformer._create_vision_transformer(
+        SIGLIP_TOWER, pretrained=pretrained, **{**sizes, "global_pool": "map", **given}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +74,10 @@ def compare(folder, model, processor, pictures=PICTURES, pixels=0.0):
         (CLIP, {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}),
         (changed(CLIP, vision_cfg={"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}), {}),
         (changed(CLIP, custom_text=True, nonscalar_logit_scale=True, text_cfg={"context_length": 20}), {}),
-        (changed(CLIP, vision_cfg={"pos_embed_type": "sin_cos_2d", "patch_dropout": 0.5}), {"interpolation": "random"}),
+        (
+            changed(CLIP, vision_cfg={"pos_embed_type": "sin_cos_2d", "patch_dropout": 0.5}),
+            {"interpolation": "random"},
+        ),
         (changed(CLIP, text_cfg={"pool_type": "eos", "eos_id": 49407, "mlp_ratio": 3.7}), {}),
         (changed(CLIP, text_cfg={"tokenizer_kwargs": {"clean": "canonicalize"}}), {}),
     ],
