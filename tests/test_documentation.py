@@ -15,7 +15,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, Image
 from testing import hub_client, tiny_models
-from testing.document_pages import PAGES, ROOT, blocks, commands, languages
+from testing.document_pages import ROOT, TEXTS, blocks, commands, languages
 from testing.feature_pairs import make_feature_pairs
 from testing.loopback_hub import serving
 from testing.tiny_recipe import tiny_settings
@@ -104,6 +104,11 @@ COMMANDS = {
     "hf-dissect push-ledger runs/mine USER/mine-scores": [],
     "hf-dissect train mine.yaml selection.ledger=hub:USER/mine-scores selection.warmup_epochs=0": FINETUNE,
     "hf-dissect export runs/mine mine-open-clip --format open_clip": [],
+    "hf-dissect job mine.yaml > job.py": FINETUNE,
+    "uv run job.py": None,  # needs an index with hf_dissect; tests/test_packaging.py runs a script without uv
+    "hf jobs uv run --flavor l4x1 --timeout 4h job.py": None,  # costs money; tests/cli/test_job_run.py tries it dry
+    "hf-dissect skill": [],
+    "hf-dissect skill --install .agents/skills": [],
     "hf-dissect audit --fit /data/pairs": [],
     "hf-dissect audit --fit /data/pairs --export-clean pairs-clean --max-fdr 0.05": [],
     "hf-dissect audit runs/mine --split validation": [],
@@ -115,6 +120,7 @@ COMMANDS = {
         *FINETUNE,
         "objective.grad_cache_chunk_size=4",
     ],
+    "hf-dissect train captions.yaml": FINETUNE,
 }
 
 
@@ -199,7 +205,7 @@ def test_commands_run_in_the_order_of_the_pages(data, hub, tmp_path, monkeypatch
     assert {path.name for path in Path("runs").iterdir()} == {
         *("mine", *(f"mine-{number}" for number in range(2, 14)), "flickr8k-local", "cc3m", "cc3m-2"),
         *("amid-utd-mhad", *(f"amid-utd-mhad-{number}" for number in range(2, 5))),
-        *("four", "amid-clip", "pairs", "pairs-2"),
+        *("four", "amid-clip", "pairs", "pairs-2", "captions"),
     }
     steps = [json.loads(Path(folder, "metrics.json").read_text())["steps"] for folder in ("before", "runs/mine")]
     assert steps == [2, 4]
@@ -233,13 +239,13 @@ def test_the_picture_is_drawn_from_a_comparison(tmp_path):
         script["read_runs"](tmp_path / "nowhere")
 
 
-RECIPES = [recipe for page in PAGES for recipe in blocks(page, "yaml")]
+RECIPES = [recipe for page in TEXTS for recipe in blocks(page, "yaml")]
 
 
 def test_the_recipes_are_recipes():
     recipes = [Recipe.from_dict(yaml.safe_load(recipe.replace("1e-5", "1.0e-5"))) for recipe in RECIPES]
-    assert [recipe.name for recipe in recipes] == ["pairs", "mine"]
-    assert [recipe.selection.strategy for recipe in recipes] == ["small_loss", "dissect"]
+    assert [recipe.name for recipe in recipes] == ["pairs", "mine", "captions"]
+    assert [recipe.selection.strategy for recipe in recipes] == ["small_loss", "dissect", "none"]
     assert all(recipe.training["per_device_train_batch_size"] == 128 for recipe in recipes)
 
 
@@ -414,8 +420,9 @@ SNIPPETS = {
     ("docs/bridges.md", 2): check_a_model_of_open_clip_loads,
     ("docs/own_strategy.md", 0): check_strategy_trains,
     ("docs/own_strategy.md", 1): check_strategy_plans,
+    ("hf_dissect/skills/hf-dissect/SKILL.md", 0): check_training_of_a_model_of_the_hub,
 }
-FOUND = {(page, number): text for page in PAGES for number, text in enumerate(blocks(page, "python"))}
+FOUND = {(page, number): text for page in TEXTS for number, text in enumerate(blocks(page, "python"))}
 
 
 def test_every_snippet_has_a_check():

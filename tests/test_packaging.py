@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from testing.tiny_recipe import tiny_settings
 
+from hf_dissect.recipe import Recipe
+from hf_dissect.runs.job_script import write_job_script
 from hf_dissect.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -76,12 +80,17 @@ def environment(wheel, tmp_path_factory) -> Path:
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     _run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], cwd=folder)
+    _share_dependencies(folder)
+    return folder
+
+
+def _share_dependencies(folder: Path) -> None:
+    """Let an environment read the packages of the one that the tests run in."""
     # A folder named in a .pth file comes after the environment's own, and the .pth files in it are not followed:
     # neither the checkout, if installed as editable, nor another copy of the package can be what is tested.
     packages = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
     (site_packages,) = folder.glob("lib/python*/site-packages")
     (site_packages / "dependencies.pth").write_text("\n".join(packages), encoding="utf-8")
-    return folder
 
 
 def test_the_wheel_holds_the_whole_package_and_nothing_else(tree, wheel):
@@ -100,6 +109,8 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tree, wheel):
         "model_cards/student.md.jinja",
         "report/templates/distillation.html.jinja",
         "auditing/audit.html.jinja",
+        "skills/hf-dissect/SKILL.md",
+        "skills/hf-dissect/references/methods.md",
         "trainer.py",
         "py.typed",
     ):
@@ -116,6 +127,88 @@ def test_the_installed_command_answers_without_the_checkout(environment, tmp_pat
     assert _run([command, "recipes", "--accelerate", "fsdp2"], cwd=tmp_path) == fsdp2.read_text(encoding="utf-8")
     assert _run([command, "--version"], cwd=tmp_path).strip() == f"hf-dissect {__version__}"
     assert {"train", "evaluate", "compare", "recipes"} <= set(_run([command, "--help"], cwd=tmp_path).split())
+
+
+def test_a_job_runs_in_an_environment_that_has_only_the_package(environment, tmp_path):
+    script = write_job_script(Recipe.from_dict(tiny_settings(training={"max_steps": 2})))
+    (tmp_path / "job.py").write_text(script.text, encoding="utf-8")
+    printed = _run([environment / "bin" / "python", "job.py", "training.seed=1"], cwd=tmp_path)
+    assert "runs/tiny/report.html" in printed
+    metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
+    assert metrics["steps"] == 2 and metrics["final"]["recall_sum"] > 0 and metrics["seed"] == 1
+
+
+def test_the_installed_skill_is_whole(environment, tmp_path):
+    command = environment / "bin" / "hf-dissect"
+    place = Path(_run([command, "skill"], cwd=tmp_path).strip())
+    copy = tmp_path / Path(_run([command, "skill", "--install", "skills"], cwd=tmp_path).strip())
+    assert place.is_relative_to(environment) and copy == tmp_path / "skills" / "hf-dissect"
+    source = ROOT / "hf_dissect" / "skills" / "hf-dissect"
+    names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    assert [(copy / name).read_bytes() for name in names] == [(source / name).read_bytes() for name in names]
+
+
+GITHUB = r"""
+import sys
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+from huggingface_hub.cli.hf import main
+
+TREE = Path(sys.argv[1])
+
+
+class GitHub(httpx2.BaseTransport):
+    # The repository ada/hf-dissect, and no other.
+    def handle_request(self, request):
+        place = f"{request.url.host}{request.url.path}"
+        raw = place.removeprefix("raw.githubusercontent.com/ada/hf-dissect/HEAD/")
+        if raw != place and (TREE / raw).is_file():
+            return httpx2.Response(200, content=(TREE / raw).read_bytes())
+        if place == "github.com/ada/hf-dissect":
+            return httpx2.Response(200, text="")
+        if place == "github.com/ada/hf-dissect.git/info/refs":
+            return httpx2.Response(200, text="015f" + "0" * 39 + "1 HEAD\0")
+        return httpx2.Response(404)
+
+
+huggingface_hub.set_client_factory(lambda: httpx2.Client(transport=GitHub()))
+sys.argv = ["hf", *sys.argv[2:]]
+main()
+"""
+# In place of uv, which the client of the Hub prefers to pip: installs the wheel where the archive is asked for.
+UV = """#!{python}
+import subprocess
+import sys
+
+if sys.argv[1] == "venv":
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", sys.argv[2]], check=True)
+else:
+    assert sys.argv[-1] == "https://github.com/ada/hf-dissect/archive/HEAD.zip", sys.argv
+    place = sys.argv[sys.argv.index("--python") + 1]
+    pip = [sys.executable, "-m", "pip", "--python", place, "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", "{wheel}"], check=True)
+"""
+
+
+def test_the_client_of_the_hub_installs_and_runs_the_extension(tree, wheel, tmp_path, monkeypatch):
+    (tmp_path / "uv").write_text(UV.format(python=sys.executable, wheel=wheel))
+    (tmp_path / "uv").chmod(0o755)
+    (tmp_path / "github.py").write_text(GITHUB)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hf = [sys.executable, tmp_path / "github.py", tree]
+    printed = _run([*hf, "extensions", "install", "ada/hf-dissect"], cwd=tmp_path)
+    assert "Python extension installed" in printed and "hf dissect" in printed
+    folder = tmp_path / ".local" / "share" / "hf" / "extensions" / "hf-dissect"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["type"], manifest["short_name"]) == ("python", "dissect")
+    assert manifest["description"] == _setup()["metadata"]["description"]
+    _share_dependencies(folder / "venv")
+    assert _run([*hf, "dissect", "--version"], cwd=tmp_path).strip() == f"hf-dissect {__version__}"
+    assert "quickstart" in _run([*hf, "dissect", "recipes"], cwd=tmp_path)
+    assert "dissect" in _run([*hf, "--help"], cwd=tmp_path)
 
 
 def test_what_is_shipped_is_read_from_the_installed_package(environment, tmp_path):

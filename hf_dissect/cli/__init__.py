@@ -6,14 +6,14 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from hf_dissect.cli import audit, compare, evaluate, export, push, push_ledger, recipes, train
+from hf_dissect.cli import audit, compare, evaluate, export, job, push, push_ledger, recipes, skill, train
 from hf_dissect.cli.misspelt import correct_settings, suggest_setting
 from hf_dissect.cli.output import is_first_process
 from hf_dissect.recipe.recipe import Recipe, RecipeError
 from hf_dissect.settings import list_settings
 from hf_dissect.version import __version__
 
-_COMMANDS = (train, compare, evaluate, audit, recipes, push, push_ledger, export)  # in the order of --help
+_COMMANDS = (train, compare, evaluate, audit, recipes, job, push, push_ledger, export, skill)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,10 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for settings or data that cannot work, 130 after Ctrl-C.
     """
     try:
-        options = _parse(arguments)
+        options = parse_words(_build_parser(), list(sys.argv[1:] if arguments is None else arguments))
     except RecipeError as error:
         print(f"hf-dissect: {error}", file=sys.stderr)
         return 2
+    return carry_out(options)
+
+
+def carry_out(options: argparse.Namespace) -> int:
+    """Carry out a parsed command, whose errors become one line; return the exit status as `main` does."""
     # Every process would print the same warnings.
     level = logging.WARNING if is_first_process() else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
@@ -50,20 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line whose settings may stand before or after the options, which argparse does not allow."""
-    parser = _build_parser()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+def parse_words(
+    parser: argparse.ArgumentParser, words: Sequence[str], command: str | None = None
+) -> argparse.Namespace:
+    """Parse a command line whose settings may stand before or after the options, which argparse does not allow.
+
+    Args:
+        parser: Parser of the words.
+        words: Words of the command line.
+        command: Name of the command in errors; None if it is the first word.
+
+    Raises:
+        RecipeError: A word is nearly a setting; the message says how it is written.
+    """
     options, rest = parser.parse_known_args(words)
-    if hasattr(options, "overrides") and (correction := _correct(words[1:], options)):
-        raise RecipeError(words[0], [correction])
+    words, command = (words, command) if command else (words[1:], words[0] if words else "")
+    if hasattr(options, "overrides") and (correction := _correct(words, options)):
+        raise RecipeError(command, [correction])
     unknown = [part for part in rest if part.startswith("-") or "=" not in part or not hasattr(options, "overrides")]
     if (
         unknown
         and hasattr(options, "overrides")
         and (correction := suggest_setting(unknown, getattr(options, "sections", None)))
     ):
-        raise RecipeError(words[0], [correction])
+        raise RecipeError(command, [correction])
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:

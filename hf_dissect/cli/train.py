@@ -36,33 +36,50 @@ def add_parser(commands: "Commands") -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    if _is_distillation(options.recipe):
-        _distil(options)
-        return
-    recipe = load_recipe(options, options.overrides, Recipe)
+    recipe = load_recipe(options, options.overrides, choose_kind(options.recipe))
+    train(recipe, resume=options.resume, overwrite=options.overwrite)
+
+
+def choose_kind(recipe: str) -> type[Any]:
+    """Return the class of the recipe that a command line names: `Recipe` or `DistillationRecipe`."""
+    if not _is_distillation(recipe):
+        return Recipe
     quiet_libraries()
-    from hf_dissect.evaluation.tables import format_retrieval
+    from hf_dissect.distillation.recipe import DistillationRecipe
+
+    return DistillationRecipe
+
+
+def train(recipe: Any, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Carry out a recipe of either kind and print its figures.
+
+    Args:
+        recipe: Checked recipe; without `resume` and `overwrite`, a folder that is taken is replaced by a free one.
+        resume: True to continue from the last checkpoint of the run folder.
+        overwrite: True to write over an earlier run.
+    """
+    quiet_libraries()
     from hf_dissect.runs.output_folder import choose_free_output_dir
+
+    recipe = recipe if resume or overwrite else choose_free_output_dir(recipe)
+    if not isinstance(recipe, Recipe):
+        _distil(recipe, resume, overwrite)
+        return
+    from hf_dissect.evaluation.tables import format_retrieval
     from hf_dissect.runs.run import run_recipe
 
-    recipe = recipe if options.resume or options.overwrite else choose_free_output_dir(recipe)
-    metrics = run_recipe(recipe, resume=options.resume, overwrite=options.overwrite)
+    metrics = run_recipe(recipe, resume=resume, overwrite=overwrite)
     if is_first_process():
         print(f"\n{format_retrieval(metrics['final'])}\n")
         _print_selection(metrics)
         print(f"model   {recipe.output_dir}\nreport  {Path(recipe.output_dir) / 'report.html'}")
 
 
-def _distil(options: argparse.Namespace) -> None:
-    quiet_libraries()
-    from hf_dissect.distillation.recipe import DistillationRecipe
+def _distil(recipe: Any, resume: bool, overwrite: bool) -> None:
     from hf_dissect.evaluation.tables import format_distillation
     from hf_dissect.runs.distil import run_distillation
-    from hf_dissect.runs.output_folder import choose_free_output_dir
 
-    recipe = load_recipe(options, options.overrides, DistillationRecipe)
-    recipe = recipe if options.resume or options.overwrite else choose_free_output_dir(recipe)
-    metrics = run_distillation(recipe, resume=options.resume, overwrite=options.overwrite, announce=announce)
+    metrics = run_distillation(recipe, resume=resume, overwrite=overwrite, announce=announce)
     if is_first_process():
         print(f"\n{format_distillation(metrics['final'], metrics['method'])}\n")
         for when, criterion in metrics.get("information", {}).items():

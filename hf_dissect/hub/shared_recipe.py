@@ -5,6 +5,7 @@ The same rules apply to a recipe that is published and to one from the Hub, whos
 
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -36,11 +37,15 @@ _PLACES = (
     ("model.text", "name_or_path"),
     ("model", "tokenizer"),
     ("data", "path"),
+    ("data", "image_root"),
     *(("data", name) for name in _NEXT_TO_THE_DATA),
     ("selection", "ledger"),
     ("selection", "reference"),
+    ("objective.repair", "encoder"),
     ("evaluation.zero_shot", "path"),
+    ("evaluation.zero_shot", "image_root"),
 )
+_FILES_OF_THE_TRAINER = ("accelerator_config", "deepspeed", "fsdp_config", "resume_from_checkpoint")
 _PUBLISHED_WITH_THE_MODEL = (("model", "tokenizer"), ("student", "processor"))
 # Settings by which a library would fetch and run code, or read files, without asking.
 _LOADERS = frozenset(
@@ -70,12 +75,8 @@ def select_shareable(settings: dict[str, Any], repo_id: str | None = None) -> tu
         if training.pop(name) is not None:
             left_out.append(f"training.{name}")
     modalities = _modalities(shared)
-    places = [(section, _section(shared, section), name) for section, name in _PLACES]
-    places += [(key, part, name) for key, part in modalities.items() for name in ("name_or_path", "processor")]
-    for section, part, name in places:
-        value = part.get(name)
-        if value is None or _is_public(value, at_hub=_may_be_at_hub(part, name)):
-            continue
+    for section, part, name in _list_private_places(shared):
+        value = part[name]
         part[name] = repo_id if (section, name) in _PUBLISHED_WITH_THE_MODEL else None
         if name in _NEXT_TO_THE_DATA:
             part[name] = PurePath(str(value)).name
@@ -86,6 +87,27 @@ def select_shareable(settings: dict[str, Any], repo_id: str | None = None) -> tu
     for key, part in modalities.items():
         left_out += _drop_loaders(_section(part, "config"), f"{key}.config")
     return shared, left_out
+
+
+def find_private_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Find the settings that name something only this machine has, or an address with a password.
+
+    Files that are looked for next to the data are not among them where they are named relative to the data.
+
+    Returns:
+        Values by dotted key, in the order of the sections.
+    """
+    places = {
+        f"{section}.{name}": part[name]
+        for section, part, name in _list_private_places(settings)
+        if name not in _NEXT_TO_THE_DATA or not _is_relative_name(str(part[name]))
+    }
+    inner = {key: _section(settings, key) for key in ("model.config", "adapter", "selection.options", "training")}
+    inner |= {f"{key}.config": _section(part, "config") for key, part in _modalities(settings).items()}
+    for key, part in inner.items():
+        places |= {name: value for name, value in _walk(part, key) if isinstance(value, str) and is_local_path(value)}
+    files = {f"training.{name}": _section(settings, "training").get(name) for name in _FILES_OF_THE_TRAINER}
+    return places | {key: value for key, value in files.items() if isinstance(value, str) and Path(value).exists()}
 
 
 def find_remote_code_keys(settings: dict[str, Any]) -> list[str]:
@@ -109,6 +131,34 @@ def is_local_path(text: str) -> bool:
     return bool(re.match(r"/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:", text))
 
 
+def _list_private_places(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
+    """Return section, its settings, and name of each setting whose file, folder or repository others cannot get."""
+    places = [(section, _section(settings, section), name) for section, name in _PLACES]
+    places += [
+        (key, part, name) for key, part in _modalities(settings).items() for name in ("name_or_path", "processor")
+    ]
+    return [
+        (section, part, name)
+        for section, part, name in places
+        if part.get(name) is not None and not _is_public(part[name], at_hub=_may_be_at_hub(part, name))
+    ]
+
+
+def _is_relative_name(text: str) -> bool:
+    """Return True for a file that can only be meant relative to the data, as there is none of this machine."""
+    return not is_local_path(text) and "://" not in text and not Path(text).exists()
+
+
+def _walk(part: dict[str, Any] | list[Any], key: str) -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value of everything below `key` that is neither a mapping nor a list."""
+    children: list[tuple[Any, Any]] = list(part.items() if isinstance(part, dict) else enumerate(part))
+    for child, value in children:
+        if isinstance(value, dict | list):
+            yield from _walk(value, f"{key}.{child}")
+        else:
+            yield f"{key}.{child}", value
+
+
 def _is_public(value: Any, at_hub: bool) -> bool:
     """Return True where others can get what a setting names, and may know its name."""
     if not isinstance(value, str):
@@ -122,7 +172,7 @@ def _is_public(value: Any, at_hub: bool) -> bool:
 
 
 def _may_be_at_hub(section: dict[str, Any], name: str) -> bool:
-    return name in ("name_or_path", "second_name_or_path", "tokenizer", "processor", "reference") or (
+    return name in ("name_or_path", "second_name_or_path", "tokenizer", "processor", "reference", "encoder") or (
         name == "path" and section.get("source") == "hub"
     )
 

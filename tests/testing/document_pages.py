@@ -21,13 +21,20 @@ PAGES = (
         "docs/run_folder.md",
         "docs/hub.md",
         "docs/bridges.md",
+        "docs/jobs.md",
         "docs/audit.md",
         "docs/many_gpus.md",
         "docs/own_strategy.md",
     ),
     *("docs/results.md", "docs/paper_index.md", "docs/limits.md"),
 )
-TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+SKILL = "hf_dissect/skills/hf-dissect"
+# The skill for coding agents, whose commands run after those of the pages.
+SKILL_PAGES = (
+    f"{SKILL}/SKILL.md",
+    *(f"{SKILL}/references/{name}.md" for name in ("methods", "recipes", "reports", "faults")),
+)
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in (*PAGES, *SKILL_PAGES)}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -43,7 +50,7 @@ def languages() -> set[str]:
 
 def commands() -> list[str]:
     """Return the distinct commands of all pages in the order of their first appearance."""
-    lines = [line for page in PAGES for block in blocks(page, "console") for line in block.splitlines()]
+    lines = [line for page in TEXTS for block in blocks(page, "console") for line in block.splitlines()]
     return list(dict.fromkeys(line.removeprefix("$ ") for line in lines))
 
 
