@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-slow docs peft-suite peft-capabilities lint format clean
+.PHONY: quickstart test test-slow test-bridges docs peft-suite peft-capabilities lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/hf-dissect compare recipes/quickstart.yaml --output-dir runs/quickstart --overwrite
@@ -21,6 +21,21 @@ test: $(VENV)/installed
 # What is marked slow: tests that start processes, each of which imports torch, or train for long.
 test-slow: $(VENV)/installed
 	$(PYTEST) -m slow
+
+# The tests of docs/bridges.md with the packages of others, in an environment of their own on top of $(VENV): the index
+# has torchvision for CUDA alone, with which transformers would prepare pictures in all other tests, too. For CPUs, its
+# missing operators are replaced by tests/testing/peers.py.
+BRIDGES := build/bridges
+BRIDGE_NEEDS := ftfy regex wcwidth timm torchvision open_clip_torch sentence-transformers
+BRIDGE_TESTS := tests/interop tests/models/open_clip tests/models/test_sentence_layout.py
+
+test-bridges: $(VENV)/installed
+	$(BIN)/python -m venv --clear $(BRIDGES)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(BRIDGES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(BRIDGES)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt $(BRIDGE_NEEDS)
+	PYTHONPATH=$(CURDIR) $(BRIDGES)/bin/python -m pytest $(BRIDGE_TESTS)
+	PYTHONPATH=$(CURDIR) $(BRIDGES)/bin/python -m pytest tests/test_documentation.py -k "bridges"
 
 # The theme's advertisement of its successor is kept out of the output.
 docs: $(VENV)/installed

@@ -18,12 +18,10 @@ from hf_dissect.data.pair_keys import OPTIONAL_ROW_KEYS, ROW_KEYS
 from hf_dissect.data.pair_sample import sample_pairs
 from hf_dissect.data.pairs import PairStream
 from hf_dissect.data.streaming.loader import StreamLoader
-from hf_dissect.data.tasks import save_task_names
 from hf_dissect.evaluation.pair_encoder import PairEncoder
 from hf_dissect.evaluation.pair_scores import join_correlations, score_batches
 from hf_dissect.evaluation.predictions import compute_retrieval, predict_pairs
 from hf_dissect.model_card import SelectionCard, tag_model
-from hf_dissect.models.adapters import save_base
 from hf_dissect.models.loading import find_loss_kind, list_networks, logit_scale_and_bias, restore_weights
 from hf_dissect.objective import Objective
 from hf_dissect.selection import CandidateScores, LoopHooks, OnlineSelector, SelectionStrategy
@@ -31,10 +29,13 @@ from hf_dissect.selection.reference.loading import load_reference
 from hf_dissect.selection.selector import Batch
 from hf_dissect.selection.trace import SelectionTrace
 from hf_dissect.summary import SelectionSummary
+from hf_dissect.training.candidate_loaders import make_pair_loader, make_stream_loader
 from hf_dissect.training.chunked_step import step_in_chunks
+from hf_dissect.training.loading_files import write_loading_files
 from hf_dissect.training.non_finite import check_finite
 from hf_dissect.training.reference_pass import ReferencePass
 from hf_dissect.training.reload_check import make_callbacks
+from hf_dissect.training.resolution import Resolution
 from hf_dissect.training.run_folder import drop_speed
 from hf_dissect.training.run_state import Part
 from hf_dissect.training.trainer import BaseTrainer
@@ -109,7 +110,7 @@ class DissectTrainer(BaseTrainer):
         self.kind, self.encoder = find_loss_kind(self.model), PairEncoder()
         self.objective = args.make_objective(self.kind, len(list_networks(self.model)), self.model, self.data_collator)
         self.selector = self._make_selector(args.make_strategy(strategy), reference_model)
-        self.resolution = training_data.Resolution(args, self.model, self.data_collator, self.selector)
+        self.resolution = Resolution(args, self.model, self.data_collator, self.selector)
         self.stream: StreamLoader | None = None  # during training on a stream
         self._stream_batches: Iterator[Batch] | None = None
         self.summary = SelectionSummary(self.selector, self.objective, train_dataset, recipe, args, eval_dataset)
@@ -145,8 +146,8 @@ class DissectTrainer(BaseTrainer):
         pairs: Any = self.train_dataset
         if not isinstance(pairs, PairStream):
             loading = pairs, self.args, self._get_dataloader, self._train_batch_size, self._get_train_sampler
-            return training_data.make_pair_loader(self.selector, self.resolution, *loading)
-        self.stream = training_data.make_stream_loader(self.selector, self.resolution, pairs, self.args)
+            return make_pair_loader(self.selector, self.resolution, *loading)
+        self.stream = make_stream_loader(self.selector, self.resolution, pairs, self.args)
         self._stream_batches = iter(self.stream)
         self.parts["stream"] = Part(self.stream, each_rank=True, join=lambda states, own: states[own % len(states)])
         return cast(DataLoader, self.stream)  # the Trainer only iterates over it
@@ -289,11 +290,10 @@ class DissectTrainer(BaseTrainer):
         self.selector.reset(step)
 
     def save_extra(self, folder: Path) -> None:
-        """Write the recipe, the base of an adapter and the names of the tasks."""
+        """Write the recipe, and what loading needs next to the weights."""
         super().save_extra(folder)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # each process holds a part only
-            save_base(self.model, folder)
-        save_task_names(self.train_dataset, folder)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        write_loading_files(folder, self.model, self.processing_class, self.train_dataset, is_sharded=is_sharded)
 
     def _save_weights(self, folder: Path, *arguments: Any) -> None:
         self.selector.save_ledger(folder, is_first=self.args.should_save)  # of each process, unlike `save_extra`

@@ -155,6 +155,7 @@ class DissectTrainingArguments(BaseTrainingArguments):
         rule = self.selection_strategy, self.selection_ratio, self.selection_rescore_every
         if self.selection_usage_penalty and (found := find_usage_problem(*rule)):
             raise ValueError(f"selection_usage_penalty={self.selection_usage_penalty} {found}.")
+
     def _read_image_size(self) -> None:
         if self.image_size is not None and find_size_fault(self.image_size) is None:
             self.image_size = ImageSizes(self.image_size).as_setting()

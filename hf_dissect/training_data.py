@@ -1,16 +1,14 @@
 """Preparation of the training data, and checks that data, model and arguments fit before a run starts."""
 
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_dissect.data.caption_lengths import choose_caption_lengths
 from hf_dissect.data.first_pairs import check_first_pairs, check_images_fit
-from hf_dissect.data.pair_weights import check_weighted, collate_weighted
-from hf_dissect.data.pairs import PairStream, as_pairs
-from hf_dissect.data.streaming.loader import StreamLoader
+from hf_dissect.data.pair_weights import check_weighted
+from hf_dissect.data.pairs import as_pairs
 from hf_dissect.data_collator import SelectionCollator, find_side, find_tokenizer
 from hf_dissect.evaluation.recall import RETRIEVAL_FIGURES
 from hf_dissect.hub.pull import read_shared_scores
@@ -18,14 +16,11 @@ from hf_dissect.models.attention import warn_of_eager_attention
 from hf_dissect.models.families import check_tokens
 from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.loading import check_dual_encoder, find_max_text_length, find_text_padding
-from hf_dissect.selection import OnlineSelector, SampleLedger, SelectionStrategy
+from hf_dissect.selection import SampleLedger, SelectionStrategy
 from hf_dissect.selection.initial_ledger import begin_with_scores
-from hf_dissect.selection.planned_loading import check_loading, collate_blocks, load_by_plan
+from hf_dissect.selection.planned_loading import check_loading
 from hf_dissect.selection.saved_ledger import LEDGER_FILE, has_ledger
-from hf_dissect.training.balanced_pairs import balance_pairs, choose_sampler, write_weights
-from hf_dissect.training.reference_pass import plan_loading
-from hf_dissect.training.sampler_epochs import follow_epochs
-from hf_dissect.training.resolution import Resolution
+from hf_dissect.training.balanced_pairs import balance_pairs, write_weights
 from hf_dissect.training.task_experts import check_tasks
 from hf_dissect.training.trainer_arguments import (
     check_best_metric,
@@ -233,53 +228,6 @@ def try_collator(collator: Any, train: Any, evaluation: Any) -> Any:
     """Return the collator after it has collated the first pairs, see `check_first_pairs`."""
     check_first_pairs(collator, train_dataset=train, eval_dataset=evaluation)
     return collator
-
-
-def make_pair_loader(
-    selector: OnlineSelector,
-    resolution: Resolution,
-    pairs: Any,
-    args: Any,
-    make_loader: Callable[..., Any],
-    batch_size: int,
-    sampler_of: Any,
-) -> Any:
-    """Build the loader of candidate batches of stored pairs, of which a plan or a coreset may leave pairs out.
-
-    Args:
-        selector: Selector of the run.
-        resolution: Sizes of the pictures.
-        pairs: Training pairs.
-        args: Arguments of the run.
-        make_loader: Function of the Trainer that builds a loader.
-        batch_size: Number of candidates of a step.
-        sampler_of: Function from a data set to the sampler of the Trainer.
-    """
-    loading = plan_loading(selector, pairs, batch_size, choose_sampler(pairs, args, sampler_of))
-    planned = load_by_plan(selector.plan, pairs, selector.ledger)
-    loader = follow_epochs(make_loader(planned, "Training", *loading, is_training=True))
-    return resolution.size_batches(loader if planned is pairs else collate_blocks(loader))
-
-
-def make_stream_loader(
-    selector: OnlineSelector, resolution: Resolution, pairs: PairStream, args: DissectTrainingArguments
-) -> StreamLoader:
-    """Build the loader of candidate batches of a stream for this process, of which a plan may leave pairs out."""
-    collator, has_weights = resolution.collator, pairs.columns.weight is not None
-    loader = StreamLoader(
-        pairs,
-        partial(collate_weighted, collator=collator) if has_weights else collator,
-        args.train_batch_size,
-        rank=args.process_index,
-        world_size=args.world_size,
-        num_workers=args.dataloader_num_workers,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        shuffle_buffer=args.shuffle_buffer,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        pin_memory=args.dataloader_pin_memory,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-    )
-    return resolution.size_batches(load_by_plan(selector.plan, loader, selector.ledger))
 
 
 def check_model(model: Any, args: DissectTrainingArguments, train: Any, evaluation: Any, uses_deepspeed: bool) -> None:

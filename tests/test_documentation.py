@@ -26,6 +26,7 @@ from hf_dissect import DissectTrainer, DissectTrainingArguments, Recipe, make_sc
 from hf_dissect.cli import main
 from hf_dissect.data import make_scene_classes
 from hf_dissect.data.sampling_file import read_sampling_file
+from hf_dissect.interop.sentence_files import write_sentence_files
 from hf_dissect.report.data import RunSummary
 from hf_dissect.watching.server import WatchServer
 
@@ -111,6 +112,7 @@ COMMANDS = {
     "hf-dissect evaluate hub:USER/mine --data /data/flickr8k --split validation": [],
     "hf-dissect push-ledger runs/mine USER/mine-scores": [],
     "hf-dissect train mine.yaml selection.ledger=hub:USER/mine-scores selection.warmup_epochs=0": FINETUNE,
+    "hf-dissect export runs/mine mine-open-clip --format open_clip": [],
     "hf-dissect job mine.yaml > job.py": FINETUNE,
     "uv run job.py": None,  # needs an index with hf_dissect; tests/test_packaging.py runs a script without uv
     "hf jobs uv run --flavor l4x1 --timeout 4h job.py": None,  # costs money; tests/cli/test_job_run.py tries it dry
@@ -390,6 +392,37 @@ def check_captions_are_exchanged(snippet, page, data, capsys):
     assert len(clean) == 48 and clean.count(False) == round(0.4 * 48)
 
 
+def save_run(folder: Path) -> None:
+    """Write the folder of a run and its export, as the commands of the page do."""
+    model, processor = tiny_models.tiny_clip()
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    write_sentence_files(folder, model, processor)
+    assert main(["export", str(folder), "mine-open-clip", "--format", "open_clip"]) == 0
+
+
+def check_a_run_encodes_in_sentence_transformers(snippet, page, data, capsys):
+    pytest.importorskip("sentence_transformers")
+    save_run(Path("runs/mine"))
+    tiny_models.tiny_picture(0)[0].save("bird.jpg")
+    names = run(snippet, page)
+    assert names["images"].shape == (1, 32) and names["captions"].shape == (2, 32)
+    assert "tensor" in capsys.readouterr().out
+
+
+def check_a_run_loads_in_open_clip(snippet, page, data, capsys):
+    pytest.importorskip("open_clip")
+    save_run(Path("runs/mine"))
+    names = run(snippet, page)
+    pixels = names["preprocess"](tiny_models.tiny_picture(0)[0])[None]
+    assert names["model"].encode_image(pixels).shape == (1, 32) and names["tokenizer"](["red"]).shape == (1, 16)
+
+
+def check_a_model_of_open_clip_loads(snippet, page, data, capsys):
+    save_run(Path("runs/mine"))
+    assert run(snippet, page)["model"].config.model_type == "clip"
+
+
 SNIPPETS = {
     ("README.md", 0): check_training_of_a_model_of_the_hub,
     ("README.md", 1): check_plain_loop_selects,
@@ -401,6 +434,9 @@ SNIPPETS = {
     ("docs/mola.md", 0): check_adapter_is_made_saved_and_loaded,
     ("docs/mola.md", 1): check_experts_of_a_vision_model_train,
     ("docs/mola.md", 2): check_a_language_model_is_routed_by_its_prompt,
+    ("docs/bridges.md", 0): check_a_run_encodes_in_sentence_transformers,
+    ("docs/bridges.md", 1): check_a_run_loads_in_open_clip,
+    ("docs/bridges.md", 2): check_a_model_of_open_clip_loads,
     ("docs/own_strategy.md", 0): check_strategy_trains,
     ("docs/own_strategy.md", 1): check_strategy_plans,
     ("hf_dissect/skills/hf-dissect/SKILL.md", 0): check_training_of_a_model_of_the_hub,

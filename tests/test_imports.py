@@ -8,7 +8,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 # A room is a folder or a module of the package. It imports itself and the rooms before it.
 ROOMS = """
-    version settings distributed mola models losses data selection evaluation recipe report hub cards
+    version settings distributed mola models losses data interop selection evaluation recipe report hub cards
     auditing tracking training watching data_collator objectives objective training_args training_data
     model_card summary trainer distillation runs cli hf_dissect
 """.split()

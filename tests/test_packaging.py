@@ -229,10 +229,14 @@ def test_the_dependencies_are_what_the_code_imports():
     distributions = packages_distributions()
     modules = _third_party_imports(ROOT / "hf_dissect")
     imported = {canonicalize_name(distributions.get(module, [module])[0]) for module in modules}
-    assert set(_requirements("install_requires")) == imported
+    assert imported - {"sentence-transformers"} == set(_requirements("install_requires"))
+    # The class that sentence-transformers itself imports; no other module does.
+    optional = [path for path in (ROOT / "hf_dissect").rglob("*.py") if "import sentence_transformers" in _text(path)]
+    optional += [path for path in (ROOT / "hf_dissect").rglob("*.py") if "from sentence_transformers" in _text(path)]
+    assert [path.name for path in optional] == ["sentence_encoder.py"]
 
 
-@pytest.mark.parametrize("group", ["install_requires", "dev", "docs", "quantization"])
+@pytest.mark.parametrize("group", ["install_requires", "dev", "docs", "quantization", "bridges"])
 def test_every_dependency_has_a_lower_bound_and_a_pin_within_it(group):
     pins = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
@@ -243,6 +247,10 @@ def test_every_dependency_has_a_lower_bound_and_a_pin_within_it(group):
         assert [bound.operator for bound in requirement.specifier] == [">="], requirement
         assert name in pins, f"{name} is not pinned in constraints.txt"
         assert requirement.specifier.contains(pins[name]), f"{name}=={pins[name]} is pinned, but {requirement} needed"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def _setup() -> configparser.ConfigParser:

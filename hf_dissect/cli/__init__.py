@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from hf_dissect.cli import audit, compare, evaluate, job, push, push_ledger, recipes, skill, train, watch
+from hf_dissect.cli import audit, compare, evaluate, export, job, push, push_ledger, recipes, skill, train, watch
 from hf_dissect.cli.misspelt import correct_settings, suggest_setting
 from hf_dissect.cli.output import is_first_process
 from hf_dissect.recipe.recipe import Recipe, RecipeError
@@ -14,7 +14,7 @@ from hf_dissect.settings import list_settings
 from hf_dissect.version import __version__
 
 # In the order of --help.
-_COMMANDS = (train, watch, compare, evaluate, audit, recipes, job, push, push_ledger, skill)
+_COMMANDS = (train, watch, compare, evaluate, audit, recipes, job, push, push_ledger, export, skill)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

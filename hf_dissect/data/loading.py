@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Image, IterableDataset, IterableDatasetDict, Value
-from datasets.features.features import FeatureType
+from datasets import Dataset, IterableDataset, IterableDatasetDict
 
 from hf_dissect.data.files import (
     find_image_column,
@@ -22,6 +21,7 @@ from hf_dissect.data.scenes.drawing import make_scenes, scenes_features, scenes_
 from hf_dissect.data.shards.reading import read_tar_shards
 from hf_dissect.data.split_files import summarize_error
 from hf_dissect.data.stored_features import add_image_features, add_text_features
+from hf_dissect.data.undecoded_columns import stop_decoding
 
 SOURCES = ("scenes", "hub", "folder", "imagefolder", "webdataset")
 
@@ -175,7 +175,7 @@ def load_splits(
             balance_column=balance_column,
             skip_bad_shards=skip_bad_shards,
         )
-    splits = {split: _stop_decoding(rows, image_column) for split, rows in splits.items()}
+    splits = {split: stop_decoding(rows, image_column) for split, rows in splits.items()}
     if streaming and source in ("folder", "imagefolder"):
         # These rows already lie in Arrow files: streaming only changes the order in which they are read.
         splits = {split: rows.to_iterable_dataset(_choose_num_shards(len(rows))) for split, rows in splits.items()}
@@ -313,23 +313,6 @@ def _load_from_hub(
 def _resolve_paths(rows: Any, options: ReadingOptions) -> Dataset:
     column = find_image_column(rows, options.image_column)
     return make_paths_absolute(rows, column, options.picture_root(Path()))
-
-
-def _stop_decoding(rows: Dataset | IterableDataset, image_column: str | None) -> Dataset | IterableDataset:
-    """Return the rows with image columns as bytes and path, so that a pair may be dropped before it is decoded."""
-    named = find_image_column(rows, image_column)
-    if rows.features is None:  # a stream that does not know its columns
-        return rows.cast_column(named, Image(decode=False))
-    for column, feature in rows.features.items():
-        if isinstance(feature, Image) or (column == named and _stores_images(feature)):
-            rows = rows.cast_column(column, Image(decode=False))
-    return rows
-
-
-def _stores_images(feature: FeatureType) -> bool:
-    if isinstance(feature, Value):
-        return feature.dtype in ("string", "large_string", "binary", "large_binary")
-    return isinstance(feature, dict) and bool(feature) and set(feature) <= {"bytes", "path"}
 
 
 def _choose_num_shards(num_rows: int) -> int:

@@ -31,7 +31,8 @@ ENCODER_FOLDER = "encoder"
 _PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", *_PIECES, "chat_template.jinja")
 _BASE = tuple(f"base_model/{name}" for name in (*WEIGHTS[:2], "config.json", "generation_config.json"))
-LOADED = (*WEIGHTS, *_CONFIGURATIONS, *_TOKENIZER, *_BASE, "tasks.json")
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+LOADED = (*WEIGHTS, *_CONFIGURATIONS, *_TOKENIZER, *_BASE, *_SENTENCE_FILES, "tasks.json")
 """Patterns of the files to load a model from."""
 # The encoder of a student, for those who do not have this package.
 _ENCODER = tuple(f"{ENCODER_FOLDER}/{name}" for name in (*WEIGHTS[:2], *_CONFIGURATIONS, *_TOKENIZER))

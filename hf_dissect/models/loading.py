@@ -35,8 +35,10 @@ from hf_dissect.models.families import (
 )
 from hf_dissect.models.feature_encoder import find_feature_size
 from hf_dissect.models.from_scratch import build_model_and_processor
+from hf_dissect.models.open_clip import is_open_clip, load_open_clip
 from hf_dissect.models.pretrained_parts import LOADING_ERRORS, load_image_processor, load_tokenizer, loading_error
 from hf_dissect.models.renamed_weights import restore_weights
+from hf_dissect.models.sentence_layout import find_encoder_folder
 from hf_dissect.models.two_towers import build_from_towers
 
 __all__ = [
@@ -75,8 +77,9 @@ def load_model_and_processor(
     """Load a trained dual encoder, build one of two trained towers, or build one from scratch.
 
     Args:
-        name_or_path: Hub id or local folder of a trained model, or of a PEFT adapter, which is loaded with its base
-            and stays trainable. Weights are loaded in float32, which training needs.
+        name_or_path: Hub id or local folder of a trained model, also of one that sentence-transformers or open_clip
+            saved, or of a PEFT adapter, which is loaded with its base and stays trainable. Weights are loaded in
+            float32, which training needs.
         config: Configuration, with `model_type`, of a model with random weights (see `build_model_and_processor`).
             Exactly one of `name_or_path`, `config`, and `vision` with `text` is given.
         vision: Vision tower of a new dual encoder, see `load_vision_tower`.
@@ -134,9 +137,13 @@ def load_model_and_processor(
             vision, text, projection_dim=projection_dim, tokenizer=own_tokenizer, feature_sizes=feature_sizes
         )
     else:
-        model = _load_model(str(name_or_path), trust_remote_code)
-        check_dual_encoder(model)
-        processor = _load_processor(str(name_or_path), model, own_tokenizer, trust_remote_code)
+        name = find_encoder_folder(str(name_or_path))
+        if is_open_clip(name):
+            model, processor = load_open_clip(name, own_tokenizer)
+        else:
+            model = _load_model(name, trust_remote_code)
+            check_dual_encoder(model)
+            processor = _load_processor(name, model, own_tokenizer, trust_remote_code)
     if find_feature_size(model, "text") is None:
         _limit_captions(model, processor, max_caption_length)
     if freeze is not None:

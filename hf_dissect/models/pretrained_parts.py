@@ -48,13 +48,16 @@ def load_image_processor(name_or_path: str, argument: str, trust_remote_code: bo
 
 def find_file(name_or_path: str, file: str) -> str | None:
     """Return the path of a file in a folder or, downloaded, in a repository; None if there is no such file."""
-    return cached_file(
-        name_or_path,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        return cached_file(
+            name_or_path,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except (OSError, ValueError):  # neither a folder nor a repository, as the model's own loading reports
+        return None
 
 
 def loading_error(argument: str, value: str, error: Exception, part: str = "") -> OSError | ValueError:

@@ -12,7 +12,6 @@ __all__ = [
     "SCOPES",
     "SOURCES",
     "STRATEGIES",
-    "CompareSection",
     "DataSection",
     "EvaluationSection",
     "ModelSection",
@@ -21,7 +20,6 @@ __all__ = [
     "TrainingSection",
     "VisionTowerSection",
     "ZeroShotSection",
-    "parse_strategy",
 ]
 
 STRATEGIES: dict[str, tuple[str, ...]] = {

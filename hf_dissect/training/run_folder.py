@@ -30,16 +30,9 @@ WRITTEN_FILES = (
     *("README.md", "config.json", "generation_config.json", "adapter_config.json", "training_args.bin"),
     *("model*.safetensors", "model.safetensors.index.json", "adapter_model.*", "pytorch_model*"),
     *("*processor_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *(
-        "ledger-*-of-*.safetensors",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "chat_template.jinja",
-    ),
-    "trainer_state.json",
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+    *("trainer_state.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    "ledger-*-of-*.safetensors",
 )
 """Patterns of the further files that a run writes next to those by which it is recognised."""
 _PRIVATE_SETTINGS = {

@@ -78,12 +78,11 @@ class BaseTrainer(Trainer):
         self._scalars: ShardableScalars | None = None  # for a model that is split over processes
         self._unfinished: Path | None = None  # folder of the checkpoint that is being written
         super().__init__(model=model, args=args, **trainer_arguments)
-        self.ranks = Ranks(self.accelerator)
-        self.loss_since_log = LossSinceLog(self)
+        self.ranks, self.loss_since_log = Ranks(self.accelerator), LossSinceLog(self)
         self.averaged_weights = AveragedWeights(self.args, self.accelerator, self.optimizer)
         self.observer = RunObserver(self.args, self.run_metrics, lambda: self.summary, self.callback_handler)
-        self.parts = {"times": Part(self.times), "alerts": Part(self.observer.alerts)}
-        self.parts["averaged_weights"] = Part(self.averaged_weights)
+        self.parts = {"times": Part(self.times), "averaged_weights": Part(self.averaged_weights)}
+        self.parts["alerts"] = Part(self.observer.alerts)
         self.parts["loss_since_log"] = Part(self.loss_since_log, each_rank=True)
         self.model_card = self.card_callback(self.run_metrics, self.describe_run)
         self.add_callback(ResumeCallback(self.stop_request, self.loss_since_log, self.begin_epoch))
@@ -327,9 +326,8 @@ class BaseTrainer(Trainer):
         if self.is_world_process_zero() and (token or revision or self.hub_model_id is None):
             self.hub_model_id = self.publisher.open(token, private, revision)
         self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**card_arguments)
+        if self.is_world_process_zero():
+            self.create_model_card(**card_arguments)
         return self.push_run_folder(commit_message or "End of training", blocking)
 
     def push_run_folder(self, commit_message: str = "End of training", blocking: bool = True) -> Push | Future | None:

@@ -22,6 +22,7 @@ from hf_dissect.runs.run import build_trainer, run_recipe
 MOLA = {"type": "mola", "variant": "router", "num_experts": 2, "r": 2, "target_modules": "all-linear"}
 RUN_FILES = {"README.md", "config.json", "model.safetensors", "processor_config.json", "recipe.yaml"}
 RUN_FILES |= {"tokenizer.json", "tokenizer_config.json", "metrics.json", "report.png"}
+RUN_FILES |= {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
 
 
 def pushing_recipe(folder: Path, **training):

@@ -22,6 +22,7 @@ from hf_dissect.recipe.yaml import parse_yaml
 EXPECTED = {
     *("README.md", "config.json", "metrics.json", "model.safetensors", "processor_config.json", "recipe.yaml"),
     *("report.png", "tokenizer.json", "tokenizer_config.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 }
 
 
@@ -33,7 +34,7 @@ def own_run(run: Path, tmp_path: Path) -> Path:
 
 def test_what_is_published_loads_with_transformers_alone(hub, run, capsys):
     assert main(["push", str(run), "ada/tiny"]) == 0
-    assert f"9 files  {hub.address}/ada/tiny" in capsys.readouterr().out
+    assert f"12 files  {hub.address}/ada/tiny" in capsys.readouterr().out
     assert hub.model("ada/tiny").files.keys() == EXPECTED and not hub.model("ada/tiny").private
     model = CLIPModel.from_pretrained("ada/tiny")
     local = CLIPModel.from_pretrained(run)

@@ -22,6 +22,7 @@ PAGES = (
         "docs/run_folder.md",
         "docs/watch.md",
         "docs/hub.md",
+        "docs/bridges.md",
         "docs/jobs.md",
         "docs/audit.md",
         "docs/many_gpus.md",

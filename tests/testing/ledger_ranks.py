@@ -181,7 +181,9 @@ RUNS = {
     "random": dict(selection_strategy="random", noisy_channel={}),
     "plan": dict(selection_strategy="noisy_channel", selection_rescore_every=2),
     "usage": dict(selection_strategy="dissect", selection_usage_penalty=1.0),
-    "usage-global": dict(selection_strategy="random", selection_scope="global", selection_usage_penalty=2.0, stream=True),
+    "usage-global": dict(
+        selection_strategy="random", selection_scope="global", selection_usage_penalty=2.0, stream=True
+    ),
     "usage-plan": dict(selection_strategy="dissect", selection_rescore_every=2, selection_usage_penalty=1.0),
     "plan-stream": dict(selection_strategy="gsc", selection_rescore_every=2, stream=True),
 }
