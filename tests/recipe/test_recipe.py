@@ -103,7 +103,7 @@ def test_every_setting_is_explained(section):
         ),
         (
             {"training": {"learning_rte": 0.1}},
-            "training.learning_rte: unknown key (value 0.1); allowed: average_weights and the fields of "
+            "training.learning_rte: unknown key (value 0.1); allowed: average_weights, report_pairs and the fields of "
             "transformers.TrainingArguments; did you mean 'learning_rate'?",
         ),
         (
