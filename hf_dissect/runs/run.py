@@ -187,7 +187,7 @@ def _add_saved_router(adapter: Mapping[str, Any], checkpoint: Path | None) -> Ma
 
 def _load_section(section: ModelSection, pairs: Any) -> tuple[Any, Any]:
     arguments = dataclasses.asdict(section)
-    del arguments["second_name_or_path"], arguments["check_reload"]
+    del arguments["second_name_or_path"], arguments["check_reload"], arguments["caption_lengths"]
     sizes = find_feature_sizes(pairs) if section.vision is not None else None
     return load_model_and_processor(**arguments, captions=_read_captions(pairs), feature_sizes=sizes)
 
