@@ -101,7 +101,9 @@ def test_one_graph_for_each_length_in_step_and_scoring(case, tmp_path, graphs):
     change, settings, most = CASES[case]
     pairs = pairs_of_many_lengths(unreadable=(1, 9, 10, 17) if "unreadable" in case else ())
     runs = []
-    for name, compiled in (("eager", {}), ("compiled", COMPILED)):
+    # In half precision, other padding is rounded otherwise.
+    same = {"caption_lengths": [7]} if case == "bf16" else {}
+    for name, compiled in (("eager", same), ("compiled", COMPILED)):
         model = flat_clip()
         trainer = make_trainer(
             tmp_path / name, model if change is None else change(model), pairs, **settings, **compiled
@@ -109,8 +111,7 @@ def test_one_graph_for_each_length_in_step_and_scoring(case, tmp_path, graphs):
         trainer.train()
         runs.append(losses_of(trainer))
     assert len(runs[0]) == 6 * trainer.args.num_train_epochs
-    tolerance = 2e-2 if case == "bf16" else 1e-4  # other padding is rounded otherwise
-    torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=tolerance, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=1e-4, atol=1e-5)
     # The number of pairs is 8, 4 or 7 candidates, 4, 2, 3 kept ones, and the chunks of these.
     assert set(graphs) == {(gradient, length) for gradient in (True, False) for length in LENGTHS}
     assert max(Counter(graphs).values()) <= most
