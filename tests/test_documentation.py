@@ -77,11 +77,11 @@ COMMANDS = {
     "hf-dissect train mine.yaml objective.noisy_channel={} objective.repair={} selection.strategy=none"
     " training.average_weights=0.75": FINETUNE,
     "hf-dissect train mine.yaml selection.rescore_every=8": FINETUNE,
+    "hf-dissect train mine.yaml training.torch_compile=true": [*FINETUNE, "training.torch_compile_backend=eager"],
+    "hf-dissect train mine.yaml data.fast_decoding=true": FINETUNE,
     "hf-dissect train mine.yaml model.patch_dropout=0.5": FINETUNE,
     'hf-dissect train mine.yaml "data.image_size={0: 112, 0.9: 224}"': [*FINETUNE, "data.image_size={0: 16, 0.9: 32}"],
     "hf-dissect train mine.yaml selection.scoring_image_size=112": [*FINETUNE, "selection.scoring_image_size=16"],
-    "hf-dissect train mine.yaml training.torch_compile=true": [*FINETUNE, "training.torch_compile_backend=eager"],
-    "hf-dissect train mine.yaml data.fast_decoding=true": FINETUNE,
     "hf-dissect train mine.yaml objective.gsc.gamma=0.02 selection.strategy=none": [
         *FINETUNE,
         "objective.gsc.warmup_epochs=0",

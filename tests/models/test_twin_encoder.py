@@ -161,7 +161,7 @@ def test_each_network_trains_with_the_labels_of_the_other(answers, ledger):
 def test_the_evidence_of_each_network_is_recorded_by_itself(ledger):
     objective = Objective("softmax", robust=GscObjective(beta=0.5, dual=True), num_networks=2)
     columns = {"agreement": 0.5, "structure": 0.1, "agreement_2": 0.25, "structure_2": 0.2}
-    objective.record(IDS, {name: torch.full((4,), value) for name, value in columns.items()}, ledger)
+    objective.robust.record(IDS, {name: torch.full((4,), value) for name, value in columns.items()}, ledger)
     objective.update(ledger)
     torch.testing.assert_close(ledger.column("y_cm"), torch.tensor([0.7, 0.35, 0.5, 0.75]))
     torch.testing.assert_close(ledger.column("y_cm_2"), torch.tensor([0.275, 0.425, 0.625, 0.575]))

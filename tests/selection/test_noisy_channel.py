@@ -99,7 +99,9 @@ def test_the_share_moves_by_all_candidates_once_a_step(kind, ledger):
     strategy, scores = make_strategy("noisy_channel"), make_scores(4.0, kind)
     posterior, evidence = written_out(scores, 0.5)
     for _ in range(2):  # two micro-batches
-        strategy.record(scores.sample_id, scores.correlation, ledger, strategy.measure(scores, ledger))
+        measured = strategy.measure(scores, ledger)
+        strategy.record(scores.sample_id, scores.correlation, ledger, measured)
+        strategy.observe(strategy.summarize(measured))
     torch.testing.assert_close(ledger.read("evidence", scores.sample_id), evidence.float(), rtol=1e-3, atol=1e-3)
     assert strategy.channel.pi == 0.5
     strategy.begin_step()
@@ -118,6 +120,7 @@ def test_an_over_confident_model_is_tempered_from_the_second_step_on(ledger):
     scores = CandidateScores(torch.arange(PAIRS), *embeds, 100.0)
     before = strategy.measure(scores, ledger)
     strategy.record(scores.sample_id, scores.correlation, ledger, before)
+    strategy.observe(strategy.summarize(before))
     strategy.begin_step()
     tau, logits = strategy.channel.temperature.value, embeds[1] @ embeds[0].T * 100
     sigma = ((logits.var(0, correction=0).mean() + logits.var(1, correction=0).mean()) / 2).sqrt().item()

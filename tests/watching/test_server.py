@@ -171,6 +171,7 @@ def test_the_command_starts_without_torch_and_ends_with_ctrl_c(tmp_path):
     code = (
         "import signal, sys, threading, urllib.request, hf_dissect.watching.server as server\n"
         "from hf_dissect.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell ignores it in the background
         "start = server.WatchServer.serve_forever\n"
         "def serve(self):\n"
         "    def visit():\n"
