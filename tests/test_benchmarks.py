@@ -578,7 +578,7 @@ def test_scaling():
     assert [row["own_pairs"] for row in results["ledger"]] == [500, 250, 500]
     assert {run["scope"] for run in results["measured"]} == {"local", "global"}
     assert all(run["processor_ms"] > 0 and run["feature exchange"] == 0 for run in results["measured"])
-    assert [len(parts) for parts in results["paper"].values()] == [15] * 4
+    assert [len(parts) for parts in results["paper"].values()] == [14] * 4
 
 
 def test_repair_cost():
