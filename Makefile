@@ -29,11 +29,14 @@ BRIDGES := build/bridges
 BRIDGE_NEEDS := ftfy regex wcwidth timm torchvision open_clip_torch sentence-transformers
 BRIDGE_TESTS := tests/interop tests/models/open_clip tests/models/test_sentence_layout.py
 
-test-bridges: $(VENV)/installed
+$(BRIDGES)/installed: $(VENV)/installed
 	$(BIN)/python -m venv --clear $(BRIDGES)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(BRIDGES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	$(BRIDGES)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt $(BRIDGE_NEEDS)
+	touch $@
+
+test-bridges: $(BRIDGES)/installed
 	PYTHONPATH=$(CURDIR) $(BRIDGES)/bin/python -m pytest $(BRIDGE_TESTS)
 	PYTHONPATH=$(CURDIR) $(BRIDGES)/bin/python -m pytest tests/test_documentation.py -k "bridges"
 
