@@ -96,7 +96,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"mola", "mola by task"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_one_graph_for_each_length_in_step_and_scoring(case, tmp_path, graphs):
     change, settings, most = CASES[case]
     pairs = pairs_of_many_lengths(unreadable=(1, 9, 10, 17) if "unreadable" in case else ())
@@ -162,10 +165,10 @@ def test_a_model_that_is_not_compiled_is_left_alone(tmp_path):
     assert not model._forward_pre_hooks
 
 
-def test_torch_is_allowed_as_many_graphs_as_a_run_needs(tmp_path, monkeypatch, graphs):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    make_trainer(tmp_path, max_steps=1, **COMPILED).train()
-    assert torch._dynamo.config.recompile_limit == MOST_GRAPHS and len(graphs) == 2
+def test_torch_is_allowed_as_many_graphs_as_a_run_needs(tmp_path, graphs):
+    with torch._dynamo.config.patch(recompile_limit=2):
+        make_trainer(tmp_path, max_steps=1, **COMPILED).train()
+        assert torch._dynamo.config.recompile_limit == MOST_GRAPHS and len(graphs) == 2
 
 
 def test_lengths_that_do_not_fit_are_refused(tmp_path):
