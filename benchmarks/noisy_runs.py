@@ -5,6 +5,7 @@ import dataclasses
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,9 +171,9 @@ def charged_seconds(trainer: DissectTrainer) -> float:
 
 
 def measure_step_ratio(method: str, condition: str, seed: int, options: argparse.Namespace) -> float:
-    """The seconds of a step of the method over those of plain training: the median of short runs that take turns.
+    """The time of a step of the method over that of plain training: the median of short runs that take turns.
 
-    The short runs have the method's epochs and warm-up, of a few batches each, so that every phase has its share.
+    It is processor time, as other programs on the machine distort seconds. The short runs have the method's epochs and warm-up, of a few batches each, so that every phase has its share.
     """
     seconds: dict[str, list[float]] = {"none": [], method: []}
     kind, rate = split_condition(condition)
@@ -186,9 +187,10 @@ def measure_step_ratio(method: str, condition: str, seed: int, options: argparse
                     "training.eval_strategy=no",
                 ]
                 trainer = prepare(name, condition, seed, options, folder, *short)
+                start = time.process_time()
                 trainer.train()
                 if number:  # the first round warms up
-                    seconds[name].append(charged_seconds(trainer) / trainer.state.global_step)
+                    seconds[name].append((time.process_time() - start) / trainer.state.global_step)
     return statistics.median(own / plain for own, plain in zip(seconds[method], seconds["none"], strict=True))
 
 
