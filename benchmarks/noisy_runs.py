@@ -173,7 +173,8 @@ def charged_seconds(trainer: DissectTrainer) -> float:
 def measure_step_ratio(method: str, condition: str, seed: int, options: argparse.Namespace) -> float:
     """The time of a step of the method over that of plain training: the median of short runs that take turns.
 
-    It is processor time, as other programs on the machine distort seconds. The short runs have the method's epochs and warm-up, of a few batches each, so that every phase has its share.
+    It is processor time, as other programs on the machine distort seconds. The short runs have the method's epochs and
+    warm-up, of a few batches each, so that every phase has its share.
     """
     seconds: dict[str, list[float]] = {"none": [], method: []}
     kind, rate = split_condition(condition)
