@@ -33,7 +33,7 @@ WAYS = {
     "eager": {},
     "eager, few lengths": {"caption_lengths": [16, 32, 64]},
     "compiled, any length": {"torch_compile": True, "caption_lengths": []},
-    "compiled, few lengths": {"torch_compile": True},
+    "compiled, few lengths": {"torch_compile": True, "caption_lengths": [16, 32, 64]},
 }
 
 
