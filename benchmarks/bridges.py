@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision_operators  # noqa: F401  # before peft and transformers, which import torchvision
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from results_file import show_and_write
